@@ -1,0 +1,1 @@
+"""Bittern makes Transformers small and fast without losing what they know."""

@@ -1,0 +1,316 @@
+"""Where a Transformer's blocks, attention, W_O, FFN, norms, embeddings and head are: by one dry run, never by name.
+
+The order of execution tells it all: the first linear layer that runs after the attention function is W_O, what runs
+after that in the same block is the FFN, what runs after the last block is the head.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+from transformers.pytorch_utils import Conv1D
+
+from bittern.attention import attention_configs, attention_forward
+from bittern.errors import ModelError
+from bittern.recipe import Role
+
+LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding, Conv1D)
+_DRY_RUN = "bittern_dry_run"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention module. `inputs`: its Q, K, V projections (one if fused); `output`: W_O;
+    `norm`: the first norm after W_O; `norm_reads_residual`: whether that norm reads X + AO, and nothing else."""
+
+    name: str
+    cross: bool
+    inputs: tuple[str, ...] = ()
+    output: str | None = None
+    norm: str | None = None
+    norm_reads_residual: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """One Transformer layer: its attention modules (two in decoders with cross-attention), FFN linears and norms."""
+
+    name: str
+    attentions: tuple[Attention, ...]
+    ffn_in: tuple[str, ...]
+    ffn_out: str | None
+    norms: tuple[str, ...]
+
+    @property
+    def stack(self) -> str:
+        """The list that the block is in: encoder, decoder, or a stage."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Blocks in order of execution, and the role of every layer that holds a weight matrix."""
+
+    blocks: tuple[Block, ...]
+    roles: dict[str, Role] = field(hash=False)
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        return tuple(a for block in self.blocks for a in block.attentions)
+
+    def block_of(self, attention: Attention) -> Block:
+        return next(b for b in self.blocks if attention in b.attentions)
+
+    def layers(self, role: Role) -> list[str]:
+        return [name for name, r in self.roles.items() if r == role]
+
+
+@dataclass(frozen=True)
+class _Event:
+    kind: str  # "enter", "layer", "norm" or "attention"
+    name: str
+    cross: bool = False
+
+
+@torch.no_grad()
+def read_anatomy(model: PreTrainedModel, batch: Mapping[str, Any] | None = None) -> Anatomy:
+    """Run the model once on `batch` (made up if not given) and read its structure off the order of execution.
+
+    The same run compares our attention with the family's own eager function, call by call.
+    Raises ModelError if the model has no attention that transformers' AttentionInterface serves, or computes it otherwise.
+    """
+    if not model._can_set_attn_implementation():
+        raise ModelError(
+            f"{type(model).__name__} computes its attention outside transformers' AttentionInterface, where Bittern "
+            "cannot reach it (DeBERTa, MPNet, Swin v2, GPT-J and BLOOM are such families); use a model that supports "
+            "set_attn_implementation"
+        )
+    batch = dummy_batch(model) if batch is None else dict(batch)
+    if not model.config.is_encoder_decoder:
+        batch.pop("labels", None)
+    events, first_io = _dry_run(model, batch)
+    return _Reader(model, events, first_io).anatomy()
+
+
+def dummy_batch(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Two small made-up samples that the model accepts, for a dry run. Raises ModelError if the inputs are unusual."""
+    config, device = model.config, model.device
+    text = config.get_text_config()
+
+    def tokens(length: int) -> Tensor:
+        return torch.arange(2 * length, device=device).view(2, length) % min(text.vocab_size, 97)
+
+    batch: dict[str, Tensor] = {}
+    name = model.main_input_name
+    if name == "input_ids":
+        batch[name] = tokens(9)
+    elif name == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        size = getattr(vision, "image_size", None) or 64
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        batch[name] = torch.linspace(-1, 1, 6 * height * width, device=device).view(2, 3, height, width)
+        batch[name] = batch[name][:, : getattr(vision, "num_channels", 3)].to(model.dtype).contiguous()
+    elif name == "input_features" and hasattr(config, "max_source_positions"):
+        length = 2 * config.max_source_positions
+        batch[name] = torch.linspace(-1, 1, 2 * config.num_mel_bins * length, device=device, dtype=model.dtype)
+        batch[name] = batch[name].view(2, config.num_mel_bins, length)
+    else:
+        raise ModelError(f"{type(model).__name__} takes {name!r}; give one real batch of inputs for the dry run")
+    if config.is_encoder_decoder and name != "pixel_values":
+        batch["decoder_input_ids"] = tokens(5)
+    return batch
+
+
+def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[list[_Event], dict[str, tuple[Any, Any]]]:
+    """What ran in which order, and the first input and output of each module."""
+    names = {module: name for name, module in model.named_modules()}
+    events: list[_Event] = []
+    first_io: dict[str, tuple[Any, Any]] = {}
+
+    def spy(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        events.append(_Event("attention", names[module], cross=query.shape[2] != key.shape[2]))
+        ours = attention_forward(module, query, key, value, mask, **kwargs)
+        _check_equal(module, names[module], ours[0], query, key, value, mask, kwargs)
+        return ours
+
+    def on_enter(kind: str, name: str) -> Callable[..., None]:
+        return lambda module, args: events.append(_Event(kind, name))
+
+    def on_leave(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            x = args[0] if args else next((v for v in kwargs.values() if torch.is_tensor(v)), None)
+            first_io.setdefault(name, (x, out[0] if isinstance(out, tuple) else out))
+
+        return hook
+
+    AttentionInterface.register(_DRY_RUN, spy)
+    AttentionMaskInterface.register(_DRY_RUN, eager_mask)
+    configs = attention_configs(model)
+    was, training = [c._attn_implementation for c in configs], model.training
+    hooks = []
+    for module, name in names.items():
+        is_norm = "norm" in type(module).__name__.lower() and not list(module.children())
+        kind = "layer" if isinstance(module, LAYERS) else "norm" if is_norm else "enter"
+        hooks.append(module.register_forward_pre_hook(on_enter(kind, name)))
+        hooks.append(module.register_forward_hook(on_leave(name), with_kwargs=True))
+    try:
+        model.eval()
+        for config in configs:
+            config._attn_implementation_internal = _DRY_RUN
+        model(**batch)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError) as error:
+        raise ModelError(
+            f"the dry run of {type(model).__name__} on {_describe(batch)} failed: {str(error).splitlines()[0]}; "
+            "give one batch of inputs that the model accepts"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+        for config, implementation in zip(configs, was, strict=True):
+            config._attn_implementation_internal = implementation
+    return events, first_io
+
+
+def _check_equal(
+    module: nn.Module, name: str, ours: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: Any
+) -> None:
+    source = sys.modules[type(module).__module__]
+    eager = next((f for n, f in vars(source).items() if n.endswith("eager_attention_forward")), None)
+    if eager is None:
+        raise ModelError(f"{name}: {source.__name__} has no eager attention to compare with; this family is not supported")
+    theirs = eager(module, query, key, value, mask, **kwargs)[0]
+    tolerance = 1e-5 if query.dtype == torch.float32 else 2e-2
+    error = (ours - theirs).abs().max().item() / max(theirs.abs().max().item(), 1e-12)
+    if not error <= tolerance:
+        raise ModelError(
+            f"{name}: attention of {type(module).__name__} differs from Bittern's by {error:.1e} (relative); it computes "
+            "something that Bittern does not know, so this family is not supported"
+        )
+
+
+def _describe(batch: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {tuple(v.shape)}" if torch.is_tensor(v) else k for k, v in batch.items())
+
+
+def _inside(name: str, parent: str) -> bool:
+    return name == parent or name.startswith(parent + ".")
+
+
+class _Reader:
+    """Reads an Anatomy off the events of one dry run."""
+
+    def __init__(self, model: PreTrainedModel, events: list[_Event], first_io: dict[str, tuple[Any, Any]]):
+        self.model, self.events, self.first_io = model, events, first_io
+        self.modules = dict(model.named_modules())
+
+    def anatomy(self) -> Anatomy:
+        seen: set[str] = set()
+        found: dict[str, list[tuple[int, str]]] = {}  # block → its attention calls; a shared block runs more than once
+        for i, event in enumerate(self.events):
+            if event.kind == "attention" and event.name not in seen:
+                seen.add(event.name)
+                found.setdefault(self._block_of(i, event.name), []).append((i, event.name))
+        if not found:
+            raise ModelError(f"{type(self.model).__name__} ran no attention in the dry run; expected a Transformer")
+        blocks = tuple(self._block(name, calls) for name, calls in found.items())
+        return Anatomy(blocks, self._roles(blocks))
+
+    def _layers_after(self, i: int) -> Iterator[str]:
+        return (e.name for e in self.events[i + 1 :] if e.kind == "layer")
+
+    def _block_of(self, i: int, attention: str) -> str:
+        """The innermost item of a module list that holds the attention and a layer that ran after W_O outside of it.
+
+        So T5's sub-layers, which are list items of their own, are not taken for blocks."""
+        parts = attention.split(".")
+        items = [
+            ".".join(parts[:n])
+            for n in range(len(parts), 1, -1)
+            if isinstance(self.modules.get(".".join(parts[: n - 1])), nn.ModuleList)
+        ]
+        after_output = list(self._layers_after(i))[1:]
+        for item in items:
+            if any(_inside(n, item) and not _inside(n, attention) for n in after_output):
+                return item
+        raise ModelError(f"{attention}: cannot tell the block it belongs to; this family is not supported")
+
+    def _block(self, name: str, calls: list[tuple[int, str]]) -> Block:
+        first, last = calls[0][0], calls[-1][0]
+        start = next(i for i in range(first, -1, -1) if self.events[i] == _Event("enter", name))
+        span = []  # the events of the block's first run
+        for event in self.events[start + 1 :]:
+            if not _inside(event.name, name) or event == _Event("enter", name):
+                break
+            span.append(event)
+        offset = start + 1
+        attentions, previous = [], 0
+        for i, attention in calls:
+            at = i - offset
+            before = [e.name for e in span[previous:at] if e.kind == "layer"]
+            output = next((n for n in self._layers_after(i) if _inside(n, name)), None)
+            norm = self._norm_after(span[at:], output)
+            reads = norm is not None and self._reads_residual(norm, output, name)
+            outputs = {a.output for a in attentions}
+            inputs = tuple(n for n in before if n not in outputs)
+            attentions.append(Attention(attention, self.events[i].cross, inputs, output, norm, reads))
+            previous = at
+        ffn = [e.name for e in span[last - offset :] if e.kind == "layer"][1:]
+        norms = tuple(dict.fromkeys(e.name for e in span if e.kind == "norm"))
+        return Block(name, tuple(attentions), tuple(ffn[:-1]), ffn[-1] if ffn else None, norms)
+
+    @staticmethod
+    def _norm_after(span: list[_Event], output: str | None) -> str | None:
+        names = iter(span)
+        if not any(e.name == output for e in names):
+            return None
+        return next((e.name for e in names if e.kind == "norm"), None)
+
+    def _reads_residual(self, norm: str, output: str | None, block: str) -> bool:
+        """A norm may also read W_O alone (sandwich norms) or the block's input (parallel residuals)."""
+        x = self.first_io[norm][0]
+        return output is not None and x is not self.first_io[output][1] and x is not self.first_io[block][0]
+
+    def _roles(self, blocks: tuple[Block, ...]) -> dict[str, Role]:
+        word = {m.get_input_embeddings() for m in self.model.modules() if isinstance(m, PreTrainedModel) and _embeds(m)}
+        words = {id(m.weight) for m in word if isinstance(m, nn.Embedding)}
+        roles: dict[str, Role] = {}
+        for block in blocks:
+            for attention in block.attentions:
+                roles |= dict.fromkeys(attention.inputs, "qkv")
+                roles |= {attention.output: "attention_output"} if attention.output else {}
+            roles |= dict.fromkeys((*block.ffn_in, *([block.ffn_out] if block.ffn_out else [])), "ffn")
+        in_blocks = [i for i, e in enumerate(self.events) if any(_inside(e.name, b.name) for b in blocks)]
+        ran = {e.name: i for i, e in enumerate(self.events) if e.kind == "layer"}
+        base = next((n for n, m in self.modules.items() if m is self.model.base_model), "")
+        output_embeddings = self.model.get_output_embeddings()
+        ordered: dict[str, Role] = {}
+        for name, module in self.modules.items():
+            if not isinstance(module, LAYERS):
+                continue
+            if isinstance(module, nn.Embedding):
+                ordered[name] = "embedding" if id(module.weight) in words else "position"
+            elif name in roles:
+                ordered[name] = roles[name]
+            elif ran.get(name, len(self.events)) < in_blocks[0]:
+                ordered[name] = "stem"
+            elif name in ran and ran[name] > in_blocks[-1]:
+                is_pooler = _inside(name, base) or base == "" and module is not output_embeddings
+                ordered[name] = "pooler" if is_pooler else "head"
+            else:
+                ordered[name] = "other"
+        return ordered
+
+
+def _embeds(model: PreTrainedModel) -> bool:
+    try:
+        return isinstance(model.get_input_embeddings(), nn.Embedding)
+    except NotImplementedError:  # how transformers says that a model has none
+        return False

@@ -1,0 +1,269 @@
+"""The one attention function: quantizes, records and replaces what happens inside attention, for every family.
+
+transformers calls it through `AttentionInterface` under the name `bittern`, with Q, K, V and the mask of each layer.
+A `Site`, a child of each attention module, owns the quantizers of its two matmuls and says what to record or replace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+from bittern.errors import ModelError
+from bittern.quantizers import FakeQuant
+from bittern.recipe import Format
+
+if TYPE_CHECKING:
+    from bittern.anatomy import Anatomy, Attention
+
+NAME = "bittern"
+
+Point = Literal[
+    "query", "key", "value",  # (batch, heads, tokens, head dim), before quantization; key and value heads may be fewer
+    "score",  # AS = QKᵀ·scaling + bias + mask (batch, heads, queries, keys); masked places hold the type's minimum
+    "map",  # SA = softmax(AS), before dropout and quantization
+    "context",  # AC = SA·V (batch, heads, queries, head dim)
+    "output",  # AO = concat(AC)·W_O, before dropout and residual (batch, queries, hidden)
+    "residual",  # Y before its norm: X + AO; only where the block has such a sum before a norm
+    "norm",  # the norm of that sum: Y of post-norm models [KD]
+    "ffn",  # output of the second FFN linear
+    "hidden",  # output of the block
+]  # fmt: skip
+POINTS: tuple[Point, ...] = Point.__args__  # type: ignore[attr-defined]
+
+
+class Taps(dict[Point, list[Tensor]]):
+    """Recorded tensors by point, in order of execution; `names[point]` holds the attention module of each."""
+
+    def __init__(self, points: tuple[Point, ...]):
+        super().__init__({p: [] for p in points})
+        self.names: dict[Point, list[str]] = {p: [] for p in points}
+
+
+class _Replace(torch.autograd.Function):
+    """The given value forward, a zero gradient to what it replaces: bypassed weights stay in the graph (DDP needs it)."""
+
+    @staticmethod
+    def forward(ctx, own, given):  # type: ignore[no-untyped-def]
+        return given.to(own.dtype).expand_as(own).clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return torch.zeros_like(grad), None
+
+
+class Site(nn.Module):
+    """Belongs to one attention module: its quantizers, and what is recorded and replaced there."""
+
+    def __init__(self, name: str, formats: Mapping[str, Format]):
+        super().__init__()
+        self.name, self.formats = name, dict(formats)
+        # Names that no renaming pattern of a transformers checkpoint conversion touches.
+        for point, fmt in formats.items():
+            self.add_module(f"quantize_{point}", FakeQuant(fmt, f"{name}.{point}"))
+        self.taps: Taps | None = None
+        self.replacements: dict[str, Tensor] = {}
+        self.hooks: list[Any] = []
+
+    def tap(self, point: Point, x: Tensor) -> Tensor:
+        """Record x if asked to, and give back what stands for it."""
+        if self.taps is not None and point in self.taps:
+            self.taps[point].append(x)
+            self.taps.names[point].append(self.name)
+        if point in self.replacements:
+            given = self.replacements[point]
+            if given.shape[1:] != x.shape[1:] or given.shape[0] not in (1, x.shape[0]):
+                raise ModelError(f"{self.name}.{point} has shape {tuple(x.shape)}, its replacement {tuple(given.shape)}")
+            x = _Replace.apply(x, given)  # type: ignore[no-untyped-call]
+        return x
+
+    def quantize(self, point: str, x: Tensor) -> Tensor:
+        quantizer = self._modules.get(f"quantize_{point}")
+        return x if quantizer is None else quantizer(x)
+
+    # Bound methods, so that a deep copy of the model hooks its own sites.
+    def _tap_output(self, point: Point, out: Any) -> Any:
+        if isinstance(out, tuple):
+            return (self.tap(point, out[0]), *out[1:])
+        return self.tap(point, out)
+
+    def on_output(self, module: nn.Module, args: Any, out: Any) -> Any:
+        return self._tap_output("output", out)
+
+    def on_norm_input(self, module: nn.Module, args: Any) -> Any:
+        return (self.tap("residual", args[0]), *args[1:])
+
+    def on_norm(self, module: nn.Module, args: Any, out: Any) -> Any:
+        return self._tap_output("norm", out)
+
+    def on_ffn(self, module: nn.Module, args: Any, out: Any) -> Any:
+        return self._tap_output("ffn", out)
+
+    def on_hidden(self, module: nn.Module, args: Any, out: Any) -> Any:
+        return self._tap_output("hidden", out)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Explicit attention with the meaning of each family's own eager function.
+
+    query (batch, heads, queries, head dim); key, value with as many or, grouped, fewer heads; the mask is additive or
+    boolean (True: attend). Returns the context (batch, queries, heads, head dim) and the map.
+    """
+    site: Site | None = module._modules.get(NAME)  # type: ignore[assignment]
+    if site is not None:
+        query, key, value = site.tap("query", query), site.tap("key", key), site.tap("value", value)
+        query, key, value = site.quantize("query", query), site.quantize("key", key), site.quantize("value", value)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    if site is not None:
+        scores = site.tap("score", scores)
+    sinks: Tensor | None = s_aux if s_aux is not None else getattr(module, "sinks", None)
+    if sinks is not None:  # an extra key that takes probability and gives no value
+        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
+    probabilities = F.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    if sinks is not None:
+        probabilities = probabilities[..., :-1]
+    if site is not None:
+        probabilities = site.tap("map", probabilities)
+    dropped = F.dropout(probabilities, dropout, module.training)
+    if site is not None:
+        dropped = site.quantize("map", dropped)
+    context = torch.matmul(dropped, value)
+    if site is not None:
+        context = site.tap("context", context)
+    return context.transpose(1, 2).contiguous(), probabilities
+
+
+AttentionInterface.register(NAME, attention_forward)
+# Without a mask function under the same name, transformers passes no mask at all and says nothing.
+AttentionMaskInterface.register(NAME, eager_mask)
+
+
+def attach(model: PreTrainedModel, anatomy: Anatomy, formats: Mapping[str, Mapping[str, Format]] | None = None) -> None:
+    """Give each attention module a Site and let the model use our attention; `detach` undoes it.
+
+    formats: attention module → formats of `query`, `key`, `value`, `map` to quantize. Attaching again is harmless
+    and keeps the quantizers that are there.
+    """
+    modules = dict(model.named_modules())
+    hooked: set[str] = set()
+    for part in anatomy.attentions:
+        site = modules[part.name]._modules.get(NAME)
+        if not isinstance(site, Site):
+            site = Site(part.name, (formats or {}).get(part.name, {}))
+            modules[part.name].add_module(NAME, site)
+        if not site.hooks:
+            site.hooks = list(_hook(site, part, modules, anatomy, hooked))
+    use_attention(model)
+
+
+def _hook(
+    site: Site, part: Attention, modules: Mapping[str, nn.Module], anatomy: Anatomy, hooked: set[str]
+) -> Iterator[Any]:
+    if part.output:
+        yield modules[part.output].register_forward_hook(site.on_output)
+    if part.norm and part.norm_reads_residual:
+        yield modules[part.norm].register_forward_pre_hook(site.on_norm_input)
+        yield modules[part.norm].register_forward_hook(site.on_norm)
+    block = anatomy.block_of(part)
+    if block is not None and block.name not in hooked:
+        hooked.add(block.name)
+        if block.ffn_out:
+            yield modules[block.ffn_out].register_forward_hook(site.on_ffn)
+        yield modules[block.name].register_forward_hook(site.on_hidden)
+
+
+def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configurations that decide which attention function each part of the model calls."""
+    return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
+
+
+def use_attention(model: PreTrainedModel) -> None:
+    """Switch the model to our attention, remembering what it had."""
+    if not hasattr(model, "_bittern_attention_was"):
+        model._bittern_attention_was = [config._attn_implementation for config in attention_configs(model)]
+    for config in attention_configs(model):
+        config._attn_implementation_internal = NAME
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Remove all sites and give the model its own attention back."""
+    for module in list(model.modules()):
+        site = module._modules.get(NAME)
+        if isinstance(site, Site):
+            for hook in site.hooks:
+                hook.remove()
+            del module._modules[NAME]
+    was = model.__dict__.pop("_bittern_attention_was", None)
+    if was is not None:
+        for config, name in zip(attention_configs(model), was, strict=True):
+            config._attn_implementation_internal = name
+
+
+def sites(model: nn.Module) -> list[Site]:
+    found = [m for m in model.modules() if isinstance(m, Site)]
+    if not found:
+        raise ModelError("the model has no attention sites; call attention.attach(model, anatomy) first")
+    return found
+
+
+@contextmanager
+def recording(model: nn.Module, *points: Point) -> Iterator[Taps]:
+    """Record the named points of every attention module in each forward inside the block.
+
+    The tensors keep their graph, so losses can be built on them. Raises ModelError for an unknown point.
+    """
+    if unknown := [p for p in points if p not in POINTS]:
+        raise ModelError(f"cannot record {unknown[0]!r}; the points are {', '.join(POINTS)}")
+    taps = Taps(points)
+    for site in sites(model):
+        site.taps = taps
+    try:
+        yield taps
+    finally:
+        for site in sites(model):
+            site.taps = None
+
+
+def replace(model: nn.Module, given: Mapping[tuple[str, Point], Tensor]) -> None:
+    """From now on put the given tensors in place of what (attention module, point) computes; `{}` stops it.
+
+    Replacements stay until the next call, since activation checkpointing runs the forward again in the backward.
+    """
+    by_name = {site.name: site for site in sites(model)}
+    if unknown := [n for n, p in given if n not in by_name or p not in POINTS]:
+        raise ModelError(f"cannot replace {unknown[0]!r}; attention modules are {', '.join(list(by_name)[:3])}, …")
+    for site in by_name.values():
+        site.replacements = {}
+    for (name, point), value in given.items():
+        by_name[name].replacements[point] = value

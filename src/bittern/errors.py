@@ -1,0 +1,30 @@
+"""Everything that Bittern refuses, in one tree.
+
+BitternError
+├── InputError        a path, a data set, labels or an option that cannot be used
+├── RecipeError       a recipe or format that is misspelt, impossible or matches nothing
+├── ModelError        a model that cannot be quantized as asked: not a Transformer, NaN weights, unknown layers
+└── CheckpointError   a packed checkpoint that is damaged, foreign or newer than this version
+
+Each message is one line: what was given, what was expected, what to do.
+"""
+
+
+class BitternError(Exception):
+    """Base of all known errors; the command line prints it without a traceback and exits with 1."""
+
+
+class InputError(BitternError):
+    """A path, data set, label column or option that cannot be used."""
+
+
+class RecipeError(BitternError):
+    """A recipe or format that is misspelt, impossible or matches nothing."""
+
+
+class ModelError(BitternError):
+    """A model that cannot be quantized as asked."""
+
+
+class CheckpointError(BitternError):
+    """A packed checkpoint that is damaged, foreign or newer than this version."""

@@ -1,0 +1,247 @@
+"""Quantizers as functions of tensors: find a scale, encode to integer codes, decode back, and do both with a
+straight-through gradient. `FakeQuant` holds a format and its scales, not how they were found.
+
+Scales and arithmetic are float32 whatever the tensor's type; codes are exact integers. Every format decodes as
+code * scale (+ offset), so that a packed file, which stores codes and scales, gives the simulated values bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bittern.errors import ModelError
+from bittern.recipe import Format
+
+TERNARY_THRESHOLD = 0.7  # times the mean of |w| (Ternary Weight Networks; TernaryBERT)
+
+
+def code_range(fmt: Format) -> tuple[int, int]:
+    """Smallest and largest integer code of a format."""
+    if fmt.kind in ("ternary", "binary"):
+        return -1, 1
+    if fmt.kind == "twin":
+        half = 2 ** (fmt.bits - 1)
+        return (-(half - 1), half - 1) if fmt.scheme == "symmetric" else (0, 2**fmt.bits - 1)
+    if fmt.kind == "uniform" and fmt.scheme == "symmetric":
+        return -(2 ** (fmt.bits - 1)), 2 ** (fmt.bits - 1) - 1  # [VT] eq. 8
+    return 0, 2**fmt.bits - 1
+
+
+def _units(x: Tensor, fmt: Format) -> Tensor:
+    """x viewed so that one scale serves the reduced dimensions of `_dims`."""
+    if fmt.group_size is None:
+        return x
+    if x.shape[-1] % fmt.group_size:
+        raise ModelError(
+            f"group_size {fmt.group_size} does not divide the {x.shape[-1]} inputs of a row; use a divisor or granularity: row"
+        )
+    return x.unflatten(-1, (-1, fmt.group_size))
+
+
+def _dims(x: Tensor, fmt: Format) -> tuple[int, ...]:
+    if fmt.granularity == "tensor":
+        return tuple(range(x.dim()))
+    if fmt.granularity == "head":  # (batch, head, tokens, dim): a static scale serves all samples
+        return (0, -2, -1) if fmt.range == "static" else (-2, -1)
+    return (-1,)
+
+
+def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x.mean(dims, keepdim=True)
+
+
+def _scale(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
+    """`find_scale` without its checks; x is already clipped and viewed in units."""
+    dims = _dims(x, fmt)
+    if fmt.kind == "ternary":  # [KD] TWN: mean magnitude of what is above the threshold
+        size = x.abs()
+        kept = size > TERNARY_THRESHOLD * _mean(size, dims)
+        return (size * kept).sum(dims, keepdim=True) / kept.sum(dims, keepdim=True).clamp_(min=1), None
+    if fmt.kind == "binary":
+        return _mean(x.abs(), dims), None
+    if fmt.kind == "uniform" and fmt.scheme == "asymmetric":
+        low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+        if fmt.range == "static":  # integer zero point, zero exactly representable: what integer runtimes need
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = _nonzero((high - low) / (2**fmt.bits - 1))
+        return scale, (low / scale).round_() * scale if fmt.range == "static" else low
+    largest = (x if fmt.scheme == "unsigned" or fmt.kind == "log2" else x.abs()).amax(dims, keepdim=True)
+    if fmt.kind == "log2":
+        return _nonzero(largest), None
+    top = 2 ** (fmt.bits - 1) - 1 if fmt.scheme == "symmetric" or fmt.kind == "twin" else 2**fmt.bits - 1
+    return _nonzero(largest.clamp(min=0) / top), None
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """A tensor of one value has no range: any scale is right, 1 keeps its codes at zero."""
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _prepare(x: Tensor, fmt: Format) -> Tensor:
+    x = x.detach().float()
+    return _units(x if fmt.clip is None else x.clamp(-fmt.clip, fmt.clip), fmt)
+
+
+def find_scale(x: Tensor, fmt: Format, name: str = "tensor") -> tuple[Tensor, Tensor | None]:
+    """Scale and offset of `x` by its extremes (uniform, log2, twin) or mean magnitudes (ternary, binary).
+
+    Shapes broadcast against x (against x split in groups, for groups). Raises ModelError on NaN or infinity.
+
+    >>> find_scale(torch.tensor([[1.0, -127.0]]), Format(bits=8))[0].item()
+    1.0
+    """
+    if not torch.isfinite(x).all():
+        raise ModelError(f"{name} holds NaN or infinite values; repair the model or the data before quantizing")
+    return _scale(_prepare(x, fmt), fmt)
+
+
+def _encode(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """Codes of x as whole float32 numbers; x is clipped and viewed in units. Owns its result, reads x."""
+    low, high = code_range(fmt)
+    if fmt.kind == "ternary":
+        size = x.abs()
+        return torch.where(size > TERNARY_THRESHOLD * _mean(size, _dims(x, fmt)), torch.sign(x), 0.0)
+    if fmt.kind == "binary":
+        return torch.where(x < 0, -1.0, 1.0)
+    if fmt.kind == "log2":  # code = -log2, the last code stands for zero
+        return (x / scale).clamp_(min=2.0 ** -(high + 1)).log2_().neg_().round_().clamp_(low, high)
+    if fmt.kind == "twin":
+        half, fine = 2 ** (fmt.bits - 1), scale * 2.0**-fmt.shift
+        if fmt.scheme == "symmetric":  # GELU: the negative side is short, its step is finer
+            return torch.where(x < 0, (x / fine).round_().clamp_(min=low), (x / scale).round_().clamp_(max=high))
+        coarse = (x / scale).round_().clamp_(0, half - 1) + half
+        return torch.where(x < (half - 0.5) * fine, (x / fine).round_().clamp_(0, half - 1), coarse)
+    codes = x / scale if offset is None else (x - offset).div_(scale)
+    codes.round_()
+    # A dynamic scale comes from the extremes of x itself: no code can leave the range.
+    within = fmt.range == "dynamic" and fmt.scheme != "unsigned"
+    return codes if within else codes.clamp_(low, high)
+
+
+def _decode(codes: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """Values of codes, in place."""
+    if fmt.kind == "log2":
+        high = code_range(fmt)[1]
+        return torch.where(codes == high, 0.0, torch.exp2(-codes) * scale)
+    if fmt.kind == "twin":
+        half, fine = 2 ** (fmt.bits - 1), scale * 2.0**-fmt.shift
+        if fmt.scheme == "symmetric":
+            return codes * torch.where(codes < 0, fine, scale)
+        return torch.where(codes < half, codes * fine, (codes - half) * scale)
+    codes = codes.mul_(scale)
+    return codes if offset is None else codes.add_(offset)
+
+
+def encode(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Integer codes of x (int16, shape of x; binary: -1 and 1). Scale and offset as `find_scale` gives them."""
+    return _encode(_prepare(x, fmt), fmt, scale, offset).to(torch.int16).view_as(x)
+
+
+def decode(codes: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+    """float32 values of integer codes: exactly what `fake_quantize` gives for the tensor they came from."""
+    return _decode(_units(codes.float(), fmt), fmt, scale, offset).view(codes.shape)
+
+
+def _quantize(x: Tensor, fmt: Format, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+    units = _prepare(x, fmt)
+    if scale is None:
+        scale, offset = _scale(units, fmt)
+    return _decode(_encode(units, fmt, scale, offset), fmt, scale, offset).view(x.shape).to(x.dtype)
+
+
+def _passes(x: Tensor, fmt: Format, scale: Tensor | None, offset: Tensor | None) -> Tensor | None:
+    """Where the straight-through gradient passes: inside the clip, and inside the range of a static scale."""
+    inside = None if fmt.clip is None else x.abs() < fmt.clip
+    if scale is None or fmt.kind != "uniform":
+        return inside
+    low, high = code_range(fmt)
+    units, base = _units(x, fmt), 0.0 if offset is None else offset
+    in_range = ((units >= base + low * scale) & (units <= base + high * scale)).view(x.shape)
+    return in_range if inside is None else inside & in_range
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Quantized values forward; straight-through backward [KD], with LSQ's gradient for a learned scale."""
+
+    @staticmethod
+    def forward(ctx, x, fmt, scale, offset):  # type: ignore[no-untyped-def]
+        passes = _passes(x, fmt, scale, offset)
+        learned = scale is not None and ctx.needs_input_grad[2]
+        ctx.fmt, ctx.masked = fmt, passes is not None
+        ctx.save_for_backward(*(() if passes is None else (passes,)), *((x, scale) if learned else ()))
+        return _quantize(x, fmt, scale, offset)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        saved = ctx.saved_tensors
+        grad_x = grad * saved[0] if ctx.masked else grad
+        return grad_x, None, _lsq_gradient(grad, *saved[-2:], ctx.fmt) if ctx.needs_input_grad[2] else None, None
+
+
+def _lsq_gradient(grad: Tensor, x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """d x̂ / d scale = code - x/scale inside the range, the bound outside, scaled by 1/sqrt(n * bound) (LSQ eq. 3)."""
+    low, high = code_range(fmt)
+    ratio = _units(x.float(), fmt) / scale
+    slope = torch.where((ratio > low) & (ratio < high), ratio.round() - ratio, ratio.clamp(low, high))
+    per_scale = ratio.numel() / scale.numel()
+    return (_units(grad.float(), fmt) * slope).sum_to_size(scale.shape) / (per_scale * high) ** 0.5
+
+
+def fake_quantize(x: Tensor, fmt: Format, scale: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+    """x rounded to its format (same shape and type), differentiable by the straight-through estimator.
+
+    Without `scale` it is found from x (dynamic). NaN stays NaN; `find_scale` is where it is refused.
+
+    >>> fake_quantize(torch.tensor([0.9, -0.2, 0.1, -1.1]), Format(kind="ternary"))
+    tensor([ 1.,  0.,  0., -1.])
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or (scale is not None and scale.requires_grad)):
+        out: Tensor = _FakeQuantize.apply(x, fmt, scale, offset)  # type: ignore[no-untyped-call]
+        return out
+    return _quantize(x, fmt, scale, offset)
+
+
+class FakeQuant(nn.Module):
+    """A format and, if it is static, its scale and offset (float32 buffers; a learned scale is a parameter).
+
+    While `observed` is a list, calls append (low, high) extremes to it and pass x through (see `ptq.calibrate`).
+    """
+
+    scale: Tensor | None
+    offset: Tensor | None
+
+    def __init__(self, fmt: Format, name: str = "tensor"):
+        super().__init__()
+        self.format, self.name = fmt, name
+        self.observed: list[tuple[Tensor, Tensor]] | None = None
+        self.register_buffer("scale", None)
+        self.register_buffer("offset", None)
+
+    def set_scale(self, scale: Tensor, offset: Tensor | None = None) -> None:
+        """Store a static scale. Raises ModelError unless it is finite and positive (ternary and binary: not negative)."""
+        if not (torch.isfinite(scale).all() and (scale >= 0).all()):
+            raise ModelError(f"{self.name}: a scale must be finite and not negative, got {scale.flatten()[:3].tolist()}")
+        if self.format.learned:
+            del self.scale
+            self.register_parameter("scale", nn.Parameter(scale.detach().float()))
+        else:
+            self.scale = scale.detach().float()
+        self.offset = None if offset is None else offset.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observed is not None:
+            self.observed.append(self.extremes(x))
+            return x
+        if self.format.range == "static" and self.scale is None:
+            raise ModelError(f"{self.name} has a static format and no scale yet; calibrate the model with data first")
+        return fake_quantize(x, self.format, self.scale, self.offset)
+
+    def extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value of each unit of x that has a scale of its own."""
+        x = _prepare(x, self.format)
+        dims = _dims(x, self.format)
+        return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+
+    def extra_repr(self) -> str:
+        return str(self.format)

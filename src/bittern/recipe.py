@@ -1,0 +1,257 @@
+"""What is quantized, and how: Format, Rule and Recipe, frozen and strict, YAML in and out."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from bittern.errors import RecipeError
+
+Role = Literal[
+    "embedding", "position", "stem", "qkv", "attention_output", "ffn", "pooler", "head", "other", "attention"
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Format(_Strict):
+    """How one tensor is represented: the code book, its granularity and where its scale comes from.
+
+    kind: `uniform` (integers), `ternary` {-1, 0, 1}, `binary` {-1, 1}, `log2` (powers of two, for maps),
+        `twin` (two uniform ranges, split by sign, or by magnitude when `scheme` is unsigned).
+    bits: 2 to 8 (uniform, log2, twin), fixed at 2 for ternary and 1 for binary; 1 is possible where codes are unsigned.
+    scheme: `symmetric` codes around zero, `unsigned` codes from zero, `asymmetric` codes from the minimum.
+    granularity: one scale per `tensor`, weight `row` (output channel), `group` of `group_size` inputs of a row,
+        activation `token`, or attention `head`.
+    range: `dynamic` scales follow each tensor; `static` ones are found once and stored.
+    clip: the tensor is first clipped to ±clip and gets no gradient outside (2.5 in the QAT papers).
+    learned: a static scale that is trained (LSQ gradient).
+    shift: twin only: the fine step is the coarse one divided by 2**shift.
+    storage: ternary only: `bits` packs 4 codes in a byte, `base3` packs 5 (1.6 bits a weight).
+    """
+
+    kind: Literal["uniform", "ternary", "binary", "log2", "twin"] = "uniform"
+    bits: int = 8
+    scheme: Literal["symmetric", "unsigned", "asymmetric"] = "symmetric"
+    granularity: Literal["tensor", "row", "group", "token", "head"] = "tensor"
+    group_size: int | None = None
+    range: Literal["dynamic", "static"] = "dynamic"
+    clip: float | None = None
+    learned: bool = False
+    shift: int = 4
+    storage: Literal["bits", "base3"] = "bits"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fixed_bits(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "bits" not in data:
+            data = data | {"bits": {"ternary": 2, "binary": 1}.get(data.get("kind", "uniform"), 8)}
+        return data
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        fixed = {"ternary": 2, "binary": 1}.get(self.kind)
+        if fixed is not None and self.bits != fixed:
+            raise ValueError(f"{self.kind} always has {fixed} bits, not {self.bits}; leave `bits` out")
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"bits must be 1 to 8, got {self.bits}")
+        if self.kind == "uniform" and self.scheme == "symmetric" and self.bits == 1:
+            raise ValueError("a symmetric uniform format needs 2 bits or more; use kind: binary for 1 bit")
+        if self.kind in ("log2", "twin") and self.bits == 1:
+            raise ValueError(f"{self.kind} needs 2 bits or more")
+        if self.kind in ("ternary", "binary", "log2") and self.scheme != "symmetric":
+            raise ValueError(f"scheme: {self.scheme} has no meaning for kind: {self.kind}; leave it out")
+        if self.kind == "twin" and self.scheme == "asymmetric":
+            raise ValueError("twin splits by sign (symmetric) or by magnitude (unsigned), not asymmetric")
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError("group_size goes with granularity: group, and only with it")
+        if self.group_size is not None and self.group_size < 2:
+            raise ValueError(f"group_size must be 2 or more, got {self.group_size}")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip must be positive, got {self.clip}")
+        if self.learned and (self.range != "static" or self.kind != "uniform" or self.scheme == "asymmetric"):
+            raise ValueError("learned scales need kind: uniform, range: static and a symmetric or unsigned scheme")
+        if self.range == "static" and self.granularity == "token":
+            raise ValueError("a static scale cannot be per token, since tokens change; use tensor or head")
+        if self.storage == "base3" and self.kind != "ternary":
+            raise ValueError("storage: base3 is for kind: ternary only")
+        return self
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits that one code takes in a packed file."""
+        return 1.6 if self.storage == "base3" else float(self.bits)
+
+    def __str__(self) -> str:
+        name = {"ternary": "ternary", "binary": "binary"}.get(self.kind, f"{self.kind} {self.bits}-bit")
+        scheme = "" if self.kind in ("ternary", "binary", "log2") or self.scheme == "symmetric" else f" {self.scheme}"
+        unit = f"group of {self.group_size}" if self.group_size else self.granularity
+        return f"{name}{scheme} per {unit}{', static' if self.range == 'static' else ''}"
+
+
+class Rule(_Strict):
+    """Formats for the modules that a glob and a set of roles select. A rule without formats keeps them in float.
+
+    `weight` and `input` apply to layers (Linear, Conv2d, Embedding, Conv1D);
+    `query`, `key`, `value` and `map` to the two matmuls of attention modules (role `attention`).
+    """
+
+    modules: str = "*"
+    roles: tuple[Role, ...] = ()
+    weight: Format | None = None
+    input: Format | None = None
+    query: Format | None = None
+    key: Format | None = None
+    value: Format | None = None
+    map: Format | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sequences(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("roles"), list):
+            data = data | {"roles": tuple(data["roles"])}
+        return data
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.weight is not None:
+            if self.weight.granularity in ("token", "head"):
+                raise ValueError(f"a weight has no {self.weight.granularity}s; use tensor, row or group")
+            if self.weight.kind in ("log2", "twin"):
+                raise ValueError(f"kind: {self.weight.kind} is for activations; weights take uniform, ternary or binary")
+        if self.input is not None and self.input.granularity in ("row", "group", "head"):
+            raise ValueError(f"the input of a layer has no {self.input.granularity}s; use tensor or token")
+        for field in ("query", "key", "value", "map"):
+            fmt: Format | None = getattr(self, field)
+            if fmt is not None and fmt.granularity in ("row", "group"):
+                raise ValueError(f"{field} has no {fmt.granularity}s; use tensor, token or head")
+        for field in ("input", "query", "key", "value", "map"):
+            fmt = getattr(self, field)
+            if fmt is not None and fmt.kind in ("ternary", "binary"):
+                raise ValueError(f"kind: {fmt.kind} is for weights; use uniform for {field}")
+        return self
+
+    @property
+    def is_float(self) -> bool:
+        return not (self.for_layers or self.for_attention)
+
+    @property
+    def for_layers(self) -> bool:
+        return self.weight is not None or self.input is not None
+
+    @property
+    def for_attention(self) -> bool:
+        return any(f is not None for f in (self.query, self.key, self.value, self.map))
+
+    def selects(self, name: str, role: Role) -> bool:
+        """Whether this rule decides over the module: the first rule that does, wins."""
+        if self.roles and role not in self.roles or not fnmatchcase(name, self.modules):
+            return False
+        return self.is_float or (self.for_attention if role == "attention" else self.for_layers)
+
+
+class Recipe(_Strict):
+    """An ordered list of rules; the first that selects a module decides, and what none selects stays float."""
+
+    name: str
+    rules: tuple[Rule, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sequences(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("rules"), list):
+            data = data | {"rules": tuple(data["rules"])}
+        return data
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if all(rule.is_float for rule in self.rules):
+            raise ValueError("no rule has a format, so nothing would be quantized")
+        return self
+
+    def rule_for(self, name: str, role: Role) -> Rule | None:
+        return next((rule for rule in self.rules if rule.selects(name, role)), None)
+
+    def check_globs(self, modules: dict[str, Role]) -> None:
+        """Every glob must select something. Raises RecipeError with the names that come nearest."""
+        from difflib import get_close_matches
+
+        for rule in self.rules:
+            if rule.modules == "*" or any(rule.selects(name, role) for name, role in modules.items()):
+                continue
+            same_role = [n for n, r in modules.items() if rule.selects(n, r) or fnmatchcase(n, rule.modules)]
+            if same_role:
+                hint = f"{same_role[0]} has role {modules[same_role[0]]}, which the rule does not address"
+            else:
+                near = get_close_matches(rule.modules, modules, n=3, cutoff=0.3) or list(modules)[:3]
+                hint = f"the model has, for example, {', '.join(near)}"
+            raise RecipeError(f"recipe {self.name}: rule modules={rule.modules!r} matches nothing; {hint}")
+
+    def to_yaml(self) -> str:
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        return yaml.safe_dump(data, sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str, source: str = "recipe") -> Recipe:
+        """Parse a recipe. Raises RecipeError with the place and the fix."""
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"{source}: expected `name:` and `rules:`, got {type(data).__name__}")
+        return cls.from_dict(data, source)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], source: str = "recipe") -> Recipe:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise RecipeError(f"{source}: {_explain(error)}") from None
+
+
+def recipe_names() -> list[str]:
+    """Names of the ready-made recipes."""
+    return sorted(p.name.removesuffix(".yaml") for p in (files("bittern") / "recipes").iterdir() if p.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str | Path | Recipe) -> Recipe:
+    """A ready-made recipe by name, or one's own by path to its YAML file.
+
+    >>> load_recipe("w8a8").rules[-1].roles
+    ('attention',)
+    """
+    if isinstance(name_or_path, Recipe):
+        return name_or_path
+    name = str(name_or_path)
+    if name in recipe_names():
+        return Recipe.from_yaml((files("bittern") / "recipes" / f"{name}.yaml").read_text(), name)
+    path = Path(name)
+    if path.is_file():
+        try:
+            return Recipe.from_yaml(path.read_text(encoding="utf-8"), name)
+        except UnicodeDecodeError:
+            raise RecipeError(f"{name}: not a text file; expected YAML") from None
+    raise RecipeError(f"no recipe {name!r}: give one of {', '.join(recipe_names())}, or a path to a YAML file")
+
+
+def _explain(error: ValidationError) -> str:
+    """Pydantic's first complaint as one line with the place, what is allowed and what was given."""
+    first = error.errors()[0]
+    place = ".".join(str(p) for p in first["loc"]) or "recipe"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        place, key = ".".join(str(p) for p in first["loc"][:-1]) or "recipe", first["loc"][-1]
+        known = {"rules": Recipe, "": Recipe}
+        model = Format if place.split(".")[-1] in Rule.model_fields else Rule if place != "recipe" else known[""]
+        message = f"unknown key {key!r}; known: {', '.join(model.model_fields)}"
+    elif first["type"] not in ("value_error", "missing"):
+        message = f"{message}, got {first['input']!r}"
+    return f"{place}: {message}"
