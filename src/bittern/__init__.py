@@ -1,1 +1,46 @@
-"""Bittern makes Transformers small and fast without losing what they know."""
+"""Bittern makes Transformers small and fast without losing what they know.
+
+A model is float, simulated or packed; each step is one call:
+
+    report = bittern.simulate(model, "w8a8")   # float → simulated, in place
+    bittern.calibrate(model, batches)           # static scales of activations
+    bittern.pack(model)                         # simulated → packed: integer codes, the same outputs
+
+Importing this package also teaches transformers' `from_pretrained` to load packed checkpoints.
+"""
+
+from bittern.anatomy import Anatomy, read_anatomy
+from bittern.deploy.checkpoint import is_packed, pack
+from bittern.deploy.store import inspect, load, save
+from bittern.errors import BitternError, CheckpointError, InputError, ModelError, RecipeError
+from bittern.layers import Simulation, is_simulated, restore, simulate
+from bittern.ptq.calibrate import calibrate
+from bittern.quantizers import FakeQuant, fake_quantize
+from bittern.recipe import Format, Recipe, Rule, load_recipe, recipe_names
+
+__all__ = [
+    "Anatomy",
+    "BitternError",
+    "CheckpointError",
+    "FakeQuant",
+    "Format",
+    "InputError",
+    "ModelError",
+    "Recipe",
+    "RecipeError",
+    "Rule",
+    "Simulation",
+    "calibrate",
+    "fake_quantize",
+    "inspect",
+    "is_packed",
+    "is_simulated",
+    "load",
+    "load_recipe",
+    "pack",
+    "read_anatomy",
+    "recipe_names",
+    "restore",
+    "save",
+    "simulate",
+]

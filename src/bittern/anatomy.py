@@ -6,6 +6,7 @@ after that in the same block is the FFN, what runs after the last block is the h
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -84,8 +85,10 @@ def read_anatomy(model: PreTrainedModel, batch: Mapping[str, Any] | None = None)
     """Run the model once on `batch` (made up if not given) and read its structure off the order of execution.
 
     The same run compares our attention with the family's own eager function, call by call.
-    Raises ModelError if the model has no attention that transformers' AttentionInterface serves, or computes it otherwise.
+    Raises ModelError if the model has no attention that transformers' AttentionInterface serves, or computes it
+    otherwise, or holds NaN weights.
     """
+    check_model(model)
     if not model._can_set_attn_implementation():
         raise ModelError(
             f"{type(model).__name__} computes its attention outside transformers' AttentionInterface, where Bittern "
@@ -99,24 +102,43 @@ def read_anatomy(model: PreTrainedModel, batch: Mapping[str, Any] | None = None)
     return _Reader(model, events, first_io).anatomy()
 
 
+def check_model(model: object) -> None:
+    """A Transformer of Hugging Face with finite weights, or a ModelError."""
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"expected a Hugging Face Transformer (transformers.PreTrainedModel), got {type(model).__name__}"
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(
+                f"weight {name} holds NaN or infinite values; the checkpoint is damaged or training diverged"
+            )
+
+
 def dummy_batch(model: PreTrainedModel) -> dict[str, Tensor]:
     """Two small made-up samples that the model accepts, for a dry run. Raises ModelError if the inputs are unusual."""
     config, device = model.config, model.device
     text = config.get_text_config()
 
     def tokens(length: int) -> Tensor:
-        return torch.arange(2 * length, device=device).view(2, length) % min(text.vocab_size, 97)
+        limit: int = min(text.vocab_size, 97)
+        return torch.arange(2 * length, device=device).view(2, length) % limit
+
+    def images() -> Tensor:
+        vision = getattr(config, "vision_config", config)
+        size = getattr(vision, "image_size", None) or 64
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        shape = (2, getattr(vision, "num_channels", 3), height, width)
+        return torch.linspace(-1, 1, math.prod(shape), device=device, dtype=model.dtype).view(shape)
 
     batch: dict[str, Tensor] = {}
     name = model.main_input_name
     if name == "input_ids":
         batch[name] = tokens(9)
+        if hasattr(config, "vision_config") and not any(key.startswith("image_token") for key in vars(config)):
+            batch["pixel_values"] = images()  # two towers, as in CLIP; no image tokens among the words
     elif name == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", None) or 64
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        batch[name] = torch.linspace(-1, 1, 6 * height * width, device=device).view(2, 3, height, width)
-        batch[name] = batch[name][:, : getattr(vision, "num_channels", 3)].to(model.dtype).contiguous()
+        batch[name] = images()
     elif name == "input_features" and hasattr(config, "max_source_positions"):
         length = 2 * config.max_source_positions
         batch[name] = torch.linspace(-1, 1, 2 * config.num_mel_bins * length, device=device, dtype=model.dtype)
@@ -153,7 +175,7 @@ def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[list[_Event
     AttentionInterface.register(_DRY_RUN, spy)
     AttentionMaskInterface.register(_DRY_RUN, eager_mask)
     configs = attention_configs(model)
-    was, training = [c._attn_implementation for c in configs], model.training
+    was, modes = [c._attn_implementation for c in configs], {m: m.training for m in names}
     hooks = []
     for module, name in names.items():
         is_norm = "norm" in type(module).__name__.lower() and not list(module.children())
@@ -166,14 +188,17 @@ def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[list[_Event
             config._attn_implementation_internal = _DRY_RUN
         model(**batch)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
-            f"the dry run of {type(model).__name__} on {_describe(batch)} failed: {str(error).splitlines()[0]}; "
+            f"the dry run of {type(model).__name__} on {_describe(batch)} failed: {reason}; "
             "give one batch of inputs that the model accepts"
         ) from error
     finally:
+        AttentionInterface.register(_DRY_RUN, attention_forward)  # lets go of the spy, and so of the model
         for hook in hooks:
             hook.remove()
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
         for config, implementation in zip(configs, was, strict=True):
             config._attn_implementation_internal = implementation
     return events, first_io
@@ -182,17 +207,19 @@ def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[list[_Event
 def _check_equal(
     module: nn.Module, name: str, ours: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: Any
 ) -> None:
-    source = sys.modules[type(module).__module__]
-    eager = next((f for n, f in vars(source).items() if n.endswith("eager_attention_forward")), None)
+    sources = [vars(sys.modules[cls.__module__]) for cls in type(module).__mro__]
+    eager = next((f for names in sources for n, f in names.items() if n.endswith("eager_attention_forward")), None)
     if eager is None:
-        raise ModelError(f"{name}: {source.__name__} has no eager attention to compare with; this family is not supported")
+        raise ModelError(
+            f"{name}: {type(module).__module__} has no eager attention to compare with; this family is not supported"
+        )
     theirs = eager(module, query, key, value, mask, **kwargs)[0]
     tolerance = 1e-5 if query.dtype == torch.float32 else 2e-2
     error = (ours - theirs).abs().max().item() / max(theirs.abs().max().item(), 1e-12)
     if not error <= tolerance:
         raise ModelError(
-            f"{name}: attention of {type(module).__name__} differs from Bittern's by {error:.1e} (relative); it computes "
-            "something that Bittern does not know, so this family is not supported"
+            f"{name}: attention of {type(module).__name__} differs from Bittern's by {error:.1e} (relative); it "
+            "computes something that Bittern does not know, so this family is not supported"
         )
 
 
@@ -251,7 +278,8 @@ class _Reader:
                 break
             span.append(event)
         offset = start + 1
-        attentions, previous = [], 0
+        attentions: list[Attention] = []
+        previous = 0
         for i, attention in calls:
             at = i - offset
             before = [e.name for e in span[previous:at] if e.kind == "layer"]
@@ -259,8 +287,10 @@ class _Reader:
             norm = self._norm_after(span[at:], output)
             reads = norm is not None and self._reads_residual(norm, output, name)
             outputs = {a.output for a in attentions}
-            inputs = tuple(n for n in before if n not in outputs)
-            attentions.append(Attention(attention, self.events[i].cross, inputs, output, norm, reads))
+            inputs = tuple(n for n in before if n not in outputs and not isinstance(self.modules[n], nn.Embedding))
+            # Source and target may have the same length; there the second attention of a block is the cross one.
+            cross = self.events[i].cross or (bool(attentions) and self.model.config.is_encoder_decoder)
+            attentions.append(Attention(attention, cross, inputs, output, norm, reads))
             previous = at
         ffn = [e.name for e in span[last - offset :] if e.kind == "layer"][1:]
         norms = tuple(dict.fromkeys(e.name for e in span if e.kind == "norm"))
@@ -302,7 +332,7 @@ class _Reader:
             elif ran.get(name, len(self.events)) < in_blocks[0]:
                 ordered[name] = "stem"
             elif name in ran and ran[name] > in_blocks[-1]:
-                is_pooler = _inside(name, base) or base == "" and module is not output_embeddings
+                is_pooler = _inside(name, base) or (base == "" and module is not output_embeddings)
                 ordered[name] = "pooler" if is_pooler else "head"
             else:
                 ordered[name] = "other"

@@ -48,7 +48,7 @@ class Taps(dict[Point, list[Tensor]]):
 
 
 class _Replace(torch.autograd.Function):
-    """The given value forward, a zero gradient to what it replaces: bypassed weights stay in the graph (DDP needs it)."""
+    """The given value forward, zero gradient to what it replaces: bypassed weights stay in the graph (DDP needs it)."""
 
     @staticmethod
     def forward(ctx, own, given):  # type: ignore[no-untyped-def]
@@ -70,7 +70,12 @@ class Site(nn.Module):
             self.add_module(f"quantize_{point}", FakeQuant(fmt, f"{name}.{point}"))
         self.taps: Taps | None = None
         self.replacements: dict[str, Tensor] = {}
-        self.hooks: list[Any] = []
+        self.hooks: dict[Point, Any] = {}
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """What there is to record and replace here: blocks differ in their norms, and FFN and output have one site."""
+        return tuple(p for p in POINTS if p in ("query", "key", "value", "score", "map", "context") or p in self.hooks)
 
     def tap(self, point: Point, x: Tensor) -> Tensor:
         """Record x if asked to, and give back what stands for it."""
@@ -80,7 +85,8 @@ class Site(nn.Module):
         if point in self.replacements:
             given = self.replacements[point]
             if given.shape[1:] != x.shape[1:] or given.shape[0] not in (1, x.shape[0]):
-                raise ModelError(f"{self.name}.{point} has shape {tuple(x.shape)}, its replacement {tuple(given.shape)}")
+                shapes = f"has shape {tuple(x.shape)}, its replacement {tuple(given.shape)}"
+                raise ModelError(f"{self.name}.{point} {shapes}")
             x = _Replace.apply(x, given)  # type: ignore[no-untyped-call]
         return x
 
@@ -183,24 +189,24 @@ def attach(model: PreTrainedModel, anatomy: Anatomy, formats: Mapping[str, Mappi
             site = Site(part.name, (formats or {}).get(part.name, {}))
             modules[part.name].add_module(NAME, site)
         if not site.hooks:
-            site.hooks = list(_hook(site, part, modules, anatomy, hooked))
+            site.hooks = dict(_hook(site, part, modules, anatomy, hooked))
     use_attention(model)
 
 
 def _hook(
     site: Site, part: Attention, modules: Mapping[str, nn.Module], anatomy: Anatomy, hooked: set[str]
-) -> Iterator[Any]:
+) -> Iterator[tuple[Point, Any]]:
     if part.output:
-        yield modules[part.output].register_forward_hook(site.on_output)
+        yield "output", modules[part.output].register_forward_hook(site.on_output)
     if part.norm and part.norm_reads_residual:
-        yield modules[part.norm].register_forward_pre_hook(site.on_norm_input)
-        yield modules[part.norm].register_forward_hook(site.on_norm)
+        yield "residual", modules[part.norm].register_forward_pre_hook(site.on_norm_input)
+        yield "norm", modules[part.norm].register_forward_hook(site.on_norm)
     block = anatomy.block_of(part)
-    if block is not None and block.name not in hooked:
+    if block.name not in hooked:
         hooked.add(block.name)
         if block.ffn_out:
-            yield modules[block.ffn_out].register_forward_hook(site.on_ffn)
-        yield modules[block.name].register_forward_hook(site.on_hidden)
+            yield "ffn", modules[block.ffn_out].register_forward_hook(site.on_ffn)
+        yield "hidden", modules[block.name].register_forward_hook(site.on_hidden)
 
 
 def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -221,7 +227,7 @@ def detach(model: PreTrainedModel) -> None:
     for module in list(model.modules()):
         site = module._modules.get(NAME)
         if isinstance(site, Site):
-            for hook in site.hooks:
+            for hook in site.hooks.values():
                 hook.remove()
             del module._modules[NAME]
     was = model.__dict__.pop("_bittern_attention_was", None)
@@ -261,8 +267,11 @@ def replace(model: nn.Module, given: Mapping[tuple[str, Point], Tensor]) -> None
     Replacements stay until the next call, since activation checkpointing runs the forward again in the backward.
     """
     by_name = {site.name: site for site in sites(model)}
-    if unknown := [n for n, p in given if n not in by_name or p not in POINTS]:
-        raise ModelError(f"cannot replace {unknown[0]!r}; attention modules are {', '.join(list(by_name)[:3])}, …")
+    for name, point in given:
+        if name not in by_name:
+            raise ModelError(f"cannot replace at {name!r}; attention modules are {', '.join(list(by_name)[:3])}, …")
+        if point not in by_name[name].points:
+            raise ModelError(f"cannot replace {point!r} at {name}; its points are {', '.join(by_name[name].points)}")
     for site in by_name.values():
         site.replacements = {}
     for (name, point), value in given.items():

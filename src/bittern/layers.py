@@ -33,24 +33,26 @@ class QuantLayer(nn.Module):
 
     weight_quantizer: FakeQuant | None
     input_quantizer: FakeQuant | None
+    _kept: tuple[tuple[Any, ...], Tensor] | None = None
 
     def quantized_weight(self) -> Tensor:
         """The weight's values after quantization, as (rows, columns).
 
         Without gradients the result is kept until weight or scale change: a second copy of the weight in memory.
+        A change in place of `weight.data`, which PyTorch does not count, goes unseen.
         """
         weight: Tensor = self.weight  # type: ignore[assignment]
-        if self.weight_quantizer is None:
+        quantizer = self.weight_quantizer
+        if quantizer is None:
             return weight_matrix(self)
-        if torch.is_grad_enabled():
-            return self.weight_quantizer(weight_matrix(self).contiguous())  # type: ignore[no-any-return]
-        scale = self.weight_quantizer.scale
-        state = (weight.data_ptr(), weight._version, weight.dtype, None if scale is None else (scale.data_ptr(), scale._version))
-        kept = getattr(self, "_kept", None)
-        if kept is None or kept[0] != state:
-            kept = self._kept = (state, self.weight_quantizer(weight_matrix(self).contiguous()))
-        value: Tensor = kept[1]
-        return value
+        if torch.is_grad_enabled() or weight.grad is not None:  # fused optimizers change weights uncounted
+            self._kept = None
+            return quantizer(weight_matrix(self).contiguous())  # type: ignore[no-any-return]
+        values = [(t.data_ptr(), t._version, t.dtype) for t in (weight, quantizer.scale) if t is not None]
+        state = (quantizer.format, *values)
+        if self._kept is None or self._kept[0] != state:
+            self._kept = (state, quantizer(weight_matrix(self).contiguous()))
+        return self._kept[1]
 
     def quantized_input(self, x: Tensor) -> Tensor:
         return x if self.input_quantizer is None else self.input_quantizer(x)
@@ -61,8 +63,10 @@ class QuantLinear(QuantLayer, nn.Linear):
         return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
-class QuantConv1D(QuantLayer, Conv1D):
+class QuantConv1D(QuantLayer, Conv1D):  # type: ignore[misc]
     """GPT-2's linear layer, whose weight is stored (in, out)."""
+
+    bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
@@ -71,12 +75,29 @@ class QuantConv1D(QuantLayer, Conv1D):
 class QuantConv2d(QuantLayer, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         weight = self.quantized_weight().view(self.weight.shape)
-        return self._conv_forward(self.quantized_input(input), weight, self.bias)
+        return self._conv_forward(self.quantized_input(input), weight, self.bias)  # type: ignore[no-any-return]
 
 
 class QuantEmbedding(QuantLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         return F.embedding(input, self.quantized_weight(), self.padding_idx)
+
+
+class ScaledEmbedding(nn.Module):
+    """What the `*ScaledWordEmbedding` of BART, Gemma and others adds to an embedding: all rows times one number."""
+
+    embed_scale: float | Tensor
+    scalar_embed_scale: float  # what the tensor holds; as a non-persistent buffer it does not survive loading
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows: Tensor = super().forward(input)
+        if isinstance(self.embed_scale, Tensor):
+            return rows * rows.new_tensor(self.scalar_embed_scale)
+        return rows * self.embed_scale
+
+
+class QuantScaledEmbedding(ScaledEmbedding, QuantEmbedding):
+    pass
 
 
 SIMULATED: dict[type[nn.Module], type[QuantLayer]] = {
@@ -86,6 +107,13 @@ SIMULATED: dict[type[nn.Module], type[QuantLayer]] = {
     Conv1D: QuantConv1D,
 }
 WEIGHTED = tuple(SIMULATED)
+
+
+def simulated_type(layer: nn.Module) -> type[QuantLayer] | None:
+    """The class that simulates a float layer; None if its forward may differ from all that are known."""
+    if type(layer).__name__.endswith("ScaledWordEmbedding") and len(list(layer.parameters())) == 1:
+        return QuantScaledEmbedding
+    return SIMULATED.get(type(layer))
 
 
 @dataclass(frozen=True)
@@ -135,9 +163,7 @@ class Simulation:
         )
 
 
-def simulate(
-    model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, Any] | None = None
-) -> Simulation:
+def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, Any] | None = None) -> Simulation:
     """Quantize a loaded model in simulation, in place.
 
     recipe: a name (`w8a8`), a path to YAML, or a Recipe. batch: inputs of one dry run, made up if not given.
@@ -152,8 +178,7 @@ def simulate(
     (9, [])
     """
     recipe = load_recipe(recipe)
-    check_model(model)
-    if is_simulated(model):
+    if isinstance(model, nn.Module) and is_simulated(model):
         raise ModelError("the model is simulated already; call restore(model) first")
     anatomy = read_anatomy(model, batch)
     roles: dict[str, Role] = anatomy.roles | {a.name: "attention" for a in anatomy.attentions}
@@ -172,13 +197,16 @@ def simulate(
             plan.append((name, weight, fmt_input))
     sites = {a.name: _attention_formats(rules[a.name]) for a in anatomy.attentions}
     for name, weight, fmt_input in plan:
-        _swap(modules[name], name, weight, fmt_input)
+        swap(modules[name], name, weight, fmt_input)
+        quantizer = modules[name].weight_quantizer
+        if isinstance(quantizer, FakeQuant) and quantizer.format.range == "static":
+            quantizer.set_scale(*find_scale(weight_matrix(modules[name]), quantizer.format, quantizer.name))
     if any(sites.values()):
         attention.attach(model, anatomy, sites)
     quantized = {name: (weight, fmt_input) for name, weight, fmt_input in plan}
     reports = []
     for name, role in roles.items():
-        size = modules[name].weight.numel() if role != "attention" else 0  # type: ignore[union-attr, operator]
+        size = modules[name].weight.numel() if role != "attention" else 0
         weight, fmt_input = quantized.get(name, (None, None))
         reports.append(
             LayerReport(
@@ -197,10 +225,9 @@ def simulate(
 
 def restore(model: PreTrainedModel) -> None:
     """Undo `simulate`: the float model again, with its own attention; weights keep their present float values."""
-    plain = {quant: float_type for float_type, quant in SIMULATED.items()}
     for layer in model.modules():
         if isinstance(layer, QuantLayer):
-            layer.__class__ = plain[type(layer)]
+            layer.__class__ = layer.__dict__.pop("_float_type")
             for extra in ("weight_quantizer", "input_quantizer"):
                 delattr(layer, extra)
             layer.__dict__.pop("_kept", None)
@@ -217,17 +244,6 @@ def fake_quants(model: nn.Module) -> Iterator[tuple[str, FakeQuant]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, FakeQuant))
 
 
-def check_model(model: object) -> None:
-    """A Transformer of Hugging Face with finite weights, or a ModelError."""
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(
-            f"expected a Hugging Face Transformer (transformers.PreTrainedModel), got {type(model).__name__}"
-        )
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ModelError(f"weight {name} holds NaN or infinite values; the checkpoint is damaged or training diverged")
-
-
 def _attention_formats(rule: Rule | None) -> dict[str, Format]:
     points = ("query", "key", "value", "map")
     return {} if rule is None else {p: fmt for p in points if (fmt := getattr(rule, p)) is not None}
@@ -235,7 +251,9 @@ def _attention_formats(rule: Rule | None) -> dict[str, Format]:
 
 def _tied_layers(model: nn.Module, roles: Mapping[str, Role]) -> dict[str, str]:
     """Layers that share another's weight → the layer that decides its format: the embedding, else the first."""
-    modules, owners, tied = dict(model.named_modules()), {}, {}
+    modules = dict(model.named_modules())
+    owners: dict[int, str] = {}
+    tied: dict[str, str] = {}
     for name in sorted(roles, key=lambda n: roles[n] != "embedding"):
         if roles[name] != "attention":
             owner = owners.setdefault(id(modules[name].weight), name)
@@ -245,11 +263,11 @@ def _tied_layers(model: nn.Module, roles: Mapping[str, Role]) -> dict[str, str]:
 
 
 def _check_layer(name: str, layer: nn.Module, weight: Format | None, fmt_input: Format | None) -> None:
-    if type(layer) not in SIMULATED:
+    if simulated_type(layer) is None:
         base = next(t.__name__ for t in WEIGHTED if isinstance(layer, t))
         raise ModelError(
-            f"{name} is a {type(layer).__name__}, a subclass of {base} that Bittern does not know and whose forward may "
-            f"differ; keep it float with a first rule `modules: {name!r}`"
+            f"{name} is a {type(layer).__name__}, a subclass of {base} that Bittern does not know and whose forward "
+            f"may differ; keep it float with a first rule `modules: {name!r}`"
         )
     if isinstance(layer, nn.Embedding) and fmt_input is not None:
         raise ModelError(f"{name} is an embedding: its input are token ids, which have no format; give `weight` only")
@@ -257,13 +275,15 @@ def _check_layer(name: str, layer: nn.Module, weight: Format | None, fmt_input: 
         raise ModelError(f"{name} is an embedding with max_norm, which changes its weight on use; keep it float")
     columns = weight_matrix(layer).shape[1]
     if weight is not None and weight.group_size is not None and columns % weight.group_size:
-        raise ModelError(f"{name}: group_size {weight.group_size} does not divide its {columns} inputs per row; use granularity: row")
+        raise ModelError(
+            f"{name}: group_size {weight.group_size} does not divide its {columns} inputs per row; "
+            "use a divisor or granularity: row"
+        )
 
 
-def _swap(layer: nn.Module, name: str, weight: Format | None, fmt_input: Format | None) -> None:
+def swap(layer: nn.Module, name: str, weight: Format | None, fmt_input: Format | None) -> None:
     """Make a float layer a simulated one: same parameter objects, same names, hooks and ties."""
-    layer.__class__ = SIMULATED[type(layer)]
+    layer._float_type = type(layer)  # type: ignore[assignment]
+    layer.__class__ = simulated_type(layer)  # type: ignore[assignment]
     layer.weight_quantizer = None if weight is None else FakeQuant(weight, f"{name}.weight")  # type: ignore[assignment]
     layer.input_quantizer = None if fmt_input is None else FakeQuant(fmt_input, f"{name}.input")  # type: ignore[assignment]
-    if weight is not None and weight.range == "static":
-        layer.weight_quantizer.set_scale(*find_scale(weight_matrix(layer), weight, f"{name}.weight"))  # type: ignore[union-attr]

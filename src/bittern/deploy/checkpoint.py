@@ -1,0 +1,379 @@
+"""Packed and simulated checkpoints through transformers' own `save_pretrained` and `AutoModel*.from_pretrained`.
+
+A checkpoint is plain safetensors and config.json. `quantization_config` holds the format version and the table of
+formats; each quantized module has an int32 `format_index` into that table. The safetensors metadata holds checksums
+of all tensors and of the configuration, verified on every load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bittern import attention
+from bittern.deploy.packed import PackedLayer, make_packed, pack_layers
+from bittern.errors import CheckpointError, ModelError
+from bittern.layers import QuantLayer, fake_quants, is_simulated, swap
+from bittern.recipe import Format, Rule
+
+METHOD = "bittern"
+FORMAT_VERSION = 1
+INDEX = "format_index"
+_NOT_CHECKED = ("architectures", "dtype", "transformers_version")  # written by transformers after our checksum
+
+
+@register_quantization_config(METHOD)
+class BitternConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of config.json. state: `packed` or `simulated`; formats: the table that indices point into."""
+
+    def __init__(
+        self,
+        state: str = "packed",
+        formats: list[dict[str, Any]] | None = None,
+        recipe: str = "",
+        format_version: int = FORMAT_VERSION,
+        bittern_version: str = "",
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ):
+        self.quant_method = quant_method
+        self.format_version, self.bittern_version = format_version, bittern_version or version("bittern")
+        self.state, self.recipe, self.formats = state, recipe, formats or []
+        _check_version(format_version, self.bittern_version)
+        if unknown or state not in ("packed", "simulated"):
+            given = f"unknown entries {sorted(unknown)}" if unknown else f"state {state!r}"
+            raise CheckpointError(f"config.json: quantization_config has {given}; the file is damaged or foreign")
+
+    def rules(self) -> list[Rule]:
+        """The table of formats, parsed; an entry has the fields of a recipe's rule."""
+        try:
+            return [Rule.model_validate(entry) for entry in self.formats]
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            raise CheckpointError(
+                f"config.json: quantization_config.formats is damaged or foreign: {message}"
+            ) from None
+
+
+def _check_version(given: Any, written_by: Any) -> None:
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise CheckpointError(f"config.json: format_version {given!r} is no version; the file is damaged or foreign")
+    if given > FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has format version {given} (written by Bittern {written_by}); this Bittern reads up to "
+            f"{FORMAT_VERSION}: pip install -U bittern"
+        )
+
+
+def pack(model: PreTrainedModel) -> PreTrainedModel:
+    """Pack a simulated model in place: from now on it holds integer codes, and `save_pretrained` writes them.
+
+    Its outputs stay those of the simulated model, bit for bit in float32. Raises ModelError if it is not simulated or
+    a static scale is missing.
+    """
+    if not is_simulated(model):
+        raise ModelError("the model is not simulated; call simulate(model, recipe) before pack(model)")
+    pack_layers(model)
+    return _mark(model, "packed")
+
+
+def _mark(model: PreTrainedModel, state: str) -> PreTrainedModel:
+    """Let transformers know the model as ours, so that saving goes through BitternQuantizer."""
+    recipe = getattr(model, "_bittern_recipe", None)
+    config = BitternConfig(state=state, recipe=recipe.name if recipe else "")
+    model.config.quantization_config = config
+    model.hf_quantizer = BitternQuantizer(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, METHOD
+    return model
+
+
+def mark_simulated(model: PreTrainedModel) -> PreTrainedModel:
+    """Let `save_pretrained` of a simulated model keep its formats and scales beside the float weights."""
+    return _mark(model, "simulated")
+
+
+def is_packed(model: nn.Module) -> bool:
+    return any(isinstance(m, PackedLayer) for m in model.modules())
+
+
+def module_formats(model: nn.Module) -> Iterator[tuple[str, Rule]]:
+    """Every quantized module and its formats."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayer | PackedLayer):
+            if isinstance(module, PackedLayer):
+                weight: Format | None = module.weight_format
+            else:
+                weight = module.weight_quantizer.format if module.weight_quantizer else None
+            fmt_input = module.input_quantizer.format if module.input_quantizer else None
+            yield name, Rule(weight=weight, input=fmt_input)
+        elif isinstance(module, attention.Site) and module.formats:
+            yield name, Rule(**module.formats)
+
+
+@register_quantizer(METHOD)
+class BitternQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Rebuilds quantized modules from what the checkpoint itself holds; no module names in config.json."""
+
+    requires_calibration = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return bool(self.quantization_config.state == "simulated")
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.is_trainable
+
+    # ---- saving
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        state = dict(model.state_dict())
+        table: dict[Rule, int] = {}
+        for name, formats in module_formats(model):
+            state[f"{name}.{INDEX}"] = torch.tensor([table.setdefault(formats, len(table))], dtype=torch.int32)
+        self.quantization_config.formats = [f.model_dump(mode="json", exclude_defaults=True) for f in table]
+        model.config.quantization_config = self.quantization_config
+        written = remove_tied_weights_from_state_dict(dict(state), model)
+        tensors = revert_weight_conversion(model, written)
+        checks = {
+            "format_version": FORMAT_VERSION,
+            "tensors": _digest((name, tensors[name]) for name in sorted(tensors)),
+            "config": _config_digest(json.loads(model.config.to_json_string())),
+        }
+        return state, {METHOD: json.dumps(checks)}
+
+    # ---- loading
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        if any(rule.for_attention for rule in self.quantization_config.rules()):
+            config._attn_implementation = attention.NAME
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        if not checkpoint_files:
+            raise CheckpointError("a Bittern checkpoint loads from safetensors files; got none")
+        verify([Path(f) for f in checkpoint_files])
+        _rebuild(model, self.quantization_config, _stored(model, checkpoint_files))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.device.type == "meta":
+                raise CheckpointError(f"the checkpoint holds no {name}; it is damaged or belongs to another model")
+        for _name, quantizer in fake_quants(model):
+            if quantizer.scale is not None:
+                quantizer.set_scale(quantizer.scale, quantizer.offset)
+        return model
+
+
+def _stored(model: PreTrainedModel, files: list[str]) -> dict[str, dict[str, Tensor]]:
+    """Quantized modules of this model that the checkpoint holds → their tensors by short name, as empty copies,
+    with `format_index` read. Keys are mapped to module names by transformers' own renaming."""
+    conversions = get_model_conversion_mapping(model, None, None)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    meta, modules = model.state_dict(), dict(model.named_modules())
+    prefix = f"{model.base_model_prefix}."
+
+    def module_name(key: str) -> str | None:
+        """In-model name of the module that owns a `format_index`; None if this class of model has no such module."""
+        site = key.endswith(f".{attention.NAME}.{INDEX}")
+        stem = key.removesuffix(f".{INDEX}").removesuffix(f".{attention.NAME}" if site else "")
+        probe = f"{stem}.{attention.NAME}.{INDEX}" if site else f"{stem}.weight"
+        renamed = rename_source_key(probe, renamings, converters, model.base_model_prefix, meta)[0]
+        name = renamed.removesuffix(".weight").removesuffix(f".{attention.NAME}.{INDEX}")
+        options = (name, name.removeprefix(prefix), prefix + name)
+        found = next((n for n in options if n in modules), None)
+        return found and (f"{found}.{attention.NAME}" if site else found)
+
+    indices: dict[str, tuple[str, Tensor]] = {}
+    shapes: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, "pt") as handle:
+            keys = handle.keys()
+            for key in keys:
+                if key.endswith(f".{INDEX}"):
+                    if name := module_name(key):
+                        indices[key.removesuffix(INDEX)] = (name, handle.get_tensor(key))
+                else:
+                    part = handle.get_slice(key)
+                    shapes[key] = torch.empty(
+                        part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.float32), device="meta"
+                    )
+    if not indices:
+        raise CheckpointError(
+            f"the checkpoint holds no quantized module of {type(model).__name__}; it belongs to another model"
+        )
+    stored: dict[str, dict[str, Tensor]] = {name: {INDEX: index} for name, index in indices.values()}
+    for key, empty in shapes.items():
+        for owner in _parents(key):
+            if owner in indices:
+                stored[indices[owner][0]][key.removeprefix(owner)] = empty
+                break
+    return stored
+
+
+_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _parents(key: str) -> Iterator[str]:
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key + "."
+
+
+def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Give a model on the meta device the modules and empty buffers that the checkpoint will fill."""
+    rules, modules = config.rules(), dict(model.named_modules())
+    formats: dict[str, Rule] = {}
+    for name, tensors in stored.items():
+        index = int(tensors[INDEX])
+        if not 0 <= index < len(rules):
+            raise CheckpointError(f"{name}: format_index {index} is outside the table of {len(rules)} formats")
+        formats[name] = rules[index]
+    for name, rule in formats.items():
+        if rule.for_attention:
+            parent = name.removesuffix(f".{attention.NAME}")
+            points = {p: f for p in ("query", "key", "value", "map") if (f := getattr(rule, p))}
+            modules[parent].add_module(attention.NAME, attention.Site(parent, points))
+        else:
+            swap(modules[name], name, rule.weight, rule.input)
+    ties = _ties(model)
+    if config.state == "packed":  # owners before the layers that are tied to them
+        order = sorted(
+            (n for n, r in formats.items() if r.weight is not None), key=lambda n: "weight_codes" not in stored[n]
+        )
+        for name in order:
+            layer: QuantLayer = modules[name]  # type: ignore[assignment]
+            if "weight_codes" in stored[name]:
+                make_packed(layer, stored[name])
+                continue
+            owner = next((modules[n] for n in ties.get(name, ()) if "weight_codes" in stored.get(n, {})), None)
+            if not isinstance(owner, PackedLayer):
+                raise CheckpointError(f"{name}: the checkpoint holds no codes for it and none it is tied to")
+            make_packed(layer, {}, owner)
+    for name in formats:
+        for part, quantizer in fake_quants(model.get_submodule(name)):
+            for kind in ("scale", "offset"):
+                if (empty := stored[name].get(f"{part}.{kind}")) is not None:
+                    _make_empty(quantizer, kind, empty)
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"\.{INDEX}$"}
+
+
+def _make_empty(quantizer: nn.Module, kind: str, empty: Tensor) -> None:
+    if kind == "scale" and quantizer.format.learned:  # type: ignore[union-attr]
+        del quantizer.scale
+        quantizer.register_parameter("scale", nn.Parameter(empty))
+    else:
+        setattr(quantizer, kind, empty)
+
+
+def _ties(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Module → the others that share its weight."""
+    groups: dict[str, set[str]] = {}
+    for follower, owner in model.all_tied_weights_keys.items():
+        names = {follower.removesuffix(".weight"), owner.removesuffix(".weight")}
+        merged = names.union(*(groups.get(n, set()) for n in names))
+        groups |= dict.fromkeys(merged, merged)
+    return {name: sorted(group - {name}) for name, group in groups.items()}
+
+
+# ---- checksums
+
+
+def _digest(tensors: Iterator[tuple[str, Tensor]]) -> str:
+    """SHA-256 over name, type, shape and bytes of tensors, which come sorted by name."""
+    sha = hashlib.sha256()
+    for name, tensor in tensors:
+        sha.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    kept = {k: v for k, v in config.items() if k not in _NOT_CHECKED}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def verify(files: list[Path]) -> None:
+    """Check the checksums of a checkpoint's safetensors files and of config.json beside them.
+
+    Raises CheckpointError naming what is truncated, damaged, foreign or newer.
+    """
+    checks: dict[str, Any] = {}
+    where: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as handle:
+                checks = _read_checks((handle.metadata() or {}).get(METHOD), file)
+                where |= dict.fromkeys(handle.keys(), file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file.name} is truncated or damaged: {error}") from None
+    if _digest(_read_sorted(where)) != checks["tensors"]:
+        raise CheckpointError(
+            f"{files[0].parent}: tensors do not match their checksum; the file is damaged or incomplete"
+        )
+    config = read_json(files[0].parent / "config.json")
+    if _config_digest(config) != checks["config"]:
+        raise CheckpointError(
+            f"{files[0].parent}/config.json was changed since the weights were packed; restore it, or load with the "
+            "original, change model.config and save again"
+        )
+
+
+def _read_checks(text: str | None, file: Path) -> dict[str, Any]:
+    if text is None:
+        raise CheckpointError(f"{file.name} has no Bittern checksums; it was not written by Bittern, or is damaged")
+    try:
+        checks = json.loads(text)
+        _check_version(checks["format_version"], "a newer version")
+        return {"tensors": str(checks["tensors"]), "config": str(checks["config"])}
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{file.name} has damaged checksums") from None
+
+
+def _read_sorted(where: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    for key in sorted(where):
+        with safe_open(where[key], "pt") as handle:
+            yield key, handle.get_tensor(key)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a CheckpointError that says what is wrong with it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}; expected a folder that save_pretrained wrote"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds {type(data).__name__}, expected a JSON object")
+    return data

@@ -1,0 +1,187 @@
+"""Packed layers: integer codes in bytes and their scales instead of a float weight.
+
+A packed layer holds `weight_codes` (uint8, rows × bytes), `weight_scale` and, if asymmetric, `weight_offset` (float32).
+Its `weight` is a placeholder of one number: model code that asks for `weight.dtype` gets the model's type, and loading
+the file without Bittern fails on the shape instead of giving random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bittern.errors import ModelError
+from bittern.layers import (
+    QuantConv1D,
+    QuantConv2d,
+    QuantEmbedding,
+    QuantLayer,
+    QuantLinear,
+    QuantScaledEmbedding,
+    ScaledEmbedding,
+    fake_quants,
+    weight_matrix,
+)
+from bittern.quantizers import FakeQuant, code_range, decode, encode, find_scale
+from bittern.recipe import Format
+
+
+def bytes_per_row(columns: int, fmt: Format) -> int:
+    """Bytes that a row of `columns` codes takes: 5 ternary codes a byte for base3, else `bits` bits a code."""
+    return -(-columns // 5) if fmt.storage == "base3" else -(-columns * fmt.bits // 8)
+
+
+def pack_codes(codes: Tensor, fmt: Format) -> Tensor:
+    """Integer codes (rows, columns) → uint8 (rows, bytes). Codes are counted from the lowest, first code in the low bits.
+
+    >>> pack_codes(torch.tensor([[-1, 0, 1, 1, 0]]), Format(kind="ternary"))
+    tensor([[164,   1]], dtype=torch.uint8)
+    """
+    low, high = code_range(fmt)
+    unsigned = (codes.to(torch.int64) - low) // (2 if fmt.kind == "binary" else 1)
+    if codes.numel() and not (0 <= int(unsigned.min()) and int(codes.max()) <= high):
+        raise ModelError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit {fmt}")
+    per_group, size = (5, 1) if fmt.storage == "base3" else (8, fmt.bits)
+    unsigned = F.pad(unsigned, (0, -codes.shape[1] % per_group)).unflatten(1, (-1, per_group))
+    if fmt.storage == "base3":
+        return (unsigned * 3 ** torch.arange(5)).sum(-1).to(torch.uint8)
+    words = (unsigned << (fmt.bits * torch.arange(8))).sum(-1, keepdim=True)  # 8 codes in `bits` bytes
+    packed = ((words >> (8 * torch.arange(size))) & 255).to(torch.uint8).flatten(1)
+    return packed[:, : bytes_per_row(codes.shape[1], fmt)].contiguous()
+
+
+def unpack_codes(packed: Tensor, columns: int, fmt: Format) -> Tensor:
+    """The inverse of `pack_codes`: uint8 (rows, bytes) → float32 codes (rows, columns), on the device of `packed`."""
+    low = code_range(fmt)[0]
+    if fmt.storage == "base3":
+        powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=packed.device)
+        digits = packed.unsqueeze(-1).div(powers, rounding_mode="floor").remainder_(3)
+    elif 8 % fmt.bits == 0:
+        shifts = torch.arange(0, 8, fmt.bits, dtype=torch.uint8, device=packed.device)
+        digits = (packed.unsqueeze(-1) >> shifts) & (2**fmt.bits - 1)
+    else:
+        whole = F.pad(packed, (0, -packed.shape[1] % fmt.bits)).unflatten(1, (-1, fmt.bits)).to(torch.int64)
+        words = (whole << (8 * torch.arange(fmt.bits, device=packed.device))).sum(-1, keepdim=True)
+        digits = (words >> (fmt.bits * torch.arange(8, device=packed.device))) & (2**fmt.bits - 1)
+    codes = digits.flatten(1)[:, :columns].to(torch.float32)
+    return codes.mul_(2).add_(low) if fmt.kind == "binary" else codes.add_(low)
+
+
+class PackedLayer(nn.Module):
+    """What packed layers share. `owner` is another packed layer if this one is tied to its weight."""
+
+    weight_format: Format
+    weight_shape: tuple[int, int]  # rows, columns
+    weight_codes: Tensor
+    weight_scale: Tensor
+    weight_offset: Tensor | None
+    input_quantizer: FakeQuant | None
+    owner: list[PackedLayer]  # a list, so that it is no submodule
+
+    def unpacked(self, rows: Tensor | None = None) -> Tensor:
+        """The weight's values (rows, columns), or those of the given rows, in the model's type."""
+        layer = self.owner[0] if self.owner else self
+        codes, scale, offset = layer.weight_codes, layer.weight_scale, layer.weight_offset
+        if rows is not None:
+            codes = codes[rows]
+            scale = scale[rows] if scale.dim() else scale
+            offset = offset[rows] if offset is not None and offset.dim() else offset
+        values = decode(
+            unpack_codes(codes, layer.weight_shape[1], layer.weight_format), layer.weight_format, scale, offset
+        )
+        return values.to(self.weight.dtype)  # type: ignore[arg-type, union-attr]
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+    def weight_bytes(self) -> int:
+        """Bytes of codes, scales and offsets; 0 for a tied layer."""
+        return (
+            0 if self.owner else sum(b.nbytes for n, b in self.named_buffers(recurse=False) if n.startswith("weight_"))
+        )
+
+
+class PackedLinear(PackedLayer, nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self.quantized_input(input), self.unpacked(), self.bias)
+
+
+class PackedConv1D(PackedLayer, Conv1D):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.quantized_input(x), self.unpacked(), self.bias)
+
+
+class PackedConv2d(PackedLayer, nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.unpacked().view(self.out_channels, -1, *self.kernel_size)
+        return self._conv_forward(self.quantized_input(input), weight, self.bias)
+
+
+class PackedEmbedding(PackedLayer, nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return self.unpacked(input.flatten()).view(*input.shape, -1)
+
+
+class PackedScaledEmbedding(ScaledEmbedding, PackedEmbedding):
+    pass
+
+
+PACKED: dict[type[QuantLayer], type[PackedLayer]] = {
+    QuantLinear: PackedLinear,
+    QuantConv1D: PackedConv1D,
+    QuantConv2d: PackedConv2d,
+    QuantEmbedding: PackedEmbedding,
+    QuantScaledEmbedding: PackedScaledEmbedding,
+}
+
+
+def make_packed(layer: QuantLayer, tensors: Mapping[str, Tensor], owner: PackedLayer | None = None) -> PackedLayer:
+    """Turn a simulated layer into a packed one, in place, with the given codes, scale and offset, or tied to `owner`."""
+    assert layer.weight_quantizer is not None
+    fmt, shape, dtype = layer.weight_quantizer.format, tuple(weight_matrix(layer).shape), layer.weight.dtype
+    device: torch.device = layer.weight.device  # type: ignore[assignment]
+    del layer.weight_quantizer, layer.weight
+    for state in ("_kept", "_float_type"):
+        layer.__dict__.pop(state, None)
+    layer.__class__ = PACKED[type(layer)]  # type: ignore[assignment]
+    packed: PackedLayer = layer  # type: ignore[assignment]
+    packed.weight_format, packed.weight_shape, packed.owner = fmt, shape, [] if owner is None else [owner]  # type: ignore[assignment]
+    packed.weight = owner.weight if owner else nn.Parameter(torch.zeros(1, dtype=dtype, device=device), False)  # type: ignore[assignment, arg-type]
+    for name in ("weight_codes", "weight_scale", "weight_offset"):
+        packed.register_buffer(name, tensors.get(name))
+    return packed.requires_grad_(False)
+
+
+@torch.no_grad()
+def pack_layers(model: PreTrainedModel) -> None:
+    """Pack every simulated layer that has a weight format, in place; activations stay simulated.
+
+    Raises ModelError if a static scale was never found, before it changes anything.
+    """
+    for name, quantizer in fake_quants(model):
+        if quantizer.format.range == "static" and quantizer.scale is None:
+            raise ModelError(f"{name} has a static format and no scale yet; calibrate the model with data first")
+    owners: dict[nn.Parameter, PackedLayer] = {}
+    for layer in list(model.modules()):
+        if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:
+            weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+            owner = owners.get(weight)
+            packed = make_packed(layer, {} if owner else _codes_and_scale(layer), owner)
+            owners.setdefault(weight, packed)
+
+
+def _codes_and_scale(layer: QuantLayer) -> dict[str, Tensor]:
+    quantizer, matrix = layer.weight_quantizer, weight_matrix(layer).contiguous()
+    assert quantizer is not None
+    fmt = quantizer.format
+    scale, offset = (quantizer.scale, quantizer.offset) if quantizer.scale is not None else find_scale(matrix, fmt)
+    tensors = {
+        "weight_codes": pack_codes(encode(matrix, fmt, scale, offset), fmt),
+        "weight_scale": scale.detach().clone(),
+    }
+    return tensors if offset is None else tensors | {"weight_offset": offset.detach().clone()}

@@ -1,0 +1,215 @@
+"""Folders that hold models: loading with clear errors, saving so that a crash leaves no half file, and their sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+
+from bittern.anatomy import check_model
+from bittern.deploy.checkpoint import (
+    METHOD,
+    BitternConfig,
+    is_packed,
+    mark_simulated,
+    module_formats,
+    read_json,
+    verify,
+)
+from bittern.deploy.packed import PackedLayer
+from bittern.errors import CheckpointError, InputError, ModelError
+from bittern.layers import is_simulated
+
+REPORT = "bittern.json"
+
+
+def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A float, simulated or packed model from a folder (or a float one from the hub) in float32 and eval mode.
+
+    The class is the one named in config.json. Raises InputError (path), ModelError (not a Transformer, NaN weights) or
+    CheckpointError (damaged, foreign or newer file), in one line.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        raise InputError(f"{path} is a file; expected the folder that holds its config.json")
+    if folder.is_dir():
+        if not any(folder.iterdir()):
+            raise InputError(f"{path} is empty; expected a folder with config.json and model.safetensors")
+        if "model_type" not in read_json(folder / "config.json"):
+            raise ModelError(f"{path}/config.json names no model_type; expected a Transformer of transformers")
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{path} holds no .safetensors file; Bittern loads nothing else")
+        if _is_ours(folder):
+            verify(files)
+    elif not _looks_like_hub_name(str(path)):
+        raise InputError(f"no such folder: {path}")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        name = (config.architectures or ["AutoModel"])[0]
+        cls = getattr(transformers, name, None) or transformers.AutoModel
+        model = cls.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (CheckpointError, InputError, ModelError):
+        raise
+    except Exception as error:  # transformers and safetensors raise whatever their parsers meet
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kind = CheckpointError if folder.is_dir() else InputError
+        raise kind(f"cannot load {path}: {first}") from error
+    check_model(model)
+    model.eval()
+    return model
+
+
+def _is_ours(folder: Path) -> bool:
+    return (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method") == METHOD
+
+
+def _looks_like_hub_name(path: str) -> bool:
+    parts = path.split("/")
+    return len(parts) == 2 and all(parts) and not path.startswith((".", "~"))
+
+
+def check_output(out: str | Path, force: bool) -> None:
+    """Refuse an output that exists (unless forced) or cannot be written, before long work starts."""
+    out = Path(out)
+    if out.is_file():
+        raise InputError(f"{out} is a file; give a folder to write to")
+    if out.exists() and any(out.iterdir()) and not force:
+        raise InputError(f"{out} exists; choose another output or overwrite it with --force")
+    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
+        raise InputError(f"{out} holds something other than a model; choose another output")
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"cannot write to {parent}; choose another output")
+
+
+@contextmanager
+def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """A new folder under a temporary name beside `out`, renamed to it when the block ends well, removed when it does not."""
+    out = Path(out).absolute()
+    check_output(out, force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise InputError(f"cannot write to {out.parent}: {error.strerror}") from error
+    try:
+        yield folder
+        for file in folder.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        folder.chmod(0o755)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+            out.rename(old / out.name)
+            folder.rename(out)
+            shutil.rmtree(old)
+        else:
+            folder.rename(out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save(
+    model: PreTrainedModel,
+    out: str | Path,
+    *,
+    processors_from: str | Path | None = None,
+    report: Mapping[str, Any] | None = None,
+    force: bool = False,
+    max_shard_size: str = "50GB",
+) -> None:
+    """Write a float, simulated or packed model to a folder, all of it or nothing.
+
+    processors_from: a model folder whose tokenizer and image processor are kept beside. report: saved as bittern.json.
+    Raises InputError if `out` exists (unless `force`) or cannot be written.
+    """
+    if is_simulated(model) and not is_packed(model):
+        mark_simulated(model)
+    with atomic_folder(out, force=force) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if processors_from is not None:
+            _copy_processors(processors_from, folder)
+        if report is not None:
+            (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _copy_processors(source: str | Path, folder: Path) -> None:
+    for auto in (AutoTokenizer, AutoImageProcessor):
+        try:
+            auto.from_pretrained(source).save_pretrained(folder)
+        except Exception:  # noqa: S112 (a text model has no image processor and says so in many ways)
+            continue
+
+
+@dataclass(frozen=True)
+class Size:
+    """file: bytes of all .safetensors; float32: bytes of the same model in float32; bits: per quantized weight, with
+    scales, 32 if nothing is quantized."""
+
+    file: int
+    float32: int
+    bits: float
+
+
+def measure(model: PreTrainedModel, folder: str | Path) -> Size:
+    """Sizes of a saved model. Packed layers count codes and scales; layers tied to them count once."""
+    packed = [m for m in model.modules() if isinstance(m, PackedLayer) and not m.owner]
+    weights = sum(rows * columns for rows, columns in (m.weight_shape for m in packed))
+    rest = {p for n, m in model.named_modules() for k, p in m.named_parameters(recurse=False)
+            if not (isinstance(m, PackedLayer) and k == "weight")}  # fmt: skip
+    file = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
+    bits = 8 * sum(m.weight_bytes() for m in packed) / weights if weights else 32.0
+    return Size(file, 4 * (weights + sum(p.numel() for p in rest)), bits)
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a folder holds: model class, sizes, each quantized module with its formats, and what stayed float."""
+    model = load(path)
+    modules = [
+        {"name": name, **{point: str(fmt) for point in ("weight", "input", "query", "key", "value", "map") if (fmt := getattr(formats, point))}}
+        for name, formats in module_formats(model)
+    ]  # fmt: skip
+    quantized = {m["name"] for m in modules}
+    kept = [
+        {"name": name, "type": type(m).__name__, "parameters": sum(p.numel() for p in m.parameters(recurse=False))}
+        for name, m in model.named_modules()
+        if name not in quantized and any(True for _ in m.parameters(recurse=False))
+    ]
+    config: BitternConfig | None = getattr(model.config, "quantization_config", None)
+    size = measure(model, path)
+    return {
+        "path": str(path),
+        "model": type(model).__name__,
+        "state": config.state if config else "float",
+        "recipe": config.recipe if config else "",
+        "format_version": config.format_version if config else None,
+        **asdict(size),
+        "tensors": _tensor_count(Path(path)),
+        "modules": modules,
+        "kept_float": kept,
+    }
+
+
+def _tensor_count(folder: Path) -> int:
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as handle:
+            count += len(handle.keys())
+    return count

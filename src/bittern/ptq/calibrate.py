@@ -1,0 +1,49 @@
+"""Static scales of activations from the extremes that calibration batches show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bittern.errors import InputError, ModelError
+from bittern.layers import fake_quants
+from bittern.quantizers import find_scale
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
+    """Run the model on `batches` with activations in float and set every missing static scale from their extremes.
+
+    Memory: two numbers per scale. Raises InputError without batches, ModelError if a quantizer never ran or saw NaN.
+    """
+    waiting = {name: q for name, q in fake_quants(model) if q.format.range == "static" and q.scale is None}
+    if not waiting:
+        return
+    training = model.training
+    model.eval()
+    for quantizer in waiting.values():
+        quantizer.observed = []
+    try:
+        count = 0
+        for batch in batches:
+            model(**batch)
+            count += 1
+            for quantizer in waiting.values():  # keep one pair: the extremes so far
+                if seen := quantizer.observed:
+                    lows, highs = zip(*seen, strict=True)
+                    quantizer.observed = [(torch.stack(lows).amin(0), torch.stack(highs).amax(0))]
+        if not count:
+            raise InputError("calibration got no batches; give at least one")
+        for name, quantizer in waiting.items():
+            if not quantizer.observed:
+                raise ModelError(f"{name} never ran during calibration; use batches that reach it, or keep it float")
+            low, high = quantizer.observed[0]
+            extremes = torch.cat([low, high], -1)  # the scale of two values is the scale of all between them
+            quantizer.set_scale(*find_scale(extremes, quantizer.format, quantizer.name))
+    finally:
+        for quantizer in waiting.values():
+            quantizer.observed = None
+        model.train(training)
