@@ -87,20 +87,24 @@ def test_simulate_and_restore(name: str) -> None:
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_report(name: str) -> None:
-    """The report lists each layer with a weight matrix and each attention module once, with its format or as float."""
+    """The report lists all that holds parameters and each attention module once, with its format or as float."""
     model, batch = SUPPORTED[name]()
-    sizes = {
-        n: m.weight.numel()
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear | nn.Conv2d | nn.Embedding | Conv1D)
-    }
+    weighted = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Embedding | Conv1D)}
+    others = {n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))} - weighted
+    biases = sum(
+        m.bias.numel() for n, m in model.named_modules() if n in weighted and getattr(m, "bias", None) is not None
+    )
+    total = sum(p.numel() for p in model.parameters())
     report = simulate(model, DYNAMIC, batch)
-    weighted = [layer for layer in report.layers if layer.role != "attention"]
-    assert {layer.name: layer.weights for layer in weighted} == sizes
-    assert len(weighted) == len(sizes)
-    assert [layer.name for layer in report.layers if layer.role == "attention"] == [
+    assert len({layer.name for layer in report.layers}) == len(report.layers)
+    assert {layer.name for layer in report.layers if layer.role not in ("", "attention")} == weighted
+    assert {layer.name for layer in report.layers if layer.role == ""} == others - {
         a.name for a in report.anatomy.attentions
-    ]
+    }
+    assert {layer.name for layer in report.layers if layer.role == "attention"} == {
+        a.name for a in report.anatomy.attentions
+    }
+    assert sum(layer.weights for layer in report.layers) + biases == total  # a shared weight counts once
     assert {*report.quantized} | {*report.kept_float} == {*report.layers}
     assert not {*report.quantized} & {*report.kept_float}
     modules = dict(model.named_modules())
@@ -122,12 +126,13 @@ def test_report_as_text_and_data() -> None:
     assert str(report).splitlines() == [
         "embedding            1 modules        3,168 weights  float",
         "position             2 modules        2,112 weights  float",
+        "LayerNorm            5 modules          320 weights  float",
+        "attention            2 modules            0 weights  float",
         "qkv                  6 modules        6,144 weights  float",
         "attention_output     2 modules        2,048 weights  float",
         "ffn                  4 modules        6,144 weights  uniform 8-bit per row",
         "pooler               1 modules        1,024 weights  float",
         "head                 1 modules           96 weights  float",
-        "attention            2 modules            0 weights  float",
     ]
     data = json.loads(json.dumps(report.to_dict()))
     assert data["recipe"] == "test"
@@ -481,3 +486,11 @@ def test_every_quantizer_has_a_name() -> None:
     assert "bert.encoder.layer.0.attention.self.bittern.quantize_map" in names
     assert len(names) == sum(isinstance(m, FakeQuant) for m in model.modules()) == 1 + 2 * 14 + 2 * 4
     assert sum(isinstance(m, Site) for m in model.modules()) == 2
+
+
+def test_layers_that_never_run_stay_float() -> None:
+    """A table that the model reads without calling it stays float, since its quantization would have no effect."""
+    model, batch = SUPPORTED["detr"]()
+    report = simulate(model, recipe(Rule(roles=("position", "ffn"), weight=ROW)), batch)
+    assert "model.query_position_embeddings" in report.anatomy.idle
+    assert "model.query_position_embeddings" in {layer.name for layer in report.kept_float}

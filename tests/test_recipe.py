@@ -79,7 +79,7 @@ def test_bits_left_out(kind: Any, bits: int) -> None:
     ("fmt", "text", "stored_bits"),
     [
         (TERNARY, "ternary per tensor", 2.0),
-        (Format(kind="ternary", storage="base3", granularity="row"), "ternary per row", 1.6),
+        (Format(kind="ternary", storage="base3", granularity="row"), "ternary per row, base 3", 1.6),
         (Format(kind="binary", range="static"), "binary per tensor, static", 1.0),
         (Format(bits=3, granularity="group", group_size=64), "uniform 3-bit per group of 64", 3.0),
         (A8, "uniform 8-bit asymmetric per tensor, static", 8.0),
@@ -125,6 +125,19 @@ def test_impossible_rule(field: str, fmt: Format, message: str) -> None:
     """A format where it cannot be is refused with what is wrong and what to use instead."""
     with pytest.raises(ValidationError, match=message):
         Rule(**{field: fmt})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"roles": ("qkv", "ffn"), "query": HEAD}, "formats of the role attention; add it to roles"),
+        ({"roles": ("attention",), "weight": W8}, "attention has no weight and input"),
+    ],
+)
+def test_rule_that_could_never_select(fields: dict[str, object], message: str) -> None:
+    """A rule whose formats do not belong to its roles is refused, since it would do nothing."""
+    with pytest.raises(ValidationError, match=message):
+        Rule(**fields)
 
 
 @pytest.mark.parametrize(
@@ -186,9 +199,9 @@ MODULES: dict[str, Role] = {"encoder.0.query": "qkv", "encoder.0.ffn": "ffn", "e
         (Rule(modules="encoder.0.qery", weight=W8), ("'encoder.0.qery' matches nothing", "encoder.0.query")),
         (Rule(modules="blocks.*", weight=W8), ("'blocks.*' matches nothing", "for example, encoder.0.")),
         (Rule(modules="zzz"), ("'zzz' matches nothing", "for example, encoder.0.query")),
-        (Rule(modules="*.ffn", roles=("qkv",), weight=W8), ("encoder.0.ffn has role ffn", "does not address")),
-        (Rule(modules="*.ffn", map=MAP), ("encoder.0.ffn has role ffn", "does not address")),
-        (Rule(modules="*.attention", weight=W8), ("encoder.0.attention has role attention", "does not address")),
+        (Rule(modules="*.ffn", roles=("qkv",), weight=W8), ("encoder.0.ffn has the role ffn", "does not address")),
+        (Rule(modules="*.ffn", map=MAP), ("encoder.0.ffn has the role ffn", "does not address")),
+        (Rule(modules="*.attention", weight=W8), ("encoder.0.attention has the role attention", "does not address")),
     ],
     ids=str,
 )
@@ -239,7 +252,7 @@ MATMULS = st.sampled_from([None, HEAD, MAP, Format(kind="twin", shift=2), Format
 RULES = st.builds(
     Rule,
     modules=st.text(max_size=8),
-    roles=st.sampled_from([(), ("qkv",), ("ffn", "head", "attention")]),
+    roles=st.sampled_from([(), ("ffn", "head", "attention")]),
     weight=st.none() | WEIGHTS,
     input=FORMATS,
     **dict.fromkeys(("query", "key", "value", "map"), MATMULS),
@@ -284,6 +297,7 @@ def test_any_data_gives_a_recipe_or_one_line(rules: Any, fmt: Any, extra: dict[A
     ("text", "parts"),
     [
         ("name: a\nrules:\n- weight: {bit: 4}", ("rules.0.weight", "unknown key 'bit'", "known: kind, bits, scheme")),
+        ("name: a\nrules:\n- weight: {bits: 4}\n  weight: {bits: 8}", ("not valid YAML", "key 'weight' stands twice")),
         ("name: a\nrules:\n- map: {bit: 4}", ("rules.0.map", "unknown key 'bit'", "known: kind, bits, scheme")),
         (
             "name: a\nrules:\n- {wieght: {bits: 4}}",

@@ -57,10 +57,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Blocks in order of execution, and the role of every layer that holds a weight matrix."""
+    """Blocks in order of execution, the role of every layer that holds a weight matrix, and those that never ran."""
 
     blocks: tuple[Block, ...]
     roles: dict[str, Role] = field(hash=False)
+    idle: frozenset[str] = frozenset()
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
@@ -187,7 +188,9 @@ def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[list[_Event
         for config in configs:
             config._attn_implementation_internal = _DRY_RUN
         model(**batch)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a model may fail on a batch in any way
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
             f"the dry run of {type(model).__name__} on {_describe(batch)} failed: {reason}; "
@@ -248,7 +251,8 @@ class _Reader:
         if not found:
             raise ModelError(f"{type(self.model).__name__} ran no attention in the dry run; expected a Transformer")
         blocks = tuple(self._block(name, calls) for name, calls in found.items())
-        return Anatomy(blocks, self._roles(blocks))
+        roles = self._roles(blocks)
+        return Anatomy(blocks, roles, frozenset(roles) - {e.name for e in self.events if e.kind == "layer"})
 
     def _layers_after(self, i: int) -> Iterator[str]:
         return (e.name for e in self.events[i + 1 :] if e.kind == "layer")

@@ -247,7 +247,8 @@ def sites(model: nn.Module) -> list[Site]:
 def recording(model: nn.Module, *points: Point) -> Iterator[Taps]:
     """Record the named points of every attention module in each forward inside the block.
 
-    The tensors keep their graph, so losses can be built on them. Raises ModelError for an unknown point.
+    The tensors keep their graph, so losses can be built on them; run the backward after the block, since activation
+    checkpointing runs the forward again and would record it twice. Raises ModelError for an unknown point.
     """
     if unknown := [p for p in points if p not in POINTS]:
         raise ModelError(f"cannot record {unknown[0]!r}; the points are {', '.join(POINTS)}")

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from bittern.data import Data, digits, has_classes, load_data
 from bittern.deploy.checkpoint import pack
@@ -53,9 +54,9 @@ def run_digits(out: Path, force: bool, track: Track = silent) -> Iterator[Row]:
     trained = "ternary, 10 epochs of training"
     recipes = {"w8a8": "w8a8", "w4a8": "w4a8", "ternary": "ternary-2-2-8", trained: "ternary-2-2-8"}
 
-    def train(name: str, model: torch.nn.Module) -> None:
+    def train(name: str, model: PreTrainedModel) -> None:
         if name == trained:
-            finetune(model, *digits("train"), epochs=10, track=track)  # type: ignore[arg-type]
+            finetune(model, *digits("train"), epochs=10, track=track)
 
     return _run(DIGITS, "digits", recipes, out / "digits-vit", force, track, train)
 
@@ -73,7 +74,7 @@ def _run(
     out: Path,
     force: bool,
     track: Track,
-    train: Callable[[str, torch.nn.Module], None],
+    train: Callable[[str, PreTrainedModel], None],
 ) -> Iterator[Row]:
     folders = {name: out / name.split(",")[0] if "epochs" not in name else out / "ternary-trained" for name in recipes}
     for folder in folders.values():
@@ -103,8 +104,8 @@ def _run(
             yield replace(row, accuracy=result.get("accuracy"), max_error=result["max_difference"])
 
 
-def _data(data: str, model: torch.nn.Module, source: Path) -> tuple[Data, Data]:
-    test, train = (load_data(data, model, source, split=s) for s in ("test", "train"))  # type: ignore[arg-type]
+def _data(data: str, model: PreTrainedModel, source: Path) -> tuple[Data, Data]:
+    test, train = (load_data(data, model, source, split=s) for s in ("test", "train"))
     assert test is not None
     assert train is not None
     return test, train.subset(128)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -118,11 +118,14 @@ def simulated_type(layer: nn.Module) -> type[QuantLayer] | None:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One module and what it got; formats are texts, empty where it stayed float."""
+    """One module with parameters, or one attention, and what it got; formats are texts, empty where it stayed float.
+
+    role: empty for modules without a weight matrix, such as norms. weights: a weight shared by layers counts once.
+    """
 
     name: str
     type: str
-    role: Role
+    role: Role | Literal[""]
     weights: int
     weight: str = ""
     input: str = ""
@@ -156,7 +159,7 @@ class Simulation:
         groups: dict[tuple[str, str], list[LayerReport]] = {}
         for layer in self.layers:
             what = layer.attention or " × ".join(filter(None, (layer.weight, layer.input and f"input {layer.input}")))
-            groups.setdefault((layer.role, what or "float"), []).append(layer)
+            groups.setdefault((layer.role or layer.type, what or "float"), []).append(layer)
         return "\n".join(
             f"{role:17} {len(group):4} modules {sum(x.weights for x in group):12,} weights  {what}"
             for (role, what), group in groups.items()
@@ -168,59 +171,71 @@ def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, A
 
     recipe: a name (`w8a8`), a path to YAML, or a Recipe. batch: inputs of one dry run, made up if not given.
     Static scales of weights are set here from their extremes; those of activations by `calibrate`.
-    Raises ModelError (NaN weights, unknown layers, unsupported attention) and RecipeError, before it changes anything.
+    A weight that layers share is quantized once, as the embedding's rule says. Layers that the dry run did not reach
+    stay float. Raises ModelError (NaN weights, unknown layers, unsupported attention) and RecipeError, before it
+    changes anything.
 
     >>> from transformers import ViTConfig, ViTModel
     >>> model = ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
     ...                            image_size=8, patch_size=4)).eval()
-    >>> report = simulate(model, "w8a8")
-    >>> len(report.quantized), [layer.role for layer in report.kept_float]
-    (9, [])
+    >>> print(simulate(model, "w8a8").quantized[0].weight)
+    uniform 8-bit per row, static
     """
     recipe = load_recipe(recipe)
     if isinstance(model, nn.Module) and is_simulated(model):
         raise ModelError("the model is simulated already; call restore(model) first")
     anatomy = read_anatomy(model, batch)
-    roles: dict[str, Role] = anatomy.roles | {a.name: "attention" for a in anatomy.attentions}
-    recipe.check_globs(roles)
-    rules = {name: recipe.rule_for(name, role) for name, role in roles.items()}
-    modules = dict(model.named_modules())
-    tied = _tied_layers(model, roles)
-    plan: list[tuple[str, Format | None, Format | None]] = []
-    for name in anatomy.roles:
-        owner, rule = tied.get(name, name), rules[name]
-        owner_rule = rules[owner]
-        weight = owner_rule.weight if owner_rule else None
-        fmt_input = rule.input if rule else None
-        if weight is not None or fmt_input is not None:
-            _check_layer(name, modules[name], weight, fmt_input)
-            plan.append((name, weight, fmt_input))
-    sites = {a.name: _attention_formats(rules[a.name]) for a in anatomy.attentions}
-    for name, weight, fmt_input in plan:
-        swap(modules[name], name, weight, fmt_input)
-        quantizer = modules[name].weight_quantizer
-        if isinstance(quantizer, FakeQuant) and quantizer.format.range == "static":
-            quantizer.set_scale(*find_scale(weight_matrix(modules[name]), quantizer.format, quantizer.name))
+    attentions: dict[str, Role] = {a.name: "attention" for a in anatomy.attentions}
+    recipe.check_globs(anatomy.roles | attentions)
+    tied = _tied_layers(model, anatomy.roles)
+    plan = _plan(model, recipe, anatomy, tied)
+    sites = {name: _attention_formats(recipe.rule_for(name, role)) for name, role in attentions.items()}
+    for name, (weight, fmt_input) in plan.items():
+        layer = model.get_submodule(name)
+        swap(layer, name, weight, fmt_input)
+        if weight is not None and weight.range == "static":
+            layer.weight_quantizer.set_scale(*find_scale(weight_matrix(layer), weight, f"{name}.weight"))
     if any(sites.values()):
         attention.attach(model, anatomy, sites)
-    quantized = {name: (weight, fmt_input) for name, weight, fmt_input in plan}
-    reports = []
-    for name, role in roles.items():
-        size = modules[name].weight.numel() if role != "attention" else 0
-        weight, fmt_input = quantized.get(name, (None, None))
-        reports.append(
-            LayerReport(
-                name,
-                type(modules[name]).__name__.removeprefix("Quant"),
-                role,
-                size,
-                str(weight or ""),
-                str(fmt_input or ""),
-                ", ".join(f"{point} {fmt}" for point, fmt in sites.get(name, {}).items()),
-            )
-        )
     model._bittern_recipe = recipe
-    return Simulation(recipe.name, tuple(reports), anatomy)
+    return Simulation(recipe.name, tuple(_reports(model, anatomy.roles | attentions, plan, sites, tied)), anatomy)
+
+
+Plan = dict[str, tuple[Format | None, Format | None]]  # layer → formats of weight and input
+
+
+def _plan(model: PreTrainedModel, recipe: Recipe, anatomy: Anatomy, tied: Mapping[str, str]) -> Plan:
+    """Formats of every layer that gets one; refuses what cannot be quantized as asked."""
+    plan: Plan = {}
+    ran = {tied.get(name, name) for name in anatomy.roles if name not in anatomy.idle}
+    for name, role in anatomy.roles.items():
+        owner = tied.get(name, name)
+        rule, owner_rule = recipe.rule_for(name, role), recipe.rule_for(owner, anatomy.roles[owner])
+        weight, fmt_input = owner_rule.weight if owner_rule else None, rule.input if rule else None
+        if owner in ran and (weight is not None or fmt_input is not None):
+            _check_layer(name, model.get_submodule(name), weight, fmt_input)
+            plan[name] = weight, fmt_input
+    return plan
+
+
+def _reports(
+    model: PreTrainedModel,
+    roles: Mapping[str, Role],
+    plan: Plan,
+    sites: Mapping[str, Mapping[str, Format]],
+    tied: Mapping[str, str],
+) -> Iterator[LayerReport]:
+    for name, module in model.named_modules():
+        parameters = (
+            [module.weight] if name in roles and roles[name] != "attention" else module.parameters(recurse=False)
+        )
+        own = sum(p.numel() for p in parameters)
+        if name in roles or own:
+            weight, fmt_input = plan.get(name, (None, None))
+            points = ", ".join(f"{point} {fmt}" for point, fmt in sites.get(name, {}).items())
+            kind = type(module).__name__.removeprefix("Quant")
+            count = 0 if name in tied else own
+            yield LayerReport(name, kind, roles.get(name, ""), count, str(weight or ""), str(fmt_input or ""), points)
 
 
 def restore(model: PreTrainedModel) -> None:
@@ -251,14 +266,12 @@ def _attention_formats(rule: Rule | None) -> dict[str, Format]:
 
 def _tied_layers(model: nn.Module, roles: Mapping[str, Role]) -> dict[str, str]:
     """Layers that share another's weight → the layer that decides its format: the embedding, else the first."""
-    modules = dict(model.named_modules())
-    owners: dict[int, str] = {}
-    tied: dict[str, str] = {}
+    owners: dict[object, str] = {}
+    tied = {}
     for name in sorted(roles, key=lambda n: roles[n] != "embedding"):
-        if roles[name] != "attention":
-            owner = owners.setdefault(id(modules[name].weight), name)
-            if owner != name:
-                tied[name] = owner
+        owner = owners.setdefault(model.get_submodule(name).weight, name)
+        if owner != name:
+            tied[name] = owner
     return tied
 
 
@@ -273,6 +286,8 @@ def _check_layer(name: str, layer: nn.Module, weight: Format | None, fmt_input: 
         raise ModelError(f"{name} is an embedding: its input are token ids, which have no format; give `weight` only")
     if isinstance(layer, nn.Embedding) and (layer.max_norm is not None):
         raise ModelError(f"{name} is an embedding with max_norm, which changes its weight on use; keep it float")
+    if isinstance(layer, nn.Conv2d) and fmt_input is not None and fmt_input.granularity == "token":
+        raise ModelError(f"{name} is a convolution: its input has no tokens; use granularity: tensor for it")
     columns = weight_matrix(layer).shape[1]
     if weight is not None and weight.group_size is not None and columns % weight.group_size:
         raise ModelError(

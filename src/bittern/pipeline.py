@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bittern.data import Data, has_classes, load_data
+from bittern.data import has_classes, load_data
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.store import check_output, load, measure, save
 from bittern.errors import InputError, ModelError

@@ -39,7 +39,8 @@ def _units(x: Tensor, fmt: Format) -> Tensor:
             f"group_size {fmt.group_size} does not divide the {x.shape[-1]} inputs of a row; "
             "use a divisor or granularity: row"
         )
-    return x.unflatten(-1, (-1, fmt.group_size))
+    groups: Tensor = x.unflatten(-1, (-1, fmt.group_size))
+    return groups
 
 
 def _dims(x: Tensor, fmt: Format) -> tuple[int, ...]:
@@ -192,18 +193,19 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        saved = ctx.saved_tensors
-        grad_x = grad * saved[0] if ctx.masked else grad
-        return grad_x, None, _lsq_gradient(grad, *saved[-2:], ctx.fmt) if ctx.needs_input_grad[2] else None, None
+        saved = list(ctx.saved_tensors)
+        grad_x = grad * saved.pop(0) if ctx.masked else grad
+        return grad_x, None, _lsq_gradient(grad, ctx.fmt, *saved) if saved else None, None
 
 
-def _lsq_gradient(grad: Tensor, x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+def _lsq_gradient(grad: Tensor, fmt: Format, x: Tensor, scale: Tensor) -> Tensor:
     """d x̂ / d scale = code - x/scale inside the range, the bound outside, scaled by 1/sqrt(n * bound) (LSQ eq. 3)."""
     low, high = code_range(fmt)
     ratio = _prepare(x, fmt) / scale
     slope = torch.where((ratio > low) & (ratio < high), ratio.round() - ratio, ratio.clamp(low, high))
     per_scale = ratio.numel() / scale.numel()
-    return (_units(grad.float(), fmt) * slope).sum_to_size(scale.shape) / (per_scale * high) ** 0.5
+    total: Tensor = (_units(grad.float(), fmt) * slope).sum_to_size(scale.shape)
+    return total / math.sqrt(per_scale * high)
 
 
 def fake_quantize(x: Tensor, fmt: Format, scale: Tensor | None = None, offset: Tensor | None = None) -> Tensor:

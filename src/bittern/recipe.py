@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from math import inf
@@ -17,6 +18,16 @@ from bittern.errors import RecipeError
 Role = Literal[
     "embedding", "position", "stem", "qkv", "attention_output", "ffn", "pooler", "head", "other", "attention"
 ]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML in which no key may stand twice; YAML itself would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class _Strict(BaseModel):
@@ -97,7 +108,13 @@ class Format(_Strict):
         name = {"ternary": "ternary", "binary": "binary"}.get(self.kind, f"{self.kind} {self.bits}-bit")
         scheme = "" if self.kind in ("ternary", "binary", "log2") or self.scheme == "symmetric" else f" {self.scheme}"
         unit = f"group of {self.group_size}" if self.group_size else self.granularity
-        return f"{name}{scheme} per {unit}{', static' if self.range == 'static' else ''}"
+        details = [
+            *(["static"] if self.range == "static" else []),
+            *(["learned"] if self.learned else []),
+            *([f"clip {self.clip:g}"] if self.clip is not None else []),
+            *(["base 3"] if self.storage == "base3" else []),
+        ]
+        return ", ".join([f"{name}{scheme} per {unit}", *details])
 
 
 class Rule(_Strict):
@@ -141,6 +158,10 @@ class Rule(_Strict):
             fmt = getattr(self, field)
             if fmt is not None and fmt.kind in ("ternary", "binary"):
                 raise ValueError(f"kind: {fmt.kind} is for weights; use uniform for {field}")
+        if self.roles and self.for_attention and "attention" not in self.roles:
+            raise ValueError("query, key, value and map are formats of the role attention; add it to roles")
+        if self.roles == ("attention",) and self.for_layers:
+            raise ValueError("attention has no weight and input; its projections have the roles qkv, attention_output")
         return self
 
     @property
@@ -186,14 +207,11 @@ class Recipe(_Strict):
 
     def check_globs(self, modules: dict[str, Role]) -> None:
         """Every glob must select something. Raises RecipeError with the names that come nearest."""
-        from difflib import get_close_matches
-
         for rule in self.rules:
             if rule.modules == "*" or any(rule.selects(name, role) for name, role in modules.items()):
                 continue
-            same_role = [n for n, r in modules.items() if rule.selects(n, r) or fnmatchcase(n, rule.modules)]
-            if same_role:
-                hint = f"{same_role[0]} has role {modules[same_role[0]]}, which the rule does not address"
+            if named := next((n for n in modules if fnmatchcase(n, rule.modules)), None):
+                hint = f"{named} has the role {modules[named]}, which the rule does not address"
             else:
                 near = get_close_matches(rule.modules, modules, n=3, cutoff=0.3) or list(modules)[:3]
                 hint = f"the model has, for example, {', '.join(near)}"
@@ -207,7 +225,7 @@ class Recipe(_Strict):
     def from_yaml(cls, text: str, source: str = "recipe") -> Recipe:
         """Parse a recipe. Raises RecipeError with the place and the fix."""
         try:
-            data = yaml.safe_load(text)
+            data = yaml.load(text, _StrictLoader)
         except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, say
             raise RecipeError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):
@@ -244,19 +262,20 @@ def load_recipe(name_or_path: str | Path | Recipe) -> Recipe:
             return Recipe.from_yaml(Path(name).read_text(encoding="utf-8"), name)
         except UnicodeDecodeError:
             raise RecipeError(f"{name}: not a text file; expected YAML") from None
+        except OSError as error:
+            raise RecipeError(f"{name} cannot be read: {error.strerror}") from None
     raise RecipeError(f"no recipe {name!r}: give one of {', '.join(recipe_names())}, or a path to a YAML file")
 
 
 def _explain(error: ValidationError) -> str:
     """Pydantic's first complaint as one line with the place, what is allowed and what was given."""
-    first = error.errors()[0]
-    place = ".".join(str(p) for p in first["loc"]) or "recipe"
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo explains what is missing
+    loc = [str(p) for p in first["loc"]]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        place, key = ".".join(str(p) for p in first["loc"][:-1]) or "recipe", first["loc"][-1]
-        known = {"rules": Recipe, "": Recipe}
-        model = Format if place.split(".")[-1] in Rule.model_fields else Rule if place != "recipe" else known[""]
+        key = loc.pop()
+        model = Recipe if not loc else Format if loc[-1] in Rule.model_fields else Rule
         message = f"unknown key {key!r}; known: {', '.join(model.model_fields)}"
     elif first["type"] not in ("value_error", "missing"):
         message = f"{message}, got {first['input']!r}"
-    return f"{place}: {message}"
+    return f"{'.'.join(loc) or 'recipe'}: {message.replace('valid tuple', 'valid list')}"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,6 @@ from bittern.recipe import Format, Rule
 METHOD = "bittern"
 FORMAT_VERSION = 1
 INDEX = "format_index"
-_NOT_CHECKED = ("architectures", "dtype", "transformers_version")  # written by transformers after our checksum
 
 
 @register_quantization_config(METHOD)
@@ -89,9 +89,11 @@ def _check_version(given: Any, written_by: Any) -> None:
 def pack(model: PreTrainedModel) -> PreTrainedModel:
     """Pack a simulated model in place: from now on it holds integer codes, and `save_pretrained` writes them.
 
-    Its outputs stay those of the simulated model, bit for bit in float32. Raises ModelError if it is not simulated or
-    a static scale is missing.
+    Its outputs stay those of the simulated model, bit for bit in float32. Raises ModelError if it is not simulated,
+    packed already, or a static scale is missing.
     """
+    if is_packed(model):
+        raise ModelError("the model is packed already")
     if not is_simulated(model):
         raise ModelError("the model is not simulated; call simulate(model, recipe) before pack(model)")
     pack_layers(model)
@@ -101,7 +103,8 @@ def pack(model: PreTrainedModel) -> PreTrainedModel:
 def _mark(model: PreTrainedModel, state: str) -> PreTrainedModel:
     """Let transformers know the model as ours, so that saving goes through BitternQuantizer."""
     recipe = getattr(model, "_bittern_recipe", None)
-    config = BitternConfig(state=state, recipe=recipe.name if recipe else "")
+    name = recipe.name if recipe else getattr(getattr(model.config, "quantization_config", None), "recipe", "")
+    config = BitternConfig(state=state, recipe=name)
     model.config.quantization_config = config
     model.hf_quantizer = BitternQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
@@ -155,13 +158,19 @@ class BitternQuantizer(HfQuantizer):  # type: ignore[misc]
         table: dict[Rule, int] = {}
         for name, formats in module_formats(model):
             state[f"{name}.{INDEX}"] = torch.tensor([table.setdefault(formats, len(table))], dtype=torch.int32)
+        if not table:  # marked once, and float again since
+            self.remove_quantization_config(model)
+            return state, {}
         self.quantization_config.formats = [f.model_dump(mode="json", exclude_defaults=True) for f in table]
+        # What transformers does next, done before the checksums:
         model.config.quantization_config = self.quantization_config
-        written = remove_tied_weights_from_state_dict(dict(state), model)
-        tensors = revert_weight_conversion(model, written)
+        model.config.architectures, model.config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
+        written = {k: t for k, t in state.items() if k not in (model._keys_to_ignore_on_save or ())}
+        written = remove_tied_weights_from_state_dict(written, model)
         checks = {
             "format_version": FORMAT_VERSION,
-            "tensors": _digest((name, tensors[name]) for name in sorted(tensors)),
+            # with names as in the original checkpoint, or in the model: save_original_format decides, unseen
+            "tensors": [_digest(sorted(t.items())) for t in (revert_weight_conversion(model, dict(written)), written)],
             "config": _config_digest(json.loads(model.config.to_json_string())),
         }
         return state, {METHOD: json.dumps(checks)}
@@ -265,19 +274,17 @@ def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str,
         else:
             swap(modules[name], name, rule.weight, rule.input)
     ties = _ties(model)
-    if config.state == "packed":  # owners before the layers that are tied to them
-        order = sorted(
-            (n for n, r in formats.items() if r.weight is not None), key=lambda n: "weight_codes" not in stored[n]
-        )
-        for name in order:
-            layer: QuantLayer = modules[name]  # type: ignore[assignment]
-            if "weight_codes" in stored[name]:
-                make_packed(layer, stored[name])
-                continue
-            owner = next((modules[n] for n in ties.get(name, ()) if "weight_codes" in stored.get(n, {})), None)
-            if not isinstance(owner, PackedLayer):
+    if config.state == "packed":
+        owners = {n: make_packed(modules[n], stored[n]) for n in formats if "weight_codes" in stored[n]}
+        tied = {n for n, rule in formats.items() if rule.weight is not None} - owners.keys()
+        heads = {n for n, others in ties.items() if n not in formats and not owners.keys().isdisjoint(others)}
+        for name in sorted(tied | heads):
+            owner = next((owners[n] for n in ties.get(name, ()) if n in owners), None)
+            if owner is None:
                 raise CheckpointError(f"{name}: the checkpoint holds no codes for it and none it is tied to")
-            make_packed(layer, {}, owner)
+            if name in heads:  # of another class than the checkpoint's
+                swap(modules[name], name, owner.weight_format, None)
+            make_packed(modules[name], {}, owner)
     for name in formats:
         for part, quantizer in fake_quants(model.get_submodule(name)):
             for kind in ("scale", "offset"):
@@ -307,7 +314,7 @@ def _ties(model: PreTrainedModel) -> dict[str, list[str]]:
 # ---- checksums
 
 
-def _digest(tensors: Iterator[tuple[str, Tensor]]) -> str:
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over name, type, shape and bytes of tensors, which come sorted by name."""
     sha = hashlib.sha256()
     for name, tensor in tensors:
@@ -317,8 +324,7 @@ def _digest(tensors: Iterator[tuple[str, Tensor]]) -> str:
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:
-    kept = {k: v for k, v in config.items() if k not in _NOT_CHECKED}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def verify(files: list[Path]) -> None:
@@ -327,18 +333,16 @@ def verify(files: list[Path]) -> None:
     Raises CheckpointError naming what is truncated, damaged, foreign or newer.
     """
     checks: dict[str, Any] = {}
-    where: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as handle:
-                checks = _read_checks((handle.metadata() or {}).get(METHOD), file)
-                where |= dict.fromkeys(handle.keys(), file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file.name} is truncated or damaged: {error}") from None
-    if _digest(_read_sorted(where)) != checks["tensors"]:
-        raise CheckpointError(
-            f"{files[0].parent}: tensors do not match their checksum; the file is damaged or incomplete"
-        )
+    with ExitStack() as stack:
+        tensors: dict[str, Any] = {}
+        for file in files:
+            handle = stack.enter_context(_open(file))
+            checks = _read_checks((handle.metadata() or {}).get(METHOD), file)
+            tensors |= dict.fromkeys(handle.keys(), handle)
+        if _digest((name, tensors[name].get_tensor(name)) for name in sorted(tensors)) not in checks["tensors"]:
+            raise CheckpointError(
+                f"{files[0].parent}: tensors do not match their checksum; the file is damaged or incomplete"
+            )
     config = read_json(files[0].parent / "config.json")
     if _config_digest(config) != checks["config"]:
         raise CheckpointError(
@@ -353,15 +357,27 @@ def _read_checks(text: str | None, file: Path) -> dict[str, Any]:
     try:
         checks = json.loads(text)
         _check_version(checks["format_version"], "a newer version")
-        return {"tensors": str(checks["tensors"]), "config": str(checks["config"])}
-    except (ValueError, KeyError, TypeError):
+        return {"tensors": list(checks["tensors"]), "config": str(checks["config"])}
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{file.name} has damaged checksums") from None
 
 
-def _read_sorted(where: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    for key in sorted(where):
-        with safe_open(where[key], "pt") as handle:
-            yield key, handle.get_tensor(key)
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, or a CheckpointError."""
+    with _open(file) as handle:
+        return handle.metadata() or {}
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file.name} is truncated or damaged: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -372,7 +388,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path.parent} has no {path.name}; expected a folder that save_pretrained wrote"
         ) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds {type(data).__name__}, expected a JSON object")

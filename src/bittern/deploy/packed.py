@@ -170,8 +170,10 @@ def pack_layers(model: PreTrainedModel) -> None:
     for layer in list(model.modules()):
         if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:
             weight: nn.Parameter = layer.weight  # type: ignore[assignment]
-            owner = owners.get(weight)
-            packed = make_packed(layer, {} if owner else _codes_and_scale(layer), owner)
+            tensors, owner = _codes_and_scale(layer), owners.get(weight)
+            if owner and not all(torch.equal(t, getattr(owner, name)) for name, t in tensors.items()):
+                owner = None  # their scales were learned apart
+            packed = make_packed(layer, {} if owner else tensors, owner)
             owners.setdefault(weight, packed)
 
 

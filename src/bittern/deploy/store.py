@@ -14,22 +14,25 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from bittern.anatomy import check_model
 from bittern.deploy.checkpoint import (
     METHOD,
     BitternConfig,
+    first_line,
     is_packed,
     mark_simulated,
     module_formats,
     read_json,
+    read_metadata,
     verify,
 )
 from bittern.deploy.packed import PackedLayer
-from bittern.errors import CheckpointError, InputError, ModelError
+from bittern.errors import BitternError, CheckpointError, InputError, ModelError
 from bittern.layers import is_simulated
+from bittern.quantizers import FakeQuant
 
 REPORT = "bittern.json"
 
@@ -40,41 +43,42 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMode
     The class is the one named in config.json. Raises InputError (path), ModelError (not a Transformer, NaN weights) or
     CheckpointError (damaged, foreign or newer file), in one line.
     """
-    folder = Path(path)
-    if folder.is_file():
+    if os.path.isfile(path):
         raise InputError(f"{path} is a file; expected the folder that holds its config.json")
-    if folder.is_dir():
-        if not any(folder.iterdir()):
-            raise InputError(f"{path} is empty; expected a folder with config.json and model.safetensors")
-        if "model_type" not in read_json(folder / "config.json"):
-            raise ModelError(f"{path}/config.json names no model_type; expected a Transformer of transformers")
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{path} holds no .safetensors file; Bittern loads nothing else")
-        if _is_ours(folder):
-            verify(files)
+    local = os.path.isdir(path)  # False, and no error, for what cannot be a path
+    if local:
+        _check_folder(Path(path))
     elif not _looks_like_hub_name(str(path)):
         raise InputError(f"no such folder: {path}")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         name = (config.architectures or ["AutoModel"])[0]
         cls = getattr(transformers, name, None) or transformers.AutoModel
-        model = cls.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
-    except (CheckpointError, InputError, ModelError):
+        model = cls.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True)
+    except BitternError:
         raise
     except Exception as error:  # transformers and safetensors raise whatever their parsers meet
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        kind = CheckpointError if folder.is_dir() else InputError
-        raise kind(f"cannot load {path}: {first}") from error
+        kind = CheckpointError if local else InputError
+        raise kind(f"cannot load {path}: {first_line(error)}") from error
     check_model(model)
     model.eval()
     return model
 
 
-def _is_ours(folder: Path) -> bool:
-    return (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method") == METHOD
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that holds no model, and one that was written by Bittern and changed since."""
+    if not any(folder.iterdir()):
+        raise InputError(f"{folder} is empty; expected a folder with config.json and model.safetensors")
+    config = read_json(folder / "config.json")
+    if "model_type" not in config:
+        raise ModelError(f"{folder}/config.json names no model_type; expected a Transformer of transformers")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no .safetensors file; Bittern loads nothing else")
+    quantization = config.get("quantization_config")
+    by_config = isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+    if by_config or any(METHOD in read_metadata(file) for file in files):
+        verify(files)
 
 
 def _looks_like_hub_name(path: str) -> bool:
@@ -85,20 +89,21 @@ def _looks_like_hub_name(path: str) -> bool:
 def check_output(out: str | Path, force: bool) -> None:
     """Refuse an output that exists (unless forced) or cannot be written, before long work starts."""
     out = Path(out)
-    if out.is_file():
+    if os.path.isfile(out):
         raise InputError(f"{out} is a file; give a folder to write to")
-    if out.exists() and any(out.iterdir()) and not force:
-        raise InputError(f"{out} exists; choose another output or overwrite it with --force")
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
-        raise InputError(f"{out} holds something other than a model; choose another output")
-    parent = next(p for p in out.absolute().parents if p.exists())
+    if os.path.exists(out) and any(out.iterdir()):
+        if not force:
+            raise InputError(f"{out} exists; choose another output or overwrite it with --force")
+        if not (out / "config.json").exists():
+            raise InputError(f"{out} holds something other than a model; choose another output")
+    parent = next(p for p in out.absolute().parents if os.path.exists(p))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"cannot write to {parent}; choose another output")
 
 
 @contextmanager
 def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """A new folder under a temporary name beside `out`, renamed to it when the block ends well, removed when it does not."""
+    """A new folder under a temporary name beside `out`, renamed to it if the block ends well, removed if it does not."""
     out = Path(out).absolute()
     check_output(out, force)
     try:
@@ -113,17 +118,24 @@ def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         folder.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-            out.rename(old / out.name)
-            folder.rename(out)
-            shutil.rmtree(old)
-        else:
-            folder.rename(out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+        _replace(out, folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {out}: {getattr(error, 'strerror', None) or first_line(error)}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace(out: Path, folder: Path) -> None:
+    """Rename `folder` to `out`; if that fails, what was there before is there again."""
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent)) / out.name
+    try:
+        if out.exists():
+            out.rename(old)
+        folder.rename(out)
+    finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def save(
@@ -154,7 +166,7 @@ def _copy_processors(source: str | Path, folder: Path) -> None:
     for auto in (AutoTokenizer, AutoImageProcessor):
         try:
             auto.from_pretrained(source).save_pretrained(folder)
-        except Exception:  # noqa: S112 (a text model has no image processor and says so in many ways)
+        except Exception:  # a text model has no image processor and says so in many ways
             continue
 
 
@@ -182,15 +194,16 @@ def measure(model: PreTrainedModel, folder: str | Path) -> Size:
 def inspect(path: str | Path) -> dict[str, Any]:
     """What a folder holds: model class, sizes, each quantized module with its formats, and what stayed float."""
     model = load(path)
+    points = ("weight", "input", "query", "key", "value", "map")
     modules = [
-        {"name": name, **{point: str(fmt) for point in ("weight", "input", "query", "key", "value", "map") if (fmt := getattr(formats, point))}}
+        {"name": name, **{point: str(fmt) for point in points if (fmt := getattr(formats, point))}}
         for name, formats in module_formats(model)
-    ]  # fmt: skip
+    ]
     quantized = {m["name"] for m in modules}
     kept = [
         {"name": name, "type": type(m).__name__, "parameters": sum(p.numel() for p in m.parameters(recurse=False))}
         for name, m in model.named_modules()
-        if name not in quantized and any(True for _ in m.parameters(recurse=False))
+        if name not in quantized and not isinstance(m, FakeQuant) and any(True for _ in m.parameters(recurse=False))
     ]
     config: BitternConfig | None = getattr(model.config, "quantization_config", None)
     size = measure(model, path)

