@@ -65,9 +65,10 @@ def main() -> None:
         print(name, f"({options.threads} threads)")
         results[name] = measure(model, batch, options.rounds)
         for variant, ratio in results[name].items():
-            print(f"   {variant:15} {ratio:.3f} × float (sdpa)" if "/" not in variant else f"   {variant:15} {ratio:.3f}")
+            print(f"   {variant:15} {ratio:.3f}" + ("" if "/" in variant else " × float (sdpa)"))
     if options.json:
-        options.json.write_text(json.dumps({"threads": options.threads, "rounds": options.rounds, **results}, indent=1) + "\n")
+        settings = {"threads": options.threads, "rounds": options.rounds}
+        options.json.write_text(json.dumps(settings | results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -593,3 +593,19 @@ def test_observed_extremes_give_the_scale(fmt: Format) -> None:
     assert quantizer(x) is x
     found = find_scale(torch.cat(quantizer.observed[0], -1), fmt)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, find_scale(x, fmt), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["ternary", "binary"])
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_threads_do_not_change_bits(kind: str, granularity: str) -> None:
+    """A scale is the same to the last bit however many threads compute it, or packing would differ from simulation."""
+    fmt, before = Format(kind=kind, granularity=granularity), torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(1024, 768, generator=generator) for _ in range(8)]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(torch.stack([find_scale(weight, fmt)[0] for weight in weights]))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

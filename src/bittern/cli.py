@@ -7,9 +7,12 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what goes wrong is told once, by us
 
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -55,11 +58,16 @@ def demo(
         "digits": "A ViT of 77,000 weights on scikit-learn's handwritten digits, 360 test images",
         "minilm": "all-MiniLM-L6-v2 on English sentences; agreement: rank correlation of all pairs' similarities",
     }
+    if what == "all":
+        try:
+            demos.minilm_folder()
+        except InputError as missing:  # the other one still runs
+            del runs["minilm"]
+            err_console.print(str(missing), soft_wrap=True)
+    started = {name: run(out, force, _track(as_json)) for name, run in runs.items() if what in (name, "all")}
     results = {}
-    for name, run in runs.items():
-        if what not in (name, "all"):
-            continue
-        rows = list(run(out, force, _track(as_json)))
+    for name, run in started.items():
+        rows = list(run)
         results[name] = [asdict(row) for row in rows]
         if not as_json:
             _print_rows(titles[name], rows)
@@ -97,7 +105,7 @@ def quantize(
         return
     table = Table(title=f"{model} by {result['recipe']}", title_justify="left")
     _columns(table, "", "float", "packed")
-    table.add_row("size, MB", f"{result['float_bytes'] / 1e6:.2f}", f"{result['file'] / 1e6:.2f}")
+    table.add_row("size", _megabytes(result["float_bytes"]), _megabytes(result["file"]))
     table.add_row("bits per quantized weight", "32", f"{result['bits']:.2f}")
     if "packed" in result:
         for name, value in result["packed"].items():
@@ -105,10 +113,12 @@ def quantize(
         error = result["max_error_simulated_packed"]
         table.add_row("max error simulated–packed", "", f"{error:g}")
     out_console.print(table)
-    kept = result["kept_float"]
-    out_console.print(f"{result['quantized']} modules quantized; kept float: {_some(kept) if kept else 'none'}")
+    out_console.print(
+        f"{result['quantized']} modules quantized; kept float: {_kept(result['kept_float'])}", soft_wrap=True
+    )
     if "packed" not in result:
-        out_console.print("No accuracy was measured: the data has no test or validation split.")
+        why = "the data has no test or validation split" if data else "no data was given; add --data"
+        out_console.print(f"No accuracy was measured: {why}.", soft_wrap=True)
     out_console.print(f"Wrote {out}. Next: [bold]bittern inspect {out}[/]", soft_wrap=True)
 
 
@@ -148,22 +158,23 @@ def inspect(model: Model, as_json: Json = False) -> None:
         return
     out_console.print(
         f"{result['model']}, {result['state']}" + (f" by {result['recipe']}" if result["recipe"] else "")
-        + f": {result['file'] / 1e6:.2f} MB on disk ({result['float32'] / 1e6:.2f} MB in float32), "
+        + f": {_megabytes(result['file'])} on disk ({_megabytes(result['float32'])} in float32), "
         f"{result['bits']:.2f} bits per quantized weight, {result['tensors']} tensors", highlight=False, soft_wrap=True,
     )  # fmt: skip
-    table = Table()
-    _columns(table, "module", "formats")
-    table.columns[1].justify = "left"
-    for module in result["modules"]:
-        formats = "; ".join(f"{k}: {v}" for k, v in module.items() if k != "name")
-        table.add_row(module["name"], formats)
-    if result["modules"]:
+    groups: dict[tuple[str, str], int] = {}
+    for module in result["modules"]:  # the same part of all blocks in one row
+        formats = "\n".join(f"{point}: {fmt}" for point, fmt in module.items() if point != "name")
+        key = re.sub(r"\.\d+(?=\.|$)", ".*", module["name"]), formats
+        groups[key] = groups.get(key, 0) + 1
+    table = Table(show_lines=True)
+    _columns(table, "modules", "count", "formats")
+    table.columns[2].justify = "left"
+    for (name, formats), count in groups.items():
+        table.add_row(name, str(count), formats)
+    if groups:
         out_console.print(table)
-    kept = sum(module["parameters"] for module in result["kept_float"])
-    names = _some([f"{m['name'] or 'model'} ({m['type']})" for m in result["kept_float"]])
-    out_console.print(
-        f"Float: {kept:,} parameters in {len(result['kept_float'])} modules: {names}", soft_wrap=True, highlight=False
-    )
+    total = sum(module["parameters"] for module in result["kept_float"])
+    out_console.print(f"kept float: {_kept(result['kept_float'])}; {total:,} parameters in all", soft_wrap=True)
 
 
 def _print_rows(title: str, rows: list[Any]) -> None:
@@ -191,15 +202,23 @@ def _split(columns: str) -> tuple[str, ...]:
     return tuple(c.strip() for c in columns.split(",") if c.strip())
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def _kept(modules: list[dict[str, Any]]) -> str:
+    """Layers by name, if few; what has no weight matrix, such as norms, by type and count."""
+    layers = [m["name"] for m in modules if m["type"] in ("Linear", "Conv2d", "Embedding", "Conv1D")]
+    others = Counter(m["type"] for m in modules if m["name"] not in layers)
+    named = layers[:6] + ([f"{len(layers) - 6} more layers"] if len(layers) > 6 else [])
+    return ", ".join(named + [f"{count} {kind}" for kind, count in others.items()]) or "nothing"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 def _track(quiet: bool) -> Any:
     """A progress bar on stderr around an iterable, gone when it is done."""
 
     def track(items: Iterable[Any], description: str) -> Iterable[Any]:
-        if quiet:
+        if quiet or not err_console.is_terminal:
             yield from items
             return
         total = -(-len(items) // items.batch_size) if hasattr(items, "batch_size") else len(items)  # type: ignore[arg-type]
@@ -216,7 +235,8 @@ def main() -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == 130:  # what newer typer makes of Ctrl-C
+            raise KeyboardInterrupt
     except typer.Exit as exit:
         sys.exit(exit.exit_code)
     except BitternError as error:

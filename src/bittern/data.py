@@ -6,10 +6,13 @@ Everything is checked before long work starts: the path, the columns, that there
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +28,7 @@ TEXT_COLUMNS = (
     ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"),
     ("sentence",), ("text",),
 )  # fmt: skip
-IMAGE_COLUMNS = ("image", "img", "pixel_values")
+IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels")
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -57,9 +60,10 @@ class Data:
         return Data(self.name, [self.rows[i] for i in order], labels, self.collate, self.batch_size)
 
     def fingerprint(self) -> str:
-        """SHA-256 of all inputs and labels, to tell whether two results come from the same data."""
+        """SHA-256 of all inputs and labels, to tell whether two results come from the same data, however batched."""
         sha = hashlib.sha256(b"" if self.labels is None else self.labels.numpy().tobytes())
-        for batch in self:
+        for row in self.rows:
+            batch = self.collate([row])
             for name in sorted(batch):
                 sha.update(name.encode() + batch[name].numpy().tobytes())
         return sha.hexdigest()
@@ -104,15 +108,17 @@ def load_data(
 ) -> Data | None:
     """Data for `model` from a source; None if the source has no such split.
 
-    source: `digits` or `sentences`, which come with scikit-learn; a .parquet, .csv, .json or .jsonl file; a folder with files named after their split
-    (train, validation, test) or with one folder of images per class; else a name for `datasets.load_dataset`.
+    source: `digits` or `sentences`, which come with scikit-learn; a .parquet, .csv, .json or .jsonl file; a folder
+    with files named after their split (train, validation, test) or with one folder of images per class; else a name
+    for `datasets.load_dataset`.
     A source of one part only is its own train split. The tokenizer or image processor is read from `processor_path`.
     Raises InputError, in one line, for whatever does not fit.
     """
     if source == "digits":
         images, labels = digits(split)
         wanted = {"input": model.main_input_name, "channels": getattr(model.config, "num_channels", 3)}
-        if wanted != {"input": "pixel_values", "channels": 1} or model.config.image_size not in (8, [8, 8], (8, 8)):
+        size = getattr(model.config, "image_size", None)
+        if wanted != {"input": "pixel_values", "channels": 1} or size not in (8, [8, 8], (8, 8)):
             raise InputError(f"digits are 8×8 images of one channel; {type(model).__name__} expects {_expects(model)}")
         _check_labels("digits", labels, model)
         return Data("digits", list(images), labels, lambda rows: {"pixel_values": torch.stack(rows)}, batch_size)
@@ -125,25 +131,25 @@ def load_data(
         rows = [(s,) for s in sentences()[split == "test" :: 2]]
         return Data(source, rows, None, _text_collate(processor_path, model, max_length), batch_size)
     path = Path(source)
-    if path.is_dir() and not _split_files(path):
+    if os.path.isdir(path) and not _split_files(path):
         return None if split == "test" else _image_folder(path, model, processor_path, batch_size)
     table = _table(source, split)
     if table is None:
         return None
     if len(table) == 0:
         raise InputError(f"{source} has no rows; expected at least one sample")
-    column = _pick(source, table.column_names, columns, TEXT_COLUMNS if is_text else [(c,) for c in IMAGE_COLUMNS])
-    parts = [table[c] for c in column]
-    rows = list(zip(*parts, strict=True)) if is_text else parts[0]
-    if (
-        is_text
-        and (bad := next((i for i, row in enumerate(rows) if not all(isinstance(t, str) for t in row)), None))
-        is not None
-    ):
-        raise InputError(f"{source}: row {bad} of {', '.join(column)} is {rows[bad]!r}; expected text")
-    labels = _labels(source, table, label_column, model)
-    collate = _text_collate(processor_path, model, max_length) if is_text else _image_collate(processor_path)
-    return Data(source, rows, labels, collate, batch_size)
+    if is_text:
+        column = _pick(source, table.column_names, columns, TEXT_COLUMNS, most=2)
+        texts = list(zip(*(table[c] for c in column), strict=True))
+        bad = next((i for i, row in enumerate(texts) if not all(isinstance(t, str) for t in row)), None)
+        if bad is not None:
+            raise InputError(f"{source}: row {bad} of {', '.join(column)} is {texts[bad]!r}; expected text")
+        collate = _text_collate(processor_path, model, max_length)
+        return Data(source, texts, _labels(source, table, label_column, model), collate, batch_size)
+    (column,) = _pick(source, table.column_names, columns, [(c,) for c in IMAGE_COLUMNS], most=1)
+    images = _undecoded(source, table, column)
+    collate = _image_collate(processor_path, model)
+    return Data(source, images, _labels(source, table, label_column, model), collate, batch_size)
 
 
 def _expects(model: PreTrainedModel) -> str:
@@ -162,9 +168,10 @@ def _split_files(folder: Path) -> dict[Split, Path]:
             stem = file.stem.lower()
             if stem.startswith("train"):
                 found.setdefault("train", file)
-            elif stem.startswith(("validation", "valid", "dev", "test")):
-                if "test" not in found or stem.startswith(("validation", "valid", "dev")):  # GLUE's test has no labels
-                    found["test"] = file
+            elif stem.startswith(("valid", "dev")):
+                found["test"] = file
+            elif stem.startswith("test"):
+                found.setdefault("test", file)  # GLUE's has no labels
     return found
 
 
@@ -177,13 +184,13 @@ def _table(source: str, split: Split) -> Any:
     datasets.disable_progress_bars()
     path = Path(source)
     try:
-        if path.is_file():
+        if os.path.isfile(path):
             if path.suffix not in _READERS:
                 raise InputError(
                     f"{source} is a {path.suffix or 'nameless'} file; expected one of {', '.join(_READERS)}"
                 )
             return _read(path) if split == "train" else None
-        if path.is_dir():
+        if os.path.isdir(path):
             file = _split_files(path).get(split)
             return _read(file) if file else None
         names = ["train"] if split == "train" else ["validation", "test", "validation_matched"]
@@ -193,9 +200,14 @@ def _table(source: str, split: Split) -> Any:
     except InputError:
         raise
     except Exception as error:  # datasets, pyarrow and huggingface_hub have no common error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        known = "digits, a folder, a .parquet, .csv or .json file, or a dataset name on the hub"
-        raise InputError(f"cannot read data from {source!r}: {reason}; expected {known}") from error
+        known = "digits, sentences, a folder, a .parquet, .csv or .json file with rows, or a dataset name on the hub"
+        raise InputError(f"cannot read data from {source!r}: {_reason(error)}; expected {known}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What an error, or rather its cause, says, in one line."""
+    error = error.__cause__ or error
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _read(path: Path) -> Any:
@@ -204,7 +216,11 @@ def _read(path: Path) -> Any:
     return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
 
 
-def _pick(source: str, have: Sequence[str], asked: Sequence[str], known: Sequence[Sequence[str]]) -> Sequence[str]:
+def _pick(
+    source: str, have: Sequence[str], asked: Sequence[str], known: Sequence[Sequence[str]], most: int
+) -> Sequence[str]:
+    if len(asked) > most:
+        raise InputError(f"{source}: the model takes at most {most} columns of inputs, got {', '.join(asked)}")
     options = [asked] if asked else known
     for option in options:
         if all(c in have for c in option):
@@ -213,22 +229,32 @@ def _pick(source: str, have: Sequence[str], asked: Sequence[str], known: Sequenc
     raise InputError(f"{source} has the columns {', '.join(have)}; expected {wanted} (choose with --columns)")
 
 
+def _undecoded(source: str, table: Any, column: str) -> Any:
+    """A column of images as they are stored, so that each is decoded where an error can be told."""
+    import datasets
+
+    try:
+        return table.cast_column(column, datasets.Image(decode=False))[column]
+    except Exception as error:  # pyarrow has many for what it cannot cast
+        raise InputError(f"{source}: column {column} holds {table.features[column]}; expected images") from error
+
+
 def _labels(source: str, table: Any, label_column: str | None, model: PreTrainedModel) -> Tensor | None:
     if label_column and label_column not in table.column_names:
         raise InputError(f"{source} has no column {label_column!r}; it has {', '.join(table.column_names)}")
     column = label_column or next((c for c in LABEL_COLUMNS if c in table.column_names), None)
     if column is None:
         return None
-    values = list(table[column])
-    if values and isinstance(values[0], str):
-        known = {str(k).lower(): v for k, v in (model.config.label2id or {}).items()}
-        unknown = next((v for v in values if str(v).lower() not in known), None)
-        if unknown is not None:
-            raise InputError(f"{source}: label {unknown!r} is not among the model's: {', '.join(list(known)[:10])}")
-        values = [known[str(v).lower()] for v in values]
-    missing = next((i for i, v in enumerate(values) if v is None or v != v), None)
-    if missing is not None:
-        raise InputError(f"{source}: row {missing} has no {column}; remove it or choose another column")
+    known = {str(k).lower(): v for k, v in (model.config.label2id or {}).items()}
+    values = [known.get(v.lower(), v) if isinstance(v, str) else v for v in table[column]]
+    bad = next((i for i, v in enumerate(values) if not isinstance(v, int | float) or math.isnan(v)), None)
+    if bad is not None:
+        if not has_classes(model):  # which nothing will be compared with
+            return None
+        raise InputError(
+            f"{source}: row {bad} of {column} is {values[bad]!r}; expected a class of the model by number or name: "
+            f"{', '.join(list(known)[:10])}"
+        )
     labels = torch.tensor(values)
     _check_labels(source, labels, model)
     return labels
@@ -240,7 +266,7 @@ def _check_labels(source: str, labels: Tensor, model: PreTrainedModel) -> None:
         return
     if labels.is_floating_point():
         raise InputError(f"{source}: labels are fractions such as {labels[0]:.3g}, but the model has {count} classes")
-    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < count):
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= count):
         raise InputError(
             f"{source}: labels go from {int(labels.min())} to {int(labels.max())}, but the model has {count} classes "
             f"(0 to {count - 1}); is this the data that the model was trained for?"
@@ -255,12 +281,14 @@ def has_classes(model: PreTrainedModel) -> bool:
 def _image_folder(path: Path, model: PreTrainedModel, processor_path: str | Path, batch_size: int) -> Data:
     if model.main_input_name != "pixel_values":
         raise InputError(
-            f"{path} is a folder without tables; {type(model).__name__} needs texts in .parquet, .csv or .json"
+            f"{path} holds no table named train, validation or test; {type(model).__name__} needs texts in one of "
+            f"{', '.join(_READERS)}"
         )
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_TYPES)
     if not files:
         raise InputError(
-            f"{path} holds no images ({', '.join(IMAGE_TYPES)}) and no tables; expected a folder per class"
+            f"{path} holds no images ({', '.join(IMAGE_TYPES)}) and no table named train, validation or test; "
+            "expected a folder per class"
         )
     classes = sorted({f.parent.name for f in files if f.parent != path})
     labels = None
@@ -270,17 +298,30 @@ def _image_folder(path: Path, model: PreTrainedModel, processor_path: str | Path
         index = {c: known[c.lower()] if by_name else i for i, c in enumerate(classes)}
         labels = torch.tensor([index[f.parent.name] for f in files])
         _check_labels(str(path), labels, model)
-    return Data(str(path), files, labels, _image_collate(processor_path), batch_size)
+    return Data(str(path), files, labels, _image_collate(processor_path, model), batch_size)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model folder. Raises InputError if there is none, where transformers may make up one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for a missing tokenizer
+        raise InputError(f"{path} has no tokenizer: {_reason(error)}") from error
+    special = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
+    if len(tokenizer.get_vocab().keys() - special) < 2:
+        raise InputError(f"{path} has no tokenizer; expected tokenizer.json or its like beside config.json")
+    return tokenizer
 
 
 def _text_collate(processor_path: str | Path, model: PreTrainedModel, max_length: int) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(processor_path)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for a missing tokenizer
-        raise InputError(f"{processor_path} has no tokenizer: {str(error).splitlines()[0]}") from error
+    tokenizer = load_tokenizer(processor_path)
     positions = getattr(model.config, "max_position_embeddings", max_length)
     length = min(max_length, tokenizer.model_max_length, positions)
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(
+                f"{processor_path}: its tokenizer has no token to pad with; set pad_token and save it again"
+            )
         tokenizer.pad_token = tokenizer.eos_token
 
     def collate(rows: list[tuple[str, ...]]) -> dict[str, Tensor]:
@@ -290,25 +331,30 @@ def _text_collate(processor_path: str | Path, model: PreTrainedModel, max_length
     return collate
 
 
-def _image_collate(processor_path: str | Path) -> Any:
+def _image_collate(processor_path: str | Path, model: PreTrainedModel) -> Any:
     try:
         processor = AutoImageProcessor.from_pretrained(processor_path)
     except Exception as error:  # as above
-        raise InputError(f"{processor_path} has no image processor: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{processor_path} has no image processor: {_reason(error)}") from error
+    mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
 
     def collate(rows: list[Any]) -> dict[str, Tensor]:
-        return dict(processor(images=[_image(row) for row in rows], return_tensors="pt"))
+        images = [_image(row, mode) for row in rows]
+        try:
+            return dict(processor(images=images, return_tensors="pt"))
+        except Exception as error:  # sizes or channels that do not fit
+            raise InputError(f"the image processor of {processor_path} refuses the images: {_reason(error)}") from error
 
     return collate
 
 
-def _image(row: Any) -> Any:
-    from PIL import Image, UnidentifiedImageError
+def _image(row: Path | dict[str, Any], mode: str) -> Any:
+    """An image from its file, or from a cell of a table that holds its bytes or path."""
+    from PIL import Image
 
-    if not isinstance(row, Path):
-        return row.convert("RGB") if isinstance(row, Image.Image) else row
+    name: Any = row["path"] or "a row" if isinstance(row, dict) else row
     try:
-        with Image.open(row) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{row} is not a readable image: {error}") from error
+        with Image.open(BytesIO(row["bytes"]) if isinstance(row, dict) and row["bytes"] else name) as image:
+            return image.convert(mode)
+    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError and more
+        raise InputError(f"{name} is not a readable image: {_reason(error)}") from error

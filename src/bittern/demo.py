@@ -50,15 +50,17 @@ def minilm_folder() -> Path:
 
 def run_digits(out: Path, force: bool, track: Track = silent) -> Iterator[Row]:
     """A small ViT on scikit-learn's handwritten digits: w8a8, w4a8, ternary as it is and ternary after training."""
-    torch.set_num_threads(1)  # a model this small only loses by more
     trained = "ternary, 10 epochs of training"
     recipes = {"w8a8": "w8a8", "w4a8": "w4a8", "ternary": "ternary-2-2-8", trained: "ternary-2-2-8"}
 
     def train(name: str, model: PreTrainedModel) -> None:
         if name == trained:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # a model this small only loses by more
             finetune(model, *digits("train"), epochs=10, track=track)
+            torch.set_num_threads(threads)
 
-    return _run(DIGITS, "digits", recipes, out / "digits-vit", force, track, train)
+    return _run(DIGITS, "digits", recipes, out / "digits-vit", force, track, train, keep_float=True)
 
 
 def run_minilm(out: Path, force: bool, track: Track = silent) -> Iterator[Row]:
@@ -75,11 +77,28 @@ def _run(
     force: bool,
     track: Track,
     train: Callable[[str, PreTrainedModel], None],
+    keep_float: bool = False,
 ) -> Iterator[Row]:
+    """Rows as they are made. The outputs are checked at once, before the first row is asked for."""
     folders = {name: out / name.split(",")[0] if "epochs" not in name else out / "ternary-trained" for name in recipes}
+    folders |= {"float": out / "float"} if keep_float else {}
     for folder in folders.values():
         check_output(folder, force)
+    return _rows(source, data, recipes, folders, force, track, train)
+
+
+def _rows(
+    source: Path,
+    data: str,
+    recipes: dict[str, str],
+    folders: dict[str, Path],
+    force: bool,
+    track: Track,
+    train: Callable[[str, PreTrainedModel], None],
+) -> Iterator[Row]:
     model = load(source)
+    if "float" in folders:
+        save(model, folders["float"], processors_from=source, force=force)
     test, calibration = _data(data, model, source)
     reference = predict(model, test)
     size = measure(model, source)

@@ -18,7 +18,7 @@ from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.store import check_output, load, measure, save
 from bittern.errors import InputError, ModelError
 from bittern.evaluate import compare, predict
-from bittern.layers import fake_quants, is_simulated, simulate
+from bittern.layers import fake_quants, is_simulated, restore, simulate
 from bittern.ptq.calibrate import calibrate
 from bittern.recipe import Recipe, load_recipe
 
@@ -59,6 +59,9 @@ def quantize(
         raise InputError(f"{data} has no train split to calibrate with; name one of its files train.parquet")
     calibration = train.subset(samples, seed) if train else None
     batch = next(iter(calibration)) if calibration else None
+    if test:  # a recipe that does not fit is refused here, before the model runs on all of the data
+        simulate(model, recipe, batch)
+        restore(model)
     reference = predict(model, track(test, "float")) if test else None
     size_before = sum(p.numel() for p in model.parameters()) * 4
     simulation = simulate(model, recipe, batch)
@@ -72,7 +75,7 @@ def quantize(
         "source": str(source),
         "recipe": recipe.name,
         "quantized": len(simulation.quantized),
-        "kept_float": [layer.name for layer in simulation.kept_float],
+        "kept_float": [{"name": layer.name, "type": layer.type} for layer in simulation.kept_float],
         "float_bytes": size_before,
     }
     if test is not None and reference is not None and simulated is not None:
@@ -98,7 +101,6 @@ def evaluate(
     data: str,
     *,
     against: str | Path | None = None,
-    split: str = "test",
     track: Track = silent,
     **columns: Any,
 ) -> dict[str, Any]:
@@ -109,7 +111,12 @@ def evaluate(
     model = load(source)
     loaded = load_data(data, model, source, split="test", **columns)
     loaded = loaded or load_data(data, model, source, split="train", **columns)
-    assert loaded is not None
+    if loaded is None:
+        raise InputError(f"{data} has no train, validation or test split; give one of its files such a name")
+    if against is None and (loaded.labels is None or not has_classes(model)):
+        why = "has no labels" if loaded.labels is None else f"is for {type(model).__name__}, which has no classes"
+        raise InputError(f"{data} {why}, so there is no accuracy; compare with another model: --against FLOAT_MODEL")
+    other = None if against is None else load(against)
     output = predict(model, track(loaded, "evaluating"))
     result: dict[str, Any] = {
         "model": str(source),
@@ -117,15 +124,11 @@ def evaluate(
         "samples": len(loaded),
         **asdict(measure(model, source)),
     }
-    if against is not None:
-        other = load(against)
+    if other is not None:
         reference = predict(other, track(loaded, "reference"))
         if reference.shape != output.shape:
             raise InputError(f"{against} gives outputs {tuple(reference.shape)}, {source} gives {tuple(output.shape)}")
         return result | {"against": str(against), **compare(output, reference, loaded.labels, has_classes(model))}
-    if loaded.labels is None or not has_classes(model):
-        why = "has no labels" if loaded.labels is None else f"is for {type(model).__name__}, which has no classes"
-        raise InputError(f"{data} {why}, so there is no accuracy; compare with another model: --against FLOAT_MODEL")
     return result | {"accuracy": compare(output, output, loaded.labels, True)["accuracy"]}
 
 

@@ -51,8 +51,15 @@ def _dims(x: Tensor, fmt: Format) -> tuple[int, ...]:
     return (-1,)
 
 
+def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Row by row, and over rows in float64: so the result does not depend on how many threads share the work."""
+    rows = x.sum(-1, keepdim=True)
+    return rows if dims == (-1,) else rows.sum(dims, keepdim=True, dtype=torch.float64).float()
+
+
 def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return x.mean(dims, keepdim=True)
+    total = _sum(x, dims)
+    return total / (x.numel() // total.numel())
 
 
 def _scale(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
@@ -61,7 +68,7 @@ def _scale(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
     if fmt.kind == "ternary":  # [KD] TWN: mean magnitude of what is above the threshold
         size = x.abs()
         kept = size > TERNARY_THRESHOLD * _mean(size, dims)
-        return (size * kept).sum(dims, keepdim=True) / kept.sum(dims, keepdim=True).clamp_(min=1), None
+        return _sum(size * kept, dims) / kept.sum(dims, keepdim=True).clamp_(min=1), None
     if fmt.kind == "binary":
         return _mean(x.abs(), dims), None
     if fmt.kind == "uniform" and fmt.scheme == "asymmetric":

@@ -33,9 +33,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bittern import attention
-from bittern.deploy.packed import PackedLayer, make_packed, pack_layers
+from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers
 from bittern.errors import CheckpointError, ModelError
-from bittern.layers import QuantLayer, fake_quants, is_simulated, swap
+from bittern.layers import QuantLayer, fake_quants, is_simulated, swap, weight_matrix
 from bittern.recipe import Format, Rule
 
 METHOD = "bittern"
@@ -45,7 +45,7 @@ INDEX = "format_index"
 
 @register_quantization_config(METHOD)
 class BitternConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of config.json. state: `packed` or `simulated`; formats: the table that indices point into."""
+    """`quantization_config` of config.json. state: `packed` or `simulated`; formats: the table of all that are used."""
 
     def __init__(
         self,
@@ -275,7 +275,7 @@ def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str,
             swap(modules[name], name, rule.weight, rule.input)
     ties = _ties(model)
     if config.state == "packed":
-        owners = {n: make_packed(modules[n], stored[n]) for n in formats if "weight_codes" in stored[n]}
+        owners = {n: _packed(n, modules[n], stored[n]) for n in formats if "weight_codes" in stored[n]}
         tied = {n for n, rule in formats.items() if rule.weight is not None} - owners.keys()
         heads = {n for n, others in ties.items() if n not in formats and not owners.keys().isdisjoint(others)}
         for name in sorted(tied | heads):
@@ -291,6 +291,18 @@ def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str,
                 if (empty := stored[name].get(f"{part}.{kind}")) is not None:
                     _make_empty(quantizer, kind, empty)
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"\.{INDEX}$"}
+
+
+def _packed(name: str, layer: QuantLayer, tensors: Mapping[str, Tensor]) -> PackedLayer:
+    assert layer.weight_quantizer is not None
+    fmt, (rows, columns) = layer.weight_quantizer.format, weight_matrix(layer).shape
+    wanted = {"weight_codes", "weight_scale", *(("weight_offset",) if fmt.scheme == "asymmetric" else ())}
+    size = (rows, bytes_per_row(columns, fmt))
+    if not wanted <= tensors.keys() or tensors["weight_codes"].shape != size:
+        raise CheckpointError(
+            f"{name}: the checkpoint's codes and scales are not those of {rows} × {columns} weights, {fmt}"
+        )
+    return make_packed(layer, tensors)
 
 
 def _make_empty(quantizer: nn.Module, kind: str, empty: Tensor) -> None:

@@ -37,14 +37,15 @@ def bytes_per_row(columns: int, fmt: Format) -> int:
 
 
 def pack_codes(codes: Tensor, fmt: Format) -> Tensor:
-    """Integer codes (rows, columns) → uint8 (rows, bytes). Codes are counted from the lowest, first code in the low bits.
+    """Integer codes (rows, columns) → uint8 (rows, bytes), counted from the lowest, the first code in the low bits.
 
     >>> pack_codes(torch.tensor([[-1, 0, 1, 1, 0]]), Format(kind="ternary"))
     tensor([[164,   1]], dtype=torch.uint8)
     """
     low, high = code_range(fmt)
     unsigned = (codes.to(torch.int64) - low) // (2 if fmt.kind == "binary" else 1)
-    if codes.numel() and not (0 <= int(unsigned.min()) and int(codes.max()) <= high):
+    impossible_zero = fmt.kind == "binary" and not codes.all()
+    if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high or impossible_zero):
         raise ModelError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit {fmt}")
     per_group, size = (5, 1) if fmt.storage == "base3" else (8, fmt.bits)
     unsigned = F.pad(unsigned, (0, -codes.shape[1] % per_group)).unflatten(1, (-1, per_group))
@@ -141,7 +142,7 @@ PACKED: dict[type[QuantLayer], type[PackedLayer]] = {
 
 
 def make_packed(layer: QuantLayer, tensors: Mapping[str, Tensor], owner: PackedLayer | None = None) -> PackedLayer:
-    """Turn a simulated layer into a packed one, in place, with the given codes, scale and offset, or tied to `owner`."""
+    """Turn a simulated layer into a packed one, in place, with these codes, scale and offset, or those of `owner`."""
     assert layer.weight_quantizer is not None
     fmt, shape, dtype = layer.weight_quantizer.format, tuple(weight_matrix(layer).shape), layer.weight.dtype
     device: torch.device = layer.weight.device  # type: ignore[assignment]
@@ -163,9 +164,11 @@ def pack_layers(model: PreTrainedModel) -> None:
 
     Raises ModelError if a static scale was never found, before it changes anything.
     """
-    for name, quantizer in fake_quants(model):
+    for _name, quantizer in fake_quants(model):
         if quantizer.format.range == "static" and quantizer.scale is None:
-            raise ModelError(f"{name} has a static format and no scale yet; calibrate the model with data first")
+            raise ModelError(
+                f"{quantizer.name} has a static format and no scale yet; calibrate the model with data first"
+            )
     owners: dict[nn.Parameter, PackedLayer] = {}
     for layer in list(model.modules()):
         if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from bittern.anatomy import check_model
+from bittern.data import load_tokenizer
 from bittern.deploy.checkpoint import (
     METHOD,
     BitternConfig,
@@ -54,7 +55,9 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMode
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         name = (config.architectures or ["AutoModel"])[0]
         cls = getattr(transformers, name, None) or transformers.AutoModel
-        model = cls.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True)
+        model = cls.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
     except BitternError:
         raise
     except Exception as error:  # transformers and safetensors raise whatever their parsers meet
@@ -103,7 +106,7 @@ def check_output(out: str | Path, force: bool) -> None:
 
 @contextmanager
 def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """A new folder under a temporary name beside `out`, renamed to it if the block ends well, removed if it does not."""
+    """A new folder under a temporary name beside `out`, renamed to it if the block ends well, removed if not."""
     out = Path(out).absolute()
     check_output(out, force)
     try:
@@ -163,9 +166,9 @@ def save(
 
 
 def _copy_processors(source: str | Path, folder: Path) -> None:
-    for auto in (AutoTokenizer, AutoImageProcessor):
+    for read in (load_tokenizer, AutoImageProcessor.from_pretrained):
         try:
-            auto.from_pretrained(source).save_pretrained(folder)
+            read(source).save_pretrained(folder)
         except Exception:  # a text model has no image processor and says so in many ways
             continue
 

@@ -17,33 +17,38 @@ from bittern.quantizers import find_scale
 def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
     """Run the model on `batches` with activations in float and set every missing static scale from their extremes.
 
-    Memory: two numbers per scale. Raises InputError without batches, ModelError if a quantizer never ran or saw NaN.
+    Memory: two numbers per scale. Raises InputError without batches, ModelError if a quantizer never ran or saw NaN,
+    before it sets any scale.
     """
-    waiting = {name: q for name, q in fake_quants(model) if q.format.range == "static" and q.scale is None}
+    waiting = [q for _, q in fake_quants(model) if q.format.range == "static" and q.scale is None]
     if not waiting:
         return
     training = model.training
     model.eval()
-    for quantizer in waiting.values():
+    for quantizer in waiting:
         quantizer.observed = []
     try:
         count = 0
         for batch in batches:
             model(**batch)
             count += 1
-            for quantizer in waiting.values():  # keep one pair: the extremes so far
+            for quantizer in waiting:  # keep one pair: the extremes so far
                 if seen := quantizer.observed:
                     lows, highs = zip(*seen, strict=True)
                     quantizer.observed = [(torch.stack(lows).amin(0), torch.stack(highs).amax(0))]
         if not count:
             raise InputError("calibration got no batches; give at least one")
-        for name, quantizer in waiting.items():
+        scales = []
+        for quantizer in waiting:
             if not quantizer.observed:
-                raise ModelError(f"{name} never ran during calibration; use batches that reach it, or keep it float")
+                message = "never ran during calibration; use batches that reach it, or keep it float"
+                raise ModelError(f"{quantizer.name} {message}")
             low, high = quantizer.observed[0]
             extremes = torch.cat([low, high], -1)  # the scale of two values is the scale of all between them
-            quantizer.set_scale(*find_scale(extremes, quantizer.format, quantizer.name))
+            scales.append(find_scale(extremes, quantizer.format, quantizer.name))
+        for quantizer, scale in zip(waiting, scales, strict=True):
+            quantizer.set_scale(*scale)
     finally:
-        for quantizer in waiting.values():
+        for quantizer in waiting:
             quantizer.observed = None
         model.train(training)

@@ -1,0 +1,361 @@
+"""The commands as a user types them: what they print, write and refuse, and how they end."""
+
+import json
+import os
+import platform
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+
+import bittern
+from bittern import pipeline
+from bittern.data import load_data
+from bittern.demo import DIGITS
+from bittern.recipe import load_recipe, recipe_names
+from material import LABELS, TEXTS, command, save_text_model, succeed, tree, write_tables
+
+OWN_RECIPE = """
+name: own
+rules:
+  - modules: "vit.layers.0.*"
+  - roles: [qkv, ffn]
+    weight: {kind: ternary, granularity: row}
+    input: {bits: 8}
+"""
+BAD_RECIPES = {
+    "typo.yaml": "name: t\nrules:\n  - roles: [ffn]\n    wieght: {bits: 8}\n",
+    "glob.yaml": "name: t\nrules:\n  - modules: 'vit.layer.0.*'\n    weight: {bits: 8}\n",
+    "group.yaml": "name: t\nrules:\n  - weight: {bits: 8, granularity: group, group_size: 7}\n",
+}
+
+
+def damage(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
+    """The model with one weight that is no number."""
+    with torch.no_grad():
+        model.vit.layers[1].mlp.fc1.weight[3, 5] = float("nan")
+    return model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a user may have it: models, data and recipes, good and bad."""
+    place = tmp_path_factory.mktemp("place")
+    shutil.copytree(DIGITS, place / "vit")
+    hf.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(place / "vit")
+    save_text_model(place / "bert")
+    save_text_model(place / "encoder", head=False)
+    damage(bittern.load(DIGITS)).save_pretrained(place / "nan")
+    pipeline.quantize(DIGITS, "ternary-2-2-8", place / "packed")
+    (place / "empty").mkdir()
+    for folder, file, text in (("foreign", "config.json", '{"layers": 3}'), ("notes", "todo.txt", "water the reeds")):
+        (place / folder).mkdir()
+        (place / folder / file).write_text(text)
+    for file, text in (
+        BAD_RECIPES | {"own.yaml": OWN_RECIPE, "damaged.parquet": "PAR1, or so", "data.txt": ""}
+    ).items():
+        (place / file).write_text(text)
+    write_tables(place / "texts", text=TEXTS, label=LABELS)
+    write_tables(place / "renamed", words=TEXTS, kind=LABELS)
+    write_tables(place / "unlabelled", text=TEXTS)
+    write_tables(place / "more-classes", text=TEXTS, label=[label + 4 for label in LABELS])
+    write_tables(place / "no-rows", text=TEXTS[:0], label=LABELS[:0])
+    write_tables(place / "images", image=[Image.new("L", (8, 8))] * 3, label=[3, 9, 12])
+    return place
+
+
+@pytest.fixture
+def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user is in the folder, so that all names are relative."""
+    monkeypatch.chdir(place)
+    return place
+
+
+# The main job: quantize, inspect, eval, eval --against
+
+
+@pytest.fixture(scope="module")
+def job(place: Path) -> dict[str, Any]:
+    """What `quantize --json` prints for digits and w8a8."""
+    return one_object(succeed(f"bittern quantize {place}/vit --recipe w8a8 --data digits --out {place}/w8a8 --json"))
+
+
+def one_object(text: str) -> dict[str, Any]:
+    """The JSON object that is all of the text."""
+    assert text.count("\n") == 1
+    value = json.loads(text)
+    assert isinstance(value, dict)
+    return value
+
+
+def test_quantize_json(place: Path, job: dict[str, Any], tmp_path: Path) -> None:
+    """`quantize --json` prints what the library returns for the same arguments, and the file gives the same outputs."""
+    result = pipeline.quantize(place / "vit", "w8a8", tmp_path / "same", data="digits")
+    assert job == result | {"out": f"{place}/w8a8"}
+    assert job["float"]["accuracy"] > 0.97
+    assert job["packed"]["agreement"] > 0.98
+    assert job["max_error_simulated_packed"] == 0
+    assert job["file"] < job["float_bytes"] / 2.5
+
+
+@pytest.mark.usefixtures("job")
+def test_inspect_json(place: Path) -> None:
+    """`inspect --json` prints what `bittern.inspect` returns."""
+    result = one_object(succeed(f"bittern inspect {place}/w8a8 --json"))
+    assert result == bittern.inspect(f"{place}/w8a8")
+    assert (result["state"], result["recipe"], result["model"]) == ("packed", "w8a8", "ViTForImageClassification")
+
+
+def test_eval_json(place: Path, job: dict[str, Any]) -> None:
+    """`eval --json`, with and without `--against`, finds the figures that `quantize` measured."""
+    alone = one_object(succeed(f"bittern eval {place}/w8a8 --data digits --json"))
+    assert alone["accuracy"] == job["packed"]["accuracy"]
+    assert {key: alone[key] for key in ("samples", "file", "bits")} == {k: job[k] for k in ("samples", "file", "bits")}
+    both = one_object(succeed(f"bittern eval {place}/w8a8 --data digits --against {place}/vit --json"))
+    assert both == alone | job["packed"] | {"against": f"{place}/vit"}
+
+
+def test_printed_figures(inside: Path, job: dict[str, Any]) -> None:
+    """Without `--json` each command prints the same figures for people, and the command that comes next."""
+    accuracy, agreement = f"{job['packed']['accuracy']:.4f}", f"{job['packed']['agreement']:.4f}"
+    size, bits = f"{job['file'] / 1e3:.1f} kB", f"{job['bits']:.2f}"
+
+    text = succeed("bittern quantize vit --recipe w8a8 --data digits --out w8a8 --force")
+    assert all(part in text for part in (accuracy, agreement, size, bits, "29 modules quantized", "inspect w8a8"))
+    text = succeed("bittern inspect w8a8")
+    assert all(part in text for part in (size, bits, "packed by w8a8", "8-bit per row", "classifier", "9 LayerNorm"))
+    assert accuracy in succeed("bittern eval w8a8 --data digits")
+    text = succeed("bittern eval w8a8 --data digits --against vit")
+    assert all(part in text for part in (accuracy, agreement, "against", "vit"))
+
+
+def test_a_real_process(place: Path, tmp_path: Path, job: dict[str, Any]) -> None:
+    """The installed `bittern`, in a process of its own, prints the same JSON and nothing else."""
+    program = Path(sys.executable).with_name("bittern")
+    arguments = ["quantize", f"{place}/vit", "-r", "w8a8", "--data", "digits", "-o", "out", "--json"]
+    ran = subprocess.run([program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert one_object(ran.stdout) == job | {"out": "out"}
+
+
+# Recipes, options and what is written
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_ready_made_recipes(inside: Path, tmp_path: Path, recipe: str) -> None:
+    """Every recipe works by its name, and the file is smaller than the float model."""
+    result = one_object(succeed(f"bittern quantize vit -r {recipe} --data digits -o {tmp_path}/out --json"))
+    assert result["recipe"] == recipe
+    assert result["max_error_simulated_packed"] == 0
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == result["file"] < result["float_bytes"] / 2
+
+
+def test_own_recipe(inside: Path, tmp_path: Path) -> None:
+    """A recipe of one's own is given by its path, and its first rule keeps the first block in float."""
+    succeed(f"bittern quantize vit -r own.yaml -o {tmp_path}/out")
+    result = one_object(succeed(f"bittern inspect {tmp_path}/out --json"))
+    names = [module["name"] for module in result["modules"]]
+    assert result["recipe"] == "own"
+    assert len(names) == 15
+    assert not any(".layers.0." in name for name in names)
+    assert {module["weight"] for module in result["modules"]} == {"ternary per row"}
+
+
+def test_columns(inside: Path, tmp_path: Path) -> None:
+    """Columns of other names are chosen by `--columns` and `--label-column`, with the same result."""
+    known = succeed(f"bittern quantize bert -r w8a8 --data texts -o {tmp_path}/a --batch-size 10 --json")
+    options = "--columns words --label-column kind --batch-size 10 --json"
+    renamed = succeed(f"bittern quantize bert -r w8a8 --data renamed -o {tmp_path}/a --force {options}")
+    assert renamed == known
+    assert "accuracy" in one_object(
+        succeed("bittern eval bert --data renamed --columns words --label-column kind --json")
+    )
+
+
+def test_report_beside_the_model(inside: Path, tmp_path: Path) -> None:
+    """bittern.json holds what it takes to do it again: recipe, seed, versions, and which data it was."""
+    succeed(f"bittern quantize vit -r w6a6 --data digits --samples 50 --seed 3 -o {tmp_path}/out")
+    report = json.loads((tmp_path / "out" / "bittern.json").read_text())
+    assert bittern.Recipe.from_dict(report["recipe"]) == load_recipe("w6a6")
+    assert report["seed"] == 3
+    packages = {name: version(name) for name in ("bittern", "torch", "transformers")}
+    assert report["versions"] == packages | {"python": platform.python_version()}
+    data = load_data("digits", bittern.load(DIGITS), DIGITS, split="train")
+    assert data is not None
+    drawn = data.subset(50, 3).fingerprint()
+    assert report["calibration"] == {"data": "digits", "samples": 50, "sha256": drawn}
+    assert drawn not in (data.subset(50, 4).fingerprint(), data.subset(51, 3).fingerprint())
+    assert report["samples"] == 360
+    assert {layer["name"] for layer in report["layers"]} >= {"classifier", "vit.layers.3.mlp.fc2"}
+
+
+def test_without_data(inside: Path, tmp_path: Path) -> None:
+    """A recipe without static scales needs no data, and the command says why no accuracy was measured."""
+    text = succeed(f"bittern quantize vit -r ternary-2-2-8 -o {tmp_path}/out")
+    assert "No accuracy was measured: no data was given; add --data" in text
+    assert json.loads((tmp_path / "out" / "bittern.json").read_text())["calibration"] is None
+
+
+def test_force_replaces(inside: Path, tmp_path: Path) -> None:
+    """With --force the old model is gone, all of it, and nothing stands beside the new one."""
+    shutil.copytree("packed", tmp_path / "out")
+    (tmp_path / "out" / "model-00001-of-00002.safetensors").touch()
+    succeed(f"bittern quantize vit -r w4a8 --data digits -o {tmp_path}/out --force")
+    written = {"bittern.json", "config.json", "model.safetensors", "preprocessor_config.json"}
+    assert tree(tmp_path).keys() == {"out", *(f"out/{name}" for name in written)}
+    assert bittern.inspect(tmp_path / "out")["recipe"] == "w4a8"
+
+
+def test_help() -> None:
+    """`--help` names the commands, and each command's own help its options."""
+    assert all(name in succeed("bittern --help") for name in ("demo", "quantize", "eval", "inspect"))
+    assert all(option in succeed("bittern quantize --help") for option in ("--recipe", "--data", "--out", "--force"))
+
+
+# What is refused: one line that names what was given and what to do
+
+BAD = {
+    "no model": ("quantize missing -r w8a8 -o out --data digits", "no such folder: missing"),
+    "no model below a folder": ("quantize models/missing -r w8a8 -o out --data digits", "models/missing", "folder"),
+    "empty folder": ("quantize empty -r w8a8 -o out --data digits", "empty is empty", "config.json"),
+    "not a Transformer": ("quantize foreign -r w8a8 -o out --data digits", "foreign/config.json", "Transformer"),
+    "folder of other things": ("quantize notes -r w8a8 -o out --data digits", "notes has no config.json"),
+    "model as a file": ("quantize vit/model.safetensors -r w8a8 -o out", "vit/model.safetensors is a file", "folder"),
+    "NaN weights": ("quantize nan -r w8a8 -o out --data digits", "vit.layers.1.mlp.fc1.weight holds NaN"),
+    "packed already": ("quantize packed -r w8a8 -o out --data digits", "packed is quantized already", "float model"),
+    "labels of texts": ("quantize bert -r w8a8 -o out --data more-classes", "more-classes", "4 to 6", "3 classes"),
+    "labels of images": ("quantize vit -r w8a8 -o out --data images", "images", "3 to 12", "10 classes (0 to 9)"),
+    "sentences for images": ("quantize vit -r w8a8 -o out --data sentences", "sentences are texts", "ViTFor"),
+    "images for texts": ("quantize bert -r w8a8 -o out --data digits", "digits are 8×8 images", "BertFor"),
+    "table of another kind": ("quantize vit -r w8a8 -o out --data texts", "texts has the columns text, label", "image"),
+    "no data": ("quantize vit -r w8a8 -o out --data nowhere", "'nowhere'", "a folder"),
+    "no table": ("quantize bert -r w8a8 -o out --data nowhere/train.csv", "'nowhere/train.csv'", "a folder"),
+    "no rows": ("quantize bert -r w8a8 -o out --data no-rows", "no-rows", "rows"),
+    "unknown kind of file": ("quantize bert -r w8a8 -o out --data data.txt", "data.txt is a .txt file", ".parquet"),
+    "no such column": ("quantize bert -r w8a8 -o out --data renamed", "the columns words, kind", "--columns"),
+    "static without data": ("quantize vit -r w8a8 -o out", "w8a8 has static activation scales", "--data"),
+    "no recipe": ("quantize vit -r w8a9 -o out --data digits", "no recipe 'w8a9'", "w8a8", "YAML"),
+    "no recipe file": ("quantize vit -r mine.yaml -o out --data digits", "no recipe 'mine.yaml'", "YAML"),
+    "unknown key": ("quantize vit -r typo.yaml -o out --data digits", "typo.yaml", "'wieght'", "known: ", "weight"),
+    "glob of nothing": ("quantize vit -r glob.yaml -o out --data digits", "'vit.layer.0.*' matches", "vit.layers.0."),
+    "group that divides nothing": ("quantize vit -r group.yaml -o out --data digits", "group_size 7", "use a divisor"),
+    "output below a file": ("quantize vit -r w8a8 -o own.yaml/out --data digits", "own.yaml", "another output"),
+    "output is a file": ("quantize vit -r w8a8 -o own.yaml --data digits --force", "own.yaml is a file", "folder"),
+    "output exists": ("quantize vit -r w8a8 -o packed --data digits", "packed exists", "--force"),
+    "output is no model": ("quantize vit -r w8a8 -o notes --data digits --force", "notes holds", "another output"),
+    "JSON asked for": ("quantize vit -r w8a8 -o packed --data digits --json", "packed exists"),
+    "eval, no model": ("eval missing --data digits", "no such folder: missing"),
+    "eval, no labels": ("eval bert --data unlabelled", "unlabelled has no labels", "--against"),
+    "eval, no classes": ("eval encoder --data texts", "BertModel, which has no classes", "--against"),
+    "eval, no other model": ("eval bert --data texts --against missing", "no such folder: missing"),
+    "eval, no data": ("eval bert --data nowhere", "'nowhere'", "a folder"),
+    "inspect, no model": ("inspect missing", "no such folder: missing"),
+    "inspect, empty folder": ("inspect empty", "empty is empty", "config.json"),
+    "no demo": ("demo penguins", "no demo 'penguins'", "digits, minilm or all"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused(inside: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    """A bad input ends with exit code 1 and one line that says what and what to do, before work, without a trace."""
+    line, *parts = BAD[name]
+    before = tree(inside)
+    for step in ("predict", "calibrate", "pack", "save"):
+        monkeypatch.setattr(pipeline, step, lambda *_, step=step, **__: pytest.fail(f"{step} ran first"))
+    ran = command(f"bittern {line}")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("error: ")
+    assert ran.err.count("\n") == 1
+    assert all(part in ran.err for part in parts), ran.err
+    assert tree(inside) == before
+    assert capfd.readouterr() == ("", "")  # past sys.stdout and sys.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name.startswith("output")])
+def test_output_is_checked_first(inside: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """An output that cannot be written is refused before the model is even loaded."""
+    monkeypatch.setattr(pipeline, "load", lambda *_: pytest.fail("the model was loaded first"))
+    assert command(f"bittern {BAD[name][0]}").code == 1
+
+
+def test_a_real_refusal(place: Path) -> None:
+    """In a process of its own, too, a bad input is one line on stderr: no warnings, no logs of libraries."""
+    arguments = ["-m", "bittern", "eval", "bert", "--data", "damaged.parquet"]
+    ran = subprocess.run([sys.executable, *arguments], cwd=place, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr.startswith("error: cannot read data from 'damaged.parquet'")
+    assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("quantize vit --recipe w8a8", "--out"),
+        ("quantize vit --out out", "--recipe"),
+        ("quantize vit -r w8a8 -o out --samples 0", "--samples"),
+        ("quantize vit -r w8a8 -o out --batch-size many", "--batch-size"),
+        ("quantize vit -r w8a8 -o out --bits 3", "--bits"),
+        ("eval vit", "--data"),
+        ("inspect", "model"),
+        ("quantise vit", "quantize"),
+    ],
+)
+def test_usage(inside: Path, line: str, part: str) -> None:
+    """A command that is typed wrongly ends with exit code 2 and says which part is meant."""
+    before = tree(inside)
+    ran = command(f"bittern {line}")
+    assert (ran.code, ran.out) == (2, "")
+    assert part in ran.err.splitlines()[-1]
+    assert "Traceback" not in ran.err
+    assert tree(inside) == before
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("step", ["pipeline.load", "pipeline.calibrate", "pipeline.pack",
+                                  "deploy.store._copy_processors", "deploy.store._replace"])  # fmt: skip
+@pytest.mark.parametrize("out", ["out", "packed"])
+def test_interrupted(inside: Path, monkeypatch: pytest.MonkeyPatch, step: str, out: str) -> None:
+    """Ctrl-C at any step exits with 130, leaves nothing behind, and an output to replace stays as it was."""
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = tree(inside)
+    monkeypatch.setattr(f"bittern.{step}", interrupt)
+    ran = command(f"bittern quantize vit -r w8a8 --data digits -o {out} --force")
+    assert (ran.code, ran.out) == (130, "")
+    assert ran.err == "interrupted; nothing was left half-written\n"
+    assert tree(inside) == before
+
+
+def test_a_real_interruption(place: Path, tmp_path: Path) -> None:
+    """SIGINT while the progress bar of a long job runs exits with 130 and leaves no file."""
+    data = write_tables(tmp_path / "data", text=TEXTS * 100, label=LABELS * 100)
+    ours, theirs = pty.openpty()
+    arguments = ["quantize", f"{place}/bert", "-r", "w8a8", "--data", data, "-o", "out", "--batch-size", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bittern", *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, text=True
+    )
+    os.close(theirs)
+    seen = b""
+    while b"float" not in seen:  # the float model runs on 4,000 samples one by one
+        seen += os.read(ours, 1024)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    seen += os.read(ours, 65536)
+    os.close(ours)
+    assert (process.returncode, out) == (130, "")
+    assert b"interrupted; nothing was left half-written" in seen
+    assert b"Traceback" not in seen
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]

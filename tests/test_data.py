@@ -1,0 +1,678 @@
+"""Data from every kind of source, and each bad one refused in one line before any work starts."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from bittern.data import Data, digits, has_classes, load_data, load_tokenizer, sentences
+from bittern.errors import BitternError, InputError
+from families import SUPPORTED
+from helpers import refused
+from material import WORDS, save_text_model, write_tables
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`text` holds a tokenizer and `images` an image processor; `bare` holds neither, nor does `gpt2`."""
+    root = tmp_path_factory.mktemp("folders")
+    save_text_model(root / "text")
+    hf.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(root / "images")
+    for name, folder in (("bert", "bare"), ("gpt2", "gpt2"), ("vit", "images")):
+        SUPPORTED[name]()[0].config.save_pretrained(root / folder)
+    return root
+
+
+@pytest.fixture(scope="module")
+def bert() -> hf.PreTrainedModel:
+    return SUPPORTED["bert"]()[0]
+
+
+@pytest.fixture(scope="module")
+def vit() -> hf.PreTrainedModel:
+    return SUPPORTED["vit"]()[0]
+
+
+def digits_vit(**config: Any) -> hf.PreTrainedModel:
+    """A classifier of the digits."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    given = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10} | config
+    return hf.ViTForImageClassification(hf.ViTConfig(**sizes, **given))
+
+
+ROWS = [{"text": "a bittern booms", "label": 1}, {"text": "dawn", "label": 0}, {"text": "the still reeds", "label": 2}]
+TEXTS = [(row["text"],) for row in ROWS]
+
+
+def csv(rows: list[dict[str, Any]]) -> str:
+    lines = [",".join(rows[0]), *(",".join("" if v is None else str(v) for v in row.values()) for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def texts(source: object, model: hf.PreTrainedModel, folders: Path, **options: Any) -> Data | None:
+    return load_data(str(source), model, folders / "text", split=options.pop("split", "train"), **options)
+
+
+def table(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text(jsonl(rows))
+    return path
+
+
+# Built in
+
+
+def test_digits() -> None:
+    """The digits are those of scikit-learn, whole, in two parts with all classes, the same each time."""
+    images = {part: digits(part) for part in ("train", "test")}
+    assert {part: (x.shape, len(y)) for part, (x, y) in images.items()} == {
+        "train": ((1437, 1, 8, 8), 1437),
+        "test": ((360, 1, 8, 8), 360),
+    }
+    original, labels = load_digits(return_X_y=True)
+    rows = {(*row, label) for row, label in zip(original.tolist(), labels.tolist(), strict=True)}
+    parts = [{(*(x.flatten() * 16).tolist(), y.item()) for x, y in zip(*part, strict=True)} for part in images.values()]
+    assert parts[0] | parts[1] == rows
+    assert not parts[0] & parts[1]
+    assert all(len(y.bincount()) == 10 and y.bincount().min() >= 30 for _, y in images.values())
+    digits.cache_clear()
+    assert all(torch.equal(a, b) for part in images for a, b in zip(digits(part), images[part], strict=True))
+
+
+def test_digits_as_data(tmp_path: Path) -> None:
+    """The digits come in batches, in order, with labels, and need no image processor."""
+    data = load_data("digits", digits_vit(), tmp_path, split="test", batch_size=100)
+    batches = list(data)
+    assert [len(batch["pixel_values"]) for batch in batches] == [100, 100, 100, 60]
+    assert torch.equal(torch.cat([batch["pixel_values"] for batch in batches]), digits("test")[0])
+    assert torch.equal(data.labels, digits("test")[1])
+
+
+@pytest.mark.parametrize("size", [8, [8, 8], (8, 8)], ids=repr)
+def test_digits_fit(size: Any, tmp_path: Path) -> None:
+    """A model of 8 × 8 images fits the digits, however its configuration says so."""
+    assert load_data("digits", digits_vit(image_size=size), tmp_path, split="train") is not None
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        (lambda: digits_vit(image_size=16), ("1 channels of 16 pixels",)),
+        (lambda: digits_vit(num_channels=3), ("3 channels of 8 pixels",)),
+        (lambda: digits_vit(num_labels=9), ("labels go from 0 to 9", "9 classes (0 to 8)")),
+        (lambda: SUPPORTED["bert"]()[0], ("8×8 images", "BertForSequenceClassification expects input_ids")),
+        (
+            lambda: hf.ResNetModel(hf.ResNetConfig(num_channels=1, hidden_sizes=[8], depths=[1], embedding_size=8)),
+            ("1 channels of ? pixels",),
+        ),
+    ],
+    ids=["size", "channels", "classes", "text", "no size"],
+)
+def test_digits_do_not_fit(model: Callable[[], hf.PreTrainedModel], parts: tuple[str, ...], tmp_path: Path) -> None:
+    """A model of other inputs or fewer classes is refused, with what it expects."""
+    with refused(InputError, "digits", *parts):
+        load_data("digits", model(), tmp_path, split="train")
+
+
+def test_sentences(bert: hf.PreTrainedModel, folders: Path) -> None:
+    """The sentences are English ones, each once, and are split in two halves without labels."""
+    found = sentences()
+    assert len(found) == len(set(found)) > 80
+    assert all(s[0].isupper() and s.endswith(".") and 40 <= len(s) <= 265 and "\n" not in s for s in found)
+    train, test = (texts("sentences", bert, folders, split=split) for split in ("train", "test"))
+    assert sorted(train.rows + test.rows) == sorted((s,) for s in found)
+    assert abs(len(train) - len(test)) <= 1
+    assert train.labels is test.labels is None
+
+
+def test_sentences_are_texts(vit: hf.PreTrainedModel, folders: Path) -> None:
+    """A model of images is refused for the sentences, with what it expects."""
+    with refused(InputError, "sentences are texts", "3 channels of 32 pixels"):
+        load_data("sentences", vit, folders / "images", split="train")
+
+
+def test_model_of_other_inputs(folders: Path) -> None:
+    """A model of neither texts nor images is refused by what it takes."""
+    with refused(InputError, "WhisperForConditionalGeneration takes input_features", "texts or images"):
+        texts("sentences", SUPPORTED["whisper"]()[0], folders)
+
+
+# Tables
+
+
+def write_parquet(path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).to_parquet(path)
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "parquet": write_parquet,
+    "csv": lambda path: path.write_text(csv(ROWS)),
+    "jsonl": lambda path: path.write_text(jsonl(ROWS)),
+    "json": lambda path: path.write_text(json.dumps(ROWS)),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_file(kind: str, bert: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """A file of any kind is its own train split, with texts, labels and batches that the model takes."""
+    path = tmp_path / f"data.{kind}"
+    WRITERS[kind](path)
+    data = texts(path, bert, folders, batch_size=2)
+    assert (list(data.rows), data.labels.tolist(), len(data)) == (TEXTS, [1, 0, 2], 3)
+    first, second = data
+    word = WORDS.index
+    assert first["input_ids"].tolist() == [
+        [word("[CLS]"), word("a"), word("bittern"), word("booms"), word("[SEP]")],
+        [word("[CLS]"), word("dawn"), word("[SEP]"), 0, 0],
+    ]
+    assert first["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert second["input_ids"].shape == (1, 5)
+    assert bert(**first).logits.shape == (2, 3)
+    assert texts(path, bert, folders, split="test") is None
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (("train.csv",), ("train.csv", None)),
+        (("test.csv",), (None, "test.csv")),
+        (("train.jsonl", "validation.csv", "test.csv"), ("train.jsonl", "validation.csv")),
+        (("Train-00000.csv", "DEV.jsonl"), ("Train-00000.csv", "DEV.jsonl")),
+        (("notes.txt", "train.csv", "valid.jsonl", "other.csv"), ("train.csv", "valid.jsonl")),
+    ],
+    ids=str,
+)
+def test_folder_of_splits(
+    names: tuple[str, ...],
+    found: tuple[str | None, str | None],
+    bert: hf.PreTrainedModel,
+    folders: Path,
+    tmp_path: Path,
+) -> None:
+    """Files of a folder are its splits by their names; validation counts before test, and None says there is none."""
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    for name in names:
+        rows = [{"text": name, "label": 1}]
+        (folder / name).write_text(csv(rows) if name.endswith("csv") else jsonl(rows))
+    for split, name in zip(("train", "test"), found, strict=True):
+        data = texts(folder, bert, folders, split=split)
+        assert (data and data.rows) == (name and [(name,)])
+
+
+@pytest.mark.parametrize(
+    ("available", "split", "chosen"),
+    [
+        (["train", "validation", "test"], "train", "train"),
+        (["train", "validation", "test"], "test", "validation"),
+        (["train", "test"], "test", "test"),
+        (["train", "validation_matched", "validation_mismatched"], "test", "validation_matched"),
+        (["train"], "test", None),
+        (["test"], "train", None),
+    ],
+)
+def test_name_of_a_data_set(
+    available: list[str],
+    split: str,
+    chosen: str | None,
+    bert: hf.PreTrainedModel,
+    folders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Any other source is a name for `datasets`, whose splits are chosen by name."""
+
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        return datasets.Dataset.from_list([{"text": f"{name} {split}", "label": 0}])
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: available)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = texts("some/data", bert, folders, split=split)
+    assert (data and data.rows) == (chosen and [(f"some/data {chosen}",)])
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked", "expected"),
+    [
+        (["idx", "sentence1", "sentence2"], (), ["sentence1", "sentence2"]),
+        (["question1", "question2"], (), ["question1", "question2"]),
+        (["hypothesis", "premise"], (), ["premise", "hypothesis"]),
+        (["sentence", "question"], (), ["question", "sentence"]),
+        (["sentence", "other"], (), ["sentence"]),
+        (["text", "sentence"], (), ["sentence"]),
+        (["text", "title"], (), ["text"]),
+        (["text", "title"], ("title",), ["title"]),
+        (["text", "title"], ("title", "text"), ["title", "text"]),
+    ],
+    ids=str,
+)
+def test_columns(
+    columns: list[str],
+    asked: tuple[str, ...],
+    expected: list[str],
+    bert: hf.PreTrainedModel,
+    folders: Path,
+    tmp_path: Path,
+) -> None:
+    """Columns are the ones asked for, or those of GLUE's tasks and of plain texts, in the order that the models use."""
+    data = texts(table(tmp_path, [dict(zip(columns, columns, strict=True))]), bert, folders, columns=asked)
+    assert data.rows == [tuple(expected)]
+    ids = next(iter(data))["input_ids"][0].tolist()
+    assert ids.count(WORDS.index("[SEP]")) == len(expected)
+
+
+def test_long_texts_are_cut(bert: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """Texts are cut at the length asked for and at the model's positions."""
+    path = table(tmp_path, [{"text": "dawn " * 500}])
+    for length, expected in ((16, 16), (500, bert.config.max_position_embeddings)):
+        batch = next(iter(texts(path, bert, folders, max_length=length)))
+        assert batch["input_ids"].shape == (1, expected)
+        bert(**batch)
+
+
+def test_tokenizer_without_padding(bert: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """A tokenizer without a token to pad with pads with the end of text, and is refused if it has none either."""
+    tokenizer = load_tokenizer(folders / "text")
+    tokenizer.pad_token = None
+    path = table(tmp_path, ROWS)
+    for eos in (None, "[SEP]"):
+        tokenizer.eos_token = eos
+        tokenizer.save_pretrained(tmp_path / f"eos {eos}")
+    batch = next(iter(load_data(str(path), bert, tmp_path / "eos [SEP]", split="train")))
+    assert batch["input_ids"][1].tolist() == [2, WORDS.index("dawn"), 3, 3, 3]
+    with refused(InputError, "no token to pad with"):
+        load_data(str(path), bert, tmp_path / "eos None", split="train")
+
+
+# Labels
+
+CLASS_NAMES = {"num_labels": 3, "label2id": {"Heron": 0, "Bittern": 1, "Egret": 2}}
+
+
+def named(names: dict[str, Any] = CLASS_NAMES) -> hf.PreTrainedModel:
+    config = SUPPORTED["bert"]()[0].config.to_dict() | names
+    return hf.BertForSequenceClassification(hf.BertConfig(**{k: v for k, v in config.items() if k != "id2label"}))
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"), [("bittern", 1), ("Egret", 2), ("HERON", 0), (1, 1), (True, 1)], ids=repr
+)
+def test_labels_by_name_or_number(label: Any, expected: int, folders: Path, tmp_path: Path) -> None:
+    """Labels are the model's classes, by number or by name in upper or lower case."""
+    data = texts(table(tmp_path, [{"text": "dawn", "label": label}]), named(), folders)
+    assert data.labels.tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("row", "asked", "expected"),
+    [
+        ({"labels": 2}, None, [2]),
+        ({"label": 1, "labels": 2}, None, [1]),
+        ({"label": 1, "species": "egret"}, "species", [2]),
+        ({"species": 1}, None, None),
+    ],
+    ids=str,
+)
+def test_label_column(row: dict[str, Any], asked: str | None, expected: Any, folders: Path, tmp_path: Path) -> None:
+    """Labels come from the column asked for, or from `label` or `labels`, or there are none."""
+    data = texts(table(tmp_path, [{"text": "dawn"} | row]), named(), folders, label_column=asked)
+    assert (data.labels if expected is None else data.labels.tolist()) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "parts"),
+    [
+        ([0, 3], ("labels go from 0 to 3", "3 classes (0 to 2)")),
+        ([-1, 1], ("labels go from -1 to 1", "3 classes (0 to 2)")),
+        ([0.5, 1.0], ("labels are fractions such as 0.5", "3 classes")),
+        ([1, None], ("row 1 of label is None", "expected a class", "heron, bittern, egret")),
+        ([None, None], ("row 0 of label is None", "expected a class")),
+        (["heron", "swan"], ("row 1 of label is 'swan'", "heron, bittern, egret")),
+        (["heron", None], ("row 1 of label is None", "heron, bittern, egret")),
+        ([[0], [1, 2]], ("row 0 of label is [0]", "expected a class")),
+        ([{"class": 1}] * 2, ("row 0 of label is {'class': 1}", "expected a class")),
+    ],
+    ids=str,
+)
+def test_labels_that_do_not_fit(labels: list[Any], parts: tuple[str, ...], folders: Path, tmp_path: Path) -> None:
+    """Labels that are no classes of the model are refused, with what they are and what the classes are."""
+    path = table(tmp_path, [{"text": "dawn", "label": label} for label in labels])
+    with refused(InputError, str(path), *parts):
+        texts(path, named(), folders)
+
+
+def test_missing_numbers_in_csv(folders: Path, tmp_path: Path) -> None:
+    """A number that is missing in a .csv file is no label."""
+    path = tmp_path / "data.csv"
+    path.write_text("text,label\ndawn,1\nday,\n")
+    with refused(InputError, "row 1 of label is", "expected a class"):
+        texts(path, named(), folders)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"), [([0.5, 2.5], [0.5, 2.5]), ([7, 9], [7, 9]), (["x", "y"], None), ([None, 1], None)], ids=str
+)
+def test_labels_without_classes(labels: list[Any], expected: Any, folders: Path, tmp_path: Path) -> None:
+    """A model without classes takes any numbers as labels, and leaves out what is no number."""
+    model = SUPPORTED["bert"]()[0].base_model
+    assert not has_classes(model)
+    data = texts(table(tmp_path, [{"text": "dawn", "label": label} for label in labels]), model, folders)
+    assert (data.labels if expected is None else data.labels.tolist()) == expected
+
+
+# Tables that are refused
+
+BAD_FILES: dict[str, tuple[str, str | bytes, dict[str, Any], tuple[str, ...]]] = {
+    "unknown type": ("data.txt", "text\ndawn\n", {}, (".txt file", ".parquet, .csv, .json, .jsonl")),
+    "no type": ("data", "text\ndawn\n", {}, ("nameless file", ".parquet, .csv, .json, .jsonl")),
+    "no bytes": ("data.csv", "", {}, ("cannot read data", "expected", "file with rows")),
+    "no lines": ("data.jsonl", "", {}, ("cannot read data", "expected", "file with rows")),
+    "header only": ("data.csv", "text,label\n", {}, ("cannot read data", "expected", "file with rows")),
+    "no parquet": ("data.parquet", "text\ndawn\n", {}, ("cannot read data", "expected")),
+    "no JSON": ("data.jsonl", "text\ndawn\n", {}, ("cannot read data", "expected")),
+    "binary": ("data.csv", b"\x80\xff\x00\x9f\n\x80", {}, ("cannot read data", "expected")),
+    "no column": ("data.csv", "words,label\ndawn,1\n", {}, ("words, label", "expected sentence1+sentence2", "or text")),
+    "column asked": ("data.csv", "text\ndawn\n", {"columns": ("words",)}, ("has the columns text; expected words",)),
+    "three columns": (
+        "data.csv",
+        "a,b,c\nx,y,z\n",
+        {"columns": ("a", "b", "c")},
+        ("at most 2 columns of inputs, got a, b, c",),
+    ),
+    "label column": ("data.csv", "text\ndawn\n", {"label_column": "class"}, ("no column 'class'; it has text",)),
+    "numbers": ("data.csv", "text,label\n12,1\n13,1\n", {}, ("row 0 of text is (12,); expected text",)),
+    "no text": (
+        "data.csv",
+        "text,label\ndawn,1\n,1\n",
+        {},
+        ("row 1 of text is (None,); expected text",),
+    ),
+    "half a pair": (
+        "data.jsonl",
+        jsonl([{"sentence1": "a", "sentence2": "b"}, {"sentence1": "a", "sentence2": None}]),
+        {},
+        ("row 1 of sentence1, sentence2 is ('a', None); expected text",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_file_that_does_not_fit(case: str, bert: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """A file that cannot be used is refused by its name, with what was expected."""
+    name, content, options, parts = BAD_FILES[case]
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with refused(InputError, str(path), *parts):
+        texts(path, bert, folders, **options)
+
+
+@pytest.mark.parametrize("source", ["", "nowhere.csv", "nowhere", "no/where", "x" * 300, "a\x00b"])
+def test_source_that_is_none(
+    source: str, bert: hf.PreTrainedModel, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is neither a path nor the name of a data set is refused, with all that would do."""
+    monkeypatch.chdir(tmp_path)
+    with refused(InputError, f"cannot read data from {source!r}", "digits, sentences, a folder", "dataset name"):
+        texts(source, bert, folders)
+
+
+def test_data_set_without_rows(bert: hf.PreTrainedModel, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set that has no rows is refused."""
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_dict({"text": []}))
+    with refused(InputError, "some/data has no rows", "at least one sample"):
+        texts("some/data", bert, folders)
+
+
+@pytest.mark.parametrize("processor", ["bare", "gpt2", "images", "nowhere"])
+def test_no_tokenizer(processor: str, folders: Path, tmp_path: Path) -> None:
+    """A folder without a tokenizer is refused, even where transformers would make one up without a vocabulary."""
+    model = SUPPORTED["gpt2" if processor == "gpt2" else "bert"]()[0]
+    with refused(InputError, f"{folders / processor} has no tokenizer"):
+        load_data(str(table(tmp_path, ROWS)), model, folders / processor, split="train")
+
+
+# Images
+
+
+def draw(path: Path, size: tuple[int, int] = (10, 12), mode: str = "RGB", seed: int = 0) -> Path:
+    """An image of noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (*reversed(size), 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(path)
+    return path
+
+
+def pictures(source: object, model: hf.PreTrainedModel, folders: Path, **options: Any) -> Data | None:
+    return load_data(str(source), model, folders / "images", split=options.pop("split", "train"), **options)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("LABEL_2", "label_0"), [0, 2]),  # by name; files come in order of their paths
+        (("ant", "bee", "cow"), [0, 1, 2]),
+        (("ant", "label_1"), [0, 1]),
+        ((".", "ant"), None),
+        ((".",), None),
+    ],
+    ids=str,
+)
+def test_folder_of_images(
+    names: tuple[str, ...], expected: list[int] | None, vit: hf.PreTrainedModel, folders: Path, tmp_path: Path
+) -> None:
+    """Labels of images are the names of their folders, if they are the model's classes, or else their order."""
+    files = [draw(tmp_path / "images" / name / f"{i}.png", seed=i) for i, name in enumerate(names)]
+    data = pictures(tmp_path / "images", vit, folders)
+    assert sorted(data.rows) == sorted(files)
+    by_name = sorted(name.lower() for name in names) == ["label_0", "label_2"]
+    labels = dict(zip(data.rows, data.labels.tolist(), strict=True)) if expected else None
+    assert labels == (
+        expected and {file: int(n[-1]) if by_name else i for i, (file, n) in enumerate(zip(files, names))}
+    )
+    batch = next(iter(data))
+    assert batch["pixel_values"].shape == (len(names), 3, 32, 32)
+    assert vit(**batch).logits.shape == (len(names), 3)
+    assert pictures(tmp_path / "images", vit, folders, split="test") is None
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "RGBA", "I;16"])
+def test_images_of_any_mode(mode: str, vit: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """Images of any mode come as three channels."""
+    draw(tmp_path / "images" / "a.png", mode=mode)
+    (batch,) = pictures(tmp_path / "images", vit, folders)
+    assert batch["pixel_values"].shape == (1, 3, 32, 32)
+
+
+def test_images_of_one_channel(tmp_path: Path) -> None:
+    """Images come as one channel for a model of one, which the processor must know."""
+    draw(tmp_path / "images" / "a.png")
+    size = {"size": {"height": 8, "width": 8}}
+    hf.ViTImageProcessorPil(**size, image_mean=[0.5], image_std=[0.5]).save_pretrained(tmp_path / "one")
+    hf.ViTImageProcessorPil(**size).save_pretrained(tmp_path / "three")
+    model = digits_vit()
+    (batch,) = load_data(str(tmp_path / "images"), model, tmp_path / "one", split="train")
+    assert batch["pixel_values"].shape == (1, 1, 8, 8)
+    with refused(InputError, "the image processor of", "refuses the images"):
+        list(load_data(str(tmp_path / "images"), model, tmp_path / "three", split="train"))
+
+
+def test_table_of_images(vit: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """A table with a column of images gives what a folder of the same images gives."""
+    files = [draw(tmp_path / "images" / f"{i}.png", seed=i) for i in range(3)]
+    columns = {"img": [str(f) for f in files], "label": [2, 0, 1]}
+    rows = datasets.Dataset.from_dict(columns).cast_column("img", datasets.Image())
+    rows.to_parquet(tmp_path / "data.parquet")
+    data = pictures(tmp_path / "data.parquet", vit, folders)
+    assert data.labels.tolist() == [2, 0, 1]
+    (batch,), (expected,) = data, pictures(tmp_path / "images", vit, folders)
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+    (part,) = data.subset(2, seed=1)
+    assert len(part["pixel_values"]) == 2
+
+
+def broken(path: Path) -> None:
+    draw(path)
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [broken, lambda p: p.write_bytes(b""), lambda p: p.write_text("text"), lambda p: p.write_bytes(SHORT_IHDR)],
+    ids=["truncated", "empty", "text", "short header"],
+)
+def test_broken_image(spoil: Callable[[Path], Any], vit: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """An image that cannot be read is refused by its name, in a folder as in a table."""
+    folder = tmp_path / "images"
+    draw(folder / "a.png")
+    spoil(folder / "b.png")
+    with refused(InputError, "b.png is not a readable image"):
+        list(pictures(folder, vit, folders))
+    cells = [{"bytes": (folder / name).read_bytes(), "path": name} for name in ("a.png", "b.png")]
+    kind = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": cells}, features=kind).to_parquet(tmp_path / "data.parquet")
+    with refused(InputError, "is not a readable image"):
+        list(pictures(tmp_path / "data.parquet", vit, folders))
+
+
+SHORT_IHDR = b"\x89PNG\r\n\x1a\n" + bytes([0, 0, 0, 4]) + b"IHDR" + bytes(4) + bytes.fromhex("a9f1b8b1")
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "parts"),
+    [
+        ({"image": [3, 4]}, {}, ("column image holds", "expected images")),
+        ({"picture": [3]}, {}, ("has the columns picture; expected image or img",)),
+        ({"image": [3], "img": [4]}, {"columns": ("image", "img")}, ("at most 1 columns of inputs",)),
+        ({"image": ["nowhere.png"]}, {}, ("nowhere.png is not a readable image",)),
+    ],
+    ids=["numbers", "no column", "two columns", "missing file"],
+)
+def test_table_without_images(
+    columns: dict[str, Any], options: dict[str, Any], parts: tuple[str, ...], folders: Path, tmp_path: Path
+) -> None:
+    """A table without a column of images is refused, with what was expected."""
+    write_tables(tmp_path / "tables", **columns)
+    with refused(InputError, *parts):
+        list(pictures(tmp_path / "tables", SUPPORTED["vit"]()[0], folders, **options))
+
+
+@pytest.mark.parametrize("content", [(), ("notes.txt",), ("table.csv",), ("a/table.csv", "b/readme.md")], ids=str)
+def test_folder_of_neither(content: tuple[str, ...], folders: Path, tmp_path: Path) -> None:
+    """A folder with neither images nor tables named after splits is refused, with what was expected."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in content:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("text\ndawn\n")
+    with refused(InputError, f"{folder} holds no table named train, validation or test", "needs texts in one of"):
+        texts(folder, SUPPORTED["bert"]()[0], folders)
+    with refused(InputError, f"{folder} holds no images (.png", "a folder per class"):
+        pictures(folder, SUPPORTED["vit"]()[0], folders)
+
+
+def test_too_many_folders_of_images(vit: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """More folders of images than the model has classes are refused."""
+    for i in range(4):
+        draw(tmp_path / "images" / str(i) / "a.png")
+    with refused(InputError, "labels go from 0 to 3", "3 classes"):
+        pictures(tmp_path / "images", vit, folders)
+
+
+@pytest.mark.parametrize("processor", ["text", "bare", "nowhere"])
+def test_no_image_processor(processor: str, vit: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """A folder without an image processor is refused."""
+    draw(tmp_path / "images" / "a.png")
+    with refused(InputError, f"{folders / processor} has no image processor"):
+        load_data(str(tmp_path / "images"), vit, folders / processor, split="train")
+
+
+# Data
+
+
+@pytest.fixture
+def numbers() -> Data:
+    """Rows 0 to 9 as one input, and their negatives as labels."""
+    rows = list(range(10))
+    return Data("numbers", rows, -torch.arange(10), lambda part: {"x": torch.tensor(part)}, 4)
+
+
+def test_batches(numbers: Data) -> None:
+    """Batches hold all rows once, in order, and can be run through again."""
+    for _ in range(2):
+        assert [batch["x"].tolist() for batch in numbers] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert len(numbers) == 10
+
+
+def test_subset(numbers: Data) -> None:
+    """A subset holds distinct rows with their labels, the same for a seed and others for another."""
+    parts = [numbers.subset(5, seed) for seed in (0, 0, 1)]
+    assert all(len(part) == len(set(part.rows)) == 5 for part in parts)
+    assert all(part.labels.tolist() == [-row for row in part.rows] for part in parts)
+    assert parts[0].rows == parts[1].rows != parts[2].rows
+    assert sorted(numbers.subset(99).rows) == numbers.rows
+    assert numbers.subset(5).batch_size == numbers.batch_size
+
+
+def every_change(data: Data) -> Iterator[Data]:
+    """The same data with something changed in each."""
+    fields = vars(data)
+    yield Data(**fields | {"rows": [*data.rows[:-1], 99]})
+    yield Data(**fields | {"rows": data.rows[::-1]})
+    yield Data(**fields | {"rows": data.rows[:-1], "labels": data.labels[:-1]})
+    yield Data(**fields | {"labels": data.labels + 1})
+    yield Data(**fields | {"labels": None})
+    yield Data(**fields | {"collate": lambda part: {"y": torch.tensor(part)}})
+
+
+def test_fingerprint(numbers: Data, bert: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """The fingerprint is that of inputs and labels: it changes with any of them, and not with name or batch size."""
+    prints = {numbers.fingerprint(), *(changed.fingerprint() for changed in every_change(numbers))}
+    assert len(prints) == 7
+    assert Data(**vars(numbers) | {"name": "other", "batch_size": 3}).fingerprint() == numbers.fingerprint()
+    path = table(tmp_path, ROWS)
+    one, three = (texts(path, bert, folders, batch_size=size).fingerprint() for size in (1, 3))
+    assert one == three
+    assert len(one) == 64
+    shutil.rmtree(tmp_path / "cache")
+    path.write_text(jsonl([*ROWS[:2], ROWS[2] | {"text": "the still water"}]))
+    assert texts(path, bert, folders).fingerprint() != one
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (lambda: SUPPORTED["bert"]()[0], True),
+        (lambda: digits_vit(), True),
+        (lambda: digits_vit(num_labels=1), False),
+        (lambda: SUPPORTED["bert"]()[0].base_model, False),
+        (lambda: SUPPORTED["gpt2"]()[0], False),
+        (lambda: SUPPORTED["detr"]()[0], False),
+    ],
+    ids=["text", "images", "regression", "base", "language", "boxes"],
+)
+def test_has_classes(model: Callable[[], hf.PreTrainedModel], expected: bool) -> None:
+    """A classifier is a model with a classification head of more than one class."""
+    assert has_classes(model()) == expected
+
+
+def test_errors_are_known() -> None:
+    """What is refused here is one of the errors that the command line prints in one line."""
+    assert issubclass(InputError, BitternError)

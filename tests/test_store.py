@@ -1,0 +1,501 @@
+"""Folders that hold models: all of a save or nothing, sizes, and what is refused."""
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from bittern import inspect, is_packed, is_simulated, load, pack, save, simulate
+from bittern.deploy.checkpoint import module_formats
+from bittern.deploy.store import atomic_folder, check_output, measure
+from bittern.errors import BitternError, CheckpointError, InputError, ModelError
+from bittern.recipe import Format, Recipe, Rule
+from families import SUPPORTED
+from helpers import outputs, quantized, refused, same
+from material import save_text_model, tree
+
+WEIGHTS = "model.safetensors"
+
+
+def small(packed: bool) -> hf.PreTrainedModel:
+    """A model of one layer; packed and float ones differ."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = hf.BertModel(hf.BertConfig(**sizes, vocab_size=16, max_position_embeddings=16)).eval()
+    if packed:
+        simulate(model, "ternary-2-2-8")
+        pack(model)
+    return model
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A folder that holds a packed model, alone in its parent."""
+    save(small(packed=True), tmp_path / "parent" / "out")
+    return tmp_path / "parent" / "out"
+
+
+@contextmanager
+def kept(out: Path) -> Iterator[None]:
+    """After the block everything around the folder is as it was: the same files, and no temporary ones."""
+    before = tree(out.parent)
+    yield
+    assert tree(out.parent) == before
+
+
+# Saving
+
+
+@pytest.mark.parametrize("state", ["float", "simulated", "packed"])
+def test_save_and_load(state: str, tmp_path: Path) -> None:
+    """A saved model loads as it was, in eval mode and float32, from a folder whose parents were made."""
+    model, batch = SUPPORTED["bert"]() if state == "float" else quantized("bert", packed=state == "packed")
+    out = tmp_path / "a" / "b" / "out"
+    save(model.train(), out)
+    again = load(str(out))
+    assert type(again) is type(model)
+    assert not again.training
+    assert again.dtype == torch.float32
+    assert (is_packed(again), is_simulated(again)) == (state == "packed", state != "float")
+    assert list(module_formats(again)) == list(module_formats(model))
+    assert same(outputs(again, batch), outputs(model.eval(), batch))
+    assert sorted(f.name for f in out.parent.iterdir()) == ["out"]
+
+
+def test_float16_loads_as_float32(tmp_path: Path) -> None:
+    """A model in half precision loads in float32, with the same values."""
+    model = small(packed=False).half()
+    save(model, tmp_path)
+    again = load(tmp_path)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert all(torch.equal(a, b.float()) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_shards_and_report(tmp_path: Path) -> None:
+    """Shards have the size asked for, and a report is bittern.json."""
+    save(small(packed=False), tmp_path / "out", max_shard_size="2KB", report={"recipe": "none", "accuracy": 0.5})
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert json.loads((tmp_path / "out" / "bittern.json").read_text()) == {"recipe": "none", "accuracy": 0.5}
+    load(tmp_path / "out")
+
+
+def test_processors_are_kept(tmp_path: Path) -> None:
+    """The tokenizer or image processor of the source is saved beside the model, and none is made up."""
+    text = save_text_model(tmp_path / "text")
+    images = tmp_path / "images"
+    hf.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(images)
+    bare = tmp_path / "bare"
+    save(load(text), bare)
+    names = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+    found = {}
+    for source in (text, images, bare, tmp_path / "nowhere"):
+        save(small(packed=True), tmp_path / f"from_{source.name}", processors_from=source)
+        found[source.name] = [(tmp_path / f"from_{source.name}" / name).exists() for name in names]
+    assert found == {
+        "text": [True, True, False],
+        "images": [False, False, True],
+        "bare": [False, False, False],
+        "nowhere": [False, False, False],
+    }
+    assert hf.AutoTokenizer.from_pretrained(tmp_path / "from_text").tokenize("a bittern") == ["a", "bittern"]
+
+
+def test_output_that_exists(out: Path) -> None:
+    """An output that exists is refused, and replaced if forced, with no file of the old one left."""
+    (out / "old.txt").touch()
+    with kept(out), refused(InputError, str(out), "exists", "--force"):
+        save(small(packed=False), out)
+    save(small(packed=False), out, force=True)
+    assert not is_packed(load(out))
+    assert not (out / "old.txt").exists()
+    assert [f.name for f in out.parent.iterdir()] == ["out"]
+
+
+def test_empty_output(tmp_path: Path) -> None:
+    """An empty folder is no obstacle."""
+    (tmp_path / "out").mkdir()
+    save(small(packed=True), tmp_path / "out")
+    assert is_packed(load(tmp_path / "out"))
+
+
+def test_output_that_is_no_model(out: Path) -> None:
+    """A folder that holds something other than a model is not replaced, forced or not."""
+    (out / "config.json").unlink()
+    for force in (False, True):
+        with kept(out), pytest.raises(InputError, match="exists" if not force else "other than a model"):
+            save(small(packed=False), out, force=force)
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
+@pytest.mark.parametrize(
+    ("place", "part"),
+    [
+        ("out/config.json", "config.json is a file; give a folder"),
+        ("out/config.json/below", "cannot write to"),
+        ("x" * 300, "File name too long"),
+    ],
+    ids=["file", "below a file", "long name"],
+)
+def test_output_that_cannot_be(out: Path, place: str, part: str, force: bool) -> None:
+    """A path at or below a file, or with too long a name, is refused."""
+    with kept(out), refused(InputError, str(out.parent), part):
+        save(small(packed=False), out.parent / place, force=force)
+
+
+def test_check_output(out: Path) -> None:
+    """What would be refused is refused beforehand, and the check itself makes nothing."""
+    with kept(out):
+        check_output(out, force=True)
+        check_output(out.parent / "new" / "below", force=False)
+        for place, force in ((out, False), (out / WEIGHTS, True), (out / WEIGHTS / "below", True)):
+            with pytest.raises(InputError):
+                check_output(place, force)
+
+
+class AnyError(Exception):
+    """Nothing that the library knows."""
+
+
+@pytest.mark.parametrize("error", [AnyError("no"), ValueError("no"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
+@pytest.mark.parametrize("exists", [True, False], ids=["replacing", "new"])
+def test_interrupted(out: Path, exists: bool, error: BaseException) -> None:
+    """Whatever ends the block early goes through, leaves no temporary file and keeps the old output."""
+    place = out if exists else out.parent / "new"
+
+    def save_half() -> None:
+        with atomic_folder(place, force=True) as folder:
+            small(packed=False).save_pretrained(folder)
+            raise error
+
+    with kept(out), pytest.raises(type(error)):
+        save_half()
+    assert place.exists() == exists
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("no space")], ids=repr
+)
+def test_full_disk(out: Path, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up while a model is written is told in one line, and the old output stays."""
+    model = small(packed=False)
+
+    def fail(folder: Path, **_: Any) -> None:
+        (folder / WEIGHTS).write_bytes(b"half a file")
+        raise error
+
+    monkeypatch.setattr(model, "save_pretrained", fail)
+    with kept(out), refused(InputError, f"cannot write {out}", "o space"):
+        save(model, out, force=True)
+
+
+def test_file_that_grows_too_large(out: Path) -> None:
+    """A file that the system refuses to let grow is told in one line, and the old output stays."""
+    model = small(packed=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with kept(out), refused(InputError, f"cannot write {out}"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        try:
+            save(model, out, force=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that has no room for even a folder is told in one line."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.mkdtemp", fail)
+    with refused(InputError, f"cannot write to {tmp_path}", "No space left on device"):
+        save(small(packed=False), tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("at", [1, 2])
+def test_renaming_fails(out: Path, at: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the new folder cannot take the old one's place, the old one is there again."""
+    rename, calls = Path.rename, []
+
+    def fail(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == at:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with kept(out), pytest.raises(InputError if isinstance(error, OSError) else KeyboardInterrupt):
+        save(small(packed=False), out, force=True)
+
+
+def in_child(action: Callable[[], Any], seconds: float | None = None) -> int:
+    """Run something in a copy of this process, killed after some seconds; how it ended, as `os.waitpid` says."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def test_killed_while_saving(out: Path) -> None:
+    """A process that is killed when all files are written but not yet in place leaves the old output as it was."""
+    model, before = small(packed=False), tree(out)
+
+    def save_and_die() -> None:
+        with atomic_folder(out, force=True) as folder:
+            model.save_pretrained(folder)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert os.WTERMSIG(in_child(save_and_die)) == signal.SIGKILL
+    assert tree(out) == before
+    assert is_packed(load(out))
+    save(model, out, force=True)
+    assert not is_packed(load(out))
+
+
+def test_killed_at_any_time(out: Path) -> None:
+    """A process that is killed at any time while it saves leaves the old output or the new one, whole."""
+    rng = random.Random(0)
+    models = [small(packed=True), small(packed=False)]
+    batch = {"input_ids": torch.arange(8).view(2, 4)}
+    expected = [outputs(model, batch) for model in models]
+
+    def save_forever() -> None:
+        while True:
+            for model in models:
+                save(model, out, force=True)
+
+    for _ in range(6):
+        assert os.WTERMSIG(in_child(save_forever, rng.uniform(0.01, 0.2))) == signal.SIGKILL
+        if out.exists():  # between two renames there is none for a moment
+            found = load(out)
+            assert same(outputs(found, batch), expected[0 if is_packed(found) else 1])
+        else:
+            assert list(out.parent.glob(f".{out.name}.old.*/{out.name}/{WEIGHTS}"))
+            save(models[0], out)
+
+
+# Loading
+
+
+def write_config(folder: Path, **config: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_config(folder: Path, **config: Any) -> None:
+    write_config(folder, **json.loads((folder / "config.json").read_text()) | config)
+
+
+def spoil_weights(folder: Path, value: float) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["encoder.layer.0.output.dense.weight"][2, 3] = value
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def pickle_weights(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+SPOILED: dict[str, tuple[Callable[[Path], Any], type[BitternError], str]] = {
+    "missing": (shutil.rmtree, InputError, "no such folder"),
+    "file": (lambda f: (shutil.rmtree(f), f.touch()), InputError, "is a file; expected the folder"),
+    "empty": (lambda f: (shutil.rmtree(f), f.mkdir()), InputError, "is empty; expected a folder with config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), CheckpointError, "has no config.json"),
+    "config is a folder": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+        CheckpointError,
+        "config.json cannot be read",
+    ),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), CheckpointError, "cannot be read as JSON"),
+    "no model_type": (lambda f: write_config(f, hidden_size=8), ModelError, "names no model_type"),
+    "unknown model_type": (lambda f: change_config(f, model_type="bitternet"), CheckpointError, "bitternet"),
+    "strange model_type": (lambda f: change_config(f, model_type=["bert"]), CheckpointError, "cannot load"),
+    "strange value": (lambda f: change_config(f, hidden_size="eight"), CheckpointError, "cannot load"),
+    "strange class": (lambda f: change_config(f, architectures=["pipeline"]), CheckpointError, "cannot load"),
+    "no model": (lambda f: change_config(f, architectures=["BertConfig"]), ModelError, "expected a Hugging Face"),
+    "foreign quantization": (
+        lambda f: change_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+        CheckpointError,
+        "cannot load",
+    ),
+    "other sizes": (lambda f: change_config(f, intermediate_size=9), CheckpointError, "cannot load"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), CheckpointError, "holds no .safetensors file"),
+    "pickled weights": (pickle_weights, CheckpointError, "holds no .safetensors file; Bittern loads nothing else"),
+    "no safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"weights"), CheckpointError, "truncated or damaged"),
+    "weights are a folder": (
+        lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()),
+        CheckpointError,
+        "truncated or damaged",
+    ),
+    "truncated": (
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]),
+        CheckpointError,
+        "truncated or damaged",
+    ),
+    "NaN": (lambda f: spoil_weights(f, torch.nan), ModelError, "encoder.layer.0.output.dense.weight holds NaN"),
+    "infinite": (lambda f: spoil_weights(f, torch.inf), ModelError, "encoder.layer.0.output.dense.weight holds NaN"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_folder_that_does_not_load(case: str, tmp_path: Path) -> None:
+    """A folder that holds no sound model is refused in one line, as what it is."""
+    spoil, kind, part = SPOILED[case]
+    save(small(packed=False), tmp_path / "model")
+    spoil(tmp_path / "model")
+    for action in (load, inspect):
+        with refused(kind, str(tmp_path / "model") if "truncated" not in part and kind is not ModelError else "", part):
+            action(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "path", ["", ".", "nowhere", "./no/where", "~/nowhere", "no/where/at/all", "x" * 300, "a\x00b", "nobody/nothing"]
+)
+def test_path_that_is_none(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is neither a folder nor a model of the hub is refused."""
+    monkeypatch.chdir(tmp_path)
+    with refused(InputError, path):
+        load(path)
+
+
+def test_not_a_transformer(tmp_path: Path) -> None:
+    """A model of transformers without attention loads, since it may be float; it is quantizing that refuses it."""
+    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_channels=3)
+    hf.ResNetModel(config).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    with pytest.raises(ModelError):
+        simulate(model, "w8a8")
+
+
+# Sizes
+
+
+def header(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of each tensor in a folder, by the headers of its files."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        data = file.read_bytes()
+        entries = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        found |= {k: (v["dtype"], v["shape"]) for k, v in entries.items() if k != "__metadata__"}
+    return found
+
+
+W3 = Recipe(name="w3", rules=(Rule(roles=("embedding", "qkv", "ffn"), weight=Format(bits=3, scheme="asymmetric")),))
+RECIPES = [
+    "w8a8",
+    "w4a8",
+    "ternary-2-2-8",
+    W3,
+]
+
+
+@pytest.mark.parametrize("shard", ["50GB", "20KB"])
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: getattr(r, "name", r))
+@pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "bart"])
+def test_measure(name: str, recipe: str | Recipe, shard: str, tmp_path: Path) -> None:
+    """Sizes of a packed model are the sums over its files' tensors and over those of the float model."""
+    float_model, _ = SUPPORTED[name]()
+    model, _ = quantized(name, recipe)
+    save(model, tmp_path, max_shard_size=shard)
+    size = measure(load(tmp_path), tmp_path)
+    assert size == measure(model, tmp_path)
+    assert size.file == sum(f.stat().st_size for f in tmp_path.iterdir() if f.suffix == ".safetensors")
+    assert size.float32 == 4 * sum(p.numel() for p in float_model.parameters())
+    tensors = header(tmp_path)
+    widths = {"U8": 1, "F32": 4}
+    stored = {
+        key: widths[kind] * prod(shape)
+        for key, (kind, shape) in tensors.items()
+        if key.rpartition(".")[-1] in ("weight_codes", "weight_scale", "weight_offset")
+    }
+    owners = {key.rpartition(".")[0] for key in stored}
+    weights = sum(module.weight.numel() for n, module in float_model.named_modules() if n in modules_of(owners, model))
+    assert size.bits == pytest.approx(8 * sum(stored.values()) / weights)
+
+
+def modules_of(names: set[str], model: hf.PreTrainedModel) -> set[str]:
+    """In-model names of the layers whose codes a file holds (ViT's are renamed in it): one for each set of codes."""
+    found = {n for n, m in model.named_modules() if getattr(m, "weight_codes", None) is not None}
+    assert len(found) == len(names)
+    return found
+
+
+@pytest.mark.parametrize("state", ["float", "simulated"])
+def test_measure_without_codes(state: str, tmp_path: Path) -> None:
+    """A float or simulated model has 32 bits a weight, and the size of its float parameters."""
+    model, batch = SUPPORTED["vit"]()
+    expected = 4 * sum(p.numel() for p in model.parameters())
+    if state == "simulated":
+        simulate(model, "ternary-2-2-8", batch)
+    save(model, tmp_path)
+    size = measure(load(tmp_path), tmp_path)
+    assert (size.bits, size.float32) == (32.0, expected)
+    assert size.file == (tmp_path / WEIGHTS).stat().st_size > expected
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_inspect_packed(name: str, tmp_path: Path) -> None:
+    """The listing of a packed model has each quantized module with its formats, all others, and the file's counts."""
+    model, batch = SUPPORTED[name]()
+    simulation = simulate(model, "ternary-2-2-8", batch)
+    norms = {n for n, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    save(pack(model), tmp_path)
+    found = inspect(tmp_path)
+    assert (found["model"], found["state"], found["recipe"]) == (type(model).__name__, "packed", "ternary-2-2-8")
+    assert (found["path"], found["format_version"], found["tensors"]) == (str(tmp_path), 1, len(header(tmp_path)))
+    assert {key: found[key] for key in ("file", "float32", "bits")} == vars(measure(model, tmp_path))
+    listed = {m["name"].removesuffix(".bittern"): m for m in found["modules"]}
+    assert listed.keys() == {layer.name for layer in simulation.quantized}
+    for layer in simulation.quantized:
+        formats = {p: listed[layer.name][p] for p in ("query", "key", "value", "map") if p in listed[layer.name]}
+        assert layer.attention == ", ".join(f"{point} {fmt}" for point, fmt in formats.items())
+        assert (listed[layer.name].get("weight", ""), listed[layer.name].get("input", "")) == (
+            layer.weight,
+            layer.input,
+        )
+    rest = {m["name"]: m for m in found["kept_float"]}
+    assert norms <= rest.keys()
+    assert rest.keys() == {layer.name for layer in simulation.kept_float}
+    assert all(m["parameters"] == sum(p.numel() for p in model.get_submodule(n).parameters()) for n, m in rest.items())
+
+
+def test_inspect_simulated(tmp_path: Path) -> None:
+    """The listing of a simulated model has no quantizers among what stayed float, learned scales or not."""
+    learned = Format(bits=4, granularity="row", range="static", learned=True)
+    model, _ = quantized("vit", Recipe(name="lsq", rules=(Rule(roles=("qkv",), weight=learned),)), packed=False)
+    save(model, tmp_path)
+    found = inspect(tmp_path)
+    assert (found["state"], found["recipe"], found["bits"]) == ("simulated", "lsq", 32.0)
+    assert len(found["modules"]) == 6
+    assert {m["weight"] for m in found["modules"]} == {str(learned)}
+    assert not any("quantizer" in m["name"] for m in found["kept_float"])
+
+
+def test_inspect_float(tmp_path: Path) -> None:
+    """The listing of a float model has no quantized module, no recipe and no format version."""
+    model = small(packed=False)
+    save(model, tmp_path)
+    found = inspect(tmp_path)
+    assert (found["state"], found["recipe"], found["format_version"], found["modules"]) == ("float", "", None, [])
+    assert sum(m["parameters"] for m in found["kept_float"]) * 4 == found["float32"]
