@@ -31,7 +31,9 @@ app = typer.Typer(
 )  # fmt: skip
 out_console, err_console = Console(), Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="Folder of a model with config.json and .safetensors, or a hub name.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder of a model with config.json and .safetensors, or a hub name.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output if it exists.")]
 Columns = Annotated[str, typer.Option(help="Input columns of the data, separated by commas.")]
@@ -143,8 +145,10 @@ def evaluate(
         print(json.dumps(result))
         return
     for name, value in result.items():
-        out_console.print(f"{name.replace('_', ' '):16} {value:.4f}" if isinstance(value, float) else
-                          f"{name.replace('_', ' '):16} {value}", highlight=False)  # fmt: skip
+        if name in ("file", "float32"):
+            value = _megabytes(value)
+        text = f"{value:.4f}" if isinstance(value, float) else str(value)
+        out_console.print(f"{name.replace('_', ' '):16} {text}", highlight=False)
 
 
 @app.command()

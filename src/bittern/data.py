@@ -131,7 +131,7 @@ def load_data(
         rows = [(s,) for s in sentences()[split == "test" :: 2]]
         return Data(source, rows, None, _text_collate(processor_path, model, max_length), batch_size)
     path = Path(source)
-    if os.path.isdir(path) and not _split_files(path):
+    if os.path.isdir(source) and not _split_files(path):
         return None if split == "test" else _image_folder(path, model, processor_path, batch_size)
     table = _table(source, split)
     if table is None:
@@ -153,11 +153,10 @@ def load_data(
 
 
 def _expects(model: PreTrainedModel) -> str:
-    if model.main_input_name == "pixel_values":
-        return (
-            f"{getattr(model.config, 'num_channels', 3)} channels of {getattr(model.config, 'image_size', '?')} pixels"
-        )
-    return str(model.main_input_name)
+    if model.main_input_name != "pixel_values":
+        return "texts" if model.main_input_name == "input_ids" else str(model.main_input_name)
+    channels, size = getattr(model.config, "num_channels", 3), getattr(model.config, "image_size", None)
+    return f"images of {channels} channel{'s' if channels > 1 else ''}" + (f" and {size} pixels" if size else "")
 
 
 def _split_files(folder: Path) -> dict[Split, Path]:
@@ -184,15 +183,17 @@ def _table(source: str, split: Split) -> Any:
     datasets.disable_progress_bars()
     path = Path(source)
     try:
-        if os.path.isfile(path):
+        if os.path.isfile(source):
             if path.suffix not in _READERS:
                 raise InputError(
                     f"{source} is a {path.suffix or 'nameless'} file; expected one of {', '.join(_READERS)}"
                 )
             return _read(path) if split == "train" else None
-        if os.path.isdir(path):
+        if os.path.isdir(source):
             file = _split_files(path).get(split)
             return _read(file) if file else None
+        if path.suffix in _READERS:
+            raise InputError(f"no such file: {source}")
         names = ["train"] if split == "train" else ["validation", "test", "validation_matched"]
         available = datasets.get_dataset_split_names(source)
         name = next((n for n in names if n in available), None)

@@ -35,11 +35,11 @@ def _output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     logits = out.get("logits")
     if logits is not None and logits.dim() == 2:
         return logits.float().cpu()  # type: ignore[no-any-return]
-    hidden = out.get("last_hidden_state")
+    hidden = out.get("last_hidden_state") if logits is None else None  # a detector has both
     if hidden is None or hidden.dim() != 3:
         raise InputError(
-            f"{type(model).__name__} gives neither class logits nor hidden states of tokens; evaluation serves sequence "
-            "and image classifiers and encoders without a head"
+            f"{type(model).__name__} gives neither class logits nor hidden states of tokens; evaluation serves "
+            "sequence and image classifiers and encoders without a head"
         )
     mask = batch.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device)).unsqueeze(-1)
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).float().cpu()

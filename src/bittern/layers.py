@@ -251,6 +251,7 @@ def restore(model: PreTrainedModel) -> None:
 
 
 def is_simulated(model: nn.Module) -> bool:
+    """Whether the model has simulated layers or attention."""
     return any(isinstance(m, QuantLayer | attention.Site) for m in model.modules())
 
 

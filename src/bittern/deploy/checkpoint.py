@@ -7,17 +7,15 @@ of all tensors and of the configuration, verified on every load.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -33,13 +31,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bittern import attention
+from bittern.deploy.checksum import FORMAT_VERSION, METHOD, check_version, config_digest, digest, verify
 from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers
 from bittern.errors import CheckpointError, ModelError
 from bittern.layers import QuantLayer, fake_quants, is_simulated, swap, weight_matrix
 from bittern.recipe import Format, Rule
 
-METHOD = "bittern"
-FORMAT_VERSION = 1
 INDEX = "format_index"
 
 
@@ -60,7 +57,7 @@ class BitternConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = quant_method
         self.format_version, self.bittern_version = format_version, bittern_version or version("bittern")
         self.state, self.recipe, self.formats = state, recipe, formats or []
-        _check_version(format_version, self.bittern_version)
+        check_version(format_version, self.bittern_version)
         if unknown or state not in ("packed", "simulated"):
             given = f"unknown entries {sorted(unknown)}" if unknown else f"state {state!r}"
             raise CheckpointError(f"config.json: quantization_config has {given}; the file is damaged or foreign")
@@ -74,16 +71,6 @@ class BitternConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise CheckpointError(
                 f"config.json: quantization_config.formats is damaged or foreign: {message}"
             ) from None
-
-
-def _check_version(given: Any, written_by: Any) -> None:
-    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-        raise CheckpointError(f"config.json: format_version {given!r} is no version; the file is damaged or foreign")
-    if given > FORMAT_VERSION:
-        raise CheckpointError(
-            f"the checkpoint has format version {given} (written by Bittern {written_by}); this Bittern reads up to "
-            f"{FORMAT_VERSION}: pip install -U bittern"
-        )
 
 
 def pack(model: PreTrainedModel) -> PreTrainedModel:
@@ -117,6 +104,7 @@ def mark_simulated(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def is_packed(model: nn.Module) -> bool:
+    """Whether the model has packed layers."""
     return any(isinstance(m, PackedLayer) for m in model.modules())
 
 
@@ -131,7 +119,7 @@ def module_formats(model: nn.Module) -> Iterator[tuple[str, Rule]]:
             fmt_input = module.input_quantizer.format if module.input_quantizer else None
             yield name, Rule(weight=weight, input=fmt_input)
         elif isinstance(module, attention.Site) and module.formats:
-            yield name, Rule(**module.formats)
+            yield name, Rule.model_validate(module.formats)
 
 
 @register_quantizer(METHOD)
@@ -170,8 +158,8 @@ class BitternQuantizer(HfQuantizer):  # type: ignore[misc]
         checks = {
             "format_version": FORMAT_VERSION,
             # with names as in the original checkpoint, or in the model: save_original_format decides, unseen
-            "tensors": [_digest(sorted(t.items())) for t in (revert_weight_conversion(model, dict(written)), written)],
-            "config": _config_digest(json.loads(model.config.to_json_string())),
+            "tensors": [digest(sorted(t.items())) for t in (revert_weight_conversion(model, dict(written)), written)],
+            "config": config_digest(json.loads(model.config.to_json_string())),
         }
         return state, {METHOD: json.dumps(checks)}
 
@@ -321,87 +309,3 @@ def _ties(model: PreTrainedModel) -> dict[str, list[str]]:
         merged = names.union(*(groups.get(n, set()) for n in names))
         groups |= dict.fromkeys(merged, merged)
     return {name: sorted(group - {name}) for name, group in groups.items()}
-
-
-# ---- checksums
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over name, type, shape and bytes of tensors, which come sorted by name."""
-    sha = hashlib.sha256()
-    for name, tensor in tensors:
-        sha.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-
-def _config_digest(config: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
-def verify(files: list[Path]) -> None:
-    """Check the checksums of a checkpoint's safetensors files and of config.json beside them.
-
-    Raises CheckpointError naming what is truncated, damaged, foreign or newer.
-    """
-    checks: dict[str, Any] = {}
-    with ExitStack() as stack:
-        tensors: dict[str, Any] = {}
-        for file in files:
-            handle = stack.enter_context(_open(file))
-            checks = _read_checks((handle.metadata() or {}).get(METHOD), file)
-            tensors |= dict.fromkeys(handle.keys(), handle)
-        if _digest((name, tensors[name].get_tensor(name)) for name in sorted(tensors)) not in checks["tensors"]:
-            raise CheckpointError(
-                f"{files[0].parent}: tensors do not match their checksum; the file is damaged or incomplete"
-            )
-    config = read_json(files[0].parent / "config.json")
-    if _config_digest(config) != checks["config"]:
-        raise CheckpointError(
-            f"{files[0].parent}/config.json was changed since the weights were packed; restore it, or load with the "
-            "original, change model.config and save again"
-        )
-
-
-def _read_checks(text: str | None, file: Path) -> dict[str, Any]:
-    if text is None:
-        raise CheckpointError(f"{file.name} has no Bittern checksums; it was not written by Bittern, or is damaged")
-    try:
-        checks = json.loads(text)
-        _check_version(checks["format_version"], "a newer version")
-        return {"tensors": list(checks["tensors"]), "config": str(checks["config"])}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise CheckpointError(f"{file.name} has damaged checksums") from None
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, or a CheckpointError."""
-    with _open(file) as handle:
-        return handle.metadata() or {}
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, "pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file.name} is truncated or damaged: {first_line(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a CheckpointError that says what is wrong with it."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}; expected a folder that save_pretrained wrote"
-        ) from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds {type(data).__name__}, expected a JSON object")
-    return data

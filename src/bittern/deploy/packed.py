@@ -49,10 +49,12 @@ def pack_codes(codes: Tensor, fmt: Format) -> Tensor:
         raise ModelError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit {fmt}")
     per_group, size = (5, 1) if fmt.storage == "base3" else (8, fmt.bits)
     unsigned = F.pad(unsigned, (0, -codes.shape[1] % per_group)).unflatten(1, (-1, per_group))
+    digit, byte = (torch.arange(n, device=codes.device) for n in (per_group, size))
     if fmt.storage == "base3":
-        return (unsigned * 3 ** torch.arange(5)).sum(-1).to(torch.uint8)
-    words = (unsigned << (fmt.bits * torch.arange(8))).sum(-1, keepdim=True)  # 8 codes in `bits` bytes
-    packed = ((words >> (8 * torch.arange(size))) & 255).to(torch.uint8).flatten(1)
+        number: Tensor = (unsigned * 3**digit).sum(-1)
+        return number.to(torch.uint8)
+    words: Tensor = (unsigned << (fmt.bits * digit)).sum(-1, keepdim=True)  # 8 codes in `bits` bytes
+    packed = ((words >> (8 * byte)) & 255).to(torch.uint8).flatten(1)
     return packed[:, : bytes_per_row(codes.shape[1], fmt)].contiguous()
 
 
@@ -95,7 +97,7 @@ class PackedLayer(nn.Module):
         values = decode(
             unpack_codes(codes, layer.weight_shape[1], layer.weight_format), layer.weight_format, scale, offset
         )
-        return values.to(self.weight.dtype)  # type: ignore[arg-type, union-attr]
+        return values.to(self.weight.dtype)  # type: ignore[arg-type]
 
     def quantized_input(self, x: Tensor) -> Tensor:
         return x if self.input_quantizer is None else self.input_quantizer(x)
@@ -112,15 +114,18 @@ class PackedLinear(PackedLayer, nn.Linear):
         return F.linear(self.quantized_input(input), self.unpacked(), self.bias)
 
 
-class PackedConv1D(PackedLayer, Conv1D):
+class PackedConv1D(PackedLayer, Conv1D):  # type: ignore[misc]
+    bias: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.quantized_input(x), self.unpacked(), self.bias)
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.unpacked().view(self.out_channels, -1, *self.kernel_size)
-        return self._conv_forward(self.quantized_input(input), weight, self.bias)
+        weight: Tensor = self.unpacked().view(self.out_channels, -1, *self.kernel_size)
+        out: Tensor = self._conv_forward(self.quantized_input(input), weight, self.bias)
+        return out
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):
@@ -144,15 +149,17 @@ PACKED: dict[type[QuantLayer], type[PackedLayer]] = {
 def make_packed(layer: QuantLayer, tensors: Mapping[str, Tensor], owner: PackedLayer | None = None) -> PackedLayer:
     """Turn a simulated layer into a packed one, in place, with these codes, scale and offset, or those of `owner`."""
     assert layer.weight_quantizer is not None
-    fmt, shape, dtype = layer.weight_quantizer.format, tuple(weight_matrix(layer).shape), layer.weight.dtype
+    fmt, (rows, columns) = layer.weight_quantizer.format, weight_matrix(layer).shape
+    dtype = layer.weight.dtype
     device: torch.device = layer.weight.device  # type: ignore[assignment]
     del layer.weight_quantizer, layer.weight
     for state in ("_kept", "_float_type"):
         layer.__dict__.pop(state, None)
     layer.__class__ = PACKED[type(layer)]  # type: ignore[assignment]
     packed: PackedLayer = layer  # type: ignore[assignment]
-    packed.weight_format, packed.weight_shape, packed.owner = fmt, shape, [] if owner is None else [owner]  # type: ignore[assignment]
-    packed.weight = owner.weight if owner else nn.Parameter(torch.zeros(1, dtype=dtype, device=device), False)  # type: ignore[assignment, arg-type]
+    packed.weight_format, packed.weight_shape, packed.owner = fmt, (rows, columns), [] if owner is None else [owner]
+    placeholder = nn.Parameter(torch.zeros(1, dtype=dtype, device=device), False)  # type: ignore[arg-type]
+    packed.weight = placeholder if owner is None else owner.weight
     for name in ("weight_codes", "weight_scale", "weight_offset"):
         packed.register_buffer(name, tensors.get(name))
     return packed.requires_grad_(False)

@@ -19,17 +19,8 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from bittern.anatomy import check_model
 from bittern.data import load_tokenizer
-from bittern.deploy.checkpoint import (
-    METHOD,
-    BitternConfig,
-    first_line,
-    is_packed,
-    mark_simulated,
-    module_formats,
-    read_json,
-    read_metadata,
-    verify,
-)
+from bittern.deploy.checkpoint import BitternConfig, is_packed, mark_simulated, module_formats
+from bittern.deploy.checksum import METHOD, first_line, read_json, read_metadata, verify
 from bittern.deploy.packed import PackedLayer
 from bittern.errors import BitternError, CheckpointError, InputError, ModelError
 from bittern.layers import is_simulated
@@ -61,8 +52,9 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMode
     except BitternError:
         raise
     except Exception as error:  # transformers and safetensors raise whatever their parsers meet
-        kind = CheckpointError if local else InputError
-        raise kind(f"cannot load {path}: {first_line(error)}") from error
+        if local:
+            raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
+        raise InputError(f"no such folder: {path}; nor can the hub give it: {first_line(error)}") from error
     check_model(model)
     model.eval()
     return model
@@ -118,6 +110,7 @@ def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         yield folder
         for file in folder.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         folder.chmod(0o755)
@@ -159,10 +152,25 @@ def save(
         mark_simulated(model)
     with atomic_folder(out, force=force) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
+        for file in folder.glob("*.safetensors"):
+            _order_metadata(file)
         if processors_from is not None:
             _copy_processors(processors_from, folder)
         if report is not None:
             (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _order_metadata(file: Path) -> None:
+    """Sort the metadata in the header of a safetensors file, which safetensors writes in random order: the same model
+    gives the same bytes."""
+    with file.open("r+b") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+        metadata = dict(sorted(header.pop("__metadata__", {}).items()))
+        text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            handle.seek(8)
+            handle.write(text.ljust(length))
 
 
 def _copy_processors(source: str | Path, folder: Path) -> None:
@@ -198,11 +206,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """What a folder holds: model class, sizes, each quantized module with its formats, and what stayed float."""
     model = load(path)
     points = ("weight", "input", "query", "key", "value", "map")
+    quantized = dict(module_formats(model))
     modules = [
-        {"name": name, **{point: str(fmt) for point in points if (fmt := getattr(formats, point))}}
-        for name, formats in module_formats(model)
+        {"name": name.removesuffix(f".{METHOD}"), **{p: str(fmt) for p in points if (fmt := getattr(formats, p))}}
+        for name, formats in quantized.items()
     ]
-    quantized = {m["name"] for m in modules}
     kept = [
         {"name": name, "type": type(m).__name__, "parameters": sum(p.numel() for p in m.parameters(recurse=False))}
         for name, m in model.named_modules()

@@ -1,0 +1,198 @@
+"""Metrics against values worked out by hand, and what a model must give to be evaluated."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+
+from bittern.errors import InputError
+from bittern.evaluate import accuracy, agreement, compare, predict, similarity_agreement
+from families import SUPPORTED, Batch
+from helpers import refused
+
+LOGITS = torch.tensor([[1.0, 2.0, 0.5], [3.0, -1.0, 2.0], [-3.0, -2.0, -1.0], [0.0, 0.1, 0.0]])  # classes 1, 0, 2, 1
+OTHERS = torch.tensor([[1.0, 1.5, 0.5], [3.0, -1.0, 4.0], [-3.0, -2.0, -1.0], [0.2, 0.1, 0.0]])  # classes 1, 2, 2, 0
+
+
+class Given(nn.Module):
+    """A model that gives what its batch holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.modes: list[bool] = []
+
+    def forward(self, **batch: Any) -> BaseModelOutput | SequenceClassifierOutput:
+        self.modes.append(self.training)
+        kind = SequenceClassifierOutput if "logits" in batch else BaseModelOutput
+        return kind(**{k: v for k, v in batch.items() if k in ("logits", "last_hidden_state")})
+
+
+# Metrics
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [([1, 0, 2, 1], 1.0), ([1, 0, 2, 0], 0.75), ([0, 0, 0, 0], 0.25), ([2, 2, 0, 0], 0.0), ([True] * 4, 0.5)],
+    ids=str,
+)
+def test_accuracy(labels: list[int], expected: float) -> None:
+    """Accuracy is the share of samples whose largest logit is the label's."""
+    assert accuracy(LOGITS, torch.tensor(labels)) == expected
+
+
+def test_agreement() -> None:
+    """Agreement is the share of samples for which the largest logits are of the same class."""
+    assert agreement(LOGITS, OTHERS) == agreement(OTHERS, LOGITS) == 0.5
+    assert agreement(LOGITS, LOGITS * 3 + 1) == 1.0
+
+
+def on_circle(*degrees: float) -> Tensor:
+    """Embeddings of length 1 at these angles."""
+    angles = torch.tensor(degrees) * math.pi / 180
+    return torch.stack([angles.cos(), angles.sin()], -1)
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ((0, 20, 90), 1.0),  # pairs 20, 90, 70 apart: ranks 3, 1, 2 too
+        ((100, 110, 140), 1.0),  # turned
+        ((0, -10, 20), 0.5),  # 10, 20, 30 apart: ranks 3, 2, 1, so 1 - 6·(0 + 1 + 1)/24
+        ((0, 50, 30), -0.5),  # 50, 30, 20 apart: ranks 1, 2, 3, so 1 - 6·(4 + 1 + 1)/24
+        ((0, 90, 20), -1.0),  # 90, 20, 70 apart: ranks 1, 3, 2, so 1 - 6·(4 + 4 + 0)/24
+    ],
+)
+def test_similarity_agreement(reference: tuple[float, ...], expected: float) -> None:
+    """The rank correlation of the similarities of all pairs is that worked out by hand."""
+    embeddings = on_circle(0, 10, 40)  # pairs 10, 40, 30 degrees apart: ranks of similarity 3, 1, 2
+    assert similarity_agreement(embeddings, on_circle(*reference)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_similarity_of_too_few(count: int) -> None:
+    """Fewer than three samples have no rank correlation of pairs."""
+    with refused(InputError, "3 samples or more", f"got {count}"):
+        similarity_agreement(torch.eye(3)[:count], torch.eye(3)[:count])
+
+
+def test_compare_classes() -> None:
+    """Of classifiers, accuracy (with labels), agreement and the largest difference are told."""
+    labels = torch.tensor([1, 0, 2, 0])
+    assert compare(LOGITS, OTHERS, labels, True) == {"accuracy": 0.75, "agreement": 0.5, "max_difference": 2.0}
+    assert compare(LOGITS, OTHERS, None, True) == {"agreement": 0.5, "max_difference": 2.0}
+    assert compare(LOGITS, LOGITS, labels, True) == {"accuracy": 0.75, "agreement": 1.0, "max_difference": 0.0}
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 2])], ids=["no labels", "labels"])
+def test_compare_embeddings(labels: Tensor | None) -> None:
+    """Of encoders, the agreement of similarities and the largest difference are told, labels or not."""
+    found = compare(on_circle(0, 90, 120), on_circle(0, 80, 100), labels, False)
+    assert found.keys() == {"similarity", "max_difference"}
+    assert found["similarity"] == pytest.approx(1.0)
+    assert found["max_difference"] == pytest.approx(math.cos(math.radians(100)) - math.cos(math.radians(120)))
+
+
+# Prediction
+
+
+def test_logits_of_all_batches() -> None:
+    """The logits of all batches come as one float32 tensor, in order."""
+    batches = [{"logits": LOGITS[:3].bfloat16()}, {"logits": LOGITS[3:].bfloat16()}]
+    found = predict(Given(), batches)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, LOGITS.bfloat16().float())
+
+
+def test_embeddings_by_hand() -> None:
+    """An embedding is the mean of what the mask does not cover, brought to length 1."""
+    hidden = torch.tensor([[[3.0, 0.0], [3.0, 8.0], [99.0, 99.0]], [[0.0, -2.0], [9.0, 9.0], [9.0, 9.0]]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    found = predict(Given(), [{"last_hidden_state": hidden, "attention_mask": mask}])
+    torch.testing.assert_close(found, torch.tensor([[0.6, 0.8], [0.0, -1.0]]))  # means (3, 4) and (0, -2)
+    whole = predict(Given(), [{"last_hidden_state": hidden[:, :2]}])
+    torch.testing.assert_close(whole, torch.tensor([[0.6, 0.8], [0.7893522, 0.6139406]]))  # (3, 4), (4.5, 3.5)
+
+
+def test_padding_does_not_matter() -> None:
+    """A text has the same embedding alone and beside longer ones."""
+    model, batch = SUPPORTED["bert"]()
+    together = predict(model.base_model, [batch])
+    alone = predict(model.base_model, [{key: value[1:, :9] for key, value in batch.items()}])
+    torch.testing.assert_close(together[1:], alone)
+    torch.testing.assert_close(together.norm(dim=-1), torch.ones(2))
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "swin"])
+def test_batches_do_not_matter(name: str) -> None:
+    """A classifier's logits are those of the model itself, however the samples are batched."""
+    model, batch = SUPPORTED[name]()
+    with torch.no_grad():
+        expected = model(**batch).logits
+    assert torch.equal(predict(model, [batch]), expected)
+    torch.testing.assert_close(predict(model, [{k: v[i : i + 1] for k, v in batch.items()} for i in (0, 1)]), expected)
+
+
+class BrokenError(Exception):
+    """Nothing that the library knows."""
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("fails", [True, False], ids=["fails", "works"])
+def test_mode(training: bool, fails: bool) -> None:
+    """The model runs in eval mode and is in its own again afterwards, without a gradient, also after an error."""
+    model = Given().train(training)
+
+    def batches() -> Any:
+        yield {"logits": LOGITS * model.weight}
+        if fails:
+            raise BrokenError
+
+    if fails:
+        with pytest.raises(BrokenError):
+            predict(model, batches())
+    else:
+        assert not predict(model, batches()).requires_grad
+    assert model.modes == [False]
+    assert model.training is training
+
+
+def test_no_batches() -> None:
+    """Without data there is nothing to predict."""
+    with refused(InputError, "the data is empty"):
+        predict(Given(), [])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        SUPPORTED["gpt2"],
+        SUPPORTED["bart"],
+        SUPPORTED["clip"],
+        SUPPORTED["detr"],
+        lambda: (hf.BertForTokenClassification(SUPPORTED["bert"]()[0].config), SUPPORTED["bert"]()[1]),
+        lambda: (Given(), {"last_hidden_state": torch.zeros(2, 3)}),
+    ],
+    ids=["language model", "translation", "two towers", "boxes", "tokens", "no tokens"],
+)
+def test_models_that_are_not_evaluated(make: Callable[[], tuple[nn.Module, Batch]]) -> None:
+    """A model that gives neither logits of classes nor hidden states is refused, with what is served."""
+    model, batch = make()
+    with refused(
+        InputError, type(model).__name__, "neither class logits nor hidden states", "classifiers and encoders"
+    ):
+        predict(model, [batch])
+
+
+def test_whole_batch_is_given() -> None:
+    """Every entry of a batch goes to the model, and nothing else."""
+    seen: list[set[str]] = []
+    model = Given()
+    model.register_forward_pre_hook(lambda _module, _args, batch: seen.append(set(batch)), with_kwargs=True)
+    predict(model, [{"logits": LOGITS, "extra": LOGITS}])
+    assert seen == [{"logits", "extra"}]
