@@ -19,7 +19,7 @@ import torch
 from timing import alternate, ratios
 from transformers import BertConfig, BertModel, PreTrainedModel, ViTConfig, ViTModel
 
-from bittern import calibrate, read_anatomy, simulate
+from bittern import Format, calibrate, fake_quantize, read_anatomy, simulate
 from bittern.attention import attach
 
 
@@ -53,6 +53,20 @@ def measure(model: PreTrainedModel, batch: dict[str, torch.Tensor], rounds: int)
     }
 
 
+def rounding(rounds: int) -> dict[str, float]:
+    """torch's fused fake quantization divided by ours, on a hidden state and on attention maps."""
+    fmt, scale = Format(bits=8, range="static"), torch.tensor(0.03)
+    result = {}
+    for shape in ((8, 128, 768), (8, 12, 128, 128)):
+        x = torch.randn(shape)
+        contenders = {
+            "ours": lambda x=x: fake_quantize(x, fmt, scale),
+            "torch": lambda x=x: torch.fake_quantize_per_tensor_affine(x, 0.03, 0, -128, 127),
+        }
+        result[f"torch / ours {shape}"] = round(ratios(alternate(contenders, 10 * rounds), "ours")["torch"], 2)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -60,7 +74,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = {}
+    results = {"rounding": rounding(options.rounds)}
+    print("rounding", results["rounding"])
     for name, (model, batch) in models().items():
         print(name, f"({options.threads} threads)")
         results[name] = measure(model, batch, options.rounds)

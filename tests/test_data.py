@@ -115,13 +115,13 @@ def test_digits_fit(size: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "parts"),
     [
-        (lambda: digits_vit(image_size=16), ("1 channels of 16 pixels",)),
-        (lambda: digits_vit(num_channels=3), ("3 channels of 8 pixels",)),
+        (lambda: digits_vit(image_size=16), ("expects images of 1 channel and 16 pixels",)),
+        (lambda: digits_vit(num_channels=3), ("expects images of 3 channels and 8 pixels",)),
         (lambda: digits_vit(num_labels=9), ("labels go from 0 to 9", "9 classes (0 to 8)")),
-        (lambda: SUPPORTED["bert"]()[0], ("8×8 images", "BertForSequenceClassification expects input_ids")),
+        (lambda: SUPPORTED["bert"]()[0], ("8×8 images", "BertForSequenceClassification expects texts")),
         (
             lambda: hf.ResNetModel(hf.ResNetConfig(num_channels=1, hidden_sizes=[8], depths=[1], embedding_size=8)),
-            ("1 channels of ? pixels",),
+            ("ResNetModel expects images of 1 channel",),
         ),
     ],
     ids=["size", "channels", "classes", "text", "no size"],
@@ -145,7 +145,7 @@ def test_sentences(bert: hf.PreTrainedModel, folders: Path) -> None:
 
 def test_sentences_are_texts(vit: hf.PreTrainedModel, folders: Path) -> None:
     """A model of images is refused for the sentences, with what it expects."""
-    with refused(InputError, "sentences are texts", "3 channels of 32 pixels"):
+    with refused(InputError, "sentences are texts", "expects images of 3 channels and 32 pixels"):
         load_data("sentences", vit, folders / "images", split="train")
 
 
@@ -423,7 +423,7 @@ def test_file_that_does_not_fit(case: str, bert: hf.PreTrainedModel, folders: Pa
         texts(path, bert, folders, **options)
 
 
-@pytest.mark.parametrize("source", ["", "nowhere.csv", "nowhere", "no/where", "x" * 300, "a\x00b"])
+@pytest.mark.parametrize("source", ["", "nowhere", "no/where", "nowhere.txt", "x" * 300, "a\x00b"])
 def test_source_that_is_none(
     source: str, bert: hf.PreTrainedModel, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,6 +431,13 @@ def test_source_that_is_none(
     monkeypatch.chdir(tmp_path)
     with refused(InputError, f"cannot read data from {source!r}", "digits, sentences, a folder", "dataset name"):
         texts(source, bert, folders)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_missing_file(kind: str, bert: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """A file that is missing is told as such, not looked for on the hub."""
+    with refused(InputError, f"no such file: {tmp_path / 'nowhere'}.{kind}"):
+        texts(tmp_path / f"nowhere.{kind}", bert, folders)
 
 
 def test_data_set_without_rows(bert: hf.PreTrainedModel, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,10 @@
 import errno
 import json
 import os
-import random
 import resource
 import shutil
-import signal
-import time
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
@@ -92,6 +91,17 @@ def test_shards_and_report(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert json.loads((tmp_path / "out" / "bittern.json").read_text()) == {"recipe": "none", "accuracy": 0.5}
     load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("shard", ["50GB", "2KB"])
+def test_same_bytes(shard: str, tmp_path: Path) -> None:
+    """The same model gives the same bytes each time, in files that all may read."""
+    for name in ("a", "b"):
+        save(small(packed=True), tmp_path / name, max_shard_size=shard)
+    files = {name: {f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("a", "b")}
+    assert files["a"] == files["b"]
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "a").iterdir()} == {0o644}
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o755
 
 
 def test_processors_are_kept(tmp_path: Path) -> None:
@@ -243,56 +253,64 @@ def test_renaming_fails(out: Path, at: int, error: BaseException, monkeypatch: p
         save(small(packed=False), out, force=True)
 
 
-def in_child(action: Callable[[], Any], seconds: float | None = None) -> int:
-    """Run something in a copy of this process, killed after some seconds; how it ended, as `os.waitpid` says."""
+KILLED = """
+import os, random, shutil, signal, sys, time
+from bittern.deploy.store import atomic_folder, save
+from test_store import small
+
+out, states = sys.argv[1], sys.argv[2]
+models = [small(packed=True), small(packed=False)]
+rng = random.Random(0)
+
+
+def killed_before_the_end():
+    with atomic_folder(out, force=True) as folder:
+        models[1].save_pretrained(folder)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_at_any_time():
+    while True:
+        for model in models:
+            save(model, out, force=True)
+
+
+for i, action in enumerate([killed_before_the_end] + 8 * [killed_at_any_time]):
     child = os.fork()
     if child == 0:
         try:
             action()
         finally:
-            os._exit(0)
-    if seconds is not None:
-        time.sleep(seconds)
+            os._exit(1)
+    if i:
+        time.sleep(rng.uniform(0.01, 0.2))
         os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    if os.path.exists(out):
+        shutil.copytree(out, f"{states}/{i}")
+    else:  # killed between two renames, when there is none for a moment
+        os.mkdir(out)
+"""
 
 
-def test_killed_while_saving(out: Path) -> None:
-    """A process that is killed when all files are written but not yet in place leaves the old output as it was."""
-    model, before = small(packed=False), tree(out)
-
-    def save_and_die() -> None:
-        with atomic_folder(out, force=True) as folder:
-            model.save_pretrained(folder)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    assert os.WTERMSIG(in_child(save_and_die)) == signal.SIGKILL
-    assert tree(out) == before
-    assert is_packed(load(out))
-    save(model, out, force=True)
-    assert not is_packed(load(out))
-
-
-def test_killed_at_any_time(out: Path) -> None:
-    """A process that is killed at any time while it saves leaves the old output or the new one, whole."""
-    rng = random.Random(0)
-    models = [small(packed=True), small(packed=False)]
+def test_killed(out: Path) -> None:
+    """A process that is killed while it saves leaves the old output or the new one, whole, and no obstacle."""
+    before, states = tree(out), out.parents[1] / "states"
+    states.mkdir()
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", KILLED, str(out), str(states)]
+    subprocess.run(command, check=True, timeout=300, env=os.environ | {"PYTHONPATH": paths})
     batch = {"input_ids": torch.arange(8).view(2, 4)}
-    expected = [outputs(model, batch) for model in models]
-
-    def save_forever() -> None:
-        while True:
-            for model in models:
-                save(model, out, force=True)
-
-    for _ in range(6):
-        assert os.WTERMSIG(in_child(save_forever, rng.uniform(0.01, 0.2))) == signal.SIGKILL
-        if out.exists():  # between two renames there is none for a moment
-            found = load(out)
-            assert same(outputs(found, batch), expected[0 if is_packed(found) else 1])
-        else:
-            assert list(out.parent.glob(f".{out.name}.old.*/{out.name}/{WEIGHTS}"))
-            save(models[0], out)
+    expected = [outputs(small(packed), batch) for packed in (False, True)]
+    assert {name: size for name, (_, size) in tree(states / "0").items()} == {
+        n: size for n, (_, size) in before.items()
+    }
+    assert is_packed(load(states / "0"))
+    found = [load(folder) for folder in states.iterdir()]
+    assert len(found) > 4
+    assert all(same(outputs(model, batch), expected[is_packed(model)]) for model in found)
+    save(small(packed=False), out, force=True)
+    assert not is_packed(load(out))
 
 
 # Loading
