@@ -305,7 +305,7 @@ def test_a_real_refusal(place: Path) -> None:
         ("quantize vit -r w8a8 -o out --batch-size many", "--batch-size"),
         ("quantize vit -r w8a8 -o out --bits 3", "--bits"),
         ("eval vit", "--data"),
-        ("inspect", "model"),
+        ("inspect", "MODEL"),
         ("quantise vit", "quantize"),
     ],
 )

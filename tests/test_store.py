@@ -254,63 +254,66 @@ def test_renaming_fails(out: Path, at: int, error: BaseException, monkeypatch: p
 
 
 KILLED = """
-import os, random, shutil, signal, sys, time
-from bittern.deploy.store import atomic_folder, save
+import os, shutil, signal, sys
+from pathlib import Path
+from bittern.deploy.store import save
 from test_store import small
 
-out, states = sys.argv[1], sys.argv[2]
-models = [small(packed=True), small(packed=False)]
-rng = random.Random(0)
+old, new, out = (Path(name) for name in sys.argv[1:])
+parent = out.parent
+model = small(packed=False)
+save(model, new)
 
 
-def killed_before_the_end():
-    with atomic_folder(out, force=True) as folder:
-        models[1].save_pretrained(folder)
-        os.kill(os.getpid(), signal.SIGKILL)
+def content(folder):
+    return {f.name: f.read_bytes() for f in folder.iterdir()} if folder.exists() else None
 
 
-def killed_at_any_time():
-    while True:
-        for model in models:
-            save(model, out, force=True)
+def killed_at(last):
+    seen = 0
+
+    def hook(event, given):
+        nonlocal seen
+        if event.startswith(("open", "os.", "shutil.")) and any(str(parent) in str(x) for x in given):
+            seen += 1
+            if seen > last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    save(model, out, force=True)
 
 
-for i, action in enumerate([killed_before_the_end] + 8 * [killed_at_any_time]):
+names = {str(content(old)): "old", str(content(new)): "new", str(None): "none"}
+for last in range(1000):
+    shutil.rmtree(parent, ignore_errors=True)
+    shutil.copytree(old, out)
     child = os.fork()
     if child == 0:
         try:
-            action()
+            killed_at(last)
+            os._exit(0)
         finally:
             os._exit(1)
-    if i:
-        time.sleep(rng.uniform(0.01, 0.2))
-        os.kill(child, signal.SIGKILL)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    if os.path.exists(out):
-        shutil.copytree(out, f"{states}/{i}")
-    else:  # killed between two renames, when there is none for a moment
-        os.mkdir(out)
+    ended = os.waitpid(child, 0)[1]
+    print(names.get(str(content(out)), "mixed"))
+    if ended == 0:
+        break
+    assert os.WTERMSIG(ended) == signal.SIGKILL
 """
 
 
-def test_killed(out: Path) -> None:
-    """A process that is killed while it saves leaves the old output or the new one, whole, and no obstacle."""
-    before, states = tree(out), out.parents[1] / "states"
-    states.mkdir()
+def test_killed(out: Path, tmp_path: Path) -> None:
+    """A process that is killed before any of the file operations of a save leaves the old output or the new one."""
+    folders = [out, tmp_path / "new", tmp_path / "elsewhere" / "out"]
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", KILLED, str(out), str(states)]
-    subprocess.run(command, check=True, timeout=300, env=os.environ | {"PYTHONPATH": paths})
-    batch = {"input_ids": torch.arange(8).view(2, 4)}
-    expected = [outputs(small(packed), batch) for packed in (False, True)]
-    assert {name: size for name, (_, size) in tree(states / "0").items()} == {
-        n: size for n, (_, size) in before.items()
-    }
-    assert is_packed(load(states / "0"))
-    found = [load(folder) for folder in states.iterdir()]
-    assert len(found) > 4
-    assert all(same(outputs(model, batch), expected[is_packed(model)]) for model in found)
-    save(small(packed=False), out, force=True)
-    assert not is_packed(load(out))
+    command = [sys.executable, "-c", KILLED, *map(str, folders)]
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300, env=environment)
+    states = done.stdout.split()
+    assert len(states) > 10
+    assert states.count("none") <= 1  # between two renames there is none for a moment
+    assert states == sorted(states, key=["old", "none", "new"].index)
+    assert [is_packed(load(folder)) for folder in folders] == [True, False, False]
 
 
 # Loading

@@ -193,7 +193,7 @@ def _table(source: str, split: Split) -> Any:
             file = _split_files(path).get(split)
             return _read(file) if file else None
         if path.suffix in _READERS:
-            raise InputError(f"no such file: {source}")
+            raise FileNotFoundError("no such file")
         names = ["train"] if split == "train" else ["validation", "test", "validation_matched"]
         available = datasets.get_dataset_split_names(source)
         name = next((n for n in names if n in available), None)
