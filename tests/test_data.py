@@ -436,8 +436,9 @@ def test_source_that_is_none(
 @pytest.mark.parametrize("kind", WRITERS)
 def test_missing_file(kind: str, bert: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
     """A file that is missing is told as such, not looked for on the hub."""
-    with refused(InputError, f"no such file: {tmp_path / 'nowhere'}.{kind}"):
-        texts(tmp_path / f"nowhere.{kind}", bert, folders)
+    path = tmp_path / f"nowhere.{kind}"
+    with refused(InputError, f"cannot read data from '{path}': no such file; expected"):
+        texts(path, bert, folders)
 
 
 def test_data_set_without_rows(bert: hf.PreTrainedModel, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from transformers.masking_utils import eager_mask
 from transformers.pytorch_utils import Conv1D
 
 from bittern.attention import attention_configs, attention_forward
-from bittern.errors import ModelError
+from bittern.errors import ModelError, first_line
 from bittern.recipe import Role
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding, Conv1D)
@@ -191,9 +191,8 @@ def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[list[_Event
     except ModelError:
         raise
     except Exception as error:  # a model may fail on a batch in any way
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
-            f"the dry run of {type(model).__name__} on {_describe(batch)} failed: {reason}; "
+            f"the dry run of {type(model).__name__} on {_describe(batch)} failed: {first_line(error)}; "
             "give one batch of inputs that the model accepts"
         ) from error
     finally:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from bittern.errors import InputError
+from bittern.errors import InputError, first_line
 
 Split = Literal["train", "test"]
 TEXT_COLUMNS = (
@@ -202,13 +202,7 @@ def _table(source: str, split: Split) -> Any:
         raise
     except Exception as error:  # datasets, pyarrow and huggingface_hub have no common error
         known = "digits, sentences, a folder, a .parquet, .csv or .json file with rows, or a dataset name on the hub"
-        raise InputError(f"cannot read data from {source!r}: {_reason(error)}; expected {known}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """What an error, or rather its cause, says, in one line."""
-    error = error.__cause__ or error
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"cannot read data from {source!r}: {first_line(error)}; expected {known}") from error
 
 
 def _read(path: Path) -> Any:
@@ -307,7 +301,7 @@ def load_tokenizer(path: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for a missing tokenizer
-        raise InputError(f"{path} has no tokenizer: {_reason(error)}") from error
+        raise InputError(f"{path} has no tokenizer: {first_line(error)}") from error
     special = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
     if len(tokenizer.get_vocab().keys() - special) < 2:
         raise InputError(f"{path} has no tokenizer; expected tokenizer.json or its like beside config.json")
@@ -336,7 +330,7 @@ def _image_collate(processor_path: str | Path, model: PreTrainedModel) -> Any:
     try:
         processor = AutoImageProcessor.from_pretrained(processor_path)
     except Exception as error:  # as above
-        raise InputError(f"{processor_path} has no image processor: {_reason(error)}") from error
+        raise InputError(f"{processor_path} has no image processor: {first_line(error)}") from error
     mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
 
     def collate(rows: list[Any]) -> dict[str, Tensor]:
@@ -344,7 +338,9 @@ def _image_collate(processor_path: str | Path, model: PreTrainedModel) -> Any:
         try:
             return dict(processor(images=images, return_tensors="pt"))
         except Exception as error:  # sizes or channels that do not fit
-            raise InputError(f"the image processor of {processor_path} refuses the images: {_reason(error)}") from error
+            raise InputError(
+                f"the image processor of {processor_path} refuses the images: {first_line(error)}"
+            ) from error
 
     return collate
 
@@ -358,4 +354,4 @@ def _image(row: Path | dict[str, Any], mode: str) -> Any:
         with Image.open(BytesIO(row["bytes"]) if isinstance(row, dict) and row["bytes"] else name) as image:
             return image.convert(mode)
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError and more
-        raise InputError(f"{name} is not a readable image: {_reason(error)}") from error
+        raise InputError(f"{name} is not a readable image: {first_line(error)}") from error

@@ -28,3 +28,9 @@ class ModelError(BitternError):
 
 class CheckpointError(BitternError):
     """A packed checkpoint that is damaged, foreign or newer than this version."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error, or its cause if it has one, says in its first line; its type if it says nothing."""
+    error = error.__cause__ or error
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

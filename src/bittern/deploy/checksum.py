@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bittern.errors import CheckpointError
+from bittern.errors import CheckpointError, first_line
 
 METHOD = "bittern"
 FORMAT_VERSION = 1
@@ -88,11 +88,6 @@ def _open(file: Path) -> Any:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file.name} is truncated or damaged: {first_line(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def read_json(path: Path) -> dict[str, Any]:
