@@ -523,7 +523,7 @@ def test_quantization_config_of_another_type(folder: Path, value: Any) -> None:
         ({"state": "half"}, "state 'half'"),
         ({"more": 1, "and": 2}, "unknown entries ['and', 'more']"),
         ({"formats": []}, "outside the table of 0 formats"),
-        ({"formats": [{"weight": {"bits": 9}}]}, "bits must be 1 to 8"),
+        ({"formats": [{"weight": {"bits": 13}}]}, "bits must be 1 to 12"),
         ({"formats": [{"wieght": {}}]}, "damaged or foreign"),
         ({"formats": ["w8a8"]}, "damaged or foreign"),
     ],

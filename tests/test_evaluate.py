@@ -10,8 +10,9 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
+from bittern.data import Data
 from bittern.errors import InputError
-from bittern.evaluate import accuracy, agreement, compare, predict, similarity_agreement
+from bittern.evaluate import accuracy, agreement, compare, metrics, predict, similarity_agreement, top5
 from families import SUPPORTED, Batch
 from helpers import refused
 
@@ -52,6 +53,12 @@ def test_agreement() -> None:
     assert agreement(LOGITS, LOGITS * 3 + 1) == 1.0
 
 
+@pytest.mark.parametrize(("label", "expected"), [(0, 0.0), (1, 1.0), (5, 1.0), (3, 1.0)])
+def test_top5(label: int, expected: float) -> None:
+    """A sample counts whose label is among the five largest of its logits, at any place of them."""
+    assert top5(torch.tensor([[-3.0, 2.0, 1.0, 0.5, 7.0, -2.0]]), torch.tensor([label])) == expected
+
+
 def on_circle(*degrees: float) -> Tensor:
     """Embeddings of length 1 at these angles."""
     angles = torch.tensor(degrees) * math.pi / 180
@@ -87,6 +94,24 @@ def test_compare_classes() -> None:
     assert compare(LOGITS, OTHERS, labels, True) == {"accuracy": 0.75, "agreement": 0.5, "max_difference": 2.0}
     assert compare(LOGITS, OTHERS, None, True) == {"agreement": 0.5, "max_difference": 2.0}
     assert compare(LOGITS, LOGITS, labels, True) == {"accuracy": 0.75, "agreement": 1.0, "max_difference": 0.0}
+
+
+def test_compare_many_classes() -> None:
+    """Of more than five classes top-5 is told, too: here one of two samples, and both."""
+    logits, labels = torch.arange(12.0).view(2, 6), torch.tensor([0, 1])
+    assert compare(logits, -logits, labels, True) == {
+        "accuracy": 0.0, "top5": 0.5, "agreement": 0.0, "max_difference": 22.0,
+    }  # fmt: skip
+
+
+def test_metrics() -> None:
+    """Without a reference, what the labels tell; with one, what `compare` tells."""
+    model, _ = SUPPORTED["vit"]()
+    labels = torch.tensor([1, 0, 2, 0])
+    for given, alone in ((labels, {"accuracy": 0.75}), (None, {})):
+        data = Data("given", range(4), given, None, 4)
+        assert metrics(model, data, LOGITS) == alone
+        assert metrics(model, data, LOGITS, OTHERS) == compare(LOGITS, OTHERS, given, True)
 
 
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 2])], ids=["no labels", "labels"])
@@ -126,6 +151,16 @@ def test_padding_does_not_matter() -> None:
     alone = predict(model.base_model, [{key: value[1:, :9] for key, value in batch.items()}])
     torch.testing.assert_close(together[1:], alone)
     torch.testing.assert_close(together.norm(dim=-1), torch.ones(2))
+
+
+def test_outputs_of_a_detector() -> None:
+    """A detector's logits and boxes come in one tensor, boxes last."""
+    model, batch = SUPPORTED["detr"]()
+    with torch.no_grad():
+        expected = model(**batch)
+    found = predict(model, [batch])
+    assert torch.equal(found[..., :-4], expected.logits)
+    assert torch.equal(found[..., -4:], expected.pred_boxes)
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "swin"])
@@ -174,17 +209,19 @@ def test_no_batches() -> None:
         SUPPORTED["gpt2"],
         SUPPORTED["bart"],
         SUPPORTED["clip"],
-        SUPPORTED["detr"],
         lambda: (hf.BertForTokenClassification(SUPPORTED["bert"]()[0].config), SUPPORTED["bert"]()[1]),
         lambda: (Given(), {"last_hidden_state": torch.zeros(2, 3)}),
     ],
-    ids=["language model", "translation", "two towers", "boxes", "tokens", "no tokens"],
+    ids=["language model", "translation", "two towers", "tokens", "no tokens"],
 )
 def test_models_that_are_not_evaluated(make: Callable[[], tuple[nn.Module, Batch]]) -> None:
     """A model that gives neither logits of classes nor hidden states is refused, with what is served."""
     model, batch = make()
     with refused(
-        InputError, type(model).__name__, "neither class logits nor hidden states", "classifiers and encoders"
+        InputError,
+        type(model).__name__,
+        "neither class logits nor hidden states",
+        "classifiers, detectors and encoders",
     ):
         predict(model, [batch])
 

@@ -90,8 +90,11 @@ class Site(nn.Module):
             x = _Replace.apply(x, given)  # type: ignore[no-untyped-call]
         return x
 
+    def quantizer(self, point: str) -> FakeQuant | None:
+        return self._modules.get(f"quantize_{point}")  # type: ignore[return-value]
+
     def quantize(self, point: str, x: Tensor) -> Tensor:
-        quantizer = self._modules.get(f"quantize_{point}")
+        quantizer = self.quantizer(point)
         return x if quantizer is None else quantizer(x)
 
     # Bound methods, so that a deep copy of the model hooks its own sites.

@@ -39,7 +39,10 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite the output if it
 Columns = Annotated[str, typer.Option(help="Input columns of the data, separated by commas.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Label column of the data.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples per batch.")]
-DATA_HELP = "Folder or file of texts or images, a dataset name, or the built-in digits or sentences."
+DATA_HELP = (
+    "Folder or file of texts or images, for detectors a folder in COCO format, a dataset name, or the built-in digits "
+    "or sentences."
+)
 
 
 @app.command()
@@ -105,22 +108,62 @@ def quantize(
     if as_json:
         print(json.dumps(result))
         return
-    table = Table(title=f"{model} by {result['recipe']}", title_justify="left")
-    _columns(table, "", "float", "packed")
-    table.add_row("size", _megabytes(result["float_bytes"]), _megabytes(result["file"]))
-    table.add_row("bits per quantized weight", "32", f"{result['bits']:.2f}")
-    if "packed" in result:
-        for name, value in result["packed"].items():
-            table.add_row(name.replace("_", " "), f"{result['float'][name]:.4f}", f"{value:.4f}")
-        error = result["max_error_simulated_packed"]
-        table.add_row("max error simulated–packed", "", f"{error:g}")
-    out_console.print(table)
+    _print_quantized(result, f"{model} by {result['recipe']}")
     out_console.print(
         f"{result['quantized']} modules quantized; kept float: {_kept(result['kept_float'])}", soft_wrap=True
     )
     if "packed" not in result:
         why = "the data has no test or validation split" if data else "no data was given; add --data"
         out_console.print(f"No accuracy was measured: {why}.", soft_wrap=True)
+    out_console.print(f"Wrote {out}. Next: [bold]bittern inspect {out}[/]", soft_wrap=True)
+
+
+@app.command()
+def ptq(
+    model: Model,
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A ready-made recipe, or a YAML file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the packed model.")],
+    method: Annotated[str, typer.Option("--method", "-m", help="How scales and weights are found.")] = "bittern",
+    target: Annotated[
+        float | None, typer.Option(help="Mixed precision: bits a weight on average in the blocks.")
+    ] = None,
+    bits: Annotated[str, typer.Option(help="Mixed precision: candidate widths, separated by commas.")] = "4,5,6,7,8",
+    sensitivity: Annotated[str, typer.Option(help="Mixed precision: relative, or paper (nuclear norm).")] = "relative",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples, drawn at random.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    columns: Columns = "",
+    label_column: LabelColumn = None,
+    batch_size: BatchSize = 32,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize after training: search for the scales that lose least, on a few samples of data.
+
+    Interrupted, the same command goes on where it was.
+    """
+    from bittern import pipeline
+
+    result = pipeline.ptq(
+        model, recipe, out, data=data, method=method, mixed=_mixed(target, bits, sensitivity), samples=samples,
+        seed=seed, force=force, track=_track(as_json), columns=_split(columns), label_column=label_column,
+        batch_size=batch_size,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(result))
+        return
+    found = result["ptq"]
+    out_console.print(result["what"], highlight=False, soft_wrap=True)
+    _print_losses(found["solved"])
+    if found["bits"]:
+        chosen = " ".join(f"{part} {width}" for part, width in found["bits"].items())
+        out_console.print(f"bits: {chosen}", highlight=False, soft_wrap=True)
+    if found["by_extremes"]:
+        out_console.print(f"by extremes: {', '.join(found['by_extremes'])}", highlight=False, soft_wrap=True)
+    _print_quantized(result, f"{model} by {result['recipe']}, method {found['method']}, {found['samples']} samples")
+    seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in found["seconds"].items())
+    memory = f"; peak memory {_megabytes(found['peak_memory'])}" if found["peak_memory"] else ""
+    out_console.print(f"{seconds}{memory}", highlight=False, soft_wrap=True)
     out_console.print(f"Wrote {out}. Next: [bold]bittern inspect {out}[/]", soft_wrap=True)
 
 
@@ -179,6 +222,48 @@ def inspect(model: Model, as_json: Json = False) -> None:
         out_console.print(table)
     total = sum(module["parameters"] for module in result["kept_float"])
     out_console.print(f"kept float: {_kept(result['kept_float'])}; {total:,} parameters in all", soft_wrap=True)
+
+
+def _print_quantized(result: dict[str, Any], title: str) -> None:
+    """Sizes and metrics, float against packed."""
+    table = Table(title=title, title_justify="left")
+    _columns(table, "", "float", "packed")
+    table.add_row("size", _megabytes(result["float_bytes"]), _megabytes(result["file"]))
+    table.add_row("bits per quantized weight", "32", f"{result['bits']:.2f}")
+    if "packed" in result:
+        for name, value in result["packed"].items():
+            table.add_row(name.replace("_", " "), f"{result['float'][name]:.4f}", f"{value:.4f}")
+        error = result["max_error_simulated_packed"]
+        table.add_row("max error simulated–packed", "", f"{error:g}")
+    out_console.print(table)
+
+
+def _print_losses(solved: list[dict[str, Any]]) -> None:
+    """1 - similarity of outputs before and after, the same part of all blocks in one row."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in solved:
+        groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", entry["name"]), []).append(entry)
+    table = Table(title="output error: with scales of the extremes, and as found (mean; worst)", title_justify="left")
+    _columns(table, "layer or product", "count", "before", "after", "worst", "rounds")
+    for name, entries in groups.items():
+        before, after = (sum(e[k] for e in entries) / len(entries) for k in ("before", "after"))
+        worst, rounds = (max(e[k] for e in entries) for k in ("after", "rounds"))
+        table.add_row(name, str(len(entries)), f"{before:.2e}", f"{after:.2e}", f"{worst:.2e}", str(rounds))
+    out_console.print(table)
+
+
+def _mixed(target: float | None, bits: str, sensitivity: str) -> Any:
+    from bittern.errors import InputError
+    from bittern.ptq.run import Mixed
+
+    if target is None:
+        return None
+    if not all(b.isdigit() for b in _split(bits)) or sensitivity not in ("relative", "paper"):
+        raise InputError(
+            f"mixed precision needs whole numbers as --bits and relative or paper as --sensitivity, got {bits!r} and "
+            f"{sensitivity!r}"
+        )
+    return Mixed(target, tuple(map(int, _split(bits))), sensitivity)  # type: ignore[arg-type]
 
 
 def _print_rows(title: str, rows: list[Any]) -> None:

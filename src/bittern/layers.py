@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -43,7 +44,7 @@ class QuantLayer(nn.Module):
         """
         weight: Tensor = self.weight  # type: ignore[assignment]
         quantizer = self.weight_quantizer
-        if quantizer is None:
+        if quantizer is None or quantizer.bypass:
             return weight_matrix(self)
         if torch.is_grad_enabled() or weight.grad is not None:  # fused optimizers change weights uncounted
             self._kept = None
@@ -258,6 +259,19 @@ def is_simulated(model: nn.Module) -> bool:
 def fake_quants(model: nn.Module) -> Iterator[tuple[str, FakeQuant]]:
     """Every quantizer of a simulated model by its name."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, FakeQuant))
+
+
+@contextmanager
+def as_float(module: nn.Module) -> Iterator[None]:
+    """A simulated module computes in float inside the block; its formats and scales stay."""
+    quantizers = [q for _, q in fake_quants(module)]
+    try:
+        for quantizer in quantizers:
+            quantizer.bypass = True
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.bypass = False
 
 
 def _attention_formats(rule: Rule | None) -> dict[str, Format]:

@@ -232,7 +232,8 @@ def fake_quantize(x: Tensor, fmt: Format, scale: Tensor | None = None, offset: T
 class FakeQuant(nn.Module):
     """A format and, if it is static, its scale and offset (float32 buffers; a learned scale is a parameter).
 
-    While `observed` is a list, calls append (low, high) extremes to it and pass x through (see `ptq.calibrate`).
+    While `bypass` is set x passes through (see `layers.as_float`); while `observed` is a list, x passes through and its
+    (low, high) extremes are appended to it (see `ptq.calibrate`).
     """
 
     scale: Tensor | None
@@ -240,7 +241,7 @@ class FakeQuant(nn.Module):
 
     def __init__(self, fmt: Format, name: str = "tensor"):
         super().__init__()
-        self.format, self.name = fmt, name
+        self.format, self.name, self.bypass = fmt, name, False
         self.observed: list[tuple[Tensor, Tensor]] | None = None
         self.register_buffer("scale", None)
         self.register_buffer("offset", None)
@@ -256,9 +257,11 @@ class FakeQuant(nn.Module):
             self.register_parameter("scale", nn.Parameter(scale))
         else:
             self.scale = scale
-        self.offset = None if offset is None else offset.detach().float()
+        self.offset = None if offset is None else offset.detach().float().clone()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bypass:
+            return x
         if self.observed is not None:
             self.observed.append(self.extremes(x))
             return x

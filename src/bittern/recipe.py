@@ -39,7 +39,7 @@ class Format(_Strict):
 
     kind: `uniform` (integers), `ternary` {-1, 0, 1}, `binary` {-1, 1}, `log2` (powers of two, for maps),
         `twin` (two uniform ranges, split by sign, or by magnitude when `scheme` is unsigned).
-    bits: 2 to 8 (uniform, log2, twin), fixed at 2 for ternary and 1 for binary; 1 is possible where codes are unsigned.
+    bits: 2 to 12 (uniform) or 8 (log2, twin), fixed at 2 for ternary, 1 for binary; 1 is possible for unsigned codes.
     scheme: `symmetric` codes around zero, `unsigned` codes from zero, `asymmetric` codes from the minimum.
     granularity: one scale per `tensor`, weight `row` (output channel), `group` of `group_size` inputs of a row,
         activation `token`, or attention `head`.
@@ -73,8 +73,9 @@ class Format(_Strict):
         fixed = {"ternary": 2, "binary": 1}.get(self.kind)
         if fixed is not None and self.bits != fixed:
             raise ValueError(f"{self.kind} always has {fixed} bits, not {self.bits}; leave `bits` out")
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"bits must be 1 to 8, got {self.bits}")
+        most = 12 if self.kind == "uniform" else 8
+        if not 1 <= self.bits <= most:
+            raise ValueError(f"bits must be 1 to {most}, got {self.bits}")
         if self.kind == "uniform" and self.scheme == "symmetric" and self.bits == 1:
             raise ValueError("a symmetric uniform format needs 2 bits or more; use kind: binary for 1 bit")
         if self.kind in ("log2", "twin") and self.bits == 1:

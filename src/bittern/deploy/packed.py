@@ -39,6 +39,8 @@ def bytes_per_row(columns: int, fmt: Format) -> int:
 def pack_codes(codes: Tensor, fmt: Format) -> Tensor:
     """Integer codes (rows, columns) → uint8 (rows, bytes), counted from the lowest, the first code in the low bits.
 
+    Codes of more than 8 bits are two parts side by side: the low bytes of all, then their high bits packed.
+
     >>> pack_codes(torch.tensor([[-1, 0, 1, 1, 0]]), Format(kind="ternary"))
     tensor([[164,   1]], dtype=torch.uint8)
     """
@@ -47,15 +49,22 @@ def pack_codes(codes: Tensor, fmt: Format) -> Tensor:
     impossible_zero = fmt.kind == "binary" and not codes.all()
     if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high or impossible_zero):
         raise ModelError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit {fmt}")
-    per_group, size = (5, 1) if fmt.storage == "base3" else (8, fmt.bits)
-    unsigned = F.pad(unsigned, (0, -codes.shape[1] % per_group)).unflatten(1, (-1, per_group))
-    digit, byte = (torch.arange(n, device=codes.device) for n in (per_group, size))
     if fmt.storage == "base3":
-        number: Tensor = (unsigned * 3**digit).sum(-1)
+        digits = F.pad(unsigned, (0, -codes.shape[1] % 5)).unflatten(1, (-1, 5))
+        number: Tensor = (digits * 3 ** torch.arange(5, device=codes.device)).sum(-1)
         return number.to(torch.uint8)
-    words: Tensor = (unsigned << (fmt.bits * digit)).sum(-1, keepdim=True)  # 8 codes in `bits` bytes
+    return _pack_bits(unsigned, fmt.bits)
+
+
+def _pack_bits(unsigned: Tensor, bits: int) -> Tensor:
+    if bits > 8:
+        return torch.cat([_pack_bits(unsigned & 255, 8), _pack_bits(unsigned >> 8, bits - 8)], 1)
+    digit, byte = (torch.arange(n, device=unsigned.device) for n in (8, bits))
+    columns = unsigned.shape[1]
+    unsigned = F.pad(unsigned, (0, -columns % 8)).unflatten(1, (-1, 8))
+    words: Tensor = (unsigned << (bits * digit)).sum(-1, keepdim=True)  # 8 codes in `bits` bytes
     packed = ((words >> (8 * byte)) & 255).to(torch.uint8).flatten(1)
-    return packed[:, : bytes_per_row(codes.shape[1], fmt)].contiguous()
+    return packed[:, : -(-columns * bits // 8)].contiguous()
 
 
 def unpack_codes(packed: Tensor, columns: int, fmt: Format) -> Tensor:
@@ -64,15 +73,25 @@ def unpack_codes(packed: Tensor, columns: int, fmt: Format) -> Tensor:
     if fmt.storage == "base3":
         powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=packed.device)
         digits = packed.unsqueeze(-1).div(powers, rounding_mode="floor").remainder_(3)
-    elif 8 % fmt.bits == 0:
-        shifts = torch.arange(0, 8, fmt.bits, dtype=torch.uint8, device=packed.device)
-        digits = (packed.unsqueeze(-1) >> shifts) & (2**fmt.bits - 1)
+        digits = digits.flatten(1)[:, :columns]
     else:
-        whole = F.pad(packed, (0, -packed.shape[1] % fmt.bits)).unflatten(1, (-1, fmt.bits)).to(torch.int64)
-        words = (whole << (8 * torch.arange(fmt.bits, device=packed.device))).sum(-1, keepdim=True)
-        digits = (words >> (fmt.bits * torch.arange(8, device=packed.device))) & (2**fmt.bits - 1)
-    codes = digits.flatten(1)[:, :columns].to(torch.float32)
+        digits = _unpack_bits(packed, columns, fmt.bits)
+    codes = digits.to(torch.float32)
     return codes.mul_(2).add_(low) if fmt.kind == "binary" else codes.add_(low)
+
+
+def _unpack_bits(packed: Tensor, columns: int, bits: int) -> Tensor:
+    if bits > 8:
+        return packed[:, :columns].to(torch.int64) + (_unpack_bits(packed[:, columns:], columns, bits - 8).long() << 8)
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        digits = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    else:
+        whole = F.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits)).to(torch.int64)
+        words = (whole << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
+        digits = (words >> (bits * torch.arange(8, device=packed.device))) & (2**bits - 1)
+    codes: Tensor = digits.flatten(1)[:, :columns]
+    return codes
 
 
 class PackedLayer(nn.Module):

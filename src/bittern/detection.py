@@ -1,0 +1,172 @@
+"""Object detection: images with boxes in COCO's format, checked before use, and COCO's mean average precision."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from transformers import PreTrainedModel
+
+from bittern.errors import InputError, first_line
+
+SPLITS = {"train": ("train",), "test": ("val", "dev", "test")}  # beginnings of names; COCO's own test has no boxes
+LAYOUT = "train/ and val/, each with images and an annotations .json, or annotations/instances_{train,val}*.json"
+
+
+class Box(NamedTuple):
+    """An object: the model's label, its left upper corner and size in pixels, and whether it stands for a crowd."""
+
+    label: int
+    x: float
+    y: float
+    width: float
+    height: float
+    crowd: bool
+
+
+class Scene(NamedTuple):
+    """An image file, its size in pixels, and its objects."""
+
+    path: Path
+    height: int
+    width: int
+    boxes: tuple[Box, ...]
+
+
+def has_boxes(model: PreTrainedModel) -> bool:
+    """Whether the model is a detector: its outputs are logits and boxes of queries."""
+    return type(model).__name__.endswith("ForObjectDetection")
+
+
+def read_scenes(source: str, split: Literal["train", "test"], model: PreTrainedModel) -> list[Scene] | None:
+    """All scenes of a split of a folder in COCO's format; None if it has the other split only.
+
+    Categories are the model's classes by name if all are known by name, or else by id. Raises InputError for a missing
+    image, an annotation of an unknown image, a box that is none, and a category that is no class of the model.
+    """
+    found = _annotation_files(Path(source))
+    if not found:
+        raise InputError(f"{source} is no folder in COCO format; {type(model).__name__} needs {LAYOUT}")
+    if split not in found:
+        return None
+    file, folders = found[split]
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        images, annotations, categories = (list(content[key]) for key in ("images", "annotations", "categories"))
+        sizes = {str(i["id"]): (str(i["file_name"]), int(i["height"]), int(i["width"])) for i in images}
+        names = {int(c["id"]): str(c["name"]) for c in categories}
+        raw = [
+            (str(a["image_id"]), int(a["category_id"]), list(a["bbox"]), bool(a.get("iscrowd"))) for a in annotations
+        ]
+    except KeyError as missing:
+        raise InputError(f"{file} is not in COCO format: an entry has no {missing}") from missing
+    except (OSError, ValueError, TypeError, OverflowError) as error:  # no JSON, or of another structure
+        raise InputError(f"{file} is not in COCO format: {first_line(error)}") from error
+    if not raw or len(sizes) < len(images):
+        what = "several images of the same id; expected one" if raw else "no annotations; expected boxes of objects"
+        raise InputError(f"{file} has {what}")
+    labels = _labels(file, names, {category for _, category, _, _ in raw}, model)
+    boxes: dict[str, list[Box]] = {image: [] for image in sizes}
+    for annotation, (image, category, box, crowd) in zip(annotations, raw, strict=True):
+        where = f"{file}: annotation {annotation.get('id', '')} ".replace("  ", " ")
+        if image not in boxes:
+            raise InputError(f"{where}is of image {image}, which is not among the {len(sizes)} images of the file")
+        if len(box) != 4 or not all(isinstance(x, int | float) and math.isfinite(x) for x in box) or min(box[2:]) < 0:
+            raise InputError(f"{where}has the bbox {box}; expected x, y, width, height in pixels")
+        x, y, width, height = box
+        boxes[image].append(Box(labels[category], x, y, width, height, crowd))
+    first, _, _ = next(iter(sizes.values()))
+    folder = next((f for f in folders if (f / first).is_file()), folders[0])
+    scenes = [Scene(folder / name, h, w, tuple(boxes[image])) for image, (name, h, w) in sizes.items()]
+    bad = next((s for s in scenes if min(s.height, s.width) < 1 or not s.path.is_file()), None)
+    if bad is not None:
+        what = "is missing" if bad.height > 0 < bad.width else f"has the size {bad.width}×{bad.height}"
+        raise InputError(f"{file}: image {bad.path} {what}")
+    return scenes
+
+
+def _annotation_files(folder: Path) -> dict[str, tuple[Path, list[Path]]]:
+    """Of each split its annotations and the folders that its images may be in."""
+    found: dict[str, tuple[Path, list[Path]]] = {}
+    for split, starts in SPLITS.items():
+        for start in starts:
+            for file in sorted(folder.glob(f"annotations/instances_{start}*.json")):
+                name = file.stem.removeprefix("instances_")
+                places = [folder / name, folder / "images" / name, folder / start, folder / "images", folder]
+                found.setdefault(split, (file, places))
+            for part in sorted(p for p in folder.glob(f"{start}*") if p.is_dir()):
+                files = sorted(part.glob("*.json")) or sorted(part.glob("annotations/*.json"))
+                if len(files) > 1:
+                    raise InputError(f"{part} holds {len(files)} .json files; expected one of annotations")
+                for file in files:
+                    found.setdefault(split, (file, [part, part / "images"]))
+    return found
+
+
+def _labels(file: Path, names: dict[int, str], used: set[int], model: PreTrainedModel) -> dict[int, int]:
+    """The model's label of each category id."""
+    unknown = sorted(used - names.keys())
+    if unknown:
+        raise InputError(f"{file}: annotations are of category {unknown[0]}, which is not among its categories")
+    known = {str(name).lower(): label for name, label in (model.config.label2id or {}).items()}
+    if all(name.lower() in known for name in names.values()):
+        return {category: known[name.lower()] for category, name in names.items()}
+    bad = next((c for c in sorted(used) if not 0 <= c < model.config.num_labels), None)
+    if bad is not None:
+        raise InputError(
+            f"{file}: category {bad} ({names[bad]}) is none of the model's {model.config.num_labels} classes by name "
+            f"or number: {', '.join(list(known)[:10])}"
+        )
+    return {category: category for category in names}
+
+
+def mean_average_precision(scenes: Sequence[Scene], found: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """COCO's mAP (AP at IoU 0.5 to 0.95, AP50, AP75) in [0, 1], by pycocotools.
+
+    found: for each scene scores (n,), labels (n,) and boxes (n, 4) as x0, y0, x1, y1 in pixels, as
+    `post_process_object_detection` gives them.
+    """
+    coco, evaluation = pycocotools()
+    truth = [(i, box.label, box[1:5], {"iscrowd": int(box.crowd)}) for i, s in enumerate(scenes) for box in s.boxes]
+    guesses = [
+        (i, label, (x0, y0, x1 - x0, y1 - y0), {"iscrowd": 0, "score": score})
+        for i, one in enumerate(found)
+        for score, label, (x0, y0, x1, y1) in zip(
+            *(one[k].tolist() for k in ("scores", "labels", "boxes")), strict=True
+        )
+    ]
+    categories = [{"id": label} for label in sorted({label for _, label, _, _ in truth})]
+    indexed = []
+    with redirect_stdout(io.StringIO()):  # both classes print
+        for entries in (truth, guesses):
+            index = coco()
+            index.dataset = {
+                "images": [{"id": i} for i in range(len(scenes))],
+                "categories": categories,
+                "annotations": [
+                    {"id": i, "image_id": image, "category_id": label, "bbox": [x, y, w, h], "area": w * h, **more}
+                    for i, (image, label, (x, y, w, h), more) in enumerate(entries, 1)  # an id of 0 would be no match
+                ],
+            }
+            index.createIndex()
+            indexed.append(index)
+        run = evaluation(*indexed, "bbox")
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return dict(zip(("AP", "AP50", "AP75"), map(float, run.stats), strict=False))
+
+
+def pycocotools() -> tuple[Any, Any]:
+    """COCO and COCOeval. Raises InputError if they are not installed."""
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as error:
+        raise InputError("mAP of detectors needs pycocotools: pip install 'bittern[detection]'") from error
+    return COCO, COCOeval

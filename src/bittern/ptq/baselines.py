@@ -1,0 +1,299 @@
+"""Clip ranges, and the other ways to choose a scale without looking at outputs: the baselines of the papers.
+
+Each `*_scale(x, fmt)` returns scale and offset in the shapes of `find_scale`, as static ones: zero is exactly
+representable. x is a weight (rows = output channels) or an activation; values beyond the found range are clipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from bittern.errors import ModelError, RecipeError
+from bittern.quantizers import _nonzero, _prepare, _quantize, _scale, _units, code_range, decode, find_scale
+from bittern.recipe import Format
+
+Scale = tuple[Tensor, Tensor | None]
+CHUNK = 2**15  # values of a unit at a time: they stay in the cache, and no sum is shared between threads
+HISTOGRAM_BINS = 2**16  # in one histogram of a large unit
+SMALLEST_SHRINK = 0.01  # of the extremes, in the search for the least error
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    if not torch.isfinite(x).all():
+        raise ModelError(f"{name} holds NaN or infinite values; repair the model or the data before quantizing")
+
+
+def _as_rows(x: Tensor, fmt: Format, name: str) -> tuple[Tensor, Format, tuple[int, ...]]:
+    """x as (units, values), the format that has a static scale for each such row, and the shape of the scales."""
+    if fmt.kind in ("ternary", "binary"):
+        raise RecipeError(f"{name}: kind {fmt.kind} has no range to clip; use uniform, log2 or twin")
+    if fmt.granularity == "token":
+        raise RecipeError(f"{name}: a static scale cannot be per token, since tokens change; use tensor or head")
+    if not x.numel():
+        raise ModelError(f"{name} is empty, so it has no range; give at least one value")
+    check_finite(x, name)
+    x = _prepare(x, fmt)
+    row = fmt.model_copy(
+        update={"granularity": "row", "group_size": None, "clip": None, "range": "static", "learned": False}
+    )
+    if fmt.granularity == "tensor":
+        return x.reshape(1, -1), row, ()
+    if fmt.granularity == "head":  # (batch, head, tokens, dim)
+        return x.transpose(0, 1).flatten(1), row, (1, x.shape[1], 1, 1)
+    return x.flatten(0, -2), row, (*x.shape[:-1], 1)
+
+
+def _clip(low: Tensor, high: Tensor, row: Format) -> Scale:
+    """Scale and offset of the range from low to high, (units, 1) each."""
+    return _scale(torch.cat([low, high], -1), row)  # the scale of two values is the scale of all between them
+
+
+def _shaped(found: Scale, shape: tuple[int, ...]) -> Scale:
+    scale, offset = found
+    return scale.reshape(shape), None if offset is None else offset.reshape(shape)
+
+
+# Percentile
+
+
+def percentile_scale(x: Tensor, fmt: Format, p: float = 0.99999, name: str = "tensor") -> Scale:
+    """The range between the quantiles 1-p and p of each unit (FQN, Li et al. 2019).
+
+    Quantiles between two values are interpolated, as numpy's are. A symmetric format takes the larger magnitude.
+    """
+    if not 0.5 < p <= 1:
+        raise RecipeError(f"p must be above 0.5 and at most 1, got {p:g}; 0.99999 is usual")
+    rows, row, shape = _as_rows(x, fmt, name)
+    return _shaped(_clip(_quantile(rows, 1 - p), _quantile(rows, p), row), shape)
+
+
+def _quantile(rows: Tensor, p: float) -> Tensor:
+    """(units, 1), interpolated; of any number of values, near either end."""
+    top = p > 0.5
+    place = (p if top else 1 - p) * (rows.shape[1] - 1)
+    within = math.floor(place)
+    sorted_tail = rows.topk(rows.shape[1] - within, largest=top).values  # ends with the neighbour inside
+    inner, outer = sorted_tail[:, -1:].double(), sorted_tail[:, -2:][:, :1].double()
+    return (inner + (outer - inner) * (place - within)).float()
+
+
+# OMSE
+
+
+def omse_scale(x: Tensor, fmt: Format, name: str = "tensor") -> Scale:
+    """The scale of each unit that minimises ‖x − x̂‖² (OMSE, Choukroun et al. 2019), for every kind with a range.
+
+    A geometric grid of 64 shrunk ranges from 1 % to all of the extremes (asymmetric: of both ends, then of each), a
+    linear one of 32 around the best, then alternation between codes and the scale that fits them best, from the three
+    best. Large units are searched on a histogram; the last choice, also against the extremes, is made on all values.
+    """
+    rows, row, shape = _as_rows(x, fmt, name)
+    low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+    points, counts, stride = rows, None, 1
+    if rows.shape[1] > 4 * HISTOGRAM_BINS:
+        if row.bits <= 10:
+            points, counts = _histogram(rows, low, high)
+        else:  # steps are lost within a bin: try fewer scales on all values
+            stride = 4
+
+    def best(lows: Tensor, highs: Tensor, count: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of (candidates, units, 1) ends of ranges, those with the least errors, each as (units, 1)."""
+        lows, highs = torch.broadcast_tensors(lows, highs)
+        clips = (_clip(*ends, row) for ends in zip(lows, highs, strict=True))
+        errors = torch.stack([_error(points, row, found, counts) for found in clips])
+        places = errors.topk(count, 0, largest=False).indices
+        return zip(lows.gather(0, places), highs.gather(0, places), strict=True)
+
+    step = SMALLEST_SHRINK ** (stride / 63)
+    largest = (
+        math.sqrt(2) if row.kind == "log2" else 1.0
+    )  # powers of two below a scale beyond the extremes may fit best
+    coarse = (largest * step ** torch.arange(64 // stride)).to(rows)[:, None, None]
+    fine = torch.linspace(step, 1 / step, 32 // stride).to(rows)[:, None, None]
+    ((start, end),) = best(low * coarse, high * coarse)
+    if row.scheme == "asymmetric":  # then each end alone
+        ((start, end),) = best(low * coarse, end[None])
+        ((start, end),) = best(start[None], high * coarse)
+    found = [_clip(*ends, row) for ends in best(start * fine, end * fine, 3)]
+    if row.kind != "log2":  # whose codes are not the nearest, so that alternation may lose
+        found = [_fit(points, row, scale, counts) for scale in found]
+    return _shaped(_least(rows, row, [*found, _clip(low, high, row)]), shape)
+
+
+def _histogram(rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Centers of equal bins of each row, and how many values lie in them."""
+    width = _nonzero((high - low) / HISTOGRAM_BINS)
+    first = torch.arange(len(rows), device=rows.device)[:, None] * HISTOGRAM_BINS
+    counts = torch.zeros(first.shape[0] * HISTOGRAM_BINS, dtype=torch.long, device=rows.device)
+    for part in rows.split(2**20, -1):
+        bins = ((part - low) / width).long().clamp_(max=HISTOGRAM_BINS - 1) + first
+        counts += bins.flatten().bincount(minlength=len(counts))
+    centers = low + width * (torch.arange(HISTOGRAM_BINS, device=rows.device) + 0.5)
+    return centers, counts.view(len(rows), -1).double()
+
+
+def _parts(points: Tensor, counts: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for i in range(0, points.shape[1], CHUNK):
+        yield points[:, i : i + CHUNK], None if counts is None else counts[:, i : i + CHUNK]
+
+
+def _total(x: Tensor, counts: Tensor | None) -> Tensor:
+    return (x if counts is None else x * counts).sum(-1, keepdim=True).double()
+
+
+def _error(points: Tensor, row: Format, found: Scale, counts: Tensor | None = None) -> Tensor:
+    """Squared error of each unit, (units, 1) in float64."""
+    return sum(
+        (_total((_quantize(part, row, *found) - part).square_(), n) for part, n in _parts(points, counts)),
+        start=torch.zeros_like(found[0], dtype=torch.float64),
+    )
+
+
+def _fit(points: Tensor, row: Format, found: Scale, counts: Tensor | None) -> Scale:
+    """Alternate codes and their best scale: every kind's values are linear in the scale, so that it is ⟨x,x̂⟩/⟨x̂,x̂⟩."""
+    scale, offset = found
+    for _ in range(8):
+        along, size = torch.zeros_like(scale, dtype=torch.float64), torch.zeros_like(scale, dtype=torch.float64)
+        for part, n in _parts(points, counts):
+            values = _quantize(part, row, scale, offset)
+            along += _total(values * part, n)
+            size += _total(values.square_(), n)
+        factor = torch.where((along > 0) & (size > 0), along / size, 1.0)
+        zero = None if offset is None else (offset / scale).round_()  # the zero point stays
+        scale = _nonzero((scale * factor).float())
+        offset = None if zero is None else zero * scale
+    return scale, offset
+
+
+# ACIQ
+
+
+@cache
+def _optimal_clips(bits: int) -> tuple[float, float]:
+    """The clips of least error for a normal (in σ) and a Laplace distribution (in b), as ACIQ tabulates them."""
+
+    def normal(a: float) -> float:  # derivatives of the errors
+        tail = 2 * math.sqrt(2 / math.pi) * math.exp(-a * a / 2)
+        return 2 * a * math.erfc(a / math.sqrt(2)) - tail + 2 * a / (3 * 4.0**bits)
+
+    def laplace(a: float) -> float:
+        return -2 * math.exp(-a) + 2 * a / (3 * 4.0**bits)
+
+    clips = []
+    for slope in (normal, laplace):
+        low, high = 0.0, 64.0
+        for _ in range(64):
+            middle = (low + high) / 2
+            low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+        clips.append(low)
+    return clips[0], clips[1]
+
+
+def aciq_scale(x: Tensor, fmt: Format, name: str = "tensor") -> Scale:
+    """The analytic clip (ACIQ, Banner et al. 2019): mean ± α, for a normal or a Laplace distribution, or no clip.
+
+    α is the optimum itself: to the printed digits 1.71σ ... 3.92σ (normal), 2.83b ... 9.89b (Laplace) for 2 to 8 bits.
+    Of the three the one with the least error on x is taken, unit by unit, as in the published code: the expected errors
+    would always favour the normal distribution. Units without negative values, and all of an unsigned format, get the
+    α of one bit more and the range from 0 to mean⁺ + α; a symmetric format always has the range ±(|mean| + α).
+    """
+    if fmt.kind != "uniform":
+        raise RecipeError(f"{name}: ACIQ is derived for kind uniform, not {fmt.kind}; use omse")
+    rows, row, shape = _as_rows(x, fmt, name)
+    low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+    mean = rows.mean(-1, keepdim=True, dtype=torch.float64).float()
+    variance, b = torch.zeros_like(mean, dtype=torch.float64), torch.zeros_like(mean, dtype=torch.float64)
+    for part, _ in _parts(rows, None):
+        variance += _total((part - mean).square_(), None)
+        b += _total((part - mean).abs_(), None)
+    spreads = (variance / rows.shape[1]).sqrt().float(), (b / rows.shape[1]).float()
+    one_sided = (low >= 0) | (row.scheme == "unsigned")
+    found = [_clip(low, high, row)]
+    for spread, clip, wider in zip(spreads, _optimal_clips(fmt.bits), _optimal_clips(fmt.bits + 1), strict=True):
+        if row.scheme == "symmetric":
+            top = torch.minimum(torch.maximum(high, -low), mean.abs() + clip * spread)
+            found.append(_clip(-top, top, row))
+        else:
+            start = torch.where(one_sided, 0.0, torch.maximum(low, mean - clip * spread))
+            end = torch.where(one_sided, mean.clamp(min=0) + wider * spread, mean + clip * spread)
+            found.append(_clip(start, torch.minimum(high, end), row))
+    return _shaped(_least(rows, row, found), shape)
+
+
+def _least(rows: Tensor, row: Format, found: list[Scale]) -> Scale:
+    """Of some scales and offsets the ones with the least error, unit by unit."""
+    choice = torch.stack([_error(rows, row, scale) for scale in found]).argmin(0, keepdim=True)
+    scale = torch.stack([scale for scale, _ in found]).gather(0, choice)[0]
+    offsets = [offset for _, offset in found if offset is not None]
+    return scale, torch.stack(offsets).gather(0, choice)[0] if offsets else None
+
+
+def aciq_bits(weight: Tensor, fmt: Format, lowest: int = 0, highest: int = 8, name: str = "weight") -> Tensor:
+    """Bits for each row, int64 (rows,): round(log2 σ^⅔ + t) within lowest to highest, with t such that their mean
+    is fmt.bits exactly (ACIQ's allocation; rows that tie get the bit in order). A row of 0 bits is its mean alone.
+    """
+    if not lowest <= fmt.bits <= highest:
+        raise RecipeError(f"{name}: {fmt.bits} bits cannot be the mean of {lowest} to {highest}; widen the limits")
+    check_finite(weight, name)
+    size = weight.double().std(-1, correction=0).pow(2 / 3)
+    size = size.clamp(min=max(size.max().item(), 1e-300) * 1e-9)  # rows of one value come last, all together
+    steps = torch.arange(lowest, highest, device=weight.device)  # the t at which a row gets its next bit
+    price = (steps + 0.5 - size.log2()[:, None]).flatten()
+    bought = torch.zeros_like(price, dtype=torch.long)
+    bought[price.argsort(stable=True)[: len(weight) * (fmt.bits - lowest)]] = 1
+    return lowest + bought.view(len(weight), -1).sum(-1)
+
+
+def aciq_correct(weight: Tensor, quantized: Tensor, name: str = "weight") -> tuple[Tensor, Tensor, Tensor]:
+    """ACIQ's bias correction of each row, gain · (quantized + shift), with its gain and shift, (rows, 1) each.
+
+    shift is what quantization took from the mean, gain restores the deviation around it. Codes stay: the scale becomes
+    gain · scale, the offset gain · shift.
+    """
+    check_finite(weight, name)
+    w, q = weight.double(), quantized.double()
+    w_mean, q_mean = w.mean(-1, keepdim=True), q.mean(-1, keepdim=True)
+    w_size, q_size = (w - w_mean).norm(dim=-1, keepdim=True), (q - q_mean).norm(dim=-1, keepdim=True)
+    gain = torch.where((w_size > 0) & (q_size > 0), w_size / q_size, 1.0)
+    shift = w_mean - q_mean
+    return (gain * (q + shift)).float(), gain.float(), shift.float()
+
+
+# OCS
+
+
+def ocs(
+    weight: Tensor, fmt: Format, ratio: float = 0.02, mse: bool = False, name: str = "weight"
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Outlier channel splitting (Zhao et al. 2019): the weight that results, its scale, and the inputs that were split.
+
+    The input channel of the largest |w| is replaced by two, (w - scale/2)/2 and (w + scale/2)/2, whose codes sum to
+    that of w; at most ceil(ratio * columns) times. Both halves see the same input, so they are returned summed: codes
+    of split columns reach twice the range, and the result encodes exactly in a format of one bit more. A channel is
+    split once: when the largest is already a half, a further split would need a second bit, and splitting stops.
+    The scale is that of the weight with one half in place of each split column: by its extremes, or with `mse` by OMSE.
+    """
+    if fmt.kind != "uniform" or fmt.scheme != "symmetric":
+        raise RecipeError(
+            f"{name}: OCS needs a symmetric uniform format, got {fmt}; use kind: uniform, scheme: symmetric"
+        )
+    if not 0 <= ratio <= 1:
+        raise RecipeError(f"ratio must be 0 to 1, got {ratio:g}; 0.01 to 0.05 is usual")
+    check_finite(weight, name)
+    weight = weight.detach().float() if fmt.clip is None else weight.detach().float().clamp(-fmt.clip, fmt.clip)
+    size = weight.abs().amax(0)
+    split = size.argsort(descending=True, stable=True)[: math.ceil(ratio * len(size))]
+    split = split[size[split] > size.max() / 2]
+    pieces = torch.ones_like(size)
+    pieces[split] = 2
+    halved, plain = weight / pieces, fmt.model_copy(update={"clip": None})
+    scale = (omse_scale if mse else find_scale)(halved, plain, name)[0]
+    # round(a - 1/4) + round(a + 1/4) = round(2a): the halves of w = 2a * scale clip where twice the range ends.
+    low, high = (_units(bound * pieces, plain) for bound in code_range(fmt))
+    codes = (_units(weight, plain) / scale).round_().clamp_(low, high).view(weight.shape)
+    return decode(codes, plain, scale), scale, split.tolist()

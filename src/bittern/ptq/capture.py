@@ -1,0 +1,269 @@
+"""What a unit's layers and attention read, gathered in one float run over all batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bittern.attention import Site, Taps
+from bittern.errors import ModelError
+from bittern.layers import QuantConv2d, QuantEmbedding, QuantLayer, as_float
+from bittern.ptq.stream import Call
+
+MAX_ROWS = 1 << 14  # of a layer's input that are kept: more change no scale, and bound memory for any number of samples
+MAX_MAP = 1 << 24  # entries of attention maps that are kept
+
+
+@dataclass
+class Inputs:
+    """The tensor that some layers of a unit read: rows (N, in) of all samples, padding left out."""
+
+    layers: list[str] = field(default_factory=list)
+    norm: str | None = None  # the norm whose output this is, if these layers are all that read it
+    parts: list[Tensor] = field(default_factory=list)
+    samples: list[Tensor] = field(default_factory=list)
+
+    @property
+    def x(self) -> Tensor:
+        return torch.cat(self.parts)
+
+    @property
+    def sample(self) -> Tensor:
+        found: Tensor = torch.unique(torch.cat(self.samples), return_inverse=True)[1]
+        return found
+
+
+@dataclass
+class Heads:
+    """Q, K, V (items, heads, tokens, head dim) and maps (items, heads, queries, keys) of one attention module.
+
+    Grouped queries are rows of their key's head. Padded rows are zero; `rows` and `keys` tell how many are not.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    map: Tensor
+    sample: Tensor  # (items)
+    valid_rows: Tensor  # (items, queries), bool
+    valid_keys: Tensor  # (items, keys), bool
+
+
+@dataclass
+class Captured:
+    inputs: list[Inputs]
+    heads: dict[str, Heads]
+
+
+def unit_layers(name: str, module: nn.Module) -> dict[str, QuantLayer]:
+    """Simulated layers of a unit that read activations and whose product is a matrix product, by full name."""
+    found = ((f"{name}.{n}" if n else name, m) for n, m in module.named_modules())
+    return {n: m for n, m in found if isinstance(m, QuantLayer) and not isinstance(m, QuantEmbedding) and _dense(m)}
+
+
+def _dense(layer: QuantLayer) -> bool:
+    return not isinstance(layer, QuantConv2d) or layer.groups == 1
+
+
+def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: Sequence[int], seed: int) -> Captured:
+    """Run a unit in float on every call, keep what its layers and attention read, and set each call's output.
+
+    sizes: samples in each batch. Of very many rows a random part is kept, the same for the same seed.
+    """
+    unit, module = calls[0].unit, calls[0].module
+    layers = unit_layers(unit, module)
+    sites = [m for m in module.modules() if isinstance(m, Site) and m.formats]
+    groups: dict[str, Inputs] = {}
+    heads: dict[str, list[tuple[Tensor, ...]]] = {site.name: [] for site in sites}
+    first = 0
+    for call in calls:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + call.batch)
+        batch, size = batches[call.batch], sizes[call.batch]
+        seen: dict[tuple[Any, ...], str] = {}  # tensors of this call → the first layer that read it
+        norms: dict[tuple[Any, ...], str] = {}  # → the norm that made it
+        keep: list[Tensor] = []  # so that no address is used twice
+
+        def read(
+            name: str,
+            layer: QuantLayer,
+            x: Tensor,
+            *,
+            seen: dict[tuple[Any, ...], str] = seen,
+            norms: dict[tuple[Any, ...], str] = norms,
+            keep: list[Tensor] = keep,
+            batch: Mapping[str, Any] = batch,
+            size: int = size,
+            first: int = first,
+            generator: torch.Generator = generator,
+        ) -> None:
+            owner = seen.setdefault((*_address(x), _unfolding(layer)), name)
+            keep.append(x)
+            if owner == name:
+                rows, sample = _rows(layer, x, batch, size)
+                if (wanted := MAX_ROWS // len(calls)) < len(rows):
+                    some = torch.randperm(len(rows), generator=generator)[:wanted].sort().values.to(rows.device)
+                    rows, sample = rows[some], sample[some]
+                group = groups.setdefault(name, Inputs(norm=norms.get(_address(x))))
+                group.parts.append(rows.detach().float().clone())
+                group.samples.append(sample + first)
+            known = groups[owner].layers
+            if name not in known:
+                known.append(name)
+
+        taps = Taps(("query", "key", "value", "map"))
+        for site in sites:
+            site.taps = taps
+
+        def made(name: str, out: Any, norms: dict[tuple[Any, ...], str] = norms, keep: list[Tensor] = keep) -> None:
+            if isinstance(out, Tensor):
+                norms[_address(out)] = name
+                keep.append(out)
+
+        with as_float(module), _reading(layers, read), _watching(module, made):
+            if unit in layers:
+                read(unit, layers[unit], call.args[0])
+            call.output = call.run()
+        for site in sites:
+            site.taps = None
+        for i, name in enumerate(taps.names["map"]):
+            tensors = [taps[point][i] for point in ("query", "key", "value", "map")]
+            heads[name].append(_heads(tensors, batch, size, first, len(calls), generator))
+        first += size
+    for name in set(layers) - {n for g in groups.values() for n in g.layers}:
+        raise ModelError(f"{name} never ran during calibration; use batches that reach it, or keep it float")
+    for group in groups.values():
+        if group.norm is not None and not _alone(module, group, layers, calls[0]):
+            group.norm = None
+    joined = {name: Heads(*map(_pad_and_join, zip(*parts, strict=True))) for name, parts in heads.items() if parts}
+    return Captured(list(groups.values()), joined)
+
+
+def _address(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), x._version, tuple(x.shape), tuple(x.stride())
+
+
+def _alone(module: nn.Module, group: Inputs, layers: Mapping[str, QuantLayer], call: Call) -> bool:
+    """Whether a group is all that reads its norm: half the norm's output and twice the weights change nothing then."""
+    norm = module.get_submodule(group.norm or "")
+    halved = [p.detach() for p in norm.parameters(recurse=False)]
+    doubled = [p.detach() for p in {id(w): w for w in (layers[name].weight for name in group.layers)}.values()]  # type: ignore[operator]
+    if len(doubled) < len(group.layers):
+        return False
+    try:
+        for t in halved:
+            t.div_(2)
+        for t in doubled:
+            t.mul_(2)
+        with as_float(module):
+            out = call.run()
+    finally:
+        for t in halved:
+            t.mul_(2)
+        for t in doubled:
+            t.div_(2)
+    first, was = (o[0] if isinstance(o, tuple) else o for o in (out, call.output))
+    return bool((first - was).norm() <= 1e-4 * was.norm())
+
+
+@contextmanager
+def _watching(module: nn.Module, made: Any) -> Iterator[None]:
+    """Tell the output of each norm that scales its channels."""
+    hooks = [
+        m.register_forward_hook(lambda m, args, out, name=name: made(name, out))
+        for name, m in module.named_modules()
+        if "norm" in type(m).__name__.lower() and isinstance(getattr(m, "weight", None), nn.Parameter)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _reading(layers: Mapping[str, QuantLayer], read: Any) -> Iterator[None]:
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, args, name=name: read(name, m, args[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _unfolding(layer: QuantLayer) -> tuple[Any, ...]:
+    if not isinstance(layer, QuantConv2d):
+        return ()
+    return layer.kernel_size, layer.stride, layer.padding, layer.dilation
+
+
+def _rows(layer: QuantLayer, x: Tensor, batch: Mapping[str, Any], size: int) -> tuple[Tensor, Tensor]:
+    """The rows of a layer's matrix product that are not padding, and the sample in the batch that each belongs to."""
+    if isinstance(layer, QuantConv2d):
+        x = F.pad(x, layer._reversed_padding_repeated_twice)
+        x = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride).mT
+    sample = _samples(x.shape[0], size, layer.weight.device)  # type: ignore[arg-type]
+    sample = sample.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
+    valid = _valid(batch, x.shape[:2]) if x.dim() == 3 else None
+    if valid is not None:
+        return x[valid], sample[valid]
+    return x.reshape(-1, x.shape[-1]), sample.reshape(-1)
+
+
+def _samples(items: int, size: int, device: torch.device) -> Tensor:
+    """The sample of each item of the leading dimension: windows and beams of a sample lie side by side."""
+    if items % size:
+        raise ModelError(f"a layer reads {items} items from {size} samples; their samples cannot be told apart")
+    return torch.arange(items, device=device) // (items // size)
+
+
+def _valid(batch: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
+    """The padding mask of these tokens (samples, tokens), if the batch has one."""
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = batch.get(name)
+        if isinstance(mask, Tensor) and mask.shape == torch.Size(shape):
+            return mask.bool()
+    return None
+
+
+def _heads(
+    tensors: list[Tensor], batch: Mapping[str, Any], size: int, first: int, calls: int, generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    query, key, value, map_ = tensors
+    items, device = len(query), query.device
+    wanted = max(1, MAX_MAP // (calls * map_[0].numel()))
+    some = torch.randperm(items, generator=generator)[:wanted].sort().values.to(device)
+    rows, keys = query.shape[2], key.shape[2]
+    groups = query.shape[1] // key.shape[1]
+    valid_rows, valid_keys = (
+        torch.ones(items, n, dtype=torch.bool, device=device) if (mask := _valid(batch, (items, n))) is None else mask
+        for n in (rows, keys)
+    )
+    valid_rows = valid_rows.repeat(1, groups)
+
+    def chosen(x: Tensor, valid: Tensor) -> Tensor:
+        x = x.reshape(items, key.shape[1], -1, x.shape[-1])  # grouped queries become rows
+        return (x * valid[:, None, :, None])[some].detach().float()
+
+    return (
+        chosen(query, valid_rows), chosen(key, valid_keys), chosen(value, valid_keys), chosen(map_, valid_rows),
+        _samples(items, size, device)[some] + first, valid_rows[some], valid_keys[some],
+    )  # fmt: skip
+
+
+def _pad_and_join(parts: tuple[Tensor, ...]) -> Tensor:
+    """Join batches of different lengths along the items; what is added is zero, and so not valid."""
+    shape = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True)]
+    padded = [
+        F.pad(p, [n for a, b in zip(reversed(p.shape[1:]), reversed(shape), strict=True) for n in (0, b - a)])
+        for p in parts
+    ]
+    return torch.cat(padded)

@@ -1,0 +1,121 @@
+"""Post-training methods: the published ones as they are, and what measures best here, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Literal
+
+from torch import Tensor
+
+from bittern.errors import InputError
+from bittern.ptq import baselines, rounding
+from bittern.ptq.search import Scale, Space
+from bittern.quantizers import code_range, fake_quantize, find_scale
+from bittern.recipe import Format
+
+Clip = Callable[[Tensor, Format], Scale]
+Rounding = Callable[[Tensor, Format, Scale, Tensor, Tensor], tuple[Tensor, Format, Scale]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How scales, biases and rounded weights are found.
+
+    weight_clip, activation_clip: scales from a tensor alone, where the search starts or what stays without one.
+    space: what is searched, if anything. ranking, margin: γ and θ of the ranking loss [VT eq. 12]; 0 leaves it out.
+    rounding: chooses values and format of a weight from (weight, format, scale, X̂ᵀX̂, X̂ᵀX).
+    folds: exponents of the ranges of a norm's channels that may move into the weights after it; 1 is RepQ-ViT, 0.5
+    SmoothQuant; the one with the least output error is taken, 0 included.
+    inputs: a block reads what the float model gives (`parallel`), or what the quantized blocks before it give.
+    """
+
+    name: str
+    weight_clip: Clip = find_scale
+    activation_clip: Clip = find_scale
+    space: Space | None = None
+    ranking: float = 0.0
+    margin: float = 0.2
+    correct_bias: bool = False
+    rounding: Rounding | None = None
+    folds: tuple[float, ...] = ()
+    inputs: Literal["parallel", "sequential"] = "parallel"
+
+
+def _unclipped(fmt: Format) -> Format:
+    """A clip is for training: codes that are chosen by their inputs may lie beyond it."""
+    return fmt.model_copy(update={"clip": None})
+
+
+def bit_split(weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor) -> tuple[Tensor, Format, Scale]:
+    """Bit-Split & Stitching: one scale per row, whatever the format had."""
+    fmt = _unclipped(fmt).model_copy(update={"granularity": "row", "group_size": None, "scheme": "symmetric"})
+    values, found = rounding.bit_split(weight, fmt, gram, cross)
+    return values, fmt, (found, None)
+
+
+def adaround(weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor) -> tuple[Tensor, Format, Scale]:
+    """AdaRound: learned rounding."""
+    fmt = _unclipped(fmt)
+    return rounding.adaround(weight, fmt, *scale, gram, cross), fmt, scale
+
+
+def compensate(weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor) -> tuple[Tensor, Format, Scale]:
+    """Each column's rounding error is made up for by the columns after it, in closed form (GPTQ)."""
+    fmt = _unclipped(fmt)
+    return rounding.compensate(weight, fmt, *scale, gram, cross, damp=0.05), fmt, scale
+
+
+def split_outliers(
+    weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor
+) -> tuple[Tensor, Format, Scale]:
+    """OCS: both halves of a split channel read the same input, so the sum of their codes is stored, in one bit more."""
+    values, found, _ = baselines.ocs(weight, fmt)
+    return values, fmt.model_copy(update={"bits": fmt.bits + 1}), (found, None)
+
+
+def correct_weight(
+    weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor
+) -> tuple[Tensor, Format, Scale]:
+    """ACIQ's bias correction: mean and deviation of each row are the float ones again."""
+    values, gain, shift = baselines.aciq_correct(weight, fake_quantize(weight, fmt, *scale))
+    low = scale[0] * code_range(fmt)[0] if scale[1] is None else scale[1]
+    if fmt.granularity == "group":
+        gain, shift = gain.unsqueeze(-1), shift.unsqueeze(-1)
+    unit = "row" if fmt.granularity == "tensor" else fmt.granularity
+    fmt = fmt.model_copy(update={"granularity": unit, "scheme": "asymmetric"})
+    return values, fmt, (gain * scale[0], gain * (low + shift))
+
+
+VT = Method("vt", space=Space(), ranking=0.1, correct_bias=True)  # [VT 4.1]: α 0.5, β 1.2, γ 0.1, θ 0.2, 20 rounds
+METHODS = {
+    m.name: m
+    for m in (
+        Method("minmax"),
+        Method("percentile", activation_clip=baselines.percentile_scale),
+        Method("omse", baselines.omse_scale, baselines.omse_scale),
+        Method("aciq", baselines.aciq_scale, baselines.aciq_scale, rounding=correct_weight),
+        Method("ocs", activation_clip=baselines.omse_scale, rounding=split_outliers),
+        Method("easyquant", space=Space("cosine"), inputs="sequential"),
+        Method("bit-split", activation_clip=baselines.omse_scale, rounding=bit_split),
+        Method("adaround", baselines.omse_scale, baselines.omse_scale, rounding=adaround, inputs="sequential"),
+        replace(VT, name="vt-similarity", ranking=0.0, correct_bias=False),
+        replace(VT, name="vt-ranking", correct_bias=False),
+        replace(VT, name="vt-bias", ranking=0.0),
+        VT,
+        Method("search", space=Space("mse", low=0.1), correct_bias=True),
+        Method("bittern", space=Space("mse", low=0.1), correct_bias=True, rounding=compensate, folds=(0.5, 1.0)),
+    )
+}
+
+
+def find_method(name: str | Method) -> Method:
+    """A method by name. Raises InputError with the names there are."""
+    if isinstance(name, Method):
+        return name
+    if name not in METHODS:
+        near = get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"no method {name!r}; {hint}there are {', '.join(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,59 @@
+"""The ranking loss: how far quantization changes the order of attention scores within a row [VT eq. 13]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bittern.ptq.search import Product
+
+ROWS = 1024  # on which the search looks at the order
+
+
+def ranking_loss(scores: Tensor, changed: Tensor, margin: float) -> Tensor:
+    """Mean over pairs i<j of a row of (θ - (Â_i - Â_j)·sign(A_i - A_j))₊, ties in A left out.
+
+    scores A and changed Â: (rows, columns). The paper's sum over pairs would swamp a similarity of at most 1; this is
+    its mean. Exact: rows are sorted once, and pairs further apart than any error can bridge are not looked at.
+    """
+    ordered, order = scores.sort(-1)
+    moved = changed.gather(-1, order)
+    columns = scores.shape[-1]
+    reach = margin + 2 * (moved - ordered).abs().max()
+    total, pairs = torch.zeros((), dtype=torch.float64, device=scores.device), 0
+    ties = torch.zeros((), dtype=torch.int64, device=scores.device)
+    open_ties = True
+    for offset in range(1, columns):
+        gap = ordered[:, offset:] - ordered[:, :-offset]
+        pairs += gap.numel()
+        if open_ties:
+            tied = (gap == 0).sum()
+            ties += tied
+            open_ties = bool(tied)
+        if gap.min() < reach:
+            short = (margin - (moved[:, offset:] - moved[:, :-offset])).clamp_(min=0)
+            total += (short * (gap > 0)).sum()
+        elif not open_ties:
+            pairs += scores.shape[0] * ((columns - offset - 1) * (columns - offset)) // 2
+            break
+    return total / (pairs - ties).clamp(min=1)
+
+
+def ranking_penalty(
+    product: Product, rows: Tensor, keys: Tensor, weight: float, margin: float
+) -> Callable[[Tensor], float]:
+    """γ·L_rank of an error of the scores, on at most `ROWS` of their rows.
+
+    rows, keys: (groups, rows) and (groups, columns), False where there is padding.
+    """
+    group, row = rows.nonzero(as_tuple=True)
+    some = torch.randperm(len(group), generator=torch.Generator().manual_seed(0))[:ROWS].to(group.device)
+    group, row = group[some], row[some]
+    scores = product.out[group, row].masked_fill(~keys[group], 1e30)  # as far away as can be: no order to lose
+
+    def penalty(error: Tensor) -> float:
+        return weight * ranking_loss(scores, scores + error[group, row], margin).item()
+
+    return penalty

@@ -1,0 +1,372 @@
+"""Scales by search: the candidates that keep a product's output closest to the float one [VT eq. 9-13].
+
+A product O = A·B becomes Ô = Â·B̂. The error of one side enters linearly, δ = D + E·B̂ with E = Â - A, so a candidate is
+scored without its matrix product. With p = ⟨O,δ⟩, q = ‖δ‖², σ² = ‖O‖² (O and δ centred for Pearson) the loss is
+1 - Γ = r/(1 + √(1-r)), r = (qσ² - p²)/(σ²(σ² + 2p + q)). Pooled over samples with weights 1/σ², q is
+
+* for an element-wise side (activations) a sum over elements of a function of their value, but for the cross terms of
+  ‖E·B̂‖²: so one weighted histogram serves all candidates, and cross terms are estimated on a few rows;
+* for weights the same with the diagonal of the inputs' pooled Gram matrix G, and tr(E·G·Eᵀ) for those that come near.
+
+The best few are then scored exactly, until no other can be better by what the exact scores say of the estimate's error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bittern.quantizers import fake_quantize, find_scale
+from bittern.recipe import Format
+
+Objective = Literal["pearson", "cosine", "mse"]
+Scale = tuple[Tensor, Tensor | None]  # and offset
+
+BINS = 1 << 14  # 32 or more to a step of 8 bits
+ESTIMATE_ROWS = 2048  # rows from which first-order terms and Gram matrices of estimates come
+CROSS_ROWS = 256  # rows on which cross terms are estimated, for every CROSS_STEP-th candidate
+CROSS_STEP = 4
+GRAM_CANDIDATES = 12  # candidates of a weight that are scored through the Gram matrix
+ROW_CANDIDATES = 8  # the same for scales per row, where each row has its own best
+CHUNK = 1 << 19  # entries of an error that are looked at at once: they stay in the cache
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched: `candidates` factors from `low` to `high` times the scale of the extremes [VT 3.2]."""
+
+    objective: Objective = "pearson"
+    low: float = 0.5
+    high: float = 1.2
+    candidates: int = 100
+    rounds: int = 20
+
+    def factors(self, fmt: Format) -> Tensor:
+        """At 4 bits and fewer 0.5 would be a binding bound."""
+        return torch.linspace(min(self.low, 0.1) if fmt.bits <= 4 else self.low, self.high, self.candidates)
+
+
+def loss(p: Tensor, q: Tensor, power: Tensor, objective: Objective) -> Tensor:
+    """1 - similarity of O and O + δ, without cancellation; for `mse` the relative squared error ‖δ‖²/‖O‖²."""
+    if objective == "mse":
+        return q / power
+    total = (power + 2 * p + q).clamp(min=1e-30)
+    r = ((q * power - p * p) / (power * total)).clamp(0, 1)
+    return torch.where(power + p > 0, r / (1 + (1 - r).sqrt()), 1 + (1 - r).sqrt())
+
+
+class Product:
+    """O = left·right, float, and its sums by sample.
+
+    left: (rows, inner) with right (inner, columns), or (groups, rows, inner) with right (groups, inner, columns).
+    sample: the sample that each row belongs to, (rows) or (groups, rows). columns: how many entries of each row count
+    (padded ones are zero in O and Ô); all, if not given. shift: what is taken from O and from Ô, for each column.
+    """
+
+    def __init__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        sample: Tensor,
+        objective: Objective,
+        columns: Tensor | None = None,
+        shift: Tensor | None = None,
+    ):
+        self.right, self.out = right, torch.matmul(left, right)
+        self.sample, self.objective, self.shift = sample, objective, shift
+        self.samples = int(sample.max()) + 1
+        if shift is not None:
+            self.out -= shift
+        columns = torch.full(sample.shape, self.out.shape[-1], device=left.device) if columns is None else columns
+        self.count = self._by_sample(columns).clamp(min=1)
+        total = self._by_sample(self.out.sum(-1))
+        squares = self._by_sample(torch.linalg.vector_norm(self.out, dim=-1).square())
+        self.mean = total / self.count if objective == "pearson" else torch.zeros_like(total)
+        power = squares - self.count * self.mean**2
+        self.live = power > 1e-12 * squares.clamp(min=1e-30)  # a constant output has no similarity to lose
+        self.power = torch.where(self.live, power, 1.0)
+        self.row_weight = (self.live / self.power)[sample].float().unsqueeze(-1)  # 1/σ² of the row's sample
+        self.row_mean = self.mean[sample].float().unsqueeze(-1)
+
+    def _by_sample(self, rows: Tensor) -> Tensor:
+        sums = torch.zeros(self.samples, dtype=torch.float64, device=rows.device)
+        return sums.index_add_(0, self.sample.flatten(), rows.double().flatten())
+
+    def chunks(self) -> Iterator[slice]:
+        size = max(1, CHUNK // self.out[0].numel())
+        return (slice(i, i + size) for i in range(0, len(self.out), size))
+
+    def error(self, left: Tensor, right: Tensor, part: slice | Tensor = slice(None)) -> Tensor:
+        """Ô - O of a part of the leading dimension, from that part of Â and the whole of B̂."""
+        out = torch.matmul(left, right if right.dim() == 2 else right[part]).sub_(self.out[part])
+        return out if self.shift is None else out.sub_(self.shift)
+
+    def loss(
+        self, left: Callable[[slice], Tensor], right: Tensor, penalty: Callable[[Tensor], float] | None = None
+    ) -> float:
+        """Mean over samples of the loss of left·right, plus a penalty of its error, if there is one."""
+        p, q, total = (torch.empty(self.sample.shape, device=self.out.device) for _ in range(3))
+        errors = []
+        for part in self.chunks():
+            error = self.error(left(part), right, part)
+            q[part] = torch.linalg.vector_norm(error, dim=-1).square()
+            total[part] = error.sum(-1)
+            if penalty is not None:
+                errors.append(error.clone())
+            p[part] = error.mul_(self.out[part]).sum(-1)
+        ps, qs = self._by_sample(p), self._by_sample(q)
+        if self.objective == "pearson":
+            totals = self._by_sample(total)
+            ps, qs = ps - self.mean * totals, qs - totals * totals / self.count
+        value = loss(ps, qs, self.power, self.objective)[self.live].mean().nan_to_num().item()
+        return value + (penalty(torch.cat(errors)) if penalty is not None else 0.0)
+
+    def pooled(self, p: Tensor, q: Tensor, products: int = 1) -> Tensor:
+        """The loss of an average sample, from p and q summed with weights 1/σ²."""
+        samples = max(int(self.live.sum()), 1) * products
+        return loss(p / samples, q.clamp(min=0) / samples, torch.ones_like(q), self.objective)
+
+    def first_order(self, left: Tensor, right: Tensor, some: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For rows or groups `some`: D and centred O, both weighted by 1/σ², and the sums p and q of D."""
+        error = self.error(left, right, some)
+        weight = self.row_weight[some]
+        centred = (self.out[some] - self.row_mean[some]).mul_(weight)
+        weighted = error * weight
+        return weighted, centred, (centred * error).sum(), (weighted * error).sum()
+
+
+def scales(low: Tensor, high: Tensor, fmt: Format, factors: Tensor) -> list[Scale]:
+    """Scales and offsets of a format for its extremes times each factor."""
+    extremes = torch.stack([low.reshape(()), high.reshape(())])
+    return [find_scale(extremes * factor, fmt) for factor in factors]
+
+
+def error_of(x: Tensor, fmt: Format, scale: Scale) -> Tensor:
+    return fake_quantize(x, fmt, *scale).sub_(x)
+
+
+def choose(estimate: Tensor, exact: Callable[[int], float], start: int | None, first: int = 3, most: int = 12) -> int:
+    """The candidate of least exact loss: the best by estimate are scored, then all that could still be better.
+
+    start: the present candidate; if the estimate would keep it, nothing is scored.
+    """
+    estimates = estimate.tolist()
+    order = sorted(range(len(estimates)), key=estimates.__getitem__)
+    if order[0] == start:
+        return start
+    tried: dict[int, float] = {}
+    for candidate in order if start is None else [start, *(c for c in order if c != start)]:
+        if len(tried) >= first:
+            gaps = [value - estimates[c] for c, value in tried.items()]
+            best = min(tried.values())
+            doubt = max(max(gaps) - min(gaps), 1e-6)
+            if len(tried) >= most or estimates[candidate] + min(gaps) - doubt > best:
+                break
+        tried[candidate] = exact(candidate)
+    while True:  # what lies beside the best is nearly as good
+        best_one = min(tried, key=tried.__getitem__)
+        beside = {best_one - 1, best_one + 1} & set(range(len(estimates))) - tried.keys()
+        if not beside:
+            return best_one
+        tried |= {candidate: exact(candidate) for candidate in beside}
+
+
+def search_left(
+    x: Tensor,
+    fmt: Format,
+    options: Sequence[Scale],
+    products: Sequence[tuple[Product, Tensor]],
+    start: int | None,
+    penalty: Callable[[Tensor], float] | None = None,
+) -> int:
+    """Index of the best scale for x, the left side of every product, whose right sides B̂ are given.
+
+    penalty: of an output error, added to the exact loss (the ranking loss).
+    """
+
+    def exact(candidate: int) -> float:
+        def left(part: slice) -> Tensor:
+            return fake_quantize(x[part], fmt, *options[candidate])
+
+        return sum(product.loss(left, right, penalty) for product, right in products) / len(products)
+
+    some = _sample(len(x), ESTIMATE_ROWS if x.dim() == 2 else ESTIMATE_ROWS // x.shape[1] + 1).to(x.device)
+    few = some[: CROSS_ROWS if x.dim() == 2 else 8]
+    lines = slice(None) if x.dim() == 2 else slice(0, None, max(1, x.shape[1] * len(few) // CROSS_ROWS))
+    scale_up, part, cross = len(x) / len(some), x[few], torch.zeros(len(options), device=x.device)
+    part = part if x.dim() == 2 else part[:, lines]
+    square, linear, gain = torch.zeros(1, device=x.device), torch.zeros_like(x[some]), torch.zeros_like(x[some])
+    p = q = torch.zeros(len(options), device=x.device)
+    for product, right in products:
+        weighted, centred, p0, q0 = product.first_order(x[some], right, some)
+        near = right if right.dim() == 2 else right[some]
+        linear, gain = linear + torch.matmul(weighted, near.mT), gain + torch.matmul(centred, near.mT)
+        p, q = p + p0 * scale_up, q + q0 * scale_up
+        columns = torch.linalg.vector_norm(right, dim=-1).square().unsqueeze(-2)
+        square = square + product.row_weight * columns
+        weight = product.row_weight[few] if x.dim() == 2 else product.row_weight[few][:, lines]
+        near, columns = (right, columns) if right.dim() == 2 else (right[few], columns[few])
+        power = partial(_power, right=near, weight=weight)
+        cross += _cross_terms(part, fmt, options, weight * columns, power) * (x[..., 0].numel() / part[..., 0].numel())
+    p1, q1 = _elements(x, x[some], fmt, options, square, linear, gain, scale_up)
+    estimate = products[0][0].pooled(p + p1, q + q1 + cross, len(products))
+    return choose(estimate, exact, start, *((8, 24) if penalty else ()))
+
+
+def search_right(
+    x: Tensor,
+    fmt: Format,
+    options: Sequence[Scale],
+    product: Product,
+    left: Tensor,
+    start: int | None,
+    penalty: Callable[[Tensor], float] | None = None,
+) -> int:
+    """Index of the best scale for x (groups, inner, columns), the right side of a product; its left side is Â."""
+
+    def exact(candidate: int) -> float:
+        return product.loss(left.__getitem__, fake_quantize(x, fmt, *options[candidate]), penalty)
+
+    some = _sample(len(x), ESTIMATE_ROWS // left.shape[1] + 1).to(x.device)
+    few = some[:8]
+    lines = slice(0, None, max(1, x.shape[2] * len(few) // CROSS_ROWS))
+    weighted, centred, p0, q0 = product.first_order(left[some], x, some)
+    near = left[some].mT
+    square = torch.matmul(left.square().mT, product.row_weight)
+    scale_up, part = len(x) / len(some), x[few][:, :, lines]
+    weight = product.row_weight[few]
+    power = partial(_power, left=left[few], weight=weight)
+    cross = _cross_terms(part, fmt, options, square[few], power) * (x.numel() / part.numel())
+    linear, gain = torch.matmul(near, weighted), torch.matmul(near, centred)
+    p, q = _elements(x, x[some], fmt, options, square, linear, gain, scale_up)
+    estimate = product.pooled(p + p0 * scale_up, q + q0 * scale_up + cross)
+    return choose(estimate, exact, start, *((8, 24) if penalty else ()))
+
+
+def _sample(count: int, wanted: int) -> Tensor:
+    """The same random part of `count` indices in every call."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted]
+
+
+def _power(error: Tensor, weight: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
+    """Weighted ‖E·right‖² or ‖left·E‖²."""
+    error = torch.matmul(error, right) if right is not None else torch.matmul(left, error)  # type: ignore[arg-type]
+    power: Tensor = (torch.linalg.vector_norm(error, dim=-1, keepdim=True).square() * weight).sum()
+    return power
+
+
+def _elements(
+    x: Tensor,
+    part: Tensor,
+    fmt: Format,
+    options: Sequence[Scale],
+    square: Tensor,
+    linear: Tensor,
+    gain: Tensor,
+    scale_up: float,
+) -> tuple[Tensor, Tensor]:
+    """Σ gain·e and Σ square·e² + 2·linear·e for the errors e of every candidate, through histograms of x.
+
+    square broadcasts against x; linear and gain belong to a part of it, and are scaled up.
+    """
+    low, high = x.aminmax()
+    width = (high - low).clamp(min=1e-30) / BINS
+
+    def histogram(values: Tensor, weights: Tensor) -> Tensor:
+        index = values.sub(low).div_(width).int().clamp_(0, BINS - 1).flatten()
+        return torch.bincount(index, weights.expand_as(values).flatten(), BINS)
+
+    centres = low + (torch.arange(BINS, device=x.device) + 0.5) * width
+    errors = torch.stack([error_of(centres, fmt, scale) for scale in options])
+    first_order = errors @ torch.stack([histogram(part, gain), histogram(part, linear)], 1) * scale_up
+    return first_order[:, 0], errors.square() @ histogram(x, square) + 2 * first_order[:, 1]
+
+
+def _cross_terms(
+    part: Tensor, fmt: Format, options: Sequence[Scale], square: Tensor, power: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Σ ‖E·B̂‖² less its diagonal, on a part of x; straight lines between every `CROSS_STEP`-th candidate."""
+    knots = [*range(0, len(options) - 1, CROSS_STEP), len(options) - 1]
+    values = []
+    for i in knots:
+        error = error_of(part, fmt, options[i])
+        values.append(power(error) - (error.square_().mul_(square)).sum())
+    at, position = torch.tensor(knots, device=part.device), torch.arange(len(options), device=part.device)
+    right = torch.searchsorted(at, position).clamp(min=1)
+    y, step = torch.stack(values), (at[right] - at[right - 1])
+    return y[right - 1] + (y[right] - y[right - 1]) * (position - at[right - 1]) / step
+
+
+def search_weight(
+    fmt: Format, largest: Scale, factors: Tensor, product: Product, inputs: Tensor, start: Tensor | None
+) -> Tensor:
+    """Factors (of `largest`, in its shape) of the best scales of a weight, the right side, for inputs X̂ (rows, in).
+
+    Scales per row of the weight (out, in): each row minimises its part of the pooled loss. start: the present factors.
+    """
+    weight = product.right.T.contiguous()
+    whole = fmt.granularity == "tensor"
+    some = _sample(len(inputs), ESTIMATE_ROWS if whole else len(inputs)).to(inputs.device)
+    scale_up = len(inputs) / len(some)
+    part = inputs[some]
+    weighted, centred, p0, q0 = product.first_order(part, product.right, some)
+    linear, gain = weighted.T @ part * scale_up, centred.T @ part * scale_up
+    part = part * product.row_weight[some].sqrt()
+    gram = part.T @ part * scale_up
+
+    def scale(factor: Tensor) -> Scale:
+        return largest[0] * factor, None if largest[1] is None else largest[1] * factor
+
+    def error(factor: Tensor) -> Tensor:
+        return error_of(weight, fmt, scale(factor))
+
+    if whole:
+        options = [scale(factor) for factor in factors]
+        p, q = _elements(weight, weight, fmt, options, gram.diagonal(), linear, gain, 1.0)
+        p, q = p + p0 * scale_up, q + q0 * scale_up
+        near = product.pooled(p, q).argsort()[:GRAM_CANDIDATES]
+        estimate = torch.full_like(q, torch.inf)
+        for i in near:
+            e = error(factors[i])
+            exact_q = ((e @ gram).add_(linear, alpha=2).mul_(e)).sum() + q0 * scale_up
+            estimate[i] = product.pooled(p[i], exact_q)
+
+        def exact(candidate: int) -> float:
+            return product.loss(inputs.__getitem__, fake_quantize(weight, fmt, *options[candidate]).T)
+
+        was = None if start is None else int((factors - start).abs().argmin())
+        return factors[choose(estimate, exact, was)]
+    present = torch.ones_like(largest[0]) if start is None else start
+    slope = 0.0
+    if product.objective != "mse":  # a row's share of -p², to first order around the present scales
+        samples = max(int(product.live.sum()), 1)
+        slope = 2 * float(p0 * scale_up + (gain * error(present)).sum()) / samples
+    return _best_rows(error, factors, present, gram, 2 * linear - slope * gain)
+
+
+def _best_rows(
+    error: Callable[[Tensor], Tensor], factors: Tensor, present: Tensor, gram: Tensor, linear: Tensor
+) -> Tensor:
+    """The factor of each scale that minimises eᵀGe + ⟨linear, e⟩ over its row; over its group without cross terms."""
+    units = present.shape[:-1]
+    diagonal = gram.diagonal()
+
+    def by_unit(values: Tensor) -> Tensor:
+        return values.view(*units, -1).sum(-1)
+
+    rough = []
+    for factor in factors:
+        e = error(torch.full_like(present, float(factor)))
+        rough.append(by_unit((e * diagonal).add_(linear).mul_(e)))
+    losses = torch.stack(rough)  # (candidates, rows) or (candidates, rows, groups)
+    if present.dim() == 3:
+        return factors[losses.argmin(0)].unsqueeze(-1)
+    ranked = losses.topk(min(ROW_CANDIDATES, len(factors)), 0, largest=False).indices
+    tried = [factors[index].unsqueeze(-1) for index in ranked] + [present]
+    exact = torch.stack([by_unit((e @ gram).add_(linear).mul_(e)) for e in map(error, tried)])
+    return torch.stack(tried).gather(0, exact.argmin(0)[None, :, None])[0]

@@ -1,0 +1,133 @@
+"""One forward in total: the model runs on all batches side by side, unit by unit, and stops before each.
+
+Each batch has its own thread, of which one runs at a time. So any family works whose units run in the same order for
+every batch: whatever lies between two units (norms, patch merging, cross-attention inputs) is the model's own code,
+and only what a unit needs is kept: the inputs of one unit for all batches.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bittern.attention import attention_configs
+from bittern.errors import ModelError
+
+
+@dataclass
+class Call:
+    """A unit about to run on one batch. `run()` computes its output; the model goes on with what `output` holds."""
+
+    batch: int
+    unit: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = field(default=None, repr=False)
+
+    def run(self) -> Any:
+        return type(self.module).forward(self.module, *self.args, **self.kwargs)
+
+
+class _StoppedError(Exception):
+    """Raised inside a batch's thread when nobody wants the rest of its forward."""
+
+
+class _Worker:
+    """The forward of one batch in a thread of its own; it runs only while `advance` waits for it."""
+
+    def __init__(self, index: int, model: nn.Module, batch: Mapping[str, Any], current: threading.local):
+        self.index, self.call, self.error, self.stopping = index, None, None, False
+        self.go, self.ready = threading.Semaphore(0), threading.Semaphore(0)
+        self.thread = threading.Thread(target=self._run, args=(model, batch, current), daemon=True)
+        self.thread.start()
+
+    call: Call | None
+    error: BaseException | None
+
+    def _run(self, model: nn.Module, batch: Mapping[str, Any], current: threading.local) -> None:
+        current.worker = self
+        self.go.acquire()
+        try:
+            if not self.stopping:
+                with torch.no_grad():
+                    model(**batch)
+        except _StoppedError:
+            pass
+        except BaseException as error:  # told in the thread that waits
+            self.error = error
+        self.call = None
+        self.ready.release()
+
+    def exchange(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.call = call = Call(self.index, name, module, args, kwargs)
+        self.ready.release()
+        self.go.acquire()
+        if self.stopping:
+            raise _StoppedError
+        output, call.output = call.output, None
+        return output
+
+    def advance(self) -> Call | None:
+        """Run up to the next unit; None at the end."""
+        self.go.release()
+        self.ready.acquire()
+        if self.error is not None:
+            raise self.error
+        return self.call
+
+    def stop(self) -> None:
+        self.stopping = True
+        self.go.release()
+        self.thread.join()
+
+
+def stream(
+    model: PreTrainedModel, units: Sequence[str], batches: Sequence[Mapping[str, Any]]
+) -> Generator[tuple[str, list[Call]]]:
+    """Yield (unit, its call for every batch) in order of execution; set the `output` of each call before going on.
+
+    units: names of modules, none inside another. Leaving the loop early ends all forwards.
+    Raises ModelError if batches take different ways through the model.
+    """
+    current = threading.local()
+
+    def hold(name: str, module: nn.Module) -> None:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return current.worker.exchange(name, module, args, kwargs)
+
+        module.forward = forward
+
+    workers: list[_Worker] = []
+    # A unit may run more than once on a call, and a cache of keys and values would grow each time.
+    configs = [c for c in attention_configs(model) if getattr(c, "use_cache", False)]
+    try:
+        for config in configs:
+            config.use_cache = False
+        for name in units:
+            hold(name, model.get_submodule(name))
+        workers = [_Worker(i, model, batch, current) for i, batch in enumerate(batches)]
+        while True:
+            calls = [worker.advance() for worker in workers]
+            names = {call.unit if call else None for call in calls}
+            if len(names) > 1:
+                seen = " and ".join(sorted(str(name) for name in names))
+                raise ModelError(f"batches take different ways through the model: {seen} run at the same time")
+            if None in names:
+                return
+            yield names.pop() or "", [call for call in calls if call]
+            del calls
+    finally:
+        for worker in workers:
+            if worker.thread.is_alive():
+                worker.stop()
+        for name in units:
+            model.get_submodule(name).__dict__.pop("forward", None)
+        for config in configs:
+            config.use_cache = True
