@@ -6,11 +6,15 @@ Nothing of a package is imported or executed: weights and arrays are read from i
 from __future__ import annotations
 
 import gzip
+import io
 import os
+import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
 ASSETS = Path(os.environ.get("ASSETS", "assets"))
@@ -78,3 +82,23 @@ def scene(
         rows, columns = np.nonzero((image > 8).any(1))[0], np.nonzero((image > 8).any(0))[0]
         boxes.append([x + columns[0], y + rows[0], x + columns[-1] + 1, y + rows[-1] + 1])
     return canvas, np.array(boxes), labels[chosen].astype(np.int64)
+
+
+def photographs(first: int = 0, last: int = 20, crops: int = 5, size: int = 224) -> torch.Tensor:
+    """Random crops of the 20 ImageNet pictures of package foolbox, normalised: (n, 3, size, size), the same every time.
+
+    first, last: which pictures, so that a test can have others than a calibration.
+    """
+    package = zipfile.ZipFile(next((ASSETS / "pypi").glob("foolbox-*.whl")))
+    names = sorted(n for n in package.namelist() if re.search(r"/data/imagenet_\d+_\d+\.", n))[first:last]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    random = np.random.default_rng(0)
+    images = []
+    for name in names:
+        picture = Image.open(io.BytesIO(package.read(name))).convert("RGB")
+        for _ in range(crops):
+            side = int(min(picture.size) * random.uniform(0.5, 1))
+            left, top = (int(random.integers(0, full - side + 1)) for full in picture.size)
+            crop = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+            images.append((torch.tensor(np.asarray(crop)).permute(2, 0, 1) / 255 - mean) / std)
+    return torch.stack(images)

@@ -23,7 +23,7 @@ from bittern.evaluate import metrics, predict
 from bittern.layers import Simulation, fake_quants, is_simulated, restore, simulate
 from bittern.ptq.calibrate import calibrate
 from bittern.ptq.methods import find_method
-from bittern.ptq.run import Mixed, Track, silent
+from bittern.ptq.run import Mixed, Track, check_mixed, silent
 from bittern.ptq.run import quantize as post_training
 from bittern.recipe import Recipe, load_recipe
 
@@ -78,8 +78,8 @@ def ptq(
     mixed: a width of its own for each attention and FFN. Finished units are kept in the folder `out`.work until `out`
     is written: the same call after a crash goes on there, to the same bits.
     """
-    find_method(method)
-    folder = Path(f"{out}.work")
+    check_mixed(mixed, find_method(method))
+    folder = Path(f"{Path(out)}.work")
 
     def search(model: PreTrainedModel, recipe: Recipe, calibration: Data | None) -> tuple[Simulation, dict[str, Any]]:
         assert calibration is not None

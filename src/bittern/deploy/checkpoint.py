@@ -119,7 +119,9 @@ def module_formats(model: nn.Module) -> Iterator[tuple[str, Rule]]:
             fmt_input = module.input_quantizer.format if module.input_quantizer else None
             yield name, Rule(weight=weight, input=fmt_input)
         elif isinstance(module, attention.Site) and module.formats:
-            yield name, Rule.model_validate(module.formats)
+            # of the quantizers: with mixed precision their widths are not the recipe's
+            formats = {p: q.format for p in module.formats if (q := module.quantizer(p))}
+            yield name, Rule.model_validate(formats)
 
 
 @register_quantizer(METHOD)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ class Journal:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             known = self._read()
+            if known != job and not any(self.folder.glob("*.safetensors")):
+                known = None  # nothing is finished that could be lost
             if known is None:
                 self._replace(JOB, lambda path: path.write_text(json.dumps(job, indent=1) + "\n"))
         except OSError as error:
             raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-        for name in job if known is None else sorted({*job, *known}):
-            was, now = (known or job).get(name), job.get(name)
+        for name in () if known is None else sorted({*job, *known}):
+            was, now = (known or {}).get(name), job.get(name)
             if was != now:
                 raise InputError(
                     f"{folder} holds an unfinished run with another {name} ({_short(was)}, now {_short(now)}); "
@@ -70,7 +73,8 @@ class Journal:
     def save(self, part: str, tensors: Mapping[str, Tensor], notes: Any) -> None:
         """Keep a finished part: its tensors and whatever JSON can hold."""
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        metadata = {"notes": json.dumps(notes), "sha256": digest(sorted(own.items()))}
+        text = json.dumps(notes)
+        metadata = {"notes": text, "sha256": _checksum(own, text)}
         try:
             self._replace(f"{part}.safetensors", lambda path: save_file(own, path, metadata))
         except (OSError, SafetensorError) as error:
@@ -85,7 +89,7 @@ class Journal:
             with safe_open(path, "pt") as handle:
                 metadata = handle.metadata() or {}
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            if digest(sorted(tensors.items())) != metadata["sha256"]:
+            if _checksum(tensors, metadata["notes"]) != metadata["sha256"]:
                 raise ValueError("its checksum differs")
             return tensors, json.loads(metadata["notes"])
         except (SafetensorError, ValueError, KeyError, OSError) as error:
@@ -98,6 +102,10 @@ class Journal:
             if file.name == JOB or file.suffix == ".safetensors" or file.name.startswith("."):
                 file.unlink()
         folder.rmdir()
+
+
+def _checksum(tensors: Mapping[str, Tensor], notes: str) -> str:
+    return sha256((digest(sorted(tensors.items())) + notes).encode()).hexdigest()
 
 
 def _short(value: Any) -> str:

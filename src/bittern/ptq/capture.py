@@ -16,7 +16,7 @@ from bittern.errors import ModelError
 from bittern.layers import QuantConv2d, QuantEmbedding, QuantLayer, as_float
 from bittern.ptq.stream import Call
 
-MAX_ROWS = 1 << 14  # of a layer's input that are kept: more change no scale, and bound memory for any number of samples
+MAX_ROWS = 1 << 13  # of a layer's input that are kept: more change no scale, and bound memory for any number of samples
 MAX_MAP = 1 << 24  # entries of attention maps that are kept
 
 
@@ -53,6 +53,7 @@ class Heads:
     sample: Tensor  # (items)
     valid_rows: Tensor  # (items, queries), bool
     valid_keys: Tensor  # (items, keys), bool
+    groups: int = field(default=1, init=False)  # query heads to a key head
 
 
 @dataclass
@@ -81,6 +82,7 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
     sites = [m for m in module.modules() if isinstance(m, Site) and m.formats]
     groups: dict[str, Inputs] = {}
     heads: dict[str, list[tuple[Tensor, ...]]] = {site.name: [] for site in sites}
+    grouped: dict[str, int] = {}
     first = 0
     for call in calls:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + call.batch)
@@ -133,6 +135,7 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
             site.taps = None
         for i, name in enumerate(taps.names["map"]):
             tensors = [taps[point][i] for point in ("query", "key", "value", "map")]
+            grouped[name] = tensors[0].shape[1] // tensors[1].shape[1]
             heads[name].append(_heads(tensors, batch, size, first, len(calls), generator))
         first += size
     for name in set(layers) - {n for g in groups.values() for n in g.layers}:
@@ -141,6 +144,8 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
         if group.norm is not None and not _alone(module, group, layers, calls[0]):
             group.norm = None
     joined = {name: Heads(*map(_pad_and_join, zip(*parts, strict=True))) for name, parts in heads.items() if parts}
+    for name, one in joined.items():
+        one.groups = grouped[name]
     return Captured(list(groups.values()), joined)
 
 

@@ -89,6 +89,7 @@ def correct_weight(
 
 
 VT = Method("vt", space=Space(), ranking=0.1, correct_bias=True)  # [VT 4.1]: α 0.5, β 1.2, γ 0.1, θ 0.2, 20 rounds
+OURS = Space("mse", low=0.1, rounds=4, slack=0.01)
 METHODS = {
     m.name: m
     for m in (
@@ -104,8 +105,8 @@ METHODS = {
         replace(VT, name="vt-ranking", correct_bias=False),
         replace(VT, name="vt-bias", ranking=0.0),
         VT,
-        Method("search", space=Space("mse", low=0.1), correct_bias=True),
-        Method("bittern", space=Space("mse", low=0.1), correct_bias=True, rounding=compensate, folds=(0.5, 1.0)),
+        Method("search", space=OURS, correct_bias=True),
+        Method("bittern", space=OURS, correct_bias=True, rounding=compensate, folds=(0.5, 1.0)),
     )
 }
 

@@ -12,12 +12,18 @@ from bittern.ptq.search import Product
 ROWS = 1024  # on which the search looks at the order
 
 
-def ranking_loss(scores: Tensor, changed: Tensor, margin: float) -> Tensor:
+def ranking_loss(scores: Tensor, changed: Tensor, margin: float, valid: Tensor | None = None) -> Tensor:
     """Mean over pairs i<j of a row of (θ - (Â_i - Â_j)·sign(A_i - A_j))₊, ties in A left out.
 
-    scores A and changed Â: (rows, columns). The paper's sum over pairs would swamp a similarity of at most 1; this is
-    its mean. Exact: rows are sorted once, and pairs further apart than any error can bridge are not looked at.
+    scores A and changed Â: (rows, columns); valid: False where there is padding, whose pairs do not count. The paper's
+    sum over pairs would swamp a similarity of at most 1; this is its mean. Exact: rows are sorted once, and pairs
+    further apart than any error can bridge are not looked at.
     """
+    absent: Tensor | int = 0
+    if valid is not None:  # as far away as can be: no order to lose
+        scores, changed = scores.masked_fill(~valid, 1e30), changed.masked_fill(~valid, 1e30)
+        count = valid.sum(-1)
+        absent = (count * (scores.shape[-1] - count)).sum()
     ordered, order = scores.sort(-1)
     moved = changed.gather(-1, order)
     columns = scores.shape[-1]
@@ -38,7 +44,7 @@ def ranking_loss(scores: Tensor, changed: Tensor, margin: float) -> Tensor:
         elif not open_ties:
             pairs += scores.shape[0] * ((columns - offset - 1) * (columns - offset)) // 2
             break
-    return total / (pairs - ties).clamp(min=1)
+    return total / (pairs - ties - absent).clamp(min=1)
 
 
 def ranking_penalty(
@@ -51,9 +57,9 @@ def ranking_penalty(
     group, row = rows.nonzero(as_tuple=True)
     some = torch.randperm(len(group), generator=torch.Generator().manual_seed(0))[:ROWS].to(group.device)
     group, row = group[some], row[some]
-    scores = product.out[group, row].masked_fill(~keys[group], 1e30)  # as far away as can be: no order to lose
+    scores, valid = product.out[group, row], keys[group]
 
     def penalty(error: Tensor) -> float:
-        return weight * ranking_loss(scores, scores + error[group, row], margin).item()
+        return weight * ranking_loss(scores, scores + error[group, row], margin, valid).item()
 
     return penalty

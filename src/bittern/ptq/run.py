@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from bittern.ptq.baselines import omse_scale
 from bittern.ptq.calibrate import calibrate
 from bittern.ptq.capture import Captured, capture, unit_layers
 from bittern.ptq.methods import Method, find_method
+from bittern.ptq.search import Space
 from bittern.ptq.sensitivity import (
     Part,
     Sensitivity,
@@ -36,7 +37,7 @@ from bittern.ptq.sensitivity import (
 )
 from bittern.ptq.solve import Solved, searchable, solve_attention, solve_layers
 from bittern.ptq.stream import Call, stream
-from bittern.quantizers import FakeQuant
+from bittern.quantizers import FakeQuant, find_scale
 from bittern.recipe import Format, Recipe, load_recipe
 
 
@@ -177,13 +178,15 @@ def quantize(
     if not given:
         raise InputError("calibration got no batches; give at least one")
     sizes = [_samples(batch) for batch in given]
-    _check_mixed(mixed, method)
+    check_mixed(mixed, method)
     journal = None if folder is None else Journal(folder, _job(model, recipe, given, method, mixed, seed))
     model.eval()
+    start = time.perf_counter()
     simulation = simulate(model, recipe, given[0])
     run = _Run(model, given, sizes, method, mixed, seed, journal, simulation.anatomy, _tied(model))
     result = Result(simulation, method, sum(sizes))
     _solve_without_data(model, method)
+    run.seconds["embeddings"] = time.perf_counter() - start
     found = list(_stream(run, track))
     if mixed is not None:
         with run.clock("allocation"):
@@ -197,7 +200,8 @@ def quantize(
     return result
 
 
-def _check_mixed(mixed: Mixed | None, method: Method) -> None:
+def check_mixed(mixed: Mixed | None, method: Method) -> None:
+    """Raises InputError if mixed precision is impossible, as far as that can be told without a model."""
     if mixed is None:
         return
     if method.inputs == "sequential":
@@ -226,6 +230,10 @@ def _job(
         "data": digest((name, tensor) for name, tensor in named if isinstance(tensor, Tensor)),
         "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
         "method": method.name,
+        "method options": {
+            name: getattr(value, "__qualname__", None) or (asdict(value) if isinstance(value, Space) else value)
+            for name, value in vars(method).items()
+        },
         "inputs": method.inputs,
         "mixed precision": None if mixed is None else asdict(mixed),
         "seed": seed,
@@ -236,8 +244,8 @@ def _stream(run: _Run, track: Track) -> Iterator[_Solution]:
     """Solve unit by unit, in the order in which the model runs them."""
     units = _units(run.model, run.anatomy)
     parallel, done = run.method.inputs == "parallel", set[str]()
-    with as_float(run.model) if parallel else nullcontext():
-        steps = stream(run.model, units, run.batches)
+    steps = stream(run.model, units, run.batches)
+    with closing(steps), as_float(run.model) if parallel else nullcontext():
         for _ in track(range(len(units)), "calibrating"):
             with run.clock("forward"):
                 step = next(steps, None)
@@ -255,7 +263,6 @@ def _stream(run: _Run, track: Track) -> Iterator[_Solution]:
                 with run.clock("forward"):
                     for call in calls:
                         call.output = call.run()
-        steps.close()
 
 
 def _solve_unit(run: _Run, calls: list[Call], number: int) -> _Solution:
@@ -376,15 +383,24 @@ def _units(model: nn.Module, anatomy: Anatomy) -> list[str]:
         and not any(name.startswith(f"{block}.") for block in blocks)
         and unit_layers(name, module)
     ]
-    return [*outside, *(b for b in blocks if unit_layers(b, model.get_submodule(b)))]
+    return [*outside, *(b for b in blocks if _has_work(b, model.get_submodule(b)))]
+
+
+def _has_work(name: str, module: nn.Module) -> bool:
+    return bool(unit_layers(name, module)) or any(isinstance(m, Site) and m.formats for m in module.modules())
 
 
 def _solve_without_data(model: nn.Module, method: Method) -> None:
-    """Weights of embeddings: no product to look at, so the scale that is nearest to the weight itself."""
-    clip = method.weight_clip if method.space is None else omse_scale
+    """Weights of embeddings: no product to look at, so the scale that is nearest to the weight itself.
+
+    At 8 bits and more that is the scale of the extremes, nearly, which they have.
+    """
     for module in model.modules():
         if isinstance(module, QuantEmbedding) and searchable(module.weight_quantizer):
             assert module.weight_quantizer is not None
+            clip = method.weight_clip
+            if method.space is not None:
+                clip = omse_scale if module.weight_quantizer.format.bits < 8 else find_scale
             module.weight_quantizer.set_scale(
                 *clip(weight_matrix(module).detach().float(), module.weight_quantizer.format)
             )

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,19 +33,25 @@ ESTIMATE_ROWS = 2048  # rows from which first-order terms and Gram matrices of e
 CROSS_ROWS = 256  # rows on which cross terms are estimated, for every CROSS_STEP-th candidate
 CROSS_STEP = 4
 GRAM_CANDIDATES = 12  # candidates of a weight that are scored through the Gram matrix
+RANK = 16  # of the Gram matrix, in estimates for weights
 ROW_CANDIDATES = 8  # the same for scales per row, where each row has its own best
+TOLERANCE = 5e-7  # of the loss, by which another candidate may be better than the one that is chosen
 CHUNK = 1 << 19  # entries of an error that are looked at at once: they stay in the cache
 
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched: `candidates` factors from `low` to `high` times the scale of the extremes [VT 3.2]."""
+    """What is searched: `candidates` factors from `low` to `high` times the scale of the extremes [VT 3.2].
+
+    slack: what a choice may lose, relative to the loss, for the time it saves; 0 finds the best candidate.
+    """
 
     objective: Objective = "pearson"
     low: float = 0.5
     high: float = 1.2
     candidates: int = 100
     rounds: int = 20
+    slack: float = 0.0
 
     def factors(self, fmt: Format) -> Tensor:
         """At 4 bits and fewer 0.5 would be a binding bound."""
@@ -66,6 +73,7 @@ class Product:
     left: (rows, inner) with right (inner, columns), or (groups, rows, inner) with right (groups, inner, columns).
     sample: the sample that each row belongs to, (rows) or (groups, rows). columns: how many entries of each row count
     (padded ones are zero in O and Ô); all, if not given. shift: what is taken from O and from Ô, for each column.
+    slack: what a choice may lose, relative to the loss.
     """
 
     def __init__(
@@ -76,9 +84,10 @@ class Product:
         objective: Objective,
         columns: Tensor | None = None,
         shift: Tensor | None = None,
+        slack: float = 0.0,
     ):
         self.right, self.out = right, torch.matmul(left, right)
-        self.sample, self.objective, self.shift = sample, objective, shift
+        self.sample, self.objective, self.shift, self.slack = sample, objective, shift, slack
         self.samples = int(sample.max()) + 1
         if shift is not None:
             self.out -= shift
@@ -150,30 +159,46 @@ def error_of(x: Tensor, fmt: Format, scale: Scale) -> Tensor:
     return fake_quantize(x, fmt, *scale).sub_(x)
 
 
-def choose(estimate: Tensor, exact: Callable[[int], float], start: int | None, first: int = 3, most: int = 12) -> int:
-    """The candidate of least exact loss: the best by estimate are scored, then all that could still be better.
+def choose(
+    estimate: Tensor,
+    exact: Callable[[int], float],
+    start: int | None,
+    slack: float = 0.0,
+    first: int = 3,
+    most: int = 12,
+) -> int:
+    """The candidate of least exact loss, of those that the estimate and its error, as far as it is known, call best.
 
-    start: the present candidate; if the estimate would keep it, nothing is scored.
+    The error is smooth: it is interpolated between the candidates that were scored, so that an estimate which is wrong
+    in one part of the range does not hide another. start: the present candidate; if the estimate would keep it, nothing
+    is scored. slack: what may be lost, relative to the loss.
     """
-    estimates = estimate.tolist()
-    order = sorted(range(len(estimates)), key=estimates.__getitem__)
-    if order[0] == start:
+    estimates = estimate.double().cpu().numpy()
+    count, best_one = len(estimates), int(estimates.argmin())
+    if best_one == start:
         return start
-    tried: dict[int, float] = {}
-    for candidate in order if start is None else [start, *(c for c in order if c != start)]:
-        if len(tried) >= first:
-            gaps = [value - estimates[c] for c, value in tried.items()]
-            best = min(tried.values())
-            doubt = max(max(gaps) - min(gaps), 1e-6)
-            if len(tried) >= most or estimates[candidate] + min(gaps) - doubt > best:
-                break
+    far = np.where(abs(np.arange(count) - best_one) >= count // 4, estimates, np.inf)
+    wanted = dict.fromkeys([best_one, int(far.argmin()), *([] if start is None else [start])])
+    tried: dict[int, float] = {c: exact(c) for c in wanted}
+    doubt = np.inf
+    while len(tried) < min(most, count):
+        at = sorted(tried)
+        likely = estimates + np.interp(np.arange(count), at, [tried[c] - estimates[c] for c in at])
+        likely[at] = np.inf
+        candidate = int(likely.argmin())
+        best = min(tried.values())
+        if len(tried) >= first and likely[candidate] - doubt > best - max(TOLERANCE, slack * best):
+            break
         tried[candidate] = exact(candidate)
+        doubt = abs(tried[candidate] - likely[candidate])
     while True:  # what lies beside the best is nearly as good
         best_one = min(tried, key=tried.__getitem__)
-        beside = {best_one - 1, best_one + 1} & set(range(len(estimates))) - tried.keys()
-        if not beside:
-            return best_one
-        tried |= {candidate: exact(candidate) for candidate in beside}
+        beside = {best_one - 1, best_one + 1} & set(range(count)) - tried.keys()
+        found = {candidate: exact(candidate) for candidate in beside}
+        best = tried[best_one]
+        tried |= found
+        if best - min(tried.values()) <= max(TOLERANCE, slack * best):
+            return min(tried, key=tried.__getitem__)
 
 
 def search_left(
@@ -215,7 +240,7 @@ def search_left(
         cross += _cross_terms(part, fmt, options, weight * columns, power) * (x[..., 0].numel() / part[..., 0].numel())
     p1, q1 = _elements(x, x[some], fmt, options, square, linear, gain, scale_up)
     estimate = products[0][0].pooled(p + p1, q + q1 + cross, len(products))
-    return choose(estimate, exact, start, *((8, 24) if penalty else ()))
+    return choose(estimate, exact, start, products[0][0].slack, *((8, 24) if penalty else ()))
 
 
 def search_right(
@@ -245,7 +270,7 @@ def search_right(
     linear, gain = torch.matmul(near, weighted), torch.matmul(near, centred)
     p, q = _elements(x, x[some], fmt, options, square, linear, gain, scale_up)
     estimate = product.pooled(p + p0 * scale_up, q + q0 * scale_up + cross)
-    return choose(estimate, exact, start, *((8, 24) if penalty else ()))
+    return choose(estimate, exact, start, product.slack, *((8, 24) if penalty else ()))
 
 
 def _sample(count: int, wanted: int) -> Tensor:
@@ -295,7 +320,7 @@ def _cross_terms(
     values = []
     for i in knots:
         error = error_of(part, fmt, options[i])
-        values.append(power(error) - (error.square_().mul_(square)).sum())
+        values.append(power(error).sum() - (error.square_().mul_(square)).sum())
     at, position = torch.tensor(knots, device=part.device), torch.arange(len(options), device=part.device)
     right = torch.searchsorted(at, position).clamp(min=1)
     y, step = torch.stack(values), (at[right] - at[right - 1])
@@ -311,7 +336,7 @@ def search_weight(
     """
     weight = product.right.T.contiguous()
     whole = fmt.granularity == "tensor"
-    some = _sample(len(inputs), ESTIMATE_ROWS if whole else len(inputs)).to(inputs.device)
+    some = _sample(len(inputs), ESTIMATE_ROWS if whole else 2 * ESTIMATE_ROWS).to(inputs.device)
     scale_up = len(inputs) / len(some)
     part = inputs[some]
     weighted, centred, p0, q0 = product.first_order(part, product.right, some)
@@ -329,44 +354,80 @@ def search_weight(
         options = [scale(factor) for factor in factors]
         p, q = _elements(weight, weight, fmt, options, gram.diagonal(), linear, gain, 1.0)
         p, q = p + p0 * scale_up, q + q0 * scale_up
-        near = product.pooled(p, q).argsort()[:GRAM_CANDIDATES]
-        estimate = torch.full_like(q, torch.inf)
-        for i in near:
+        # On all rows: what a small scale clips sits in few of them, and there p² is nearly q.
+        cross = _cross_terms(weight, fmt, options, gram.diagonal(), _low_rank(gram))
+        at = product.pooled(p, q + cross).argsort()[:GRAM_CANDIDATES].sort().values
+        missing = []  # of the cross terms; of candidates between these, about as much
+        for i in at:
             e = error(factors[i])
-            exact_q = ((e @ gram).add_(linear, alpha=2).mul_(e)).sum() + q0 * scale_up
-            estimate[i] = product.pooled(p[i], exact_q)
+            missing.append(((e @ gram).add_(linear, alpha=2).mul_(e)).sum() + q0 * scale_up - q[i] - cross[i])
+        rest = np.interp(np.arange(len(q)), at.cpu(), torch.stack(missing).cpu())
+        estimate = product.pooled(p, q + cross + torch.from_numpy(rest).to(q))
 
         def exact(candidate: int) -> float:
             return product.loss(inputs.__getitem__, fake_quantize(weight, fmt, *options[candidate]).T)
 
         was = None if start is None else int((factors - start).abs().argmin())
-        return factors[choose(estimate, exact, was)]
+        return factors[choose(estimate, exact, was, product.slack)]
     present = torch.ones_like(largest[0]) if start is None else start
     slope = 0.0
     if product.objective != "mse":  # a row's share of -p², to first order around the present scales
         samples = max(int(product.live.sum()), 1)
         slope = 2 * float(p0 * scale_up + (gain * error(present)).sum()) / samples
-    return _best_rows(error, factors, present, gram, 2 * linear - slope * gain)
+    linear = 2 * linear - slope * gain
+    if present.dim() == 3:
+        return _best_groups(weight, fmt, largest, factors, present, gram, linear)
+    return _best_rows(error, factors, present, gram, linear)
+
+
+def _low_rank(gram: Tensor) -> Callable[[Tensor], Tensor]:
+    """eᵀGe of each row e, nearly: G's leading eigenvectors, which what is clipped has in common, and a diagonal."""
+    start = torch.randn(len(gram), min(RANK, len(gram)), generator=torch.Generator().manual_seed(0)).to(gram.device)
+    basis = torch.linalg.qr(gram @ (gram @ start))[0]
+    values, vectors = torch.linalg.eigh(basis.mT @ gram @ basis)
+    factor = (basis @ vectors) * values.clamp(min=0).sqrt()
+    rest = (gram.diagonal() - factor.square().sum(-1)).clamp(min=0)
+
+    def power(error: Tensor) -> Tensor:
+        total: Tensor = (error @ factor).square().sum(-1) + (error.square() * rest).sum(-1)
+        return total
+
+    return power
 
 
 def _best_rows(
     error: Callable[[Tensor], Tensor], factors: Tensor, present: Tensor, gram: Tensor, linear: Tensor
 ) -> Tensor:
-    """The factor of each scale that minimises eᵀGe + ⟨linear, e⟩ over its row; over its group without cross terms."""
-    units = present.shape[:-1]
-    diagonal = gram.diagonal()
-
-    def by_unit(values: Tensor) -> Tensor:
-        return values.view(*units, -1).sum(-1)
-
-    rough = []
+    """The factor of each scale that minimises eᵀGe + ⟨linear, e⟩ over its row."""
+    power, rough = _low_rank(gram), []
     for factor in factors:
         e = error(torch.full_like(present, float(factor)))
-        rough.append(by_unit((e * diagonal).add_(linear).mul_(e)))
-    losses = torch.stack(rough)  # (candidates, rows) or (candidates, rows, groups)
-    if present.dim() == 3:
-        return factors[losses.argmin(0)].unsqueeze(-1)
-    ranked = losses.topk(min(ROW_CANDIDATES, len(factors)), 0, largest=False).indices
+        rough.append(power(e) + (e * linear).sum(-1))
+    ranked = torch.stack(rough).topk(min(ROW_CANDIDATES, len(factors)), 0, largest=False).indices
     tried = [factors[index].unsqueeze(-1) for index in ranked] + [present]
-    exact = torch.stack([by_unit((e @ gram).add_(linear).mul_(e)) for e in map(error, tried)])
+    exact = torch.stack([(e @ gram).add_(linear).mul_(e).sum(-1) for e in map(error, tried)])
     return torch.stack(tried).gather(0, exact.argmin(0)[None, :, None])[0]
+
+
+def _best_groups(
+    weight: Tensor, fmt: Format, largest: Scale, factors: Tensor, present: Tensor, gram: Tensor, linear: Tensor
+) -> Tensor:
+    """Group after group, the factor that minimises eᵀGe + ⟨linear, e⟩ over the row, the other groups as they are."""
+    size, chosen = weight.shape[1] // present.shape[1], present.clone()
+    single = fmt.model_copy(update={"granularity": "row", "group_size": None})
+    offset = largest[1]
+    e = error_of(weight, fmt, (largest[0] * present, None if offset is None else offset * present))
+    for group in range(present.shape[1]):
+        own = slice(group * size, (group + 1) * size)
+        part, block, was = weight[:, own].contiguous(), gram[own, own], e[:, own].clone()
+        rest = 2 * (e @ gram[:, own] - was @ block) + linear[:, own]
+        best, error = torch.full_like(chosen[:, group], torch.inf), was.clone()
+        for factor in (present[:, group], *factors):
+            scale = largest[0][:, group] * factor, None if offset is None else offset[:, group] * factor
+            tried = error_of(part, single, scale)
+            value = (tried @ block).add_(rest).mul_(tried).sum(-1, keepdim=True)
+            better = value < best
+            best, error = torch.where(better, value, best), torch.where(better, tried, error)
+            chosen[:, group] = torch.where(better, factor, chosen[:, group])
+        e[:, own] = error
+    return chosen

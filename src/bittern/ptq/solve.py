@@ -14,7 +14,7 @@ from bittern.layers import QuantLayer, weight_matrix
 from bittern.ptq.capture import Heads
 from bittern.ptq.methods import Method
 from bittern.ptq.ranking import ranking_penalty
-from bittern.ptq.search import Product, Scale, scales, search_left, search_right, search_weight
+from bittern.ptq.search import Product, Scale, Space, scales, search_left, search_right, search_weight
 from bittern.quantizers import FakeQuant, fake_quantize, find_scale
 from bittern.recipe import Format
 
@@ -89,8 +89,9 @@ class _Weight:
         weight = weight_matrix(layer).detach().float()
         self.float = (weight if fold is None else weight * fold[0]).contiguous()
         shift = weight @ fold[1] if fold is not None and layer.bias is not None else None
-        objective = method.space.objective if method.space else "pearson"
-        self.product = Product(x, self.float.T, sample, objective, shift=shift)
+        space = method.space or Space()
+        self.product = Product(x, self.float.T, sample, space.objective, shift=shift, slack=space.slack)
+        self.mean = self.product.out.mean(0, dtype=torch.float64)
         self.factor: Tensor | None = None
         self.rounded = False
         quantizer = layer.weight_quantizer
@@ -113,14 +114,21 @@ class _Weight:
         self.values = fake_quantize(self.float, self.format, *self.scale)
         return changed
 
+    @property
+    def ratio(self) -> float:
+        scale, largest = self.scale[0], self.largest[0]
+        if largest.dim() == 3 and scale.dim() == 2:  # Bit-Split has one scale per row in place of its groups
+            largest = largest.mean(1)
+        return float((scale / largest).mean())
+
     def loss(self, inputs: Tensor, values: Tensor | None = None) -> float:
         return self.product.loss(inputs.__getitem__, (self.values if values is None else values).T)
 
     def correct(self, inputs: Tensor) -> None:
         """[VT eq. 16] in closed form: the mean output error, which the bias takes away, from mean inputs."""
         if self.layer.bias is not None:
-            mean = self.product.out.double().mean(0)
-            self.product.shift = (self.values.double() @ inputs.double().mean(0) - mean).float()
+            mean = inputs.mean(0, dtype=torch.float64)
+            self.product.shift = (self.values.double() @ mean - self.mean).float()
 
 
 Fold = tuple[Tensor, Tensor] | None  # r and t of (x + t)/r, for each channel
@@ -157,7 +165,7 @@ def solve_layers(
     best = min((_solve_group(layers, x, sample, method, tied, fold) for fold in folds), key=lambda g: sum(g.after))
     solved = []
     for w, before, after in zip(best.weights, best.before, best.after, strict=True):
-        ratios = {} if w.fixed else {"weight": float((w.scale[0] / w.largest[0]).mean())}
+        ratios = {} if w.fixed else {"weight": w.ratio}
         ratios |= {} if best.operand.fixed else {"input": best.operand.ratio}
         solved.append(Solved(w.name, before, after, best.rounds, ratios, best.fold is not None))
         _set(w, best.operand, best.fold)
@@ -206,7 +214,7 @@ def _solve_group(
     operand = _Operand(x, next((q for q in quantizers if searchable(q)), quantizers[0]), method)
     inputs = operand.quantized(None if operand.fixed else operand.largest)
     before = [w.loss(inputs, w.values if w.fixed else fake_quantize(w.float, w.format, *w.largest)) for w in weights]
-    inputs, rounds = operand.quantized(), 0
+    inputs, rounds, seen = operand.quantized(), 0, set[tuple[float, ...]]()
     while method.space is not None and rounds < method.space.rounds:
         rounds, changed = rounds + 1, False
         for w in weights:
@@ -220,8 +228,10 @@ def _solve_group(
         if method.correct_bias:
             for w in weights:
                 w.correct(inputs)
-        if not changed:
+        state = (float(operand.scale[0]), *(float(w.scale[0].double().sum()) for w in weights if not w.fixed))
+        if not changed or state in seen:  # with corrected biases the alternation may go round in circles
             break
+        seen.add(state)
     if method.rounding is not None:
         gram, cross = inputs.T @ inputs, inputs.T @ x
         for w in weights:
@@ -274,7 +284,8 @@ def solve_attention(site: Site, heads: Heads, method: Method) -> list[Solved]:
         found = [_solve_product(site.name, names, quantizers, left[:, p], right[:, p], heads, method) for p in parts]
         for i, quantizer in enumerate(quantizers):
             if quantizer is not None and searchable(quantizer):
-                _set_heads(quantizer, [operands[i].scale for _, operands in found])
+                repeats = heads.groups if len(parts) > 1 and names[i] in ("query", "map") else 1
+                _set_heads(quantizer, [operands[i].scale for _, operands in found for _ in range(repeats)])
         results = [result for result, _ in found]
         before, after = (sum(getattr(r, k) for r in results) / len(results) for k in ("before", "after"))
         ratios = {n: sum(r.scales[n] for r in results) / len(results) for n in results[0].scales}
@@ -313,8 +324,9 @@ def _solve_product(
     keys = heads.valid_keys.repeat_interleave(count, 0)
     columns = keys.sum(-1, keepdim=True) if scores else torch.full_like(rows[:, :1], right.shape[-1], dtype=torch.long)
     sample = torch.unique(heads.sample, return_inverse=True)[1].repeat_interleave(count)
-    objective = method.space.objective if method.space else "pearson"
-    product = Product(a.x, matrix(b.x), sample.unsqueeze(-1).expand_as(rows), objective, columns * rows)
+    space = method.space or Space()
+    samples = sample.unsqueeze(-1).expand_as(rows)
+    product = Product(a.x, matrix(b.x), samples, space.objective, columns * rows, slack=space.slack)
     penalty = None
     if scores and method.ranking:
         penalty = ranking_penalty(product, rows, keys, method.ranking, method.margin)
