@@ -21,6 +21,7 @@ import bittern
 from bittern import pipeline
 from bittern.data import load_data
 from bittern.demo import DIGITS
+from bittern.deploy.journal import Journal
 from bittern.recipe import load_recipe, recipe_names
 from material import LABELS, TEXTS, command, save_text_model, succeed, tree, write_tables
 
@@ -260,6 +261,15 @@ BAD = {
     "eval, no data": ("eval bert --data nowhere", "'nowhere'", "a folder"),
     "inspect, no model": ("inspect missing", "no such folder: missing"),
     "inspect, empty folder": ("inspect empty", "empty is empty", "config.json"),
+    "ptq, no method": ("ptq vit -r w8a8 -o out --data digits -m easyquan", "no method 'easyquan'", "mean easyquant?"),
+    "ptq, target": ("ptq vit -r w8a8 -o out --data digits --target 3.5", "no choice from 4, 5, 6, 7, 8 bits", "3.5"),
+    "ptq, bits": ("ptq vit -r w8a8 -o out --data digits --target 6 --bits 4,six", "whole numbers", "'4,six'"),
+    "ptq, wide": ("ptq vit -r w8a8 -o out --data digits --target 6 --bits 4,16", "must be 2 to 12, got 4, 16"),
+    "ptq, sensitivity": ("ptq vit -r w8a8 -o out --data digits --target 6 --sensitivity x", "relative or paper", "'x'"),
+    "ptq, sequential": ("ptq vit -r w8a8 -o out --data digits -m easyquant --target 6", "easyquant", "parallel"),
+    "ptq, no recipe": ("ptq vit -r w8a9 -o out --data digits", "no recipe 'w8a9'", "w8a8", "YAML"),
+    "ptq, no data": ("ptq vit -r w8a8 -o out --data nowhere", "'nowhere'", "a folder"),
+    "ptq, output exists": ("ptq vit -r w8a8 -o packed --data digits", "packed exists", "--force"),
     "no demo": ("demo penguins", "no demo 'penguins'", "digits, minilm or all"),
 }
 
@@ -317,6 +327,73 @@ def test_usage(inside: Path, line: str, part: str) -> None:
     assert part in ran.err.splitlines()[-1]
     assert "Traceback" not in ran.err
     assert tree(inside) == before
+
+
+# ptq
+
+
+def test_ptq_json(inside: Path, tmp_path: Path) -> None:
+    """`ptq --json` prints losses before and after, seconds and memory; the file gives what was simulated."""
+    result = one_object(succeed(f"bittern ptq vit --data digits -r w8a8 -m omse --samples 20 -o {tmp_path}/out --json"))
+    found = result["ptq"]
+    assert (found["method"], found["inputs"], found["samples"], found["bits"]) == ("omse", "parallel", 20, {})
+    assert len(found["solved"]) == 33
+    assert all({"name", "before", "after", "rounds", "scales", "folded"} == s.keys() for s in found["solved"])
+    assert all(0 <= s["after"] < 0.01 for s in found["solved"])
+    assert found["peak_memory"] > 1e7
+    assert all(seconds >= 0 for seconds in found["seconds"].values())
+    assert result["packed"]["agreement"] > 0.98
+    assert result["max_error_simulated_packed"] == 0
+    assert json.loads((tmp_path / "out" / "bittern.json").read_text())["ptq"] == found
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ptq_mixed(inside: Path, tmp_path: Path) -> None:
+    """With a target the widths are printed and in the JSON, and the file has that many bits a weight, and scales."""
+    line = f"bittern ptq vit --data digits -r w8a8 -m minmax --samples 16 --target 5 --bits 4,6 -o {tmp_path}"
+    found = one_object(succeed(f"{line}/a --json"))["ptq"]
+    assert set(found["bits"].values()) == {4, 6}
+    assert len(found["bits"]) == 8
+    assert len(found["frontier"]) > 8
+    printed = succeed(f"{line}/b")
+    chosen = " ".join(f"{part} {bits}" for part, bits in found["bits"].items())
+    assert f"bits: {chosen}" in printed
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_ptq_of_fewer_samples(inside: Path, tmp_path: Path) -> None:
+    """Where the data has fewer samples than asked for, all are used, and their number is told."""
+    line = f"bittern ptq bert --data texts -r w8a8 -m minmax --samples 500 -o {tmp_path}"
+    assert one_object(succeed(f"{line}/a --json"))["ptq"]["samples"] == len(TEXTS)
+    assert f"method minmax, {len(TEXTS)} samples" in succeed(f"{line}/b")
+
+
+def test_ptq_goes_on(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a crash the same command goes on and prints the same; another recipe is refused; no work folder is left."""
+    line = "bittern ptq vit --data digits -m omse --samples 16 -r {} -o {} --json"
+    save, saved = Journal.save, []
+
+    def crash(journal: Journal, part: str, tensors: Any, notes: Any) -> None:
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(part)
+        save(journal, part, tensors, notes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "save", crash)
+        assert command(line.format("w4a8", tmp_path / "out")).code == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.work"]
+    ran = command(line.format("w8a8", tmp_path / "out"))
+    assert (ran.code, ran.out) == (1, "")
+    assert "another recipe" in ran.err
+    results = [one_object(succeed(line.format("w4a8", tmp_path / name))) for name in ("out", "fresh")]
+    for result in results:
+        for key in ("seconds", "peak_memory"):
+            del result["ptq"][key]
+        del result["out"]
+    assert results[0] == results[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "out"]
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "fresh")}) == 1
 
 
 # Ctrl-C

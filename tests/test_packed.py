@@ -28,8 +28,8 @@ from helpers import outputs, quantized, refused, same
 TERNARY, BASE3, BINARY = Format(kind="ternary"), Format(kind="ternary", storage="base3"), Format(kind="binary")
 FORMATS = [
     *(TERNARY, BASE3, BINARY),
-    *(Format(bits=bits) for bits in range(2, 9)),
-    *(Format(bits=bits, scheme=scheme) for scheme in ("unsigned", "asymmetric") for bits in range(1, 9)),
+    *(Format(bits=bits) for bits in range(2, 13)),
+    *(Format(bits=bits, scheme=scheme) for scheme in ("unsigned", "asymmetric") for bits in range(1, 13)),
 ]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f"{f}{' base3' if f.storage == 'base3' else ''}")
 
@@ -47,8 +47,10 @@ def in_bytes(row: list[int], fmt: Format) -> list[int]:
     numbers = [all_codes(fmt).index(code) for code in row]
     if fmt.storage == "base3":
         return [sum(n * 3**i for i, n in enumerate(numbers[at : at + 5])) for at in range(0, len(row), 5)]
-    bits = [number >> place & 1 for number in numbers for place in range(fmt.bits)]
-    return [sum(bit << i for i, bit in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8)]
+    low = [number & 255 for number in numbers] if fmt.bits > 8 else []  # first the low bytes of all, then the rest
+    rest = range(8 if low else 0, fmt.bits)
+    bits = [number >> place & 1 for number in numbers for place in rest]
+    return low + [sum(bit << i for i, bit in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8)]
 
 
 # Codes
@@ -89,6 +91,9 @@ def test_every_code(fmt: Format) -> None:
         (Format(bits=6), {4: 3, 5: 4}),
         (Format(bits=7), {8: 7, 9: 8}),
         (Format(bits=8), {1: 1, 7: 7, 768: 768}),
+        (Format(bits=9), {1: 2, 8: 9, 9: 11}),
+        (Format(bits=10), {1: 2, 4: 5, 5: 7}),
+        (Format(bits=12), {1: 2, 2: 3, 768: 1152}),
     ],
     ids=str,
 )

@@ -220,7 +220,7 @@ def search_left(
 
         return sum(product.loss(left, right, penalty) for product, right in products) / len(products)
 
-    some = _sample(len(x), ESTIMATE_ROWS if x.dim() == 2 else ESTIMATE_ROWS // x.shape[1] + 1).to(x.device)
+    some = random_rows(len(x), ESTIMATE_ROWS if x.dim() == 2 else ESTIMATE_ROWS // x.shape[1] + 1).to(x.device)
     few = some[: CROSS_ROWS if x.dim() == 2 else 8]
     lines = slice(None) if x.dim() == 2 else slice(0, None, max(1, x.shape[1] * len(few) // CROSS_ROWS))
     scale_up, part, cross = len(x) / len(some), x[few], torch.zeros(len(options), device=x.device)
@@ -257,7 +257,7 @@ def search_right(
     def exact(candidate: int) -> float:
         return product.loss(left.__getitem__, fake_quantize(x, fmt, *options[candidate]), penalty)
 
-    some = _sample(len(x), ESTIMATE_ROWS // left.shape[1] + 1).to(x.device)
+    some = random_rows(len(x), ESTIMATE_ROWS // left.shape[1] + 1).to(x.device)
     few = some[:8]
     lines = slice(0, None, max(1, x.shape[2] * len(few) // CROSS_ROWS))
     weighted, centred, p0, q0 = product.first_order(left[some], x, some)
@@ -273,7 +273,7 @@ def search_right(
     return choose(estimate, exact, start, product.slack, *((8, 24) if penalty else ()))
 
 
-def _sample(count: int, wanted: int) -> Tensor:
+def random_rows(count: int, wanted: int) -> Tensor:
     """The same random part of `count` indices in every call."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted]
 
@@ -336,7 +336,7 @@ def search_weight(
     """
     weight = product.right.T.contiguous()
     whole = fmt.granularity == "tensor"
-    some = _sample(len(inputs), ESTIMATE_ROWS if whole else 2 * ESTIMATE_ROWS).to(inputs.device)
+    some = random_rows(len(inputs), ESTIMATE_ROWS if whole else 2 * ESTIMATE_ROWS).to(inputs.device)
     scale_up = len(inputs) / len(some)
     part = inputs[some]
     weighted, centred, p0, q0 = product.first_order(part, product.right, some)
