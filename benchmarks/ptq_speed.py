@@ -4,7 +4,7 @@
     python benchmarks/ptq_speed.py --quick --json        # two minutes; the last line is one JSON object
 
 Brute force is PTQ4ViT's schedule: for each module 100 candidates of each weight's scale and 100 of each operand's,
-three rounds, a full product for each candidate, scored by Pearson's coefficient of each image. Both sides start from the
+three rounds, a full product for each candidate, scored by Pearson's coefficient of each image. Both start from the
 scales of the extremes, on the same captured inputs, with the same 8-bit formats per tensor and the same objective; the
 capture is in neither time, the float product in both. What both found is scored by a function that neither uses:
 objective_ratio is ours / brute force of that score, lost_ratio the same of 1 - score.

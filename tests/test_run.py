@@ -39,6 +39,7 @@ RUNS: dict[str, tuple[Method, str, Mixed | None]] = {
     "sequential": (QUICK["easyquant"], "w4a8", None),
     "mixed": (QUICK["search"], "w8a8", Mixed(5.0, (4, 6))),
 }
+ROLES = {"attention": ("qkv", "attention_output", "attention"), "ffn": ("ffn",)}  # of the parts that have a width
 each_run = pytest.mark.parametrize("name", RUNS)
 
 
@@ -351,3 +352,15 @@ def test_journal_is_kept(tmp_path: Path) -> None:
     assert len(list((tmp_path / "work").glob("*.safetensors"))) == 5
     Journal.delete(tmp_path / "work")
     assert not (tmp_path / "work").exists()
+
+
+def test_report_names_present_formats() -> None:
+    """With mixed precision the report names the widths that modules have, not the recipe's."""
+    model, batch = SUPPORTED["vit"]()
+    result = quantize(model, "w6a6", [batch], method="minmax", mixed=Mixed(5, (4, 8)))
+    for name, bits in result.bits.items():
+        unit, _, part = name.rpartition(".")
+        wanted = f"uniform {bits}-bit"
+        own = [x for x in result.simulation.quantized if x.name.startswith(unit) and x.role in ROLES[part]]
+        assert own
+        assert all(wanted in (x.weight or x.attention) for x in own)

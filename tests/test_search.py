@@ -20,7 +20,8 @@ from bittern.demo import minilm_folder
 from bittern.layers import as_float
 from bittern.ptq import search
 from bittern.ptq.capture import Captured, Heads, capture
-from bittern.ptq.search import Objective, Product, Space, choose, loss, scales, search_left, search_right, search_weight
+from bittern.ptq.product import Objective, Product, loss
+from bittern.ptq.search import Space, choose, scales, search_left, search_right, search_weight
 from bittern.ptq.stream import stream
 from bittern.quantizers import fake_quantize, find_scale
 from bittern.recipe import Format

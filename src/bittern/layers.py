@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -237,6 +237,23 @@ def _reports(
             kind = type(module).__name__.removeprefix("Quant")
             count = 0 if name in tied else own
             yield LayerReport(name, kind, roles.get(name, ""), count, str(weight or ""), str(fmt_input or ""), points)
+
+
+def with_present_formats(simulation: Simulation, model: PreTrainedModel) -> Simulation:
+    """The report with the formats that modules have now, where a method gave them other widths than the recipe."""
+
+    def present(report: LayerReport) -> LayerReport:
+        module = model.get_submodule(report.name)
+        if isinstance(module, QuantLayer):
+            weight, fmt_input = (str(q.format) if q else "" for q in (module.weight_quantizer, module.input_quantizer))
+            return replace(report, weight=weight, input=fmt_input)
+        site = module._modules.get(attention.NAME)
+        if isinstance(site, attention.Site):
+            points = ((point, site.quantizer(point)) for point in site.formats)
+            return replace(report, attention=", ".join(f"{point} {q.format}" for point, q in points if q))
+        return report
+
+    return replace(simulation, layers=tuple(map(present, simulation.layers)))
 
 
 def restore(model: PreTrainedModel) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bittern.ptq.search import Product
+from bittern.ptq.product import Product
 
 ROWS = 1024  # on which the search looks at the order
 

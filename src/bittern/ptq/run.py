@@ -19,7 +19,16 @@ from bittern.attention import Site
 from bittern.deploy.checksum import digest
 from bittern.deploy.journal import Journal
 from bittern.errors import InputError, ModelError
-from bittern.layers import QuantEmbedding, QuantLayer, Simulation, as_float, fake_quants, simulate, weight_matrix
+from bittern.layers import (
+    QuantEmbedding,
+    QuantLayer,
+    Simulation,
+    as_float,
+    fake_quants,
+    simulate,
+    weight_matrix,
+    with_present_formats,
+)
 from bittern.ptq.allocate import Choice, choose_bits, frontier
 from bittern.ptq.baselines import omse_scale
 from bittern.ptq.calibrate import calibrate
@@ -30,15 +39,15 @@ from bittern.ptq.sensitivity import (
     Part,
     Sensitivity,
     block_parts,
-    part_of,
     sensitivities,
     weights_of,
     widen,
 )
+from bittern.ptq.solution import Found, Solution, from_tensors, named_quantizers, put, to_tensors
 from bittern.ptq.solve import Solved, searchable, solve_attention, solve_layers
 from bittern.ptq.stream import Call, stream
-from bittern.quantizers import FakeQuant, find_scale
-from bittern.recipe import Format, Recipe, load_recipe
+from bittern.quantizers import find_scale
+from bittern.recipe import Recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -80,41 +89,6 @@ class Result:
             "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
             "peak_memory": self.peak_memory,
         }
-
-
-@dataclass
-class _Found:
-    """A unit solved at one width: what changed of its tensors, the formats of its quantizers, and what to report."""
-
-    tensors: dict[str, Tensor]
-    formats: dict[str, dict[str, Any]]
-    solved: list[dict[str, Any]]
-    sensitivity: dict[str, float]  # of each part of a block, with mixed precision
-
-    def names(self) -> set[str]:
-        """Of all quantizers and parameters that are set."""
-        return {*self.formats, *self.tensors}
-
-
-@dataclass
-class _Solution:
-    """A unit's solutions by width (0: the recipe's own), and the parts of the unit that choose a width."""
-
-    unit: str
-    found: dict[int, _Found]
-    parts: dict[str, Part]
-
-    def settle(self, model: nn.Module, bits: Mapping[str, int]) -> list[Solved]:
-        """Put what was chosen into the model, where that is not done already, and report it."""
-        if not self.parts:
-            return [Solved(**solved) for solved in self.found[0].solved]
-        report = []
-        for part in dict.fromkeys(self.parts.values()):
-            chosen = self.found[bits[f"{self.unit}.{part}"]]
-            own = {name for name in chosen.names() if part_of(f"{self.unit}.{name}", self.parts) == part}
-            _put(model.get_submodule(self.unit), chosen, own)
-            report += [Solved(**s) for s in chosen.solved if part_of(s["name"], self.parts) == part]
-        return report
 
 
 @dataclass
@@ -196,6 +170,7 @@ def quantize(
     with run.clock("extremes"):
         result.by_extremes = [q.name for _, q in fake_quants(model) if q.format.range == "static" and q.scale is None]
         calibrate(model, given)
+    result.simulation = with_present_formats(simulation, model)
     result.seconds, result.peak_memory = run.seconds, _peak_memory()
     return result
 
@@ -240,7 +215,7 @@ def _job(
     }
 
 
-def _stream(run: _Run, track: Track) -> Iterator[_Solution]:
+def _stream(run: _Run, track: Track) -> Iterator[Solution]:
     """Solve unit by unit, in the order in which the model runs them."""
     units = _units(run.model, run.anatomy)
     parallel, done = run.method.inputs == "parallel", set[str]()
@@ -265,17 +240,17 @@ def _stream(run: _Run, track: Track) -> Iterator[_Solution]:
                         call.output = call.run()
 
 
-def _solve_unit(run: _Run, calls: list[Call], number: int) -> _Solution:
+def _solve_unit(run: _Run, calls: list[Call], number: int) -> Solution:
     unit, module = calls[0].unit, calls[0].module
     name = f"{number:03}-{unit}"
     kept = run.journal.load(name) if run.journal else None
     if kept is not None:
-        solution = _unpack(unit, *kept)
+        solution = from_tensors(unit, *kept)
         with run.clock("forward"), as_float(module):
             for call in calls:
                 call.output = call.run()
         if not solution.parts:
-            _put(module, solution.found[0], solution.found[0].names())
+            put(module, solution.found[0], solution.found[0].names())
         return solution
     with run.clock("forward"):
         captured = capture(calls, run.batches, run.sizes, run.seed)
@@ -283,7 +258,7 @@ def _solve_unit(run: _Run, calls: list[Call], number: int) -> _Solution:
     for group in captured.inputs:
         if parts and group.norm is not None:
             parts[f"{unit}.{group.norm}"] = parts[group.layers[0]]
-    solution = _Solution(unit, {}, parts)
+    solution = Solution(unit, {}, parts)
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     for bits in run.mixed.bits if run.mixed and parts else (0,):
         with run.clock("search"):
@@ -296,14 +271,14 @@ def _solve_unit(run: _Run, calls: list[Call], number: int) -> _Solution:
                 sensitivity = sensitivities(calls, run.sizes, parts, run.mixed.sensitivity)
         changed = {n: p.detach().clone() for n, p in module.named_parameters() if not torch.equal(p, before[n])}
         scales = {n: b.clone() for n, b in module.named_buffers() if n.endswith((".scale", ".offset"))}
-        formats = {n: q.format.model_dump(mode="json", exclude_defaults=True) for n, q in _named(module)}
-        solution.found[bits] = _Found(changed | scales, formats, [asdict(s) for s in solved], sensitivity)
+        formats = {n: q.format.model_dump(mode="json", exclude_defaults=True) for n, q in named_quantizers(module)}
+        solution.found[bits] = Found(changed | scales, formats, [asdict(s) for s in solved], sensitivity)
         if bits:
             for n, p in module.named_parameters():
                 p.detach().copy_(before[n])
     if run.journal:
         with run.clock("disk"):
-            run.journal.save(name, *_packed(solution))
+            run.journal.save(name, *to_tensors(solution))
     return solution
 
 
@@ -319,46 +294,7 @@ def _solve(run: _Run, unit: str, module: nn.Module, captured: Captured) -> list[
     return solved
 
 
-def _packed(solution: _Solution) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A solution as tensors and JSON."""
-    tensors = {f"{bits}:{n}": t for bits, found in solution.found.items() for n, t in found.tensors.items()}
-    found = {
-        str(bits): {"formats": f.formats, "solved": f.solved, "sensitivity": f.sensitivity}
-        for bits, f in solution.found.items()
-    }
-    return tensors, {"parts": solution.parts, "found": found}
-
-
-def _unpack(unit: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> _Solution:
-    found = {}
-    for bits, rest in notes["found"].items():
-        own = {n.removeprefix(f"{bits}:"): t for n, t in tensors.items() if n.startswith(f"{bits}:")}
-        found[int(bits)] = _Found(own, **rest)
-    return _Solution(unit, found, notes["parts"])
-
-
-def _put(module: nn.Module, found: _Found, chosen: set[str]) -> None:
-    """Give a unit the chosen ones, by name, of the quantizers and parameters that were found."""
-    device = next(module.parameters()).device
-    for name, quantizer in _named(module):
-        if name in chosen:
-            quantizer.format = Format.model_validate(found.formats[name])
-            scale, offset = found.tensors.get(f"{name}.scale"), found.tensors.get(f"{name}.offset")
-            if scale is not None:
-                quantizer.set_scale(scale.to(device), None if offset is None else offset.to(device))
-    for name, parameter in module.named_parameters():
-        if name in found.tensors and name in chosen:
-            parameter.detach().copy_(found.tensors[name])
-    for layer in module.modules():
-        if isinstance(layer, QuantLayer):
-            layer._kept = None
-
-
-def _named(module: nn.Module) -> Iterator[tuple[str, FakeQuant]]:
-    return ((n, q) for n, q in module.named_modules() if isinstance(q, FakeQuant))
-
-
-def _allocate(run: _Run, solutions: Sequence[_Solution], mixed: Mixed) -> tuple[dict[str, int], list[Choice]]:
+def _allocate(run: _Run, solutions: Sequence[Solution], mixed: Mixed) -> tuple[dict[str, int], list[Choice]]:
     """Bits of each part for the target, and all other best choices."""
     sensitivity: dict[str, dict[int, float]] = {}
     weights: dict[str, int] = {}

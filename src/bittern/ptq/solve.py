@@ -13,8 +13,9 @@ from bittern.errors import ModelError
 from bittern.layers import QuantLayer, weight_matrix
 from bittern.ptq.capture import Heads
 from bittern.ptq.methods import Method
+from bittern.ptq.product import Product
 from bittern.ptq.ranking import ranking_penalty
-from bittern.ptq.search import Product, Scale, Space, random_rows, scales, search_left, search_right, search_weight
+from bittern.ptq.search import Scale, Space, random_rows, scales, search_left, search_right, search_weight
 from bittern.quantizers import FakeQuant, fake_quantize, find_scale
 from bittern.recipe import Format
 

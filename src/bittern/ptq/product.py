@@ -1,0 +1,103 @@
+"""A product O = left·right, and what a quantized one loses of it [VT eq. 10-11]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Objective = Literal["pearson", "cosine", "mse"]
+CHUNK = 1 << 19  # entries of an error that are looked at at once: they stay in the cache
+
+
+def loss(p: Tensor, q: Tensor, power: Tensor, objective: Objective) -> Tensor:
+    """1 - similarity of O and O + δ, without cancellation; for `mse` the relative squared error ‖δ‖²/‖O‖²."""
+    if objective == "mse":
+        return q / power
+    total = (power + 2 * p + q).clamp(min=1e-30)
+    r = ((q * power - p * p) / (power * total)).clamp(0, 1)
+    return torch.where(power + p > 0, r / (1 + (1 - r).sqrt()), 1 + (1 - r).sqrt())
+
+
+class Product:
+    """O = left·right, float, and its sums by sample.
+
+    left: (rows, inner) with right (inner, columns), or (groups, rows, inner) with right (groups, inner, columns).
+    sample: the sample that each row belongs to, (rows) or (groups, rows). columns: how many entries of each row count
+    (padded ones are zero in O and Ô); all, if not given. shift: what is taken from O and from Ô, for each column.
+    slack: what a choice may lose, relative to the loss.
+    """
+
+    def __init__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        sample: Tensor,
+        objective: Objective,
+        columns: Tensor | None = None,
+        shift: Tensor | None = None,
+        slack: float = 0.0,
+    ):
+        self.right, self.out = right, torch.matmul(left, right)
+        self.sample, self.objective, self.shift, self.slack = sample, objective, shift, slack
+        self.samples = int(sample.max()) + 1
+        if shift is not None:
+            self.out -= shift
+        columns = torch.full(sample.shape, self.out.shape[-1], device=left.device) if columns is None else columns
+        self.count = self._by_sample(columns).clamp(min=1)
+        total = self._by_sample(self.out.sum(-1))
+        squares = self._by_sample(torch.linalg.vector_norm(self.out, dim=-1).square())
+        self.mean = total / self.count if objective == "pearson" else torch.zeros_like(total)
+        power = squares - self.count * self.mean**2
+        self.live = power > 1e-12 * squares.clamp(min=1e-30)  # a constant output has no similarity to lose
+        self.power = torch.where(self.live, power, 1.0)
+        self.row_weight = (self.live / self.power)[sample].float().unsqueeze(-1)  # 1/σ² of the row's sample
+        self.row_mean = self.mean[sample].float().unsqueeze(-1)
+
+    def _by_sample(self, rows: Tensor) -> Tensor:
+        sums = torch.zeros(self.samples, dtype=torch.float64, device=rows.device)
+        return sums.index_add_(0, self.sample.flatten(), rows.double().flatten())
+
+    def chunks(self) -> Iterator[slice]:
+        size = max(1, CHUNK // self.out[0].numel())
+        return (slice(i, i + size) for i in range(0, len(self.out), size))
+
+    def error(self, left: Tensor, right: Tensor, part: slice | Tensor = slice(None)) -> Tensor:
+        """Ô - O of a part of the leading dimension, from that part of Â and the whole of B̂."""
+        out = torch.matmul(left, right if right.dim() == 2 else right[part]).sub_(self.out[part])
+        return out if self.shift is None else out.sub_(self.shift)
+
+    def loss(
+        self, left: Callable[[slice], Tensor], right: Tensor, penalty: Callable[[Tensor], float] | None = None
+    ) -> float:
+        """Mean over samples of the loss of left·right, plus a penalty of its error, if there is one."""
+        p, q, total = (torch.empty(self.sample.shape, device=self.out.device) for _ in range(3))
+        errors = []
+        for part in self.chunks():
+            error = self.error(left(part), right, part)
+            q[part] = torch.linalg.vector_norm(error, dim=-1).square()
+            total[part] = error.sum(-1)
+            if penalty is not None:
+                errors.append(error.clone())
+            p[part] = error.mul_(self.out[part]).sum(-1)
+        ps, qs = self._by_sample(p), self._by_sample(q)
+        if self.objective == "pearson":
+            totals = self._by_sample(total)
+            ps, qs = ps - self.mean * totals, qs - totals * totals / self.count
+        value = loss(ps, qs, self.power, self.objective)[self.live].mean().nan_to_num().item()
+        return value + (penalty(torch.cat(errors)) if penalty is not None else 0.0)
+
+    def pooled(self, p: Tensor, q: Tensor, products: int = 1) -> Tensor:
+        """The loss of an average sample, from p and q summed with weights 1/σ²."""
+        samples = max(int(self.live.sum()), 1) * products
+        return loss(p / samples, q.clamp(min=0) / samples, torch.ones_like(q), self.objective)
+
+    def first_order(self, left: Tensor, right: Tensor, some: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For rows or groups `some`: D and centred O, both weighted by 1/σ², and the sums p and q of D."""
+        error = self.error(left, right, some)
+        weight = self.row_weight[some]
+        centred = (self.out[some] - self.row_mean[some]).mul_(weight)
+        weighted = error * weight
+        return weighted, centred, (centred * error).sum(), (weighted * error).sum()
