@@ -13,8 +13,6 @@ import argparse
 import copy
 import json
 import math
-import os
-import tempfile
 import time
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from assets import vit_s14
 from torch import Tensor
+from training import load_state, publish, save_state
 from transformers import Dinov2ForImageClassification, ViTImageProcessor
 
 SIZE, BATCH, WARMUP, DECAY = 56, 64, 200, 0.999
@@ -105,17 +104,6 @@ def accuracy(model: Dinov2ForImageClassification, images: Tensor, labels: Tensor
     return sum(hits) / len(labels)
 
 
-def publish(model: Dinov2ForImageClassification, out: Path) -> None:
-    """Write the model so that whoever loads it meanwhile sees whole files."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        model.save_pretrained(folder)
-        resize = {"size": {"height": SIZE, "width": SIZE}, "resample": 3}
-        ViTImageProcessor(**resize, image_mean=MEAN, image_std=STD).save_pretrained(folder)
-        for file in Path(folder).iterdir():
-            os.replace(file, out / file.name)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -130,14 +118,10 @@ def main() -> None:
     model = build()
     averaged = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(groups(model, options.rate, options.layer_decay), fused=True)
-    checkpoint, step = options.out.with_suffix(".checkpoint"), 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        averaged.load_state_dict(state["averaged"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-        print(f"resumed at step {step}", flush=True)
+    size = {"height": SIZE, "width": SIZE}
+    processor = ViTImageProcessor(size=size, resample=3, image_mean=MEAN, image_std=STD)
+    checkpoint, modules = options.out.with_suffix(".checkpoint"), {"model": model, "averaged": averaged}
+    step = load_state(checkpoint, modules, optimizer)
     model.train()
     saved = started = time.monotonic()
     first, losses = step, []
@@ -163,15 +147,12 @@ def main() -> None:
             print(f"step {step} loss {np.mean(losses):.4f} images/s {rate:.1f}", flush=True)
             losses.clear()
         if time.monotonic() - saved > 600 and not options.stop:
-            publish(averaged, options.out)
-            state = {"model": model.state_dict(), "averaged": averaged.state_dict(),
-                     "optimizer": optimizer.state_dict(), "step": step}  # fmt: skip
-            torch.save(state, checkpoint.with_suffix(".writing"))
-            os.replace(checkpoint.with_suffix(".writing"), checkpoint)
+            publish(averaged, processor, options.out)
+            save_state(checkpoint, step, modules, optimizer)
             saved = time.monotonic()
     if options.stop:
         return
-    publish(averaged, options.out)
+    publish(averaged, processor, options.out)
     result = {"steps": step, "accuracy": accuracy(averaged, *cifar(options.data, "test", options.out.parent))}
     print(json.dumps(result), flush=True)
 

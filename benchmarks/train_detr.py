@@ -14,8 +14,6 @@ import argparse
 import copy
 import json
 import math
-import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 from assets import FASHION, fashion, scene
 from torch import Tensor, nn
+from training import load_state, publish, save_state
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ResNetConfig
 from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
@@ -127,17 +126,6 @@ def write_scenes(folder: Path, split: str, count: int) -> None:
     (folder / "annotations.json").write_text(json.dumps(content))
 
 
-def publish(model: DetrForObjectDetection, out: Path) -> None:
-    """Write the model so that whoever loads it meanwhile sees whole files."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        model.save_pretrained(folder)
-        size = {"height": SIZE, "width": SIZE}
-        DetrImageProcessor(size=size, image_mean=[MEAN] * 3, image_std=[STD] * 3, do_pad=False).save_pretrained(folder)
-        for file in Path(folder).iterdir():
-            os.replace(file, out / file.name)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -156,15 +144,10 @@ def main() -> None:
     averaged = copy.deepcopy(model).eval()
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=options.rate, weight_decay=1e-4, fused=True)
-    checkpoint, step = options.out.with_suffix(".checkpoint"), 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        head.load_state_dict(state["head"])
-        averaged.load_state_dict(state["averaged"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-        print(f"resumed at step {step}", flush=True)
+    size = {"height": SIZE, "width": SIZE}
+    processor = DetrImageProcessor(size=size, image_mean=[MEAN] * 3, image_std=[STD] * 3, do_pad=False)
+    checkpoint, modules = options.out.with_suffix(".checkpoint"), {"model": model, "head": head, "averaged": averaged}
+    step = load_state(checkpoint, modules, optimizer)
     model.train()
     saved = started = time.monotonic()
     first, losses = step, []
@@ -194,14 +177,11 @@ def main() -> None:
             print(f"step {step} {means} images/s {rate:.1f}", flush=True)
             losses.clear()
         if time.monotonic() - saved > 600 and not options.stop:
-            publish(freeze(averaged), options.out)
-            state = {"model": model.state_dict(), "head": head.state_dict(), "averaged": averaged.state_dict(),
-                     "optimizer": optimizer.state_dict(), "step": step}  # fmt: skip
-            torch.save(state, checkpoint.with_suffix(".writing"))
-            os.replace(checkpoint.with_suffix(".writing"), checkpoint)
+            publish(freeze(averaged), processor, options.out)
+            save_state(checkpoint, step, modules, optimizer)
             saved = time.monotonic()
     if not options.stop:
-        publish(freeze(averaged), options.out)
+        publish(freeze(averaged), processor, options.out)
         print(json.dumps(evaluate(options.out, str(options.scenes))), flush=True)
 
 
