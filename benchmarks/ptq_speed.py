@@ -76,25 +76,33 @@ def _similarity(out: Tensor, changed: Tensor) -> float:
     return float((cov / ((a * a).sum(1) - n * ma * ma).sqrt() / ((b * b).sum(1) - n * mb * mb).sqrt()).mean())
 
 
-def brute_force(left: Tensor, rights: list[Tensor], space: Space, rounds: int) -> list[Tensor]:
+def brute_force(left: Tensor, rights: list[Tensor], space: Space, rounds: int, left_first: bool) -> list[Tensor]:
     """Scales of the left operand and of each right one, by trying all candidates with full products.
 
     left (images, …, rows, inner); each right (…, inner, columns), with the leading dimensions of left or none.
+    left_first: as PTQ4ViT does with two activations; weights come before their input.
     """
     outs = [left @ right for right in rights]
     tensors = [left, *rights]
     options = [[s for s, _ in scales(*t.aminmax(), FORMAT, space.factors(FORMAT))] for t in tensors]
     found = [find_scale(t, FORMAT)[0] for t in tensors]
-    for _ in range(rounds):
+
+    def search_rights() -> None:
         x = fake_quantize(left, FORMAT, found[0])
         for i, (right, out) in enumerate(zip(rights, outs, strict=True), 1):
             found[i] = max(options[i], key=lambda s, r=right, o=out: _similarity(o, x @ fake_quantize(r, FORMAT, s)))
+
+    def search_left() -> None:
         ys = [fake_quantize(r, FORMAT, s) for r, s in zip(rights, found[1:], strict=True)]
         best = []
         for s in options[0]:
             x = fake_quantize(left, FORMAT, s)
             best.append(sum(_similarity(o, x @ y) for o, y in zip(outs, ys, strict=True)))
         found[0] = options[0][max(range(len(best)), key=best.__getitem__)]
+
+    for _ in range(rounds):
+        for search in (search_left, search_rights) if left_first else (search_rights, search_left):
+            search()
     return found
 
 
@@ -126,6 +134,7 @@ class Module(NamedTuple):
     found: Callable[[], list[Tensor]]
     left: Tensor
     rights: list[Tensor]
+    left_first: bool = False  # whether the left operand is searched first
 
 
 def modules_of(unit: str, module: Any, captured: Captured) -> list[Module]:
@@ -150,7 +159,7 @@ def modules_of(unit: str, module: Any, captured: Captured) -> list[Module]:
             quantizers = [sites[name].quantizer(point) for point in points]
             # Both products of an attention are searched by one call: with the first.
             ours = partial(solve_attention, sites[name], heads, METHOD) if points[0] == "query" else lambda: None
-            modules.append(Module(ours, lambda q=quantizers: [quantizer.scale for quantizer in q], left, [right]))
+            modules.append(Module(ours, lambda q=quantizers: [quantizer.scale for quantizer in q], left, [right], True))
     return modules
 
 
@@ -166,8 +175,8 @@ def compare(model: PreTrainedModel, images: Tensor, blocks: list[int] | None, ro
 
     for unit, module, captured in captured_units(model, images, blocks):
         print(f"   {unit}", flush=True, file=sys.stderr)
-        for ours, found, left, rights in modules_of(unit, module, captured):
-            brute = timed("brute", partial(brute_force, left, rights, METHOD.space, rounds))
+        for ours, found, left, rights, left_first in modules_of(unit, module, captured):
+            brute = timed("brute", partial(brute_force, left, rights, METHOD.space, rounds, left_first))
             timed("ours", ours)
             objectives["brute"] += scored(left, rights, brute)
             objectives["ours"] += scored(left, rights, found())

@@ -37,7 +37,7 @@ each_width = pytest.mark.parametrize("bits", BITS)
 def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimates look at a part of the rows, as they do with the thousands of rows of a real calibration."""
     monkeypatch.setattr(search, "ESTIMATE_ROWS", 128)
-    monkeypatch.setattr(search, "CROSS_ROWS", 64)
+    monkeypatch.setattr(search, "CROSS_ROWS", 128)
 
 
 # The reference: what the float model reads and gives, and candidates in numpy
@@ -161,8 +161,8 @@ def direct_losses(out: np.ndarray, changed: np.ndarray, sample: np.ndarray) -> n
 
 
 def is_best(losses: np.ndarray, index: int) -> bool:
-    """Or as good as that: estimates choose what is scored, so a candidate that loses 3% more may be taken."""
-    return bool(losses[index] <= 1.03 * losses.min() + 1e-6)
+    """Whether a similarity is the best of all candidates, or within 1e-6 of it."""
+    return bool(losses[index] - losses.min() <= 1e-6)
 
 
 def as_format(bits: int, scheme: str = "symmetric") -> Format:
@@ -212,7 +212,7 @@ def test_inputs(group: str, scheme: str, bits: int) -> None:
             for layer, right in products
         ]
         for start in (None, 71):
-            found = search_left(inputs.x, fmt, options_of(inputs.x, fmt), pairs, start)
+            found = search_left(inputs.x, fmt, pairs, options_of(inputs.x, fmt), start)
             assert is_best(own, found), (objective, found, own.argmin(), own[found] - own.min())
 
 
@@ -343,9 +343,9 @@ def test_attention(left: str, right: str, bits: int) -> None:
             formats = [as_format(bits, schemes.get(name, "symmetric")) for name in (left, right)]
             near = [fake_quantize(t, fmt, *find_scale(t, fmt)) for t, fmt in zip((x, y), formats, strict=True)]
             if searched == left:
-                found = search_left(x, formats[0], options_of(x, formats[0]), [(product, near[1])], None)
+                found = search_left(x, formats[0], [(product, near[1])], options_of(x, formats[0]), None)
             else:
-                found = search_right(y, formats[1], options_of(y, formats[1]), product, near[0], None)
+                found = search_right(y, formats[1], product, near[0], options_of(y, formats[1]), None)
             assert is_best(own, found), (searched, objective, found, own.argmin(), own[found] / own.min())
 
 

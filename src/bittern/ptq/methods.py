@@ -89,7 +89,7 @@ def correct_weight(
 
 
 VT = Method("vt", space=Space(), ranking=0.1, correct_bias=True)  # [VT 4.1]: α 0.5, β 1.2, γ 0.1, θ 0.2, 20 rounds
-OURS = Space("mse", low=0.1, candidates=40, rounds=3, slack=0.01)
+OURS = Space("mse", low=0.1, candidates=45, rounds=3, slack=0.01, ends=True)  # steps of 0.025, 1 among them
 METHODS = {
     m.name: m
     for m in (

@@ -28,13 +28,13 @@ from bittern.recipe import Format
 Scale = tuple[Tensor, Tensor | None]  # and offset
 
 BINS = 1 << 14  # 32 or more to a step of 8 bits
-ESTIMATE_ROWS = 2048  # rows from which first-order terms and Gram matrices of estimates come
-CROSS_ROWS = 256  # rows on which cross terms are estimated, for every CROSS_STEP-th candidate
-CROSS_STEP = 4
+CROSS_ROWS = 160  # rows on which cross terms are estimated
+ESTIMATE_ROWS = 2048  # with slack: rows from which first-order terms and Gram matrices of estimates come
+CROSS_STEP = 4  # with slack: cross terms are estimated for every so-many-th candidate
 GRAM_CANDIDATES = 12  # candidates of a weight that are scored through the Gram matrix
 RANK = 16  # of the Gram matrix, in estimates for weights
 ROW_CANDIDATES = 8  # the same for scales per row, where each row has its own best
-TOLERANCE = 5e-7  # of the loss, by which another candidate may be better than the one that is chosen
+TOLERANCE = 1e-7  # of the loss, by which another candidate may be better than the one that is chosen
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Space:
     """What is searched: `candidates` factors from `low` to `high` times the scale of the extremes [VT 3.2].
 
     slack: what a choice may lose, relative to the loss, for the time it saves; 0 finds the best candidate.
+    ends: both ends of an asymmetric range are searched, not only their common factor.
     """
 
     objective: Objective = "pearson"
@@ -50,6 +51,7 @@ class Space:
     candidates: int = 100
     rounds: int = 20
     slack: float = 0.0
+    ends: bool = False
 
     def factors(self, fmt: Format) -> Tensor:
         """At 4 bits and fewer 0.5 would be a binding bound."""
@@ -57,7 +59,7 @@ class Space:
 
 
 def scales(low: Tensor, high: Tensor, fmt: Format, factors: Tensor) -> list[Scale]:
-    """Scales and offsets of a format for its extremes times each factor."""
+    """Scales and offsets of a format for its extremes times each factor, or times each pair of factors (n, 2)."""
     extremes = torch.stack([low.reshape(()), high.reshape(())])
     return [find_scale(extremes * factor, fmt) for factor in factors]
 
@@ -67,18 +69,14 @@ def error_of(x: Tensor, fmt: Format, scale: Scale) -> Tensor:
 
 
 def choose(
-    estimate: Tensor,
-    exact: Callable[[int], float],
-    start: int | None,
-    slack: float = 0.0,
-    first: int = 3,
-    most: int = 12,
+    estimate: Tensor, exact: Callable[[int], float], start: int | None, slack: float = 0.0, rough: bool = False
 ) -> int:
     """The candidate of least exact loss, of those that the estimate and its error, as far as it is known, call best.
 
-    The error is smooth: it is interpolated between the candidates that were scored, so that an estimate which is wrong
-    in one part of the range does not hide another. start: the present candidate; if the estimate would keep it, nothing
-    is scored. slack: what may be lost, relative to the loss.
+    The error is smooth but for a rest: it is interpolated between the candidates that were scored, and scoring goes on
+    while another candidate could be the best if that missed as much as it did lately. start: the present candidate; if
+    the estimate would keep it, nothing is scored. slack: what may be lost, relative to the loss, for fewer scores.
+    rough: the estimate leaves out a part of the loss.
     """
     estimates = estimate.double().cpu().numpy()
     count, best_one = len(estimates), int(estimates.argmin())
@@ -87,17 +85,19 @@ def choose(
     far = np.where(abs(np.arange(count) - best_one) >= count // 4, estimates, np.inf)
     wanted = dict.fromkeys([best_one, int(far.argmin()), *([] if start is None else [start])])
     tried: dict[int, float] = {c: exact(c) for c in wanted}
-    doubt = np.inf
+    missed: list[float] = []
+    least, most = (4, count) if slack == 0 else (6, 24) if rough else (1, 12)
     while len(tried) < min(most, count):
         at = sorted(tried)
         likely = estimates + np.interp(np.arange(count), at, [tried[c] - estimates[c] for c in at])
         likely[at] = np.inf
-        candidate = int(likely.argmin())
-        best = min(tried.values())
-        if len(tried) >= first and likely[candidate] - doubt > best - max(TOLERANCE, slack * best):
-            break
+        candidate, best = int(likely.argmin()), min(tried.values())
+        if len(missed) >= least:
+            doubt = missed[-1] if slack else 1.5 * max(missed[-least:])
+            if likely[candidate] - doubt > best - max(TOLERANCE, slack * best):
+                break
         tried[candidate] = exact(candidate)
-        doubt = abs(tried[candidate] - likely[candidate])
+        missed.append(abs(tried[candidate] - likely[candidate]))
     while True:  # what lies beside the best is nearly as good
         best_one = min(tried, key=tried.__getitem__)
         beside = {best_one - 1, best_one + 1} & set(range(count)) - tried.keys()
@@ -111,8 +111,8 @@ def choose(
 def search_left(
     x: Tensor,
     fmt: Format,
-    options: Sequence[Scale],
     products: Sequence[tuple[Product, Tensor]],
+    options: Sequence[Scale],
     start: int | None,
     penalty: Callable[[Tensor], float] | None = None,
 ) -> int:
@@ -127,12 +127,15 @@ def search_left(
 
         return sum(product.loss(left, right, penalty) for product, right in products) / len(products)
 
-    some = random_rows(len(x), ESTIMATE_ROWS if x.dim() == 2 else ESTIMATE_ROWS // x.shape[1] + 1).to(x.device)
-    few = some[: CROSS_ROWS if x.dim() == 2 else 8]
+    slack = products[0][0].slack
+    wanted = ESTIMATE_ROWS if x.dim() == 2 else ESTIMATE_ROWS // x.shape[1] + 1
+    some = random_rows(len(x), wanted if slack else len(x)).to(x.device)
+    few, times = _cross_rows(x, some)
     lines = slice(None) if x.dim() == 2 else slice(0, None, max(1, x.shape[1] * len(few) // CROSS_ROWS))
-    scale_up, part, cross = len(x) / len(some), x[few], torch.zeros(len(options), device=x.device)
+    scale_up, part = len(x) / len(some), x[few]
     part = part if x.dim() == 2 else part[:, lines]
     square, linear, gain = torch.zeros(1, device=x.device), torch.zeros_like(x[some]), torch.zeros_like(x[some])
+    diagonal, powers = torch.zeros(1, device=x.device), []
     p = q = torch.zeros(len(options), device=x.device)
     for product, right in products:
         weighted, centred, p0, q0 = product.first_order(x[some], right, some)
@@ -141,21 +144,30 @@ def search_left(
         p, q = p + p0 * scale_up, q + q0 * scale_up
         columns = torch.linalg.vector_norm(right, dim=-1).square().unsqueeze(-2)
         square = square + product.row_weight * columns
-        weight = product.row_weight[few] if x.dim() == 2 else product.row_weight[few][:, lines]
+        weight = product.row_weight[few] * times
+        weight = weight if x.dim() == 2 else weight[:, lines] * (x.shape[1] / part.shape[1])
         near, columns = (right, columns) if right.dim() == 2 else (right[few], columns[few])
-        power = partial(_power, right=near, weight=weight)
-        cross += _cross_terms(part, fmt, options, weight * columns, power) * (x[..., 0].numel() / part[..., 0].numel())
+        diagonal = diagonal + weight * columns
+        if right.dim() == 2 and right.shape[1] > right.shape[0]:
+            powers.append(partial(_gram_power, gram=right @ right.T, weight=weight))
+        else:
+            powers.append(partial(_power, right=near, weight=weight))
+
+    def power(error: Tensor) -> Tensor:
+        return torch.stack([one(error) for one in powers]).sum()
+
+    cross = _cross_terms(part, fmt, options, diagonal, power, slack)
     p1, q1 = _elements(x, x[some], fmt, options, square, linear, gain, scale_up)
     estimate = products[0][0].pooled(p + p1, q + q1 + cross, len(products))
-    return choose(estimate, exact, start, products[0][0].slack, *((8, 24) if penalty else ()))
+    return choose(estimate, exact, start, slack, penalty is not None)
 
 
 def search_right(
     x: Tensor,
     fmt: Format,
-    options: Sequence[Scale],
     product: Product,
     left: Tensor,
+    options: Sequence[Scale],
     start: int | None,
     penalty: Callable[[Tensor], float] | None = None,
 ) -> int:
@@ -164,7 +176,7 @@ def search_right(
     def exact(candidate: int) -> float:
         return product.loss(left.__getitem__, fake_quantize(x, fmt, *options[candidate]), penalty)
 
-    some = random_rows(len(x), ESTIMATE_ROWS // left.shape[1] + 1).to(x.device)
+    some = random_rows(len(x), ESTIMATE_ROWS // left.shape[1] + 1 if product.slack else len(x)).to(x.device)
     few = some[:8]
     lines = slice(0, None, max(1, x.shape[2] * len(few) // CROSS_ROWS))
     weighted, centred, p0, q0 = product.first_order(left[some], x, some)
@@ -173,11 +185,26 @@ def search_right(
     scale_up, part = len(x) / len(some), x[few][:, :, lines]
     weight = product.row_weight[few]
     power = partial(_power, left=left[few], weight=weight)
-    cross = _cross_terms(part, fmt, options, square[few], power) * (x.numel() / part.numel())
+    cross = _cross_terms(part, fmt, options, square[few], power, product.slack) * (x.numel() / part.numel())
     linear, gain = torch.matmul(near, weighted), torch.matmul(near, centred)
     p, q = _elements(x, x[some], fmt, options, square, linear, gain, scale_up)
     estimate = product.pooled(p + p0 * scale_up, q + q0 * scale_up + cross)
-    return choose(estimate, exact, start, product.slack, *((8, 24) if penalty else ()))
+    return choose(estimate, exact, start, product.slack, penalty is not None)
+
+
+def _cross_rows(x: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (or groups) of x on which cross terms are estimated, and how many rows each stands for.
+
+    Half are those of the largest values: what a small scale clips sits in few rows, and there it is all that counts.
+    """
+    if x.dim() == 3:
+        few = some[:8]
+        return few, torch.full((len(few), 1, 1), len(x) / len(few), device=x.device)
+    largest = x.abs().amax(-1).topk(min(CROSS_ROWS // 2, len(x))).indices
+    others = some[~torch.isin(some, largest)][: CROSS_ROWS // 2]
+    times = torch.ones(len(largest) + len(others), 1, device=x.device)
+    times[len(largest) :] = (len(x) - len(largest)) / max(len(others), 1)
+    return torch.cat([largest, others]), times
 
 
 def random_rows(count: int, wanted: int) -> Tensor:
@@ -189,6 +216,12 @@ def _power(error: Tensor, weight: Tensor, left: Tensor | None = None, right: Ten
     """Weighted ‖E·right‖² or ‖left·E‖²."""
     error = torch.matmul(error, right) if right is not None else torch.matmul(left, error)  # type: ignore[arg-type]
     power: Tensor = (torch.linalg.vector_norm(error, dim=-1, keepdim=True).square() * weight).sum()
+    return power
+
+
+def _gram_power(error: Tensor, gram: Tensor, weight: Tensor) -> Tensor:
+    """Weighted ‖E·right‖² for gram = right·rightᵀ, where that is less work."""
+    power: Tensor = ((error @ gram).mul_(error).sum(-1, keepdim=True) * weight).sum()
     return power
 
 
@@ -220,10 +253,15 @@ def _elements(
 
 
 def _cross_terms(
-    part: Tensor, fmt: Format, options: Sequence[Scale], square: Tensor, power: Callable[[Tensor], Tensor]
+    part: Tensor,
+    fmt: Format,
+    options: Sequence[Scale],
+    square: Tensor,
+    power: Callable[[Tensor], Tensor],
+    slack: float,
 ) -> Tensor:
-    """Σ ‖E·B̂‖² less its diagonal, on a part of x; straight lines between every `CROSS_STEP`-th candidate."""
-    knots = [*range(0, len(options) - 1, CROSS_STEP), len(options) - 1]
+    """Σ ‖E·B̂‖² less its diagonal, on a part of x; with slack, straight lines between every `CROSS_STEP`-th one."""
+    knots = [*range(0, len(options) - 1, CROSS_STEP if slack else 1), len(options) - 1]
     values = []
     for i in knots:
         error = error_of(part, fmt, options[i])
@@ -243,7 +281,8 @@ def search_weight(
     """
     weight = product.right.T.contiguous()
     whole = fmt.granularity == "tensor"
-    some = random_rows(len(inputs), ESTIMATE_ROWS if whole else 2 * ESTIMATE_ROWS).to(inputs.device)
+    wanted = ESTIMATE_ROWS if whole else 2 * ESTIMATE_ROWS
+    some = random_rows(len(inputs), wanted if product.slack else len(inputs)).to(inputs.device)
     scale_up = len(inputs) / len(some)
     part = inputs[some]
     weighted, centred, p0, q0 = product.first_order(part, product.right, some)
@@ -262,14 +301,19 @@ def search_weight(
         p, q = _elements(weight, weight, fmt, options, gram.diagonal(), linear, gain, 1.0)
         p, q = p + p0 * scale_up, q + q0 * scale_up
         # On all rows: what a small scale clips sits in few of them, and there p² is nearly q.
-        cross = _cross_terms(weight, fmt, options, gram.diagonal(), _low_rank(gram))
-        at = product.pooled(p, q + cross).argsort()[:GRAM_CANDIDATES].sort().values
-        missing = []  # of the cross terms; of candidates between these, about as much
-        for i in at:
-            e = error(factors[i])
-            missing.append(((e @ gram).add_(linear, alpha=2).mul_(e)).sum() + q0 * scale_up - q[i] - cross[i])
-        rest = np.interp(np.arange(len(q)), at.cpu(), torch.stack(missing).cpu())
-        estimate = product.pooled(p, q + cross + torch.from_numpy(rest).to(q))
+        few, times = _cross_rows(weight, random_rows(len(weight), len(weight)).to(weight.device))
+        power = _low_rank(gram, times[:, 0])
+        cross = _cross_terms(weight[few], fmt, options, gram.diagonal() * times, power, product.slack)
+        q += cross
+        if len(inputs) > 2 * len(gram):  # else exact scores cost as little
+            at = product.pooled(p, q).argsort()[:GRAM_CANDIDATES].sort().values
+            missing = []  # of the cross terms; of candidates between these, about as much
+            for i in at:
+                e = error(factors[i])
+                missing.append(((e @ gram).add_(linear, alpha=2).mul_(e)).sum() + q0 * scale_up - q[i])
+            rest = np.interp(np.arange(len(q)), at.cpu(), torch.stack(missing).cpu())
+            q += torch.from_numpy(rest).to(q)
+        estimate = product.pooled(p, q)
 
         def exact(candidate: int) -> float:
             return product.loss(inputs.__getitem__, fake_quantize(weight, fmt, *options[candidate]).T)
@@ -287,8 +331,11 @@ def search_weight(
     return _best_rows(error, factors, present, gram, linear)
 
 
-def _low_rank(gram: Tensor) -> Callable[[Tensor], Tensor]:
-    """eᵀGe of each row e, nearly: G's leading eigenvectors, which what is clipped has in common, and a diagonal."""
+def _low_rank(gram: Tensor, times: Tensor | float = 1.0) -> Callable[[Tensor], Tensor]:
+    """eᵀGe of each row e, nearly: G's leading eigenvectors, which what is clipped has in common, and a diagonal.
+
+    times: what each row counts for.
+    """
     start = torch.randn(len(gram), min(RANK, len(gram)), generator=torch.Generator().manual_seed(0)).to(gram.device)
     basis = torch.linalg.qr(gram @ (gram @ start))[0]
     values, vectors = torch.linalg.eigh(basis.mT @ gram @ basis)
@@ -296,7 +343,7 @@ def _low_rank(gram: Tensor) -> Callable[[Tensor], Tensor]:
     rest = (gram.diagonal() - factor.square().sum(-1)).clamp(min=0)
 
     def power(error: Tensor) -> Tensor:
-        total: Tensor = (error @ factor).square().sum(-1) + (error.square() * rest).sum(-1)
+        total: Tensor = ((error @ factor).square().sum(-1) + (error.square() * rest).sum(-1)) * times
         return total
 
     return power

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -45,23 +46,35 @@ def searchable(quantizer: FakeQuant | None) -> bool:
     return quantizer.format.range == "static" and quantizer.format.kind not in ("ternary", "binary")
 
 
+def _news(side: _Operand | _Weight, *others: object) -> bool:
+    """Whether a side has to be searched: not if all it depends on is as it was when it was searched last."""
+    new = side.searched_for != others
+    side.searched_for = others
+    return new
+
+
 class _Operand:
     """An element-wise operand of products: its values, present scale, and the candidates."""
 
     def __init__(self, x: Tensor, quantizer: FakeQuant | None, method: Method):
         self.x, self.quantizer = x, quantizer
         self.fixed = not searchable(quantizer)
-        self.index: int | None = None
+        self.ends: tuple[int, int] | None = None  # the factors of both extremes, among the candidates
+        self.searched_for: tuple[object, ...] = ()
         self.scale: Scale = (torch.ones(()), None)
         if not self.fixed:
             assert quantizer is not None
             # one scale per head is found head by head, where it serves a tensor
             self.format = quantizer.format.model_copy(update={"granularity": "tensor"})
-            low, high = x.aminmax()
-            self.largest = scales(low, high, self.format, torch.ones(1, device=x.device))[0]
+            self.extremes = x.aminmax()
+            self.largest = scales(*self.extremes, self.format, torch.ones(1, device=x.device))[0]
             self.scale = method.activation_clip(x, self.format)
             if method.space is not None:
-                self.options = scales(low, high, self.format, method.space.factors(self.format).to(x.device))
+                self.factors = method.space.factors(self.format).to(x.device)
+            low, high = self.extremes
+            self.two_ended = (
+                method.space is not None and method.space.ends and self.format.scheme == "asymmetric" and low < 0 < high
+            )
 
     def quantized(self, scale: Scale | None = None) -> Tensor:
         if self.quantizer is None:
@@ -70,11 +83,26 @@ class _Operand:
             return fake_quantize(self.x, self.quantizer.format)
         return fake_quantize(self.x, self.format, *(scale or self.scale))
 
-    def take(self, index: int) -> bool:
-        """Whether the candidate is another than the present one."""
-        changed = index != self.index
-        self.index, self.scale = index, self.options[index]
-        return changed
+    def search(self, best: Callable[[list[Scale], int | None], int]) -> bool:
+        """Take the best candidates for both extremes by one factor, then for each alone; whether any is another.
+
+        best: index of the best of some scales, given that of the present one.
+        """
+        before, count = self.ends, len(self.factors)
+        if self.ends is None or not self.two_ended:
+            index = best(scales(*self.extremes, self.format, self.factors), self.ends and self.ends[0])
+            self.ends = index, index
+        for end in (1, 0) if self.two_ended else ():
+            pairs = self.factors[torch.tensor([self.ends] * count, device=self.factors.device)]
+            pairs[:, end] = self.factors
+            index = best(scales(*self.extremes, self.format, pairs), self.ends[end])
+            self.ends = (index, self.ends[1]) if end == 0 else (self.ends[0], index)
+        self.scale = scales(*self.extremes, self.format, self.factors[list(self.ends)][None])[0]
+        return self.ends != before
+
+    @property
+    def state(self) -> tuple[float, ...]:
+        return tuple(float(t) for t in self.scale if t is not None)
 
     @property
     def ratio(self) -> float:
@@ -96,6 +124,7 @@ class _Weight:
         self.product = Product(x, self.float.T, sample, space.objective, shift=shift, slack=space.slack)
         self.mean = self.product.out.mean(0, dtype=torch.float64)
         self.factor: Tensor | None = None
+        self.searched_for: tuple[object, ...] = ()
         self.rounded = False
         quantizer = layer.weight_quantizer
         self.fixed = tied or not searchable(quantizer)
@@ -116,6 +145,13 @@ class _Weight:
         self.factor, self.scale = factor, (self.largest[0] * factor, None if offset is None else offset * factor)
         self.values = fake_quantize(self.float, self.format, *self.scale)
         return changed
+
+    @property
+    def state(self) -> tuple[float, float]:
+        """What tells present scales and shift from others."""
+        shift = self.product.shift
+        scale = 0.0 if self.fixed else float(self.scale[0].double().sum())
+        return scale, 0.0 if shift is None else float(shift.double().sum())
 
     @property
     def ratio(self) -> float:
@@ -233,21 +269,21 @@ def _solve_group(
     operand = _Operand(x, next((q for q in quantizers if searchable(q)), quantizers[0]), method)
     inputs = operand.quantized(None if operand.fixed else operand.largest)
     before = [w.loss(inputs, w.values if w.fixed else fake_quantize(w.float, w.format, *w.largest)) for w in weights]
-    inputs, rounds, seen = operand.quantized(), 0, set[tuple[float, ...]]()
+    inputs, rounds, seen = operand.quantized(), 0, set[tuple[object, ...]]()
     while method.space is not None and rounds < method.space.rounds:
         rounds, changed = rounds + 1, False
         for w in weights:
-            if not w.fixed:
+            if not w.fixed and _news(w, operand.state, w.state[1]):
                 factors = method.space.factors(w.format).to(x.device)
                 changed |= w.take(search_weight(w.format, w.largest, factors, w.product, inputs, w.factor))
-        if not operand.fixed:
+        if not operand.fixed and _news(operand, *(w.state for w in weights)):
             products = [(w.product, w.values.T) for w in weights]
-            changed |= operand.take(search_left(x, operand.format, operand.options, products, operand.index))
+            changed |= operand.search(partial(search_left, x, operand.format, products))
             inputs = operand.quantized()
         if method.correct_bias:
             for w in weights:
                 w.correct(inputs)
-        state = (float(operand.scale[0]), *(float(w.scale[0].double().sum()) for w in weights if not w.fixed))
+        state = (operand.state, *(w.state for w in weights))
         if not changed or state in seen:  # with corrected biases the alternation may go round in circles
             break
         seen.add(state)
@@ -356,12 +392,12 @@ def _solve_product(
     before, rounds = product.loss(extremes(a).__getitem__, matrix(extremes(b))), 0
     while method.space is not None and rounds < method.space.rounds:
         rounds, changed = rounds + 1, False
-        if not a.fixed:
+        if not a.fixed and _news(a, b.state):
             sides = [(product, matrix(b.quantized()))]
-            changed |= a.take(search_left(a.x, a.format, a.options, sides, a.index, penalty))
-        if not b.fixed:
+            changed |= a.search(partial(search_left, a.x, a.format, sides, penalty=penalty))
+        if not b.fixed and _news(b, a.state):
             left = a.quantized()
-            changed |= b.take(search_right(matrix(b.x), b.format, b.options, product, left, b.index, penalty))
+            changed |= b.search(partial(search_right, matrix(b.x), b.format, product, left, penalty=penalty))
         if not changed:
             break
     after = product.loss(a.quantized().__getitem__, matrix(b.quantized()))
