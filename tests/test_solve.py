@@ -17,7 +17,7 @@ from bittern.layers import QuantLayer, as_float, fake_quants, weight_matrix
 from bittern.ptq.methods import METHODS, Method, find_method
 from bittern.ptq.run import quantize
 from bittern.ptq.solve import solve_layers
-from bittern.quantizers import find_scale
+from bittern.quantizers import fake_quantize, find_scale
 from bittern.recipe import Format, Recipe, Rule
 from families import SUPPORTED
 from helpers import outputs, refused, same
@@ -93,6 +93,51 @@ def test_no_bias() -> None:
     layer = layer_of(random(7, 12), bias=False)
     solve_layers({"layer": layer}, random(30, 12, seed=1), torch.zeros(30, dtype=torch.long), quick("vt"))
     assert layer.bias is None
+
+
+# Both ends of a range
+
+
+def gelu_layer(x: Tensor) -> tuple[Any, Tensor]:
+    layer = layer_of(random(7, 12, seed=1), bias=False, scheme="asymmetric", bits=4)
+    layer.weight_quantizer = None
+    return layer, x @ layer.weight.detach().T
+
+
+def test_both_ends() -> None:
+    """The range of GELU's outputs, short below and long above, is searched at both ends: no other factor of one end
+    alone is better than what was found, and no common factor of both is nearly as good."""
+    x = nn.functional.gelu(random(300, 12) - 1) + 3 * nn.functional.relu(random(300, 12, seed=2) - 2)
+    layer, out = gelu_layer(x)
+    space = replace(METHODS["search"].space, slack=0.0, rounds=10)
+    solve_layers({"layer": layer}, x, torch.zeros(300, dtype=torch.long), Method("x", space=space))
+    fmt, factors = layer.input_quantizer.format, space.factors(layer.input_quantizer.format)
+    low, high = x.min(), x.max()
+
+    def loss(f: Tensor, g: Tensor) -> float:
+        scale, offset = find_scale(torch.stack([f * low, g * high]), fmt)
+        with torch.no_grad():
+            near = fake_quantize(x, fmt, scale, offset) @ layer.weight.T
+        return float((near - out).square().sum() / out.square().sum())
+
+    with torch.no_grad():
+        found = float((layer(x) - out).square().sum() / out.square().sum())
+    losses = np.array([[loss(f, g) for g in factors] for f in factors])
+    i, j = np.unravel_index(abs(losses - found).argmin(), losses.shape)
+    assert found == pytest.approx(losses[i, j], rel=1e-4)
+    assert losses[i, j] <= min(losses[i].min(), losses[:, j].min()) + 1e-6
+    assert losses[i, j] < 0.9 * np.diagonal(losses).min()
+
+
+def test_one_end() -> None:
+    """What is nowhere negative has no lower end to search, and is found like any other."""
+    x = random(300, 12).abs()
+    layer, out = gelu_layer(x)
+    (solved,) = solve_layers({"layer": layer}, x, torch.zeros(300, dtype=torch.long), METHODS["search"])
+    with torch.no_grad():
+        found = float((layer(x) - out).square().sum() / out.square().sum())
+    assert solved.after == pytest.approx(found, rel=1e-3)
+    assert 0 < solved.after <= solved.before
 
 
 # Reported losses
