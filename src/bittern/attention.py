@@ -35,16 +35,21 @@ Point = Literal[
     "norm",  # the norm of that sum: Y of post-norm models [KD]
     "ffn",  # output of the second FFN linear
     "hidden",  # output of the block
+    "embedding",  # what the first block of a stack reads
 ]  # fmt: skip
 POINTS: tuple[Point, ...] = Point.__args__  # type: ignore[attr-defined]
 
 
 class Taps(dict[Point, list[Tensor]]):
-    """Recorded tensors by point, in order of execution; `names[point]` holds the attention module of each."""
+    """Recorded tensors by point, in order of execution; `names[point]` holds the attention module of each.
+
+    masks: what each attention call was given as its mask, with the name of its module.
+    """
 
     def __init__(self, points: tuple[Point, ...]):
         super().__init__({p: [] for p in points})
         self.names: dict[Point, list[str]] = {p: [] for p in points}
+        self.masks: list[tuple[str, Tensor | None]] = []
 
 
 class _Replace(torch.autograd.Function):
@@ -118,6 +123,11 @@ class Site(nn.Module):
     def on_hidden(self, module: nn.Module, args: Any, out: Any) -> Any:
         return self._tap_output("hidden", out)
 
+    def on_embedding(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (self.tap("embedding", args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": self.tap("embedding", kwargs["hidden_states"])}
+
 
 def attention_forward(
     module: nn.Module,
@@ -139,6 +149,8 @@ def attention_forward(
     """
     site: Site | None = module._modules.get(NAME)  # type: ignore[assignment]
     if site is not None:
+        if site.taps is not None:
+            site.taps.masks.append((site.name, attention_mask))
         query, key, value = site.tap("query", query), site.tap("key", key), site.tap("value", value)
         query, key, value = site.quantize("query", query), site.quantize("key", key), site.quantize("value", value)
     groups = query.shape[1] // key.shape[1]
@@ -210,6 +222,8 @@ def _hook(
         if block.ffn_out:
             yield "ffn", modules[block.ffn_out].register_forward_hook(site.on_ffn)
         yield "hidden", modules[block.name].register_forward_hook(site.on_hidden)
+        if block is next(b for b in anatomy.blocks if b.stack == block.stack):
+            yield "embedding", modules[block.name].register_forward_pre_hook(site.on_embedding, with_kwargs=True)
 
 
 def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

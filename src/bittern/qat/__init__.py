@@ -1,0 +1,1 @@
+"""Quantization-aware training: distillation losses, the trainer, and the whole job."""

@@ -1,0 +1,312 @@
+"""What a student learns from its teacher: which terms, how much of each, at which layers.
+
+A `Distill` is data; `Lesson` binds one to a teacher and a student, and gives the terms of a batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bittern.anatomy import Anatomy
+from bittern.attention import Point, Taps, attach, recording
+from bittern.errors import InputError, ModelError
+from bittern.qat import losses
+
+# what a term compares at each layer; for those with several points, or none, see `_points`
+POINT_OF: dict[str, Point] = {
+    "score": "score",
+    "map": "map",
+    "self_output": "output",  # AO, without its residual
+    "context": "context",
+    "query_relation": "query",
+    "key_relation": "key",
+    "value_relation": "value",
+}
+TERMS = (
+    "truth",  # the task loss of the labels
+    "prediction",
+    "hidden",  # outputs of blocks, and what the first one reads
+    "output",  # Y: the attention output with its residual
+    *POINT_OF,
+)
+ALL_LAYERS = ("hidden",)  # terms that `layers` does not narrow down
+RECIPES: dict[str, dict[str, float]] = {
+    "none": {"truth": 1.0},
+    "prediction": {"prediction": 1.0},
+    "ternarybert": {"prediction": 1.0, "hidden": 1.0, "score": 1.0},
+    "map": {"prediction": 1.0, "hidden": 1.0, "map": 1.0},
+    "output": {"prediction": 1.0, "hidden": 1.0, "output": 1.0},
+    "unified": {"prediction": 1.0, "hidden": 1.0, "map": 1.0, "output": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class Distill:
+    """terms: name → weight. balance: `auto` gives every term the same share of the loss, whatever its units, times its
+    weight. layers: blocks whose attention is compared, from 0, negative from the end; None: all. mapping: block of the
+    student → block of the teacher, where their depths differ. temperature: of the prediction; map_temperature: τ.
+    relations: heads that relations are split into."""
+
+    terms: Mapping[str, float] = field(default_factory=lambda: dict(RECIPES["unified"]))
+    balance: Literal["fixed", "auto"] = "auto"
+    layers: tuple[int, ...] | None = None
+    mapping: Mapping[int, int] | None = None
+    temperature: float = 1.0
+    map_temperature: float = 1.0
+    relations: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, weight in self.terms.items():
+            if name not in TERMS:
+                near = get_close_matches(name, TERMS, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise InputError(f"no distillation term {name!r}; {hint}there are {', '.join(TERMS)}")
+            if not weight > 0:
+                raise InputError(f"distillation term {name} has the weight {weight:g}; expected more than 0")
+        if not self.terms:
+            raise InputError(f"there is nothing to learn from; give terms of {', '.join(TERMS)}")
+        if self.balance not in ("fixed", "auto"):
+            raise InputError(f"balance is {self.balance!r}; expected fixed or auto")
+        for name in ("temperature", "map_temperature"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name):g}; expected more than 0")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(name != "truth" for name in self.terms)
+
+    @property
+    def layerwise(self) -> tuple[str, ...]:
+        return tuple(name for name in self.terms if name not in ("truth", "prediction"))
+
+
+def parse_distill(text: str, **options: Any) -> Distill:
+    """A ready-made set of terms by name, or terms separated by commas, each with a weight if not 1.
+
+    >>> parse_distill("prediction,map=0.3,output=0.7").terms
+    {'prediction': 1.0, 'map': 0.3, 'output': 0.7}
+    """
+    if text in RECIPES:
+        return Distill(RECIPES[text], **options)
+    terms: dict[str, float] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, _, weight = part.partition("=")
+        try:
+            terms[name.strip()] = float(weight) if weight else 1.0
+        except ValueError:
+            raise InputError(f"distillation term {part!r} has no number as its weight; write {name}=0.5") from None
+    return Distill(terms, **options)
+
+
+class Lesson:
+    """A Distill bound to a teacher and a student: records both, and gives the terms of a batch.
+
+    teacher: None if only the labels teach. Both models get Bittern's attention; the teacher is frozen, and no part of
+    the student. Raises ModelError or InputError, at the latest on the first batch, if the two do not fit.
+    """
+
+    def __init__(
+        self,
+        distill: Distill,
+        student: PreTrainedModel,
+        anatomy: Anatomy,
+        teacher: PreTrainedModel | None = None,
+        teacher_anatomy: Anatomy | None = None,
+    ):
+        self.distill, self.student, self.teacher = distill, student, teacher
+        self.anatomy, self.teacher_anatomy = anatomy, teacher_anatomy or anatomy
+        attach(student, anatomy)
+        if distill.needs_teacher:
+            if teacher is None:
+                raise InputError(f"the terms {', '.join(distill.terms)} need a teacher")
+            attach(teacher, self.teacher_anatomy)
+            teacher.eval().requires_grad_(False)
+            self._check_depth()
+        self.points = dict(_points(distill, anatomy, self.teacher_anatomy))
+
+    def _check_depth(self) -> None:
+        depths = [[len(list(blocks)) for _, blocks in groupby(a.blocks, key=lambda b: b.stack)]
+                  for a in (self.anatomy, self.teacher_anatomy)]  # fmt: skip
+        mapping = self.distill.mapping
+        if mapping is None and depths[0] != depths[1] and self.distill.layerwise:
+            mine, theirs = (" + ".join(map(str, d)) for d in depths)
+            raise ModelError(
+                f"the student has {mine} blocks, the teacher {theirs}; say which block learns from which: "
+                "mapping={student block: teacher block}"
+            )
+        for pair in (mapping or {}).items():
+            for block, depth, whose in zip(pair, map(sum, depths), ("student", "teacher"), strict=True):
+                if not 0 <= block < depth:
+                    raise InputError(f"mapping names block {block} of the {whose}, which has blocks 0 to {depth - 1}")
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+        """The student's output and the terms of the batch. model: the student, or what wraps it."""
+        points = tuple(dict.fromkeys(p for group in self.points.values() for p in group))
+        with recording(self.student, *points) as taught:
+            out = model(**batch)
+        terms: dict[str, Tensor] = {}
+        if "truth" in self.distill.terms:
+            if out.get("loss") is None:
+                raise InputError("the term truth needs labels, and the batch has none")
+            terms["truth"] = out["loss"]
+        if not self.distill.needs_teacher or self.teacher is None:
+            return out, terms
+        keep_labels = self.teacher.config.is_encoder_decoder  # which makes its decoder's inputs of them
+        given = {k: v for k, v in batch.items() if k != "labels" or keep_labels}
+        with torch.no_grad(), recording(self.teacher, *points) as shown:
+            expected = self.teacher(**given)
+        if "prediction" in self.distill.terms:
+            terms["prediction"] = self._prediction(out["logits"], expected["logits"], batch)
+        masks = _token_masks(taught.masks, self.anatomy)
+        for term, group in self.points.items():
+            found = [loss for point in group for loss in self._of_layers(term, point, taught, shown, masks)]
+            terms[term] = torch.stack(found).sum()  # sums over layers [KD]
+        return out, terms
+
+    def _prediction(self, logits: Tensor, expected: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        _check_shapes("prediction", "logits", logits, expected)
+        if logits.shape[-1] == 1:
+            return losses.squared_loss(logits, expected)
+        rows = None
+        if logits.dim() == 3:
+            labels, mask = batch.get("labels"), batch.get("attention_mask")
+            if isinstance(labels, Tensor) and labels.shape == logits.shape[:2]:
+                rows = labels != -100
+            elif isinstance(mask, Tensor) and mask.shape == logits.shape[:2]:
+                rows = mask.bool()
+        return losses.prediction_loss(logits, expected, self.distill.temperature, rows)
+
+    def _of_layers(
+        self, term: str, point: Point, taught: Taps, shown: Taps, masks: Mapping[tuple[str, str], Tensor]
+    ) -> Iterator[Tensor]:
+        mine, theirs = _by_place(taught, self.anatomy, point), _by_place(shown, self.teacher_anatomy, point)
+        mapping, chosen = self.distill.mapping, self.distill.layers
+        depth = 1 + max((block for block, _ in mine), default=-1)
+        if chosen is not None and term not in ALL_LAYERS:
+            if outside := [layer for layer in chosen if not -depth <= layer < depth]:
+                raise InputError(f"layers names block {outside[0]}; the student has blocks 0 to {depth - 1}")
+            chosen_blocks = {layer % depth for layer in chosen}
+        else:
+            chosen_blocks = {block for block, _ in mine}
+        for (block, attention), (name, x) in mine.items():
+            if block not in chosen_blocks or (mapping is not None and block >= 0 and block not in mapping):
+                continue
+            other = block if mapping is None or block < 0 else mapping[block]
+            y = theirs[other, attention][1]
+            if not term.endswith("_relation"):
+                _check_shapes(term, name, x, y)
+            tokens = x.shape[1] if x.dim() == 3 else x.shape[2]
+            rows = masks.get((name, "keys" if point in ("key", "value") else "queries"))
+            if rows is not None and rows.shape != (len(x), tokens):  # windows of Swin: nothing of them is padding
+                rows = None
+            yield self._loss(term, x, y, rows)
+
+    def _loss(self, term: str, x: Tensor, y: Tensor, rows: Tensor | None) -> Tensor:
+        if term == "score":
+            return losses.score_loss(x, y, rows)
+        if term == "map" and self.distill.map_temperature == 1:
+            return losses.map_loss(x, y, rows)
+        if term == "map":
+            return losses.map_loss_of_scores(x, y, self.distill.map_temperature, rows)
+        if term.endswith("_relation"):
+            return losses.relation_loss(x, y, rows, self.distill.relations)
+        if term == "context":  # tokens before heads
+            x, y = x.transpose(1, 2), y.transpose(1, 2)
+        return losses.squared_loss(x, y, rows)
+
+
+def balanced(terms: Mapping[str, Tensor], distill: Distill, means: Mapping[str, float] | None = None) -> Tensor:
+    """The loss of a step: the terms times their weights.
+
+    `auto` first divides each term by its present value: the gradient is that of Σ weight · log(term), which is what
+    uncertainty weighting (Kendall et al. 2018) comes to when its σ are at their minimum. It has no units, no state and
+    nothing to learn. means: the values on all processes; the terms' own if not given.
+    """
+    parts = []
+    for name, term in terms.items():
+        size = 1.0 if distill.balance == "fixed" else means[name] if means else float(term.detach())
+        parts.append(term * (distill.terms[name] / max(size, 1e-12)))
+    return torch.stack(parts).sum()
+
+
+def _check_shapes(term: str, name: str, x: Tensor, y: Tensor) -> None:
+    if x.shape != y.shape:
+        raise ModelError(
+            f"{term} at {name}: the student has the shape {tuple(x.shape)}, the teacher {tuple(y.shape)}; they must be "
+            "of the same width, heads and classes (relations of queries, keys and values need neither)"
+        )
+
+
+Place = tuple[int, int]  # block in order of execution, attention within it
+
+
+def _by_place(taps: Taps, anatomy: Anatomy, point: Point) -> dict[Place, tuple[str, Tensor]]:
+    """Attention module and tensor of each place. A block that runs again (ALBERT) counts as the next one; what a
+    stack reads has the places -1, -2 and so on."""
+    index = {a.name: (i, j) for i, block in enumerate(anatomy.blocks) for j, a in enumerate(block.attentions)}
+    runs: Counter[str] = Counter()
+    found: dict[Place, tuple[str, Tensor]] = {}
+    for name, x in zip(taps.names[point], taps[point], strict=True):
+        block, attention = index[name]
+        if point != "embedding":
+            found[block + runs[name] * len(anatomy.blocks), attention] = name, x
+        elif not runs[name]:
+            found[-1 - len(found), 0] = name, x
+        runs[name] += 1
+    return found
+
+
+def _token_masks(masks: Sequence[tuple[str, Tensor | None]], anatomy: Anatomy) -> dict[tuple[str, str], Tensor]:
+    """For the queries and the keys of each attention module, which tokens are real (batch, tokens), if a mask tells.
+
+    A token that no query may attend to is padding. The queries of cross-attention are those of the self-attention
+    before it.
+    """
+    cross = {a.name for a in anatomy.attentions if a.cross}
+    found: dict[tuple[str, str], Tensor] = {}
+    queries: Tensor | None = None
+    for name, mask in masks:
+        seen = None if mask is None else mask if mask.dtype == torch.bool else mask > -1e4
+        keys = None if seen is None else seen.any(-2).any(1)
+        queries = queries if name in cross else keys
+        for side, real in (("queries", queries), ("keys", keys)):
+            if real is not None:
+                found[name, side] = real
+    return found
+
+
+def _points(distill: Distill, student: Anatomy, teacher: Anatomy) -> Iterator[tuple[str, tuple[Point, ...]]]:
+    """Layer-wise terms and the points that each compares."""
+    for term in distill.layerwise:
+        if term == "hidden":
+            yield term, ("embedding", "hidden")
+        elif term == "map" and distill.map_temperature != 1:
+            yield term, ("score",)
+        elif term == "output":
+            points = [_attention_output(a) for a in (student, teacher)]
+            if points[0] != points[1]:
+                raise ModelError("term output: one of student and teacher is post-norm, the other is not")
+            yield term, (points[0],)
+        else:
+            yield term, (POINT_OF[term],)
+
+
+def _attention_output(anatomy: Anatomy) -> Point:
+    """Where Y is: the norm of X + AO if that is what a block's first norm gives (post-norm), else the sum itself."""
+    for attention in anatomy.attentions:
+        if not attention.norm_reads_residual:
+            raise ModelError(
+                f"{attention.name} has no sum of its output and its input before a norm, so there is no term output; "
+                "use self_output"
+            )
+    post_norm = all(b.norms and b.norms[0] == b.attentions[0].norm for b in anatomy.blocks)
+    return "norm" if post_norm else "residual"

@@ -1,0 +1,91 @@
+"""Distillation losses [KD], [TI]: functions of a student's tensor, a teacher's, and what of them is not padding.
+
+Each is a mean over what is valid of a sample, then over samples: more padding, or other company in the batch, changes
+nothing. rows, keys: (batch, tokens), True where a token is real; None if all are. Everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TINY = 1e-8  # probabilities are clamped here, as in the published code of [KD]
+
+
+def prediction_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, rows: Tensor | None = None) -> Tensor:
+    """Soft cross-entropy -Σ p_T log p_S of logits (batch, classes), or (batch, tokens, classes) of real tokens.
+
+    temperature: of both softmaxes; the result is multiplied by its square, which keeps the size of the gradients.
+    """
+    soft, hard = F.log_softmax(student.float() / temperature, -1), F.softmax(teacher.float() / temperature, -1)
+    return _mean_of_samples(-(hard * soft).sum(-1), rows) * temperature**2
+
+
+def squared_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Mean squared error of (batch, tokens, …), over real tokens; of logits (batch, outputs) for regression."""
+    error = (student.float() - teacher.float()).square()
+    return _mean_of_samples(error.flatten(2).mean(-1) if error.dim() > 2 else error, rows)
+
+
+def score_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
+    """TernaryBERT's: squared error of attention scores (batch, heads, queries, keys), masked entries left out.
+
+    rows: real queries. Where a score is -100 or less, the mask has put it there.
+    """
+    seen = student > -1e2
+    if rows is not None:
+        seen = seen & rows[:, None, :, None]
+    error = torch.where(seen, student.float() - teacher.float(), 0.0).square()
+    return (error.sum((1, 2, 3)) / seen.sum((1, 2, 3)).clamp(min=1)).mean()
+
+
+def published_score_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """The same as TernaryBERT's code has it: masked entries are zero in both and count in the mean."""
+    return F.mse_loss(torch.where(student > -1e2, student, 0.0), torch.where(teacher > -1e2, teacher, 0.0))
+
+
+def map_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
+    """KL(SA^T ‖ SA^S) of attention maps (batch, heads, queries, keys), mean over heads and real queries [KD eq. 5]."""
+    student, teacher = student.float().clamp(min=TINY), teacher.float()
+    divergence = (teacher * (teacher.clamp(min=TINY) / student).log()).sum(-1)
+    return _mean_of_samples(divergence.mean(1), rows)
+
+
+def map_loss_of_scores(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, rows: Tensor | None = None
+) -> Tensor:
+    """`map_loss` of softmax(AS/τ) from the scores; τ² times it tends to the score loss for large τ [KD, table 1]."""
+    student, teacher = (F.softmax(scores.float() / temperature, -1) for scores in (student, teacher))
+    return map_loss(student, teacher, rows) * temperature**2
+
+
+def relation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor | None = None,
+    relations: int | None = None,
+) -> Tensor:
+    """KL of softmax(VVᵀ/√d) between tokens, of values, queries or keys (batch, heads, tokens, head dim) (MiniLMv2).
+
+    relations: into how many the concatenated heads are split, the student's heads by default; the teacher may have
+    other numbers of heads and other widths.
+    """
+    relations = relations or student.shape[1]
+
+    def relation(x: Tensor) -> Tensor:
+        x = x.float().transpose(1, 2).flatten(2).unflatten(-1, (relations, -1)).transpose(1, 2)
+        scores = x @ x.mT * x.shape[-1] ** -0.5
+        if rows is not None:
+            scores = scores.masked_fill(~rows[:, None, None, :], torch.finfo(scores.dtype).min)
+        return F.softmax(scores, -1)
+
+    return map_loss(relation(student), relation(teacher), rows)
+
+
+def _mean_of_samples(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Of (batch, tokens) or (batch): the mean over real tokens of each sample, then over samples."""
+    if rows is None or values.dim() == 1:
+        return values.mean()
+    valid = rows.to(values.dtype)
+    return ((values * valid).sum(1) / valid.sum(1).clamp(min=1)).mean()

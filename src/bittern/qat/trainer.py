@@ -1,0 +1,97 @@
+"""A transformers Trainer whose loss is what a student learns from its teacher; everything else is the Trainer's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer
+
+from bittern.anatomy import read_anatomy
+from bittern.deploy.checkpoint import mark_simulated
+from bittern.errors import InputError, ModelError
+from bittern.layers import as_float, is_simulated
+from bittern.qat.distill import Distill, Lesson, balanced
+
+
+class QATTrainer(Trainer):  # type: ignore[misc]
+    """Trains a simulated model (see `simulate`) with a teacher.
+
+    teacher: a float model, kept outside of the student and of everything that is saved; None for the labels alone.
+    distill: what is learned from it. Everything else is as in `transformers.Trainer`; the terms of the loss are logged
+    beside it. Raises ModelError when a term is no longer finite: the checkpoints before it stay.
+    """
+
+    loss_is_scaled_for_ga = False  # a batch's loss is a mean; the Trainer divides by the accumulation steps
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *args: Any,
+        teacher: PreTrainedModel | None = None,
+        distill: Distill | None = None,
+        **options: Any,
+    ):
+        if not is_simulated(model):
+            raise ModelError("the student is not simulated; call simulate(model, recipe) before training")
+        distill = distill or Distill()
+        checkpointing = options.get("args") and options["args"].gradient_checkpointing
+        if checkpointing and (options["args"].gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise InputError("reentrant activation checkpointing loses gradients of the terms; set use_reentrant=False")
+        with as_float(model):
+            anatomy = read_anatomy(model)
+        self.lesson = Lesson(distill, model, anatomy, teacher, None if teacher is None else read_anatomy(teacher))
+        super().__init__(mark_simulated(model), *args, **options)
+        if self.args.n_gpu > 1:
+            raise InputError("DataParallel cannot record inside its replicas; start one process per GPU with torchrun")
+        if teacher is not None:
+            teacher.to(self.args.device)
+        self._sums: Counter[str] = Counter()
+        self._count = 0
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        out, terms = self.lesson.forward(model, inputs)
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        means = dict(zip(terms, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+        for name, mean in means.items():
+            if not torch.isfinite(torch.tensor(mean)):
+                raise ModelError(f"step {self.state.global_step + 1}: {self._diverged(name)}")
+        self._sums.update(means)
+        self._count += 1
+        loss = balanced(terms, self.lesson.distill, means)
+        return (loss, out) if return_outputs else loss
+
+    def _diverged(self, term: str) -> str:
+        damaged = next((n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()), None)
+        where = f"weight {damaged} holds NaN or infinite values" if damaged else "all weights are finite still"
+        saved = sorted(Path(self.args.output_dir).glob("checkpoint-*"))
+        kept = f"; the checkpoints up to {saved[-1].name} are kept" if saved else ""
+        return f"the term {term} is not finite, and {where}; lower the learning rate or look at the data{kept}"
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        if self._count and "loss" in logs:
+            logs |= {f"loss_{name}": total / self._count for name, total in self._sums.items()}
+            self._sums, self._count = Counter(), 0
+        super().log(logs, *args, **options)
+
+    # transformers 5.23 loads checkpoints by raw names and drops what it does not know (its issue 43701): the weights of
+    # every model that is renamed on disk.
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        _load_state(self.model if model is None else self.accelerator.unwrap_model(model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        _load_state(self.model, self.state.best_model_checkpoint)
+
+
+def _load_state(model: PreTrainedModel, folder: str) -> None:
+    """Weights and scales of a checkpoint, read as `from_pretrained` reads them."""
+    saved = type(model).from_pretrained(folder, dtype=torch.float32)
+    state: dict[str, Tensor] = saved.state_dict()
+    model.load_state_dict(state, strict=True)

@@ -1,0 +1,300 @@
+"""The trainer: what a step learns, and that processes, accumulation, crashes and checkpoints change nothing."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+
+from bittern import load, read_anatomy, save, simulate
+from bittern.errors import InputError, ModelError
+from bittern.qat.distill import Distill, Lesson, balanced, parse_distill
+from bittern.qat.trainer import QATTrainer
+from families import SUPPORTED, TEXT
+from helpers import outputs, refused, same
+
+SCRIPT = Path(__file__).parent / "distributed_training.py"
+ALL_TERMS = "prediction,hidden,score,map,self_output,context,value_relation,query_relation,key_relation"
+FAMILIES = ("bert", "albert", "vit", "swin", "gpt2", "llama", "t5", "bart", "detr", "gemma2", "dinov2", "modernbert")
+
+
+def run(*options: str, processes: int = 1, killed: bool = False) -> dict[str, Any]:
+    """The script in one process or several; what it printed."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if killed:
+        assert done.returncode == -9, done.stderr
+        return {}
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def close(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    pairs = [(x[k], y[k]) for x, y in zip(a["losses"], b["losses"], strict=True) for k in x]
+    return all(x == pytest.approx(y, rel=1e-4) for x, y in [*pairs, (a["norm"], b["norm"])])
+
+
+@pytest.mark.parametrize("balance", ["fixed", "auto"])
+def test_processes(tmp_path: Path, balance: str) -> None:
+    """Two processes with half of each batch have the losses and weights of one process with the whole."""
+    one = run("--out", str(tmp_path / "one"), "--balance", balance)
+    two = run("--out", str(tmp_path / "two"), "--batch", "4", "--balance", balance, processes=2)
+    assert (one["world"], two["world"]) == (1, 2)
+    assert len(one["losses"]) == 6
+    assert close(one, two)
+
+
+def test_accumulation(tmp_path: Path) -> None:
+    """Two half batches make the step of a whole one, and so does activation checkpointing."""
+    one = run("--out", str(tmp_path / "one"), "--balance", "fixed")
+    two = run("--out", str(tmp_path / "two"), "--balance", "fixed", "--batch", "4", "--accumulate", "2")
+    three = run("--out", str(tmp_path / "three"), "--balance", "fixed", "--checkpointing")
+    assert one["norm"] == pytest.approx(two["norm"], rel=1e-5)
+    assert close(one, three)
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_crash(tmp_path: Path, family: str) -> None:
+    """Killed in training and resumed, with dropout, the run ends with the very bits of one that was not."""
+    options = ("--family", family, "--dropout")
+    whole = run(*options, "--out", str(tmp_path / "whole"))
+    run(*options, "--out", str(tmp_path / "crashed"), "--kill", "3", killed=True)
+    resumed = run(*options, "--out", str(tmp_path / "crashed"), "--resume")
+    assert resumed["losses"] == whole["losses"]
+    assert (resumed["norm"], resumed["digest"]) == (whole["norm"], whole["digest"])
+
+
+# What a step learns
+
+
+def pair(family: str, recipe: str = "ternary-2-2-8") -> tuple[hf.PreTrainedModel, hf.PreTrainedModel, dict[str, Any]]:
+    """Student, teacher and a batch."""
+    teacher, batch = SUPPORTED[family]()
+    student = copy.deepcopy(teacher)
+    simulate(student, recipe, batch)
+    return student, teacher, batch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str) -> None:
+    """All terms are finite on every kind of model, and reach every quantized weight that the batch uses in a block."""
+    student, teacher, batch = pair(family)
+    lesson = Lesson(parse_distill(ALL_TERMS), student, read_anatomy(teacher, batch), teacher)
+    if family == "detr":
+        batch = {k: v for k, v in batch.items() if k != "labels"}
+    _, terms = lesson.forward(student, batch)
+    assert set(terms) == set(ALL_TERMS.split(","))
+    assert all(torch.isfinite(term) and term > 0 for term in terms.values()), terms
+    balanced(terms, lesson.distill).backward()
+    in_blocks = [n for n, role in lesson.anatomy.roles.items() if role in ("qkv", "attention_output", "ffn")]
+    learning = [student.get_submodule(name) for name in in_blocks]
+    assert learning
+    assert all(m.weight.grad is not None and torch.isfinite(m.weight.grad).all() for m in learning)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "llama", "t5"])
+def test_equal(family: str) -> None:
+    """A student that computes what its teacher does has no layer-wise loss."""
+    teacher, batch = SUPPORTED[family]()
+    student = copy.deepcopy(teacher)
+    anatomy = read_anatomy(teacher, batch)
+    terms = ALL_TERMS + ",output"
+    _, found = Lesson(parse_distill(terms), student, anatomy, teacher).forward(student, batch)
+    assert all(value < 1e-6 for name, value in found.items() if name != "prediction"), found
+
+
+def test_against_output_attentions() -> None:
+    """Terms of BERT are those computed from the outputs that transformers itself gives, padding left out."""
+    student, teacher, batch = pair("bert")
+    with torch.no_grad():
+        _, terms = Lesson(parse_distill("hidden,map"), student, read_anatomy(teacher, batch), teacher).forward(
+            student, batch
+        )
+        a, b = (m(**batch, output_hidden_states=True, output_attentions=True) for m in (student, teacher))
+    length = batch["attention_mask"].sum(1).tolist()
+    hidden = sum(
+        torch.stack([F.mse_loss(x[i, :n], y[i, :n]) for i, n in enumerate(length)]).mean()
+        for x, y in zip(a.hidden_states, b.hidden_states, strict=True)
+    )
+    maps = sum(
+        torch.stack([
+            F.kl_div(x[i, :, :n, :n].log(), y[i, :, :n, :n], reduction="none").sum(-1).mean()
+            for i, n in enumerate(length)
+        ]).mean()
+        for x, y in zip(a.attentions, b.attentions, strict=True)
+    )  # fmt: skip
+    torch.testing.assert_close(terms["hidden"], hidden, rtol=1e-5, atol=0)
+    torch.testing.assert_close(terms["map"], maps, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_padding(family: str) -> None:
+    """More padding changes no term."""
+    student, teacher, batch = pair(family, "w8a8")
+    anatomy = read_anatomy(teacher, batch)
+    from bittern import calibrate
+
+    calibrate(student, [batch])
+    lesson = Lesson(parse_distill(ALL_TERMS), student, anatomy, teacher)
+    if family == "t5":
+        batch["decoder_attention_mask"] = torch.ones_like(batch["decoder_input_ids"])
+    if family in ("gpt2", "llama"):
+        batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
+    more = {k: F.pad(v, (0, 5), value=-100 if k == "labels" else 0) for k, v in batch.items()}
+    if family == "t5":
+        del more["decoder_attention_mask"], more["decoder_input_ids"], batch["decoder_attention_mask"]
+        more["decoder_input_ids"] = batch["decoder_input_ids"]
+    with torch.no_grad():
+        plain, padded = (lesson.forward(student, b)[1] for b in (batch, more))
+    for name in plain:
+        torch.testing.assert_close(padded[name], plain[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_layers() -> None:
+    """Single layers add up to all layers; hidden states are always all of them."""
+    student, teacher, batch = pair("bert")
+    anatomy = read_anatomy(teacher, batch)
+
+    def terms(layers: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+        distill = parse_distill("map,output,hidden", layers=layers)
+        with torch.no_grad():
+            return Lesson(distill, student, anatomy, teacher).forward(student, batch)[1]
+
+    every, first, last = terms(None), terms((0,)), terms((-1,))
+    for name in ("map", "output"):
+        torch.testing.assert_close(first[name] + last[name], every[name])
+        assert first[name] != last[name]
+    assert first["hidden"] == every["hidden"]
+    with refused(InputError, "block 7", "blocks 0 to 1"):
+        terms((7,))
+
+
+def test_mapping() -> None:
+    """A student of fewer blocks is refused, and served with a mapping."""
+    teacher, batch = SUPPORTED["bert"]()
+    torch.manual_seed(1)
+    short = hf.BertForSequenceClassification(hf.BertConfig(**(TEXT | {"num_hidden_layers": 1}), num_labels=3)).eval()
+    anatomies = read_anatomy(short, batch), read_anatomy(teacher, batch)
+    with refused(ModelError, "1 blocks", "2", "mapping"):
+        Lesson(parse_distill("map"), short, anatomies[0], teacher, anatomies[1])
+    lesson = Lesson(parse_distill("map,hidden", mapping={0: 1}), short, anatomies[0], teacher, anatomies[1])
+    _, terms = lesson.forward(short, batch)
+    with torch.no_grad():
+        x, y = (m(**batch, output_hidden_states=True).hidden_states for m in (short, teacher))
+    n = batch["attention_mask"].sum(1).tolist()
+    expected = sum(
+        torch.stack([F.mse_loss(a[i, :k], b[i, :k]) for i, k in enumerate(n)]).mean()
+        for a, b in ((x[0], y[0]), (x[1], y[2]))
+    )
+    torch.testing.assert_close(terms["hidden"].detach(), expected, rtol=1e-5, atol=0)
+    with refused(InputError, "block 5 of the teacher", "0 to 1"):
+        Lesson(parse_distill("map", mapping={0: 5}), short, anatomies[0], teacher, anatomies[1])
+
+
+def test_balance() -> None:
+    """Balanced terms count by their weights, in whatever units they are; fixed ones as they are."""
+    terms = {"map": torch.tensor(4.0, requires_grad=True), "output": torch.tensor(0.01, requires_grad=True)}
+    weights = {"map": 0.3, "output": 0.7}
+    loss = balanced(terms, Distill(weights, balance="auto"))
+    assert loss.item() == pytest.approx(1)
+    loss.backward()
+    assert [t.grad.item() * t.item() for t in terms.values()] == pytest.approx([0.3, 0.7])
+    assert balanced(terms, Distill(weights, balance="fixed")).item() == pytest.approx(0.3 * 4 + 0.7 * 0.01)
+
+
+# Checkpoints, and what is refused
+
+
+def trainer(folder: Path, family: str = "bert", distill: Distill | None = None, **arguments: Any) -> QATTrainer:
+    student, teacher, batch = pair(family)
+    rows = [{k: v[i % 2] for k, v in batch.items()} | {"labels": torch.tensor(i % 3)} for i in range(8)]
+    settings: dict[str, Any] = {
+        "max_steps": 2, "per_device_train_batch_size": 4, "report_to": [], "disable_tqdm": True, "use_cpu": True,
+        "save_strategy": "no", "learning_rate": 1e-3,
+    }  # fmt: skip
+    falling = iter(range(9, 0, -1))  # the first checkpoint is the best
+    return QATTrainer(
+        student, hf.TrainingArguments(str(folder), **settings | arguments), train_dataset=rows, eval_dataset=rows,
+        teacher=teacher, distill=distill, compute_metrics=lambda _: {"falling": next(falling)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_checkpoint(tmp_path: Path, family: str) -> None:
+    """A checkpoint of the trainer is a simulated model that loads by itself; nothing of the teacher is in it."""
+    running = trainer(tmp_path / "run", family, save_strategy="steps", save_steps=2)
+    running.train()
+    _, batch = SUPPORTED[family]()
+    running.model.eval()
+    loaded = load(tmp_path / "run" / "checkpoint-2")
+    assert same(outputs(loaded, batch), outputs(running.model, batch))
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in running.model.parameters())
+    assert not any("teacher" in name for name in running.model.state_dict())
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_best(tmp_path: Path, family: str) -> None:
+    """The best checkpoint is loaded at the end, weights and all."""
+    running = trainer(
+        tmp_path / "run", family, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        max_steps=3, load_best_model_at_end=True, metric_for_best_model="falling",
+    )  # fmt: skip
+    running.train()
+    best = load(running.state.best_model_checkpoint)
+    _, batch = SUPPORTED[family]()
+    assert running.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert same(outputs(best, batch), outputs(running.model.eval(), batch))
+
+
+def test_not_finite(tmp_path: Path) -> None:
+    """A loss that is no longer finite stops the run, with the step, the term and the weight."""
+    running = trainer(tmp_path / "run")
+    with torch.no_grad():
+        running.model.bert.encoder.layer[1].output.dense.weight[0, 0] = torch.nan
+    with refused(ModelError, "step 1", "layer.1.output.dense.weight", "learning rate"):
+        running.train()
+
+
+def test_refused(tmp_path: Path) -> None:
+    """A student that is not simulated, terms that do not exist, other widths: refused in one line."""
+    teacher, batch = SUPPORTED["bert"]()
+    args = hf.TrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True)
+    with refused(ModelError, "not simulated"):
+        QATTrainer(copy.deepcopy(teacher), args, teacher=teacher)
+    with refused(InputError, "'maps'", "did you mean map?"):
+        parse_distill("maps")
+    with refused(InputError, "map=x", "map=0.5"):
+        parse_distill("map=x")
+    with refused(InputError, "weight -1"):
+        parse_distill("map=-1")
+    with refused(InputError, "nothing to learn"):
+        parse_distill("")
+    with refused(InputError, "need a teacher"):
+        Lesson(parse_distill("map"), teacher, read_anatomy(teacher, batch))
+    torch.manual_seed(0)
+    wide = hf.BertForSequenceClassification(hf.BertConfig(**(TEXT | {"hidden_size": 64}), num_labels=3)).eval()
+    lesson = Lesson(parse_distill("hidden"), copy.deepcopy(teacher), read_anatomy(teacher, batch), wide)
+    with refused(ModelError, "hidden", "(2, 12, 32)", "(2, 12, 64)"):
+        lesson.forward(lesson.student, batch)
+
+
+def test_saved_student(tmp_path: Path) -> None:
+    """What was trained packs and loads like any simulated model."""
+    from bittern import pack
+
+    running = trainer(tmp_path / "run")
+    running.train()
+    _, batch = SUPPORTED["bert"]()
+    student = running.model.eval()
+    expected = outputs(student, batch)
+    save(pack(student), tmp_path / "packed")
+    assert same(outputs(load(tmp_path / "packed"), batch), expected)
