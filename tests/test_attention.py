@@ -354,7 +354,7 @@ def test_deep_copy() -> None:
         assert all(len(x) == (1 if p == "embedding" else 2) for p, x in of_copy.items())
         assert not any(of_model.values())
         expected = logits(model, batch)
-    assert all(len(of_copy[point]) == len(of_model[point]) == 2 for point in POINTS)
+    assert all(len(of_copy[p]) == len(of_model[p]) == (1 if p == "embedding" else 2) for p in POINTS)
     assert not any(torch.equal(*pair) for point in POINTS for pair in zip(of_copy[point], of_model[point], strict=True))
     replace(copy, {(anatomy.attentions[0].name, "hidden"): of_model["hidden"][0]})
     assert torch.equal(logits(model, batch), expected)
