@@ -50,7 +50,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {name: x[i] for name, x in self.inputs.items()} | {"labels": self.labels[i]}
 
 
-class Kill(hf.TrainerCallback):  # type: ignore[misc]
+class Kill(hf.TrainerCallback):
     """kill -9 after a step."""
 
     def __init__(self, step: int):
@@ -105,7 +105,10 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=True if options.resume else None)
     if trainer.is_world_process_zero():
         weights = torch.cat([p.detach().flatten().double() for p in student.parameters()])
-        logs = [{k: v for k, v in entry.items() if k.startswith("loss")} for entry in trainer.state.log_history]
+        logs = [
+            {k: v for k, v in entry.items() if k.startswith("loss") or k == "grad_norm"}
+            for entry in trainer.state.log_history
+        ]
         print(json.dumps({
             "world": trainer.args.world_size, "losses": [entry for entry in logs if entry],
             "norm": weights.norm().item(), "digest": weights.sum().item(),

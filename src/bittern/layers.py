@@ -64,7 +64,7 @@ class QuantLinear(QuantLayer, nn.Linear):
         return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
-class QuantConv1D(QuantLayer, Conv1D):  # type: ignore[misc]
+class QuantConv1D(QuantLayer, Conv1D):
     """GPT-2's linear layer, whose weight is stored (in, out)."""
 
     bias: Tensor

@@ -41,7 +41,7 @@ INDEX = "format_index"
 
 
 @register_quantization_config(METHOD)
-class BitternConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class BitternConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json. state: `packed` or `simulated`; formats: the table of all that are used."""
 
     def __init__(
@@ -125,7 +125,7 @@ def module_formats(model: nn.Module) -> Iterator[tuple[str, Rule]]:
 
 
 @register_quantizer(METHOD)
-class BitternQuantizer(HfQuantizer):  # type: ignore[misc]
+class BitternQuantizer(HfQuantizer):
     """Rebuilds quantized modules from what the checkpoint itself holds; no module names in config.json."""
 
     requires_calibration = True

@@ -133,7 +133,7 @@ class PackedLinear(PackedLayer, nn.Linear):
         return F.linear(self.quantized_input(input), self.unpacked(), self.bias)
 
 
-class PackedConv1D(PackedLayer, Conv1D):  # type: ignore[misc]
+class PackedConv1D(PackedLayer, Conv1D):
     bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -14,11 +14,11 @@ from bittern.errors import ModelError
 from bittern.layers import QuantLayer, weight_matrix
 from bittern.ptq.capture import Heads
 from bittern.ptq.methods import Method
+from bittern.ptq.operands import Fold, Operand, Weight, is_news, searchable
 from bittern.ptq.product import Product
 from bittern.ptq.ranking import ranking_penalty
-from bittern.ptq.search import Scale, Space, random_rows, scales, search_left, search_right, search_weight
-from bittern.quantizers import FakeQuant, fake_quantize, find_scale
-from bittern.recipe import Format
+from bittern.ptq.search import Scale, Space, random_rows, search_left, search_right, search_weight
+from bittern.quantizers import FakeQuant, fake_quantize
 
 FOLD_ROWS = 1024  # on which folds are compared
 
@@ -39,147 +39,13 @@ class Solved:
     folded: bool = False  # whether ranges of channels moved from the input into the weight
 
 
-def searchable(quantizer: FakeQuant | None) -> bool:
-    """Whether there is a static scale to choose; ternary and binary ones have closed forms."""
-    if quantizer is None:
-        return False
-    return quantizer.format.range == "static" and quantizer.format.kind not in ("ternary", "binary")
-
-
-def _news(side: _Operand | _Weight, *others: object) -> bool:
-    """Whether a side has to be searched: not if all it depends on is as it was when it was searched last."""
-    new = side.searched_for != others
-    side.searched_for = others
-    return new
-
-
-class _Operand:
-    """An element-wise operand of products: its values, present scale, and the candidates."""
-
-    def __init__(self, x: Tensor, quantizer: FakeQuant | None, method: Method):
-        self.x, self.quantizer = x, quantizer
-        self.fixed = not searchable(quantizer)
-        self.ends: tuple[int, int] | None = None  # the factors of both extremes, among the candidates
-        self.searched_for: tuple[object, ...] = ()
-        self.scale: Scale = (torch.ones(()), None)
-        if not self.fixed:
-            assert quantizer is not None
-            # one scale per head is found head by head, where it serves a tensor
-            self.format = quantizer.format.model_copy(update={"granularity": "tensor"})
-            self.extremes = x.aminmax()
-            self.largest = scales(*self.extremes, self.format, torch.ones(1, device=x.device))[0]
-            self.scale = method.activation_clip(x, self.format)
-            if method.space is not None:
-                self.factors = method.space.factors(self.format).to(x.device)
-            low, high = self.extremes
-            self.two_ended = (
-                method.space is not None and method.space.ends and self.format.scheme == "asymmetric" and low < 0 < high
-            )
-
-    def quantized(self, scale: Scale | None = None) -> Tensor:
-        if self.quantizer is None:
-            return self.x
-        if self.fixed:
-            return fake_quantize(self.x, self.quantizer.format)
-        return fake_quantize(self.x, self.format, *(scale or self.scale))
-
-    def search(self, best: Callable[[list[Scale], int | None], int]) -> bool:
-        """Take the best candidates for both extremes by one factor, then for each alone; whether any is another.
-
-        best: index of the best of some scales, given that of the present one.
-        """
-        before, count = self.ends, len(self.factors)
-        if self.ends is None or not self.two_ended:
-            index = best(scales(*self.extremes, self.format, self.factors), self.ends and self.ends[0])
-            self.ends = index, index
-        for end in (1, 0) if self.two_ended else ():
-            pairs = self.factors[torch.tensor([self.ends] * count, device=self.factors.device)]
-            pairs[:, end] = self.factors
-            index = best(scales(*self.extremes, self.format, pairs), self.ends[end])
-            self.ends = (index, self.ends[1]) if end == 0 else (self.ends[0], index)
-        self.scale = scales(*self.extremes, self.format, self.factors[list(self.ends)][None])[0]
-        return self.ends != before
-
-    @property
-    def state(self) -> tuple[float, ...]:
-        return tuple(float(t) for t in self.scale if t is not None)
-
-    @property
-    def ratio(self) -> float:
-        return float(self.scale[0] / self.largest[0])
-
-
-class _Weight:
-    """A layer's weight, what stands for it, and its product with the float inputs.
-
-    fold: (r, t), if the layer reads (x + t)/r in place of x; its weight is then W·r and its bias b - W·t.
-    """
-
-    def __init__(self, name: str, layer: QuantLayer, tied: bool, x: Tensor, sample: Tensor, method: Method, fold: Fold):
-        self.name, self.layer = name, layer
-        weight = weight_matrix(layer).detach().float()
-        self.float = (weight if fold is None else weight * fold[0]).contiguous()
-        shift = weight @ fold[1] if fold is not None and layer.bias is not None else None
-        space = method.space or Space()
-        self.product = Product(x, self.float.T, sample, space.objective, shift=shift, slack=space.slack)
-        self.mean = self.product.out.mean(0, dtype=torch.float64)
-        self.factor: Tensor | None = None
-        self.searched_for: tuple[object, ...] = ()
-        self.rounded = False
-        quantizer = layer.weight_quantizer
-        self.fixed = tied or not searchable(quantizer)
-        if quantizer is None:
-            self.values = self.float
-        elif self.fixed:
-            self.values = fake_quantize(self.float, quantizer.format, quantizer.scale, quantizer.offset)
-        else:
-            self.format: Format = quantizer.format
-            self.largest = find_scale(self.float, self.format, f"{name}.weight")
-            self.scale = method.weight_clip(self.float, self.format)
-            self.values = fake_quantize(self.float, self.format, *self.scale)
-
-    def take(self, factor: Tensor) -> bool:
-        # Of many rows a few may go to and fro for ever between candidates that are equally good.
-        changed = self.factor is None or bool((factor != self.factor).float().mean() > 0.01)
-        offset = self.largest[1]
-        self.factor, self.scale = factor, (self.largest[0] * factor, None if offset is None else offset * factor)
-        self.values = fake_quantize(self.float, self.format, *self.scale)
-        return changed
-
-    @property
-    def state(self) -> tuple[float, float]:
-        """What tells present scales and shift from others."""
-        shift = self.product.shift
-        scale = 0.0 if self.fixed else float(self.scale[0].double().sum())
-        return scale, 0.0 if shift is None else float(shift.double().sum())
-
-    @property
-    def ratio(self) -> float:
-        scale, largest = self.scale[0], self.largest[0]
-        if largest.dim() == 3 and scale.dim() == 2:  # Bit-Split has one scale per row in place of its groups
-            largest = largest.mean(1)
-        return float((scale / largest).mean())
-
-    def loss(self, inputs: Tensor, values: Tensor | None = None) -> float:
-        return self.product.loss(inputs.__getitem__, (self.values if values is None else values).T)
-
-    def correct(self, inputs: Tensor) -> None:
-        """[VT eq. 16] in closed form: the mean output error, which the bias takes away, from mean inputs."""
-        if self.layer.bias is not None:
-            mean = inputs.mean(0, dtype=torch.float64)
-            self.product.shift = (self.values.double() @ mean - self.mean).float()
-
-
-Fold = tuple[Tensor, Tensor] | None  # r and t of (x + t)/r, for each channel
-
-
 @dataclass
 class _Group:
     """Layers that read the same input, solved with one fold."""
 
     fold: Fold
-    weights: list[_Weight]
-    operand: _Operand
+    weights: list[Weight]
+    operand: Operand
     before: list[float]
     after: list[float]
     rounds: int
@@ -264,19 +130,19 @@ def _solve_group(
 ) -> _Group:
     if fold is not None:
         x = (x + fold[1]) / fold[0]
-    weights = [_Weight(name, layer, name in tied, x, sample, method, fold) for name, layer in layers.items()]
+    weights = [Weight(name, layer, name in tied, x, sample, method, fold) for name, layer in layers.items()]
     quantizers = [layer.input_quantizer for layer in layers.values()]
-    operand = _Operand(x, next((q for q in quantizers if searchable(q)), quantizers[0]), method)
+    operand = Operand(x, next((q for q in quantizers if searchable(q)), quantizers[0]), method)
     inputs = operand.quantized(None if operand.fixed else operand.largest)
     before = [w.loss(inputs, w.values if w.fixed else fake_quantize(w.float, w.format, *w.largest)) for w in weights]
     inputs, rounds, seen = operand.quantized(), 0, set[tuple[object, ...]]()
     while method.space is not None and rounds < method.space.rounds:
         rounds, changed = rounds + 1, False
         for w in weights:
-            if not w.fixed and _news(w, operand.state, w.state[1]):
+            if not w.fixed and is_news(w, operand.state, w.state[1]):
                 factors = method.space.factors(w.format).to(x.device)
                 changed |= w.take(search_weight(w.format, w.largest, factors, w.product, inputs, w.factor))
-        if not operand.fixed and _news(operand, *(w.state for w in weights)):
+        if not operand.fixed and is_news(operand, *(w.state for w in weights)):
             products = [(w.product, w.values.T) for w in weights]
             changed |= operand.search(partial(search_left, x, operand.format, products))
             inputs = operand.quantized()
@@ -299,7 +165,7 @@ def _solve_group(
     return _Group(fold, weights, operand, before, [w.loss(inputs) for w in weights], rounds)
 
 
-def _set(w: _Weight, operand: _Operand, fold: Fold) -> None:
+def _set(w: Weight, operand: Operand, fold: Fold) -> None:
     layer = w.layer
     if not w.fixed:
         assert layer.weight_quantizer is not None
@@ -366,11 +232,11 @@ def _solve_product(
     right: Tensor,
     heads: Heads,
     method: Method,
-) -> tuple[Solved, tuple[_Operand, _Operand]]:
+) -> tuple[Solved, tuple[Operand, Operand]]:
     """left (items, heads, rows, inner), right (items, heads, keys, ·): Q and K, or map and V."""
     scores = names[0] == "query"
     count = left.shape[1]
-    a, b = (_Operand(x.flatten(0, 1), q, method) for x, q in zip((left, right), quantizers, strict=True))
+    a, b = (Operand(x.flatten(0, 1), q, method) for x, q in zip((left, right), quantizers, strict=True))
 
     def matrix(x: Tensor) -> Tensor:
         return x.mT if scores else x
@@ -386,16 +252,16 @@ def _solve_product(
     if scores and method.ranking:
         penalty = ranking_penalty(product, rows, keys, method.ranking, method.margin)
 
-    def extremes(operand: _Operand) -> Tensor:
+    def extremes(operand: Operand) -> Tensor:
         return operand.quantized(None if operand.fixed else operand.largest)
 
     before, rounds = product.loss(extremes(a).__getitem__, matrix(extremes(b))), 0
     while method.space is not None and rounds < method.space.rounds:
         rounds, changed = rounds + 1, False
-        if not a.fixed and _news(a, b.state):
+        if not a.fixed and is_news(a, b.state):
             sides = [(product, matrix(b.quantized()))]
             changed |= a.search(partial(search_left, a.x, a.format, sides, penalty=penalty))
-        if not b.fixed and _news(b, a.state):
+        if not b.fixed and is_news(b, a.state):
             left = a.quantized()
             changed |= b.search(partial(search_right, matrix(b.x), b.format, product, left, penalty=penalty))
         if not changed:

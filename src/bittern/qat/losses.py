@@ -1,7 +1,7 @@
 """Distillation losses [KD], [TI]: functions of a student's tensor, a teacher's, and what of them is not padding.
 
 Each is a mean over what is valid of a sample, then over samples: more padding, or other company in the batch, changes
-nothing. rows, keys: (batch, tokens), True where a token is real; None if all are. Everything is computed in float32.
+nothing. rows: (batch, tokens), True where a token is real; None if all are. Everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -40,11 +40,6 @@ def score_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> 
     return (error.sum((1, 2, 3)) / seen.sum((1, 2, 3)).clamp(min=1)).mean()
 
 
-def published_score_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """The same as TernaryBERT's code has it: masked entries are zero in both and count in the mean."""
-    return F.mse_loss(torch.where(student > -1e2, student, 0.0), torch.where(teacher > -1e2, teacher, 0.0))
-
-
 def map_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
     """KL(SA^T ‖ SA^S) of attention maps (batch, heads, queries, keys), mean over heads and real queries [KD eq. 5]."""
     student, teacher = student.float().clamp(min=TINY), teacher.float()
@@ -55,7 +50,7 @@ def map_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Te
 def map_loss_of_scores(
     student: Tensor, teacher: Tensor, temperature: float = 1.0, rows: Tensor | None = None
 ) -> Tensor:
-    """`map_loss` of softmax(AS/τ) from the scores; τ² times it tends to the score loss for large τ [KD, table 1]."""
+    """τ² · `map_loss` of softmax(AS/τ); for large τ half the variance over keys of what scores differ [KD, table 1]."""
     student, teacher = (F.softmax(scores.float() / temperature, -1) for scores in (student, teacher))
     return map_loss(student, teacher, rows) * temperature**2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from bittern.anatomy import read_anatomy
 from bittern.deploy.checkpoint import mark_simulated
@@ -17,7 +19,7 @@ from bittern.layers import as_float, is_simulated
 from bittern.qat.distill import Distill, Lesson, balanced
 
 
-class QATTrainer(Trainer):  # type: ignore[misc]
+class QATTrainer(Trainer):
     """Trains a simulated model (see `simulate`) with a teacher.
 
     teacher: a float model, kept outside of the student and of everything that is saved; None for the labels alone.
@@ -38,13 +40,12 @@ class QATTrainer(Trainer):  # type: ignore[misc]
         if not is_simulated(model):
             raise ModelError("the student is not simulated; call simulate(model, recipe) before training")
         distill = distill or Distill()
-        checkpointing = options.get("args") and options["args"].gradient_checkpointing
-        if checkpointing and (options["args"].gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise InputError("reentrant activation checkpointing loses gradients of the terms; set use_reentrant=False")
         with as_float(model):
             anatomy = read_anatomy(model)
         self.lesson = Lesson(distill, model, anatomy, teacher, None if teacher is None else read_anatomy(teacher))
         super().__init__(mark_simulated(model), *args, **options)
+        if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise InputError("reentrant activation checkpointing loses gradients of the terms; set use_reentrant=False")
         if self.args.n_gpu > 1:
             raise InputError("DataParallel cannot record inside its replicas; start one process per GPU with torchrun")
         if teacher is not None:
@@ -61,7 +62,7 @@ class QATTrainer(Trainer):  # type: ignore[misc]
         values = torch.stack([term.detach().float() for term in terms.values()])
         means = dict(zip(terms, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         for name, mean in means.items():
-            if not torch.isfinite(torch.tensor(mean)):
+            if not math.isfinite(mean):
                 raise ModelError(f"step {self.state.global_step + 1}: {self._diverged(name)}")
         self._sums.update(means)
         self._count += 1
@@ -71,8 +72,9 @@ class QATTrainer(Trainer):  # type: ignore[misc]
     def _diverged(self, term: str) -> str:
         damaged = next((n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()), None)
         where = f"weight {damaged} holds NaN or infinite values" if damaged else "all weights are finite still"
-        saved = sorted(Path(self.args.output_dir).glob("checkpoint-*"))
-        kept = f"; the checkpoints up to {saved[-1].name} are kept" if saved else ""
+        folder = Path(self.args.output_dir)
+        last = get_last_checkpoint(folder) if folder.is_dir() else None
+        kept = f"; the checkpoints up to {Path(last).name} are kept" if last else ""
         return f"the term {term} is not finite, and {where}; lower the learning rate or look at the data{kept}"
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
