@@ -62,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / folder).mkdir()
         (place / folder / file).write_text(text)
     for file, text in (
-        BAD_RECIPES | {"own.yaml": OWN_RECIPE, "damaged.parquet": "PAR1, or so", "data.txt": ""}
+        BAD_RECIPES | {"own.yaml": OWN_RECIPE, "damaged.parquet": "PAR1, or so", "data.tsv": ""}
     ).items():
         (place / file).write_text(text)
     write_tables(place / "texts", text=TEXTS, label=LABELS)
@@ -241,7 +241,7 @@ BAD = {
     "no data": ("quantize vit -r w8a8 -o out --data nowhere", "'nowhere'", "a folder"),
     "no table": ("quantize bert -r w8a8 -o out --data nowhere/train.csv", "'nowhere/train.csv'", "a folder"),
     "no rows": ("quantize bert -r w8a8 -o out --data no-rows", "no-rows", "rows"),
-    "unknown kind of file": ("quantize bert -r w8a8 -o out --data data.txt", "data.txt is a .txt file", ".parquet"),
+    "unknown kind of file": ("quantize bert -r w8a8 -o out --data data.tsv", "data.tsv is a .tsv file", ".parquet"),
     "no such column": ("quantize bert -r w8a8 -o out --data renamed", "the columns words, kind", "--columns"),
     "static without data": ("quantize vit -r w8a8 -o out", "w8a8 has static activation scales", "--data"),
     "no recipe": ("quantize vit -r w8a9 -o out --data digits", "no recipe 'w8a9'", "w8a8", "YAML"),

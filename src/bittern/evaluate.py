@@ -1,26 +1,34 @@
-"""Task metrics: accuracy of classifiers, mAP of detectors, similarity of embeddings, and how far two models agree."""
+"""Task metrics: accuracy, F1 and MCC of classifiers, correlation of regressions, mAP of detectors, perplexity of
+language models, similarity of embeddings, and how far two models agree."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from bittern.data import Data, has_classes
+from bittern.data import Data, has_classes, is_language_model, is_regression
 from bittern.detection import has_boxes, mean_average_precision
 from bittern.errors import InputError
 
+HEADLINES = {"cola": "mcc", "mrpc": "f1", "qqp": "f1", "stsb": "pearson"}  # of GLUE; accuracy of the other tasks
+LOWER_IS_BETTER = ("perplexity", "max_difference")
+
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+def predict(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
     """Logits (samples, classes) of a classifier; for an encoder without head its sentence embeddings (samples, hidden).
 
-    Of a detector logits and then boxes of its queries, relative center and size: (samples, queries, logits + 4).
+    Of a detector logits and then boxes of its queries, relative center and size: (samples, queries, logits + 4). Of a
+    language model for each token but the first its negative log likelihood, and the token that was likeliest in its
+    place: (samples, tokens - 1, 2); blocks of tokens must be of one length.
     Embeddings are the mean of the last hidden states over what the mask does not cover, normalised to length 1.
     """
     training = model.training
@@ -35,18 +43,24 @@ def predict(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tensor
     return torch.cat(outputs)
 
 
-def _output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def _output(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     out = model(**batch)
     logits, boxes = out.get("logits"), out.get("pred_boxes")
     if logits is not None and boxes is not None:
         return torch.cat([logits, boxes], -1).float().cpu()
+    if logits is not None and logits.dim() == 3 and is_language_model(model):
+        loss = F.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none"
+        )
+        likeliest = logits[:, :-1].argmax(-1)
+        return torch.stack([loss.view_as(likeliest), likeliest.float()], -1).cpu()
     if logits is not None and logits.dim() == 2:
         return logits.float().cpu()  # type: ignore[no-any-return]
     hidden = out.get("last_hidden_state") if logits is None else None
     if hidden is None or hidden.dim() != 3:
         raise InputError(
             f"{type(model).__name__} gives neither class logits nor hidden states of tokens; evaluation serves "
-            "sequence and image classifiers, detectors and encoders without a head"
+            "classifiers of texts and images, regressions, detectors, language models and encoders without a head"
         )
     mask = batch.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device)).unsqueeze(-1)
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).float().cpu()
@@ -78,39 +92,76 @@ def similarity_agreement(embeddings: Tensor, reference: Tensor) -> float:
     return float(spearmanr(*pairs).statistic)
 
 
-def compare(output: Tensor, reference: Tensor, labels: Tensor | None, classes: bool) -> dict[str, Any]:
-    """The metrics that fit: accuracy with labels (and top-5 of more than 5 classes), agreement, largest difference."""
-    result: dict[str, Any] = {}
-    if classes:
-        if labels is not None:
-            result["accuracy"] = accuracy(output, labels)
-            if output.shape[-1] > 5:
-                result["top5"] = top5(output, labels)
-        result["agreement"] = agreement(output, reference)
-    else:
-        result["similarity"] = similarity_agreement(output, reference)
-    return result | {"max_difference": (output - reference).abs().max().item()}
+def of_labels(output: Tensor, labels: Tensor, regression: bool = False) -> dict[str, float]:
+    """Accuracy, top-5 of more than five classes, F1 of class 1 and Matthews correlation of two.
+
+    Of a regression Pearson's and Spearman's correlation; a constant prediction correlates with nothing: 0.
+    """
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    if regression:
+        predicted, right = output.flatten().double().numpy(), labels.double().numpy()
+        if len(right) < 2 or predicted.std() == 0 or right.std() == 0:
+            return {"pearson": 0.0, "spearman": 0.0}
+        correlations = {"pearson": pearsonr, "spearman": spearmanr}
+        return {name: float(f(predicted, right).statistic) for name, f in correlations.items()}
+    found = {"accuracy": accuracy(output, labels)}
+    if output.shape[-1] > 5:
+        found["top5"] = top5(output, labels)
+    if output.shape[-1] == 2:
+        chosen, right = output.argmax(-1).numpy(), labels.numpy()
+        found |= {"f1": float(f1_score(right, chosen)), "mcc": float(matthews_corrcoef(right, chosen))}
+    return found
+
+
+def is_measurable(model: PreTrainedModel, data: Data) -> bool:
+    """Whether data tells how good a model is without another to compare with."""
+    if has_boxes(model) or is_language_model(model):
+        return True
+    return data.labels is not None and (has_classes(model) or is_regression(model))
 
 
 def metrics(model: PreTrainedModel, data: Data, output: Tensor, reference: Tensor | None = None) -> dict[str, Any]:
     """What can be told of `output`, which `predict` gave for `model` and `data`, and how far it is from a reference.
 
-    Of detectors COCO's AP, AP50 and AP75, with a reference the errors of logits and boxes relative to its norm; else
-    what `compare` gives. Without a reference only what the data itself tells: nothing, if it has no labels.
+    Of detectors COCO's AP, AP50 and AP75; of language models the perplexity; else what `of_labels` gives, if the data
+    has labels. With a reference the agreement of classes, tokens or similarities, of detectors the errors of logits and
+    boxes relative to its norm, and the largest difference. Nothing, if there are neither labels nor a reference.
     """
-    if not has_boxes(model):
-        classes = has_classes(model)
-        if reference is not None:
-            return compare(output, reference, data.labels, classes)
-        found = compare(output, output, data.labels, True) if classes else {}
-        return {name: found[name] for name in ("accuracy", "top5") if name in found}
-    sizes = torch.tensor([[scene.height, scene.width] for scene in data.rows])
-    raw = SimpleNamespace(logits=output[..., :-4], pred_boxes=output[..., -4:])
-    objects = data.processor.post_process_object_detection(raw, threshold=0.0, target_sizes=sizes)
-    result: dict[str, Any] = mean_average_precision(data.rows, objects)
-    if reference is not None:
+    result: dict[str, Any] = {}
+    if has_boxes(model):
+        result |= _of_boxes(data, output)
+    elif is_language_model(model):
+        result["perplexity"] = math.exp(min(output[..., 0].double().mean().item(), 700.0))
+    elif data.labels is not None and is_measurable(model, data):
+        result |= of_labels(output, data.labels, is_regression(model))
+    if reference is None:
+        return result
+    if has_boxes(model):
         for name, part in (("logits_error", slice(None, -4)), ("boxes_error", slice(-4, None))):
             wrong, right = output[..., part] - reference[..., part], reference[..., part]
             result[name] = (wrong.norm() / right.norm()).item()
-        result["max_difference"] = (output - reference).abs().max().item()
-    return result
+    elif is_language_model(model):
+        result["agreement"] = (output[..., 1] == reference[..., 1]).float().mean().item()
+        output, reference = output[..., 0], reference[..., 0]
+    elif has_classes(model):
+        result["agreement"] = agreement(output, reference)
+    elif not is_regression(model):
+        result["similarity"] = similarity_agreement(output, reference)
+    return result | {"max_difference": (output - reference).abs().max().item()}
+
+
+def _of_boxes(data: Data, output: Tensor) -> dict[str, float]:
+    sizes = torch.tensor([[scene.height, scene.width] for scene in data.rows])
+    raw = SimpleNamespace(logits=output[..., :-4], pred_boxes=output[..., -4:])
+    return mean_average_precision(
+        data.rows, data.processor.post_process_object_detection(raw, threshold=0.0, target_sizes=sizes)
+    )
+
+
+def headline(source: str, found: Mapping[str, float]) -> str:
+    """The metric that decides between checkpoints: GLUE's own for its tasks, known by the last name of the source, else
+    the first one found."""
+    own = HEADLINES.get(Path(source).stem.lower().replace("-", ""), "")
+    return own if own in found else next(iter(found))

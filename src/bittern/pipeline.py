@@ -1,30 +1,34 @@
-"""The main job from end to end: load, simulate, calibrate, measure, pack, save, and evaluate what was saved."""
+"""The main job from end to end: load, simulate, find scales or train, measure, pack, save, and evaluate the result."""
 
 from __future__ import annotations
 
+import copy
+import os
 import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bittern.data import Data, has_classes, load_data
+from bittern.data import check_same_inputs, load_data
 from bittern.deploy.checkpoint import is_packed, pack
+from bittern.deploy.checksum import digest
 from bittern.deploy.journal import Journal
 from bittern.deploy.store import check_output, load, measure, save
-from bittern.detection import has_boxes
 from bittern.errors import InputError, ModelError
-from bittern.evaluate import metrics, predict
+from bittern.evaluate import headline, is_measurable, metrics, predict
 from bittern.layers import Simulation, fake_quants, is_simulated, restore, simulate
+from bittern.progress import Tell, Track, peak_memory, silent, unseen
 from bittern.ptq.calibrate import calibrate
 from bittern.ptq.methods import find_method
-from bittern.ptq.run import Mixed, Track, check_mixed, silent
+from bittern.ptq.run import Mixed, check_mixed
 from bittern.ptq.run import quantize as post_training
+from bittern.qat.distill import Distill
+from bittern.qat.run import Training, last_checkpoint, train
 from bittern.recipe import Recipe, load_recipe
 
 
@@ -47,16 +51,9 @@ def quantize(
     recipe is static. The result is also in `out`/bittern.json.
     """
 
-    def by_extremes(model: PreTrainedModel, recipe: Recipe, calibration: Data | None) -> Simulation:
-        simulation = simulate(model, recipe, next(iter(calibration)) if calibration else None)
-        if any(q.format.range == "static" and q.scale is None for _, q in fake_quants(model)):
-            if calibration is None:
-                raise InputError(f"recipe {recipe.name} has static activation scales, which need data; give --data")
-            calibrate(model, track(calibration, "calibrating"))
-        return simulation
-
     job = _Job(source, recipe, out, data, samples, seed, force, track, columns)
-    return job.run(lambda *given: (by_extremes(*given), {}))
+    job.prepare()
+    return job.finish(job.simulate(), {})
 
 
 def ptq(
@@ -81,82 +78,186 @@ def ptq(
     check_mixed(mixed, find_method(method))
     folder = Path(f"{Path(out)}.work")
 
-    def search(model: PreTrainedModel, recipe: Recipe, calibration: Data | None) -> tuple[Simulation, dict[str, Any]]:
-        assert calibration is not None
-        result = post_training(
-            model, recipe, calibration, method=method, mixed=mixed, folder=folder, seed=seed, track=track
-        )
-        return result.simulation, {"ptq": result.to_dict()}
-
-    result = _Job(source, recipe, out, data, samples, seed, force, track, columns).run(search)
+    job = _Job(source, recipe, out, data, samples, seed, force, track, columns)
+    job.prepare()
+    assert job.calibration is not None
+    found = post_training(
+        job.model, job.recipe, job.calibration, method=method, mixed=mixed, folder=folder, seed=seed, track=track
+    )
+    result = job.finish(found.simulation, {"ptq": found.to_dict()})
     Journal.delete(folder)
     return result
 
 
+def qat(
+    source: str | Path,
+    recipe: str | Recipe,
+    out: str | Path,
+    *,
+    data: str,
+    distill: Distill,
+    training: Training,
+    student: str | Path | None = None,
+    samples: int = 128,
+    resume: bool = False,
+    force: bool = False,
+    tell: Tell = unseen,
+    track: Track = silent,
+    **columns: Any,
+) -> dict[str, Any]:
+    """Train a quantized student of the float model in folder `source`, its teacher, and write it packed to `out`.
+
+    student: folder of the float model that the student starts from; the teacher itself by default. samples: for static
+    scales of activations, if the recipe has any. Checkpoints are kept in the folder `out`.work until `out` is written.
+    resume: go on from the last of them, with the same options, to the same bits; force: drop them.
+    Data without labels serves all terms but truth; the student is then measured by how it agrees with the teacher. Of
+    data with one part only, a tenth (at most 2,000 samples) is held out to measure. tell: see `train`. Of several
+    processes the first one writes; the others return what they measured last.
+    """
+    folder = Path(f"{Path(out)}.work")
+    leads = int(os.environ.get("RANK", "0")) == 0
+    if leads:
+        _check_unfinished(folder, resume, force)
+    columns |= {"batch_size": training.batch_size}
+    job = _Job(source, recipe, out, data, samples, training.seed, force or not leads, track, columns)
+    job.prepare(student, hold_out=True)
+    assert job.train is not None
+    teacher = job.float_model if student else copy.deepcopy(job.model)
+    simulation = job.simulate()
+    measured = job.measure()
+    training = replace(training, metric=training.metric or headline(data, measured))
+    if training.metric not in measured:
+        raise InputError(f"no metric {training.metric!r} to choose by; there are {', '.join(measured)}")
+    if leads:
+        models = {"teacher": teacher, "student": job.model}
+        Journal(folder, {name: digest(sorted(model.state_dict().items())) for name, model in models.items()} | {
+            "data": job.train.subset(256).fingerprint(), "samples": len(job.train), "recipe": job.recipe.model_dump(),
+            "distill": asdict(distill), "training": asdict(training),
+        })  # fmt: skip
+    trained = train(
+        job.model, teacher if distill.needs_teacher else None, job.train, job.measure, distill, training, folder,
+        resume=resume, tell=tell,
+    )  # fmt: skip
+    found = {"distill": asdict(distill), "training": asdict(training), "qat": trained.to_dict()}
+    if not leads:
+        return found
+    result = job.finish(simulation, found | {"peak_memory": peak_memory()})
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    Journal.delete(folder)
+    return result
+
+
+def _check_unfinished(folder: Path, resume: bool, force: bool) -> None:
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None or resume:
+        return
+    if not force:
+        raise InputError(
+            f"{folder} holds an unfinished run, up to {checkpoint.name}; go on with --resume, or drop it with --force"
+        )
+    shutil.rmtree(folder)
+
+
 @dataclass
 class _Job:
-    """One command: load, measure, find scales, pack, measure again, save."""
+    """What all commands share: load, measure, find scales or train, pack, measure again, save."""
 
     source: str | Path
-    recipe: str | Recipe
+    recipe_name: str | Recipe
     out: str | Path
-    data: str | None
+    source_of_data: str | None
     samples: int
     seed: int
     force: bool
     track: Track
     columns: dict[str, Any]
 
-    def run(
-        self, find: Callable[[PreTrainedModel, Recipe, Data | None], tuple[Simulation, dict[str, Any]]]
-    ) -> dict[str, Any]:
-        recipe, data, track = load_recipe(self.recipe), self.data, self.track
+    def prepare(self, student: str | Path | None = None, hold_out: bool = False) -> None:
+        """Load and check everything, and run the float model.
+
+        student: another model to quantize than `source`. hold_out: a part of the training data, if there is no other.
+        """
+        self.recipe = load_recipe(self.recipe_name)
         check_output(self.out, self.force)
-        model = load(self.source)
-        if is_packed(model) or is_simulated(model):
-            raise ModelError(f"{self.source} is quantized already; give the float model that it was made from")
-        train, test = (
-            (load_data(data, model, self.source, split=s, **self.columns) for s in ("train", "test"))
-            if data
-            else (None, None)
-        )
-        if data and train is None:
-            raise InputError(f"{data} has no train split to calibrate with; name one of its files train.parquet")
-        calibration = train.subset(self.samples, self.seed) if train else None
-        if test:  # a recipe that does not fit is refused here, before the model runs on all of the data
-            simulate(model, recipe, next(iter(calibration)) if calibration else None)
-            restore(model)
-        reference = predict(model, track(test, "float")) if test else None
-        size_before = sum(p.numel() for p in model.parameters()) * 4
-        simulation, found = find(model, recipe, calibration)
-        simulated = predict(model, track(test, "simulated")) if test else None
-        pack(model)
+        self.float_model = _load_float(self.source)
+        self.model = _load_float(student) if student else self.float_model
+        if student:
+            check_same_inputs(self.model, student, self.float_model, self.source)
+        data, self.train, self.test = self.source_of_data, None, None
+        if data is not None:
+            self.train, self.test = (
+                load_data(data, self.model, self.source, split=s, **self.columns) for s in ("train", "test")
+            )
+            if self.train is None:
+                raise InputError(f"{data} has no train split to calibrate with; name one of its files train.parquet")
+            if hold_out and self.test is None:
+                self.train, self.test = self.train.split(min(2000, len(self.train) // 10), self.seed)
+        self.calibration = self.train.subset(self.samples, self.seed) if self.train else None
+        if self.test:  # a recipe that does not fit is refused here, before the model runs on all of the data
+            simulate(self.model, self.recipe, next(iter(self.calibration)) if self.calibration else None)
+            restore(self.model)
+        self.reference = self._predict(self.float_model, "float")
+
+    def _predict(self, model: PreTrainedModel, description: str) -> Tensor | None:
+        return predict(model, self.track(self.test, description)) if self.test else None
+
+    def measure(self) -> dict[str, float]:
+        """Metrics of the model as it is now."""
+        assert self.test is not None
+        return metrics(self.model, self.test, predict(self.model, self.test), self.reference)
+
+    def simulate(self) -> Simulation:
+        """Scales from extremes."""
+        calibration = self.calibration
+        simulation = simulate(self.model, self.recipe, next(iter(calibration)) if calibration else None)
+        if any(q.format.range == "static" and q.scale is None for _, q in fake_quants(self.model)):
+            if calibration is None:
+                raise InputError(
+                    f"recipe {self.recipe.name} has static activation scales, which need data; give --data"
+                )
+            calibrate(self.model, self.track(calibration, "calibrating"))
+        return simulation
+
+    def finish(self, simulation: Simulation, found: dict[str, Any]) -> dict[str, Any]:
+        """Measure, pack, measure again, save; what was measured."""
+        simulated = self._predict(self.model, "simulated")
+        pack(self.model)
         result: dict[str, Any] = {
             "source": str(self.source),
-            "recipe": recipe.name,
+            "recipe": self.recipe.name,
             "quantized": len(simulation.quantized),
             "kept_float": [{"name": layer.name, "type": layer.type} for layer in simulation.kept_float],
-            "float_bytes": size_before,
+            "float_bytes": sum(p.numel() for p in self.float_model.parameters()) * 4,
             **found,
         }
-        if test is not None and reference is not None and simulated is not None:
-            packed = predict(model, track(test, "packed"))
-            result["samples"] = len(test)
-            result["float"] = metrics(model, test, reference, reference)
-            result["packed"] = metrics(model, test, packed, reference)
+        packed = self._predict(self.model, "packed")
+        if self.test is not None and packed is not None and self.reference is not None and simulated is not None:
+            result["samples"] = len(self.test)
+            result["float"] = metrics(self.float_model, self.test, self.reference, self.reference)
+            result["packed"] = metrics(self.model, self.test, packed, self.reference)
             result["max_error_simulated_packed"] = (packed - simulated).abs().max().item()
+        calibration = self.calibration and {
+            "data": self.source_of_data, "samples": len(self.calibration), "sha256": self.calibration.fingerprint(),
+        }  # fmt: skip
         provenance = {
-            "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+            "recipe": self.recipe.model_dump(mode="json", exclude_defaults=True),
             "seed": self.seed,
-            "calibration": calibration
-            and {"data": data, "samples": len(calibration), "sha256": calibration.fingerprint()},
+            "calibration": calibration,
             "versions": {p: version(p) for p in ("bittern", "torch", "transformers")}
             | {"python": platform.python_version()},
             "layers": simulation.to_dict()["layers"],
         }
-        save(model, self.out, processors_from=self.source, report=result | provenance, force=self.force)
+        save(self.model, self.out, processors_from=self.source, report=result | provenance, force=self.force)
         summary = {"what": str(simulation)} if found else {}
-        return result | summary | {"out": str(self.out), **asdict(measure(model, self.out))}
+        return result | summary | {"out": str(self.out), **asdict(measure(self.model, self.out))}
+
+
+def _load_float(source: str | Path) -> PreTrainedModel:
+    model = load(source)
+    if is_packed(model) or is_simulated(model):
+        raise ModelError(f"{source} is quantized already; give the float model that it was made from")
+    return model
 
 
 def evaluate(
@@ -176,7 +277,7 @@ def evaluate(
     loaded = loaded or load_data(data, model, source, split="train", **columns)
     if loaded is None:
         raise InputError(f"{data} has no train, validation or test split; give one of its files such a name")
-    if against is None and not has_boxes(model) and (loaded.labels is None or not has_classes(model)):
+    if against is None and not is_measurable(model, loaded):
         why = "has no labels" if loaded.labels is None else f"is for {type(model).__name__}, which has no classes"
         raise InputError(f"{data} {why}, so there is no accuracy; compare with another model: --against FLOAT_MODEL")
     other = None if against is None else load(against)
@@ -193,19 +294,3 @@ def evaluate(
     if reference.shape != output.shape:
         raise InputError(f"{against} gives outputs {tuple(reference.shape)}, {source} gives {tuple(output.shape)}")
     return result | {"against": str(against), **metrics(model, loaded, output, reference)}
-
-
-def finetune(model: PreTrainedModel, images: Tensor, labels: Tensor, epochs: int, track: Track = silent) -> None:
-    """Train a simulated image classifier by the straight-through estimator: what ternary weights need to be of use."""
-    torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, epochs)
-    model.train()
-    for _ in track(range(epochs), f"training {epochs} epochs"):
-        for index in torch.randperm(len(images)).split(64):
-            loss = model(images[index], labels=labels[index]).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
-    model.eval()

@@ -1,7 +1,8 @@
 """Finished parts of a long job on disk, so that a job that was killed goes on where it was and ends with the same bits.
 
 A folder holds `job.json`, which says what the job is (model, data, recipe, …), and a safetensors file for each finished
-part. A part is complete or not there: it is written under a temporary name and renamed.
+part; a training run keeps its own checkpoints there. A part is complete or not there: it is written under a temporary
+name and renamed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Journal:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             known = self._read()
-            if known != job and not any(self.folder.glob("*.safetensors")):
+            if known != job and not any(self.folder.rglob("*.safetensors")):
                 known = None  # nothing is finished that could be lost
             if known is None:
                 self._replace(JOB, lambda path: path.write_text(json.dumps(job, indent=1) + "\n"))
@@ -49,7 +50,7 @@ class Journal:
     def _read(self) -> dict[str, Any] | None:
         path = self.folder / JOB
         if not path.exists():
-            if any(self.folder.glob("*.safetensors")):
+            if any(self.folder.rglob("*.safetensors")):
                 raise InputError(f"{self.folder} holds files but no {JOB}; delete it or choose another output")
             return None
         try:
@@ -101,7 +102,8 @@ class Journal:
         for file in sorted(folder.iterdir(), key=lambda file: file.name == JOB):
             if file.name == JOB or file.suffix == ".safetensors" or file.name.startswith("."):
                 file.unlink()
-        folder.rmdir()
+        if not any(folder.iterdir()):  # else something else lies there, such as TensorBoard's logs
+            folder.rmdir()
 
 
 def _checksum(tensors: Mapping[str, Tensor], notes: str) -> str:

@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from bittern.anatomy import check_model
-from bittern.data import load_tokenizer
 from bittern.deploy.checkpoint import BitternConfig, is_packed, mark_simulated, module_formats
 from bittern.deploy.checksum import METHOD, read_json, read_metadata, verify
 from bittern.deploy.packed import PackedLayer
 from bittern.errors import BitternError, CheckpointError, InputError, ModelError, first_line
 from bittern.layers import is_simulated
 from bittern.quantizers import FakeQuant
+from bittern.texts import load_tokenizer
 
 REPORT = "bittern.json"
 

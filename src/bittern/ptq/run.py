@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from bittern.layers import (
     weight_matrix,
     with_present_formats,
 )
+from bittern.progress import Track, peak_memory, silent
 from bittern.ptq.allocate import Choice, choose_bits, frontier
 from bittern.ptq.baselines import omse_scale
 from bittern.ptq.calibrate import calibrate
@@ -121,14 +121,6 @@ class _Run:
         return block_parts(block) if block is not None and self.mixed is not None else {}
 
 
-Track = Callable[[Iterable[Any], str], Iterable[Any]]
-
-
-def silent(items: Iterable[Any], description: str) -> Iterable[Any]:
-    """No progress bar."""
-    return items
-
-
 @torch.no_grad()
 def quantize(
     model: PreTrainedModel,
@@ -172,7 +164,7 @@ def quantize(
         result.by_extremes = [q.name for _, q in fake_quants(model) if q.format.range == "static" and q.scale is None]
         calibrate(model, given)
     result.simulation = with_present_formats(simulation, model)
-    result.seconds, result.peak_memory = run.seconds, _peak_memory()
+    result.seconds, result.peak_memory = run.seconds, peak_memory()
     return result
 
 
@@ -357,12 +349,3 @@ def _samples(batch: Mapping[str, Any]) -> int:
     if tensor is None:
         raise InputError(f"a calibration batch holds no tensors, only {', '.join(batch) or 'nothing'}")
     return len(tensor)
-
-
-def _peak_memory() -> int:
-    """The largest resident size of this process so far, in bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,291 @@
+"""One training run of a student: its options, its batches, its checkpoints, and going on after a crash."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from bittern.data import Data, is_language_model
+from bittern.errors import InputError, first_line
+from bittern.evaluate import LOWER_IS_BETTER
+from bittern.progress import Tell, unseen
+from bittern.qat.distill import Distill
+from bittern.qat.trainer import QATTrainer
+
+Measure = Callable[[], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast. Defaults are those of [KD]: Adam, linear warm-up of a tenth, then linear decay.
+
+    epochs: over the training data; steps: of the optimizer, in place of epochs. batch_size: of one process.
+    evaluations: how often in a run the student is measured and a checkpoint written. patience: stop when so many of
+    them in a row were no better than the best. metric: decides which is the best; by default `evaluate.headline`.
+    arguments: more of `transformers.TrainingArguments`, by name.
+    """
+
+    epochs: float = 3.0
+    steps: int | None = None
+    batch_size: int = 32
+    learning_rate: float = 2e-5
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    seed: int = 0
+    evaluations: int = 10
+    patience: int | None = None
+    metric: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps", "batch_size", "learning_rate", "evaluations", "patience"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} is {value:g}; expected more than 0")
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"warmup is {self.warmup:g}; expected a share of the steps, at least 0 and below 1")
+
+
+@dataclass
+class Trained:
+    """What a run did. history: what was logged, by step: losses, and metrics as `eval_…`. best_step: whose weights the
+    student has now; 0 if they are the last ones."""
+
+    steps: int
+    best_step: int
+    metric: str
+    best: float
+    history: list[dict[str, float]]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def train(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    data: Data,
+    measure: Measure,
+    distill: Distill,
+    training: Training,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    tell: Tell = unseen,
+) -> Trained:
+    """Train a simulated student on `data`, and leave it with the weights of its best evaluation.
+
+    measure: metrics of the student as it is. folder: for checkpoints. resume: go on from the last complete one, to the
+    bits of a run that was never interrupted; without one, start. tell: called after each step and for what is logged;
+    at the end with the same number twice. Raises InputError or ModelError before the first step
+    for data, a teacher or options that do not fit.
+    """
+    if training.batch_size > len(data):
+        raise InputError(f"a batch of {training.batch_size} is larger than the data, {len(data)} samples; lower it")
+    _check_labels(student, data, distill)
+    trainer = _Run(student, teacher, data, measure, distill, training, Path(folder), tell)
+    trainer.check_first_batch()
+    checkpoint = last_checkpoint(folder) if resume else None
+    start = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write to {folder}: {first_line(error)}") from error
+    student.eval()
+    state, key = trainer.state, str(trainer.args.metric_for_best_model)
+    best = state.best_metric if state.best_metric is not None else _last(state.log_history, key)
+    seconds = time.perf_counter() - start
+    name = key.removeprefix("eval_")
+    return Trained(state.global_step, state.best_global_step or 0, name, float(best), state.log_history, seconds)
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint that was written to its end; the Trainer writes its state last."""
+    found = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text()), dict)
+    except ValueError:
+        return False
+
+
+def _last(history: Sequence[Mapping[str, float]], key: str) -> float:
+    return next((entry[key] for entry in reversed(history) if key in entry), float("nan"))
+
+
+def _check_labels(student: PreTrainedModel, data: Data, distill: Distill) -> None:
+    if "truth" in distill.terms and data.labels is None and not is_language_model(student):
+        raise InputError(f"{data.name} has no labels, which the term truth needs; choose other terms with --distill")
+
+
+def collator(data: Data, model: PreTrainedModel) -> Callable[[Sequence[int]], dict[str, Tensor]]:
+    """Makes a batch of the rows with the given numbers, with labels if there are any.
+
+    Of a language model the labels are the tokens themselves, -100 where there is padding.
+    """
+
+    def collate(numbers: Sequence[int]) -> dict[str, Tensor]:
+        batch = data.collate([data.rows[i] for i in numbers])
+        if is_language_model(model):
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        elif data.labels is not None:
+            batch["labels"] = data.labels[list(numbers)]
+        return batch
+
+    return collate
+
+
+class ByLength(Sampler[int]):
+    """Texts of about the same length stand in the same batch, in an order that only seed and epoch decide.
+
+    Half of the work on short texts is padding else. Resuming needs no state.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class _Run(QATTrainer):
+    """A QATTrainer that is measured by our own metrics, the same ones as the final model."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        data: Data,
+        measure: Measure,
+        distill: Distill,
+        training: Training,
+        folder: Path,
+        tell: Tell,
+    ):
+        self.data, self.measure = data, measure
+        patience = [EarlyStoppingCallback(training.patience)] if training.patience else []
+        super().__init__(
+            student,
+            _arguments(training, folder),
+            teacher=teacher,
+            distill=distill,
+            train_dataset=range(len(data)),
+            eval_dataset=[],
+            data_collator=collator(data, student),
+            callbacks=[_Schedule(training.evaluations), _Progress(tell), *patience],
+        )
+
+        self.remove_callback(PrinterCallback)
+
+    def check_first_batch(self) -> None:
+        """One forward of both models on the first samples: what does not fit is told before long work."""
+        batch = self._prepare_inputs(self.data_collator(range(min(2, len(self.data)))))
+        with torch.no_grad():
+            self.lesson.forward(self.model, batch)
+
+    control: TrainerControl
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        found = {f"eval_{name}": value for name, value in self.measure().items()}
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        lengths = [sum(map(len, row)) for row in self.data.rows] if _are_texts(self.data.rows[0]) else []
+        if len(set(lengths)) < 2 or self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return ByLength(lengths, size, self.args.seed)
+
+
+class _Schedule(TrainerCallback):
+    """Evaluates and saves so many times in a run, the last time at its end, and logs five times as often."""
+
+    def __init__(self, evaluations: int):
+        self.evaluations = evaluations
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.eval_steps = state.save_steps = math.ceil(state.max_steps / self.evaluations)
+        state.logging_steps = math.ceil(state.eval_steps / 5)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_log = True
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, tell: Tell):
+        self.tell = tell
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step < state.max_steps:
+            self.tell(state.global_step, state.max_steps, {})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.tell(state.global_step, state.max_steps, logs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.tell(state.global_step, state.global_step, {})
+
+
+def _are_texts(row: Any) -> bool:
+    return isinstance(row, tuple) and all(isinstance(part, str) for part in row)
+
+
+def _arguments(training: Training, folder: Path) -> TrainingArguments:
+    chosen: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": training.epochs,
+        "max_steps": training.steps or -1,
+        "per_device_train_batch_size": training.batch_size,
+        "learning_rate": training.learning_rate,
+        "warmup_steps": training.warmup,
+        "weight_decay": training.weight_decay,
+        "seed": training.seed,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": f"eval_{training.metric}",
+        "greater_is_better": training.metric not in LOWER_IS_BETTER,
+        "eval_on_start": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    try:
+        return TrainingArguments(**chosen | dict(training.arguments))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"options of the Trainer: {first_line(error)}") from error

@@ -1,0 +1,128 @@
+"""What the commands show: tables on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+out_console, err_console = Console(), Console(stderr=True)
+
+
+def print_quantized(result: dict[str, Any], title: str) -> None:
+    """Sizes and metrics, float against packed."""
+    table = Table(title=title, title_justify="left")
+    add_columns(table, "", "float", "packed")
+    table.add_row("size", megabytes(result["float_bytes"]), megabytes(result["file"]))
+    table.add_row("bits per quantized weight", "32", f"{result['bits']:.2f}")
+    if "packed" in result:
+        for name, value in result["packed"].items():
+            table.add_row(name.replace("_", " "), f"{result['float'][name]:.4f}", f"{value:.4f}")
+        error = result["max_error_simulated_packed"]
+        table.add_row("max error simulated–packed", "", f"{error:g}")
+    out_console.print(table)
+
+
+def print_losses(solved: list[dict[str, Any]]) -> None:
+    """1 - similarity of outputs before and after, the same part of all blocks in one row."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in solved:
+        groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", entry["name"]), []).append(entry)
+    table = Table(title="output error: with scales of the extremes, and as found (mean; worst)", title_justify="left")
+    add_columns(table, "layer or product", "count", "before", "after", "worst", "rounds")
+    for name, entries in groups.items():
+        before, after = (sum(e[k] for e in entries) / len(entries) for k in ("before", "after"))
+        worst, rounds = (max(e[k] for e in entries) for k in ("after", "rounds"))
+        table.add_row(name, str(len(entries)), f"{before:.2e}", f"{after:.2e}", f"{worst:.2e}", str(rounds))
+    out_console.print(table)
+
+
+def print_rows(title: str, rows: list[Any]) -> None:
+    table = Table(title=title, title_justify="left")
+    with_accuracy = rows[0].accuracy is not None
+    add_columns(table, "format", "bits", "kB", "×", *(["accuracy"] if with_accuracy else []),
+             "agreement", "max error")  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row.format, f"{row.bits:.2f}", f"{row.bytes / 1e3:,.0f}", f"{rows[0].bytes / row.bytes:.1f}",
+            *([f"{row.accuracy:.4f}"] if with_accuracy else []), f"{row.agreement:.4f}",
+            "" if row.max_error is None else f"{row.max_error:g}",
+        )  # fmt: skip
+    out_console.print(table)
+    out_console.print("bits: per quantized weight, with scales · kB: whole file · agreement: with float · max error: "
+                      "simulated against packed, loaded in a fresh process")  # fmt: skip
+
+
+def print_trained(result: dict[str, Any], title: str) -> None:
+    """Which step was best, then sizes and metrics."""
+    run = result["qat"]
+    kept_step = f"step {run['best_step']}" if run["best_step"] else "the last step"
+    out_console.print(
+        f"{run['steps']} steps in {run['seconds'] / 60:.1f} minutes; {kept_step} is kept: {run['metric']} "
+        f"{run['best']:.4f}; peak memory {megabytes(result['peak_memory'])}", highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    print_quantized(result, title)
+
+
+def add_columns(table: Table, *names: str) -> None:
+    for i, name in enumerate(names):
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+
+
+def kept(modules: list[dict[str, Any]]) -> str:
+    """Layers by name, if few; what has no weight matrix, such as norms, by type and count."""
+    layers = [m["name"] for m in modules if m["type"] in ("Linear", "Conv2d", "Embedding", "Conv1D")]
+    others = Counter(m["type"] for m in modules if m["name"] not in layers)
+    named = layers[:6] + ([f"{len(layers) - 6} more layers"] if len(layers) > 6 else [])
+    return ", ".join(named + [f"{count} {kind}" for kind, count in others.items()]) or "nothing"
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
+def track(quiet: bool) -> Any:
+    """A progress bar on stderr around an iterable, gone when it is done."""
+
+    def track(items: Iterable[Any], description: str) -> Iterable[Any]:
+        if quiet or not err_console.is_terminal:
+            yield from items
+            return
+        total = -(-len(items) // items.batch_size) if hasattr(items, "batch_size") else len(items)  # type: ignore[arg-type]
+        bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*bars, console=err_console, transient=True) as progress:
+            yield from progress.track(items, total=total, description=description)
+
+    return track
+
+
+class TrainingBar:
+    """Shows a training run on stderr: a bar where there is a terminal, and a line for each evaluation."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=err_console, transient=True, disable=not err_console.is_terminal)
+        self.task = self.bar.add_task("training")
+        self.losses: dict[str, float] = {}
+        self.started = time.monotonic()
+
+    def __call__(self, step: int, total: int, logs: Mapping[str, float]) -> None:
+        self.bar.start()
+        self.bar.update(self.task, completed=step, total=total)
+        self.losses |= {k: v for k, v in logs.items() if k.startswith("loss_")}
+        found = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
+        if found:
+            texts = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in found.items() if k != "max_difference"]
+            texts += [f"{k.removeprefix('loss_')} loss {v:.4g}" for k, v in self.losses.items()]
+            minutes = (time.monotonic() - self.started) / 60
+            self.bar.console.print(
+                f"step {step} of {total}, {minutes:.1f} min: {', '.join(texts)}", highlight=False, soft_wrap=True
+            )
+        if step == total and not logs:
+            self.bar.stop()
