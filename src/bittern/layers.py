@@ -81,6 +81,10 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
 class QuantEmbedding(QuantLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
+        quantizer = self.weight_quantizer
+        if torch.is_grad_enabled() and quantizer is not None and quantizer.by_row:
+            self._kept = None
+            return quantizer(F.embedding(input, self.weight, self.padding_idx))  # type: ignore[no-any-return]
         return F.embedding(input, self.quantized_weight(), self.padding_idx)
 
 

@@ -198,6 +198,7 @@ class _Job:
             simulate(self.model, self.recipe, next(iter(self.calibration)) if self.calibration else None)
             restore(self.model)
         self.reference = self._predict(self.float_model, "float")
+        self.float_bytes = 4 * sum(p.numel() for p in self.float_model.parameters())
 
     def _predict(self, model: PreTrainedModel, description: str) -> Tensor | None:
         return predict(model, self.track(self.test, description)) if self.test else None
@@ -228,7 +229,7 @@ class _Job:
             "recipe": self.recipe.name,
             "quantized": len(simulation.quantized),
             "kept_float": [{"name": layer.name, "type": layer.type} for layer in simulation.kept_float],
-            "float_bytes": sum(p.numel() for p in self.float_model.parameters()) * 4,
+            "float_bytes": self.float_bytes,
             **found,
         }
         packed = self._predict(self.model, "packed")

@@ -65,10 +65,8 @@ def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 def _scale(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
     """`find_scale` without its checks; x is already clipped and viewed in units."""
     dims = _dims(x, fmt)
-    if fmt.kind == "ternary":  # [KD] TWN: mean magnitude of what is above the threshold
-        size = x.abs()
-        kept = size > TERNARY_THRESHOLD * _mean(size, dims)
-        return _sum(size * kept, dims) / kept.sum(dims, keepdim=True).clamp_(min=1), None
+    if fmt.kind == "ternary":
+        return _ternary(x, fmt)[1], None
     if fmt.kind == "binary":
         return _mean(x.abs(), dims), None
     if fmt.kind == "uniform" and fmt.scheme == "asymmetric":
@@ -82,6 +80,17 @@ def _scale(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
         return _nonzero(largest), None
     top = 2 ** (fmt.bits - 1) - 1 if fmt.scheme == "symmetric" or fmt.kind == "twin" else 2**fmt.bits - 1
     return _nonzero(largest / top), None
+
+
+def _ternary(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Codes and scale [KD, TWN]: the sign of what is above the threshold, and the mean magnitude of that.
+
+    A mask of floats, since products with boolean ones take ten times as long.
+    """
+    dims, size = _dims(x, fmt), x.abs()
+    kept = (size - TERNARY_THRESHOLD * _mean(size, dims)).clamp_(min=0).sign_()
+    scale = _sum(size.mul_(kept), dims) / _sum(kept, dims).clamp_(min=1)
+    return kept.mul_(x.sign()), scale
 
 
 def _nonzero(scale: Tensor) -> Tensor:
@@ -120,11 +129,7 @@ def _encode(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None, own: b
     """
     low, high = code_range(fmt)
     if fmt.kind in ("ternary", "binary"):
-        if fmt.kind == "ternary":
-            size = x.abs()
-            codes = torch.where(size > TERNARY_THRESHOLD * _mean(size, _dims(x, fmt)), torch.sign(x), 0.0)
-        else:
-            codes = torch.where(x < 0, -1.0, 1.0)
+        codes = _ternary(x, fmt)[0] if fmt.kind == "ternary" else torch.where(x < 0, -1.0, 1.0)
         return codes if own else codes.masked_fill_(x.isnan(), torch.nan)
     if fmt.kind == "log2":  # code = -log2, the last code stands for zero
         return (x / scale).clamp_(min=2.0 ** -(high + 1)).log2_().neg_().round_().clamp_(low, high)
@@ -171,38 +176,47 @@ def _quantize(x: Tensor, fmt: Format, scale: Tensor | None, offset: Tensor | Non
     if not x.numel():  # has no extremes
         return x.clone()
     units, own = _prepare(x, fmt), scale is None
+    if own and fmt.kind == "ternary":
+        codes, scale = _ternary(units, fmt)
+        return codes.mul_(scale).view(x.shape).to(x.dtype)
     if scale is None:
         scale, offset = _scale(units, fmt)
     return _decode(_encode(units, fmt, scale, offset, own), fmt, scale, offset).view(x.shape).to(x.dtype)
 
 
-def _passes(x: Tensor, fmt: Format, scale: Tensor | None, offset: Tensor | None) -> Tensor | None:
-    """Where the straight-through gradient passes: inside the clip, and inside the range of a static scale."""
-    inside = None if fmt.clip is None else x.abs() < fmt.clip
-    if scale is None or fmt.kind != "uniform":
-        return inside
+def _in_range(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """1 where x is inside the range of a static scale, else 0."""
     low, high = code_range(fmt)
     units, base = _units(x.float(), fmt), 0.0 if offset is None else offset
-    in_range = ((units >= base + low * scale) & (units <= base + high * scale)).view(x.shape)
-    return in_range if inside is None else inside & in_range
+    inside = (units >= base + low * scale) & (units <= base + high * scale)
+    return inside.view(x.shape).to(x.dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Quantized values forward; straight-through backward [KD], with LSQ's gradient for a learned scale."""
+    """Quantized values forward; straight-through backward [KD], with LSQ's gradient for a learned scale.
+
+    The gradient passes inside the clip, and inside the range of a static scale.
+    """
 
     @staticmethod
     def forward(ctx, x, fmt, scale, offset):  # type: ignore[no-untyped-def]
-        passes = _passes(x, fmt, scale, offset)
-        learned = scale is not None and ctx.needs_input_grad[2]
-        ctx.fmt, ctx.masked = fmt, passes is not None
-        ctx.save_for_backward(*(() if passes is None else (passes,)), *((x, scale) if learned else ()))
+        ranged, learned = scale is not None and fmt.kind == "uniform", scale is not None and ctx.needs_input_grad[2]
+        ctx.fmt, ctx.ranged, ctx.learned = fmt, ranged, learned
+        saved = [x] if fmt.clip is not None or learned else []
+        saved += [_in_range(x, fmt, scale, offset)] if ranged else []
+        ctx.save_for_backward(*saved, *((scale,) if learned else ()))
         return _quantize(x, fmt, scale, offset)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        saved = list(ctx.saved_tensors)
-        grad_x = grad * saved.pop(0) if ctx.masked else grad
-        return grad_x, None, _lsq_gradient(grad, ctx.fmt, *saved) if saved else None, None
+        saved, clip = ctx.saved_tensors, ctx.fmt.clip
+        grad_x = grad
+        if clip is not None:
+            x, clip = saved[0], torch.tensor(clip, dtype=saved[0].dtype).item()  # as a comparison with x rounds it
+            grad_x = torch.ops.aten.hardtanh_backward(grad.float(), x.float(), -clip, clip).to(grad.dtype)
+        if ctx.ranged:
+            grad_x = grad_x * saved[-2 if ctx.learned else -1]
+        return grad_x, None, _lsq_gradient(grad, ctx.fmt, saved[0], saved[-1]) if ctx.learned else None, None
 
 
 def _lsq_gradient(grad: Tensor, fmt: Format, x: Tensor, scale: Tensor) -> Tensor:
@@ -268,6 +282,11 @@ class FakeQuant(nn.Module):
         if self.format.range == "static" and self.scale is None:
             raise ModelError(f"{self.name} has a static format and no scale yet; calibrate the model with data first")
         return fake_quantize(x, self.format, self.scale, self.offset)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether each row of a weight is quantized by itself, so that some rows can be without the others."""
+        return self.format.range == "dynamic" and self.format.granularity in ("row", "group")
 
     def extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of each unit of x that has a scale of its own."""

@@ -110,9 +110,10 @@ class TrainingBar:
         self.bar = Progress(*columns, console=err_console, transient=True, disable=not err_console.is_terminal)
         self.task = self.bar.add_task("training")
         self.losses: dict[str, float] = {}
-        self.started = time.monotonic()
+        self.started = 0.0
 
     def __call__(self, step: int, total: int, logs: Mapping[str, float]) -> None:
+        self.started = self.started or time.monotonic()
         self.bar.start()
         self.bar.update(self.task, completed=step, total=total)
         self.losses |= {k: v for k, v in logs.items() if k.startswith("loss_")}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TINY = 1e-8  # probabilities are clamped here, as in the published code of [KD]
 
@@ -33,17 +34,36 @@ def score_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> 
 
     rows: real queries. Where a score is -100 or less, the mask has put it there.
     """
-    seen = student > -1e2
+    seen = (student > -1e2).float()
+    error = F.threshold(student.float(), -1e2, 0.0) - F.threshold(teacher.float(), -1e2, 0.0)
     if rows is not None:
-        seen = seen & rows[:, None, :, None]
-    error = torch.where(seen, student.float() - teacher.float(), 0.0).square()
-    return (error.sum((1, 2, 3)) / seen.sum((1, 2, 3)).clamp(min=1)).mean()
+        real = rows[:, None, :, None].float()
+        seen, error = seen * real, error * real
+    error, count = error.flatten(1), seen.flatten(1).sum(1)
+    return (torch.linalg.vecdot(error, error) / count.clamp(min=1)).mean()
+
+
+class _Divergence(torch.autograd.Function):
+    """Σ_j T log(T/S) over the last dimension; by hand, since autograd's way takes three times as long."""
+
+    @staticmethod
+    def forward(ctx, student, teacher):  # type: ignore[no-untyped-def]
+        ratio = teacher.clamp(min=TINY).div_(student.clamp(min=TINY))
+        value = torch.linalg.vecdot(teacher, ratio.log())
+        ctx.save_for_backward(student, teacher)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        student, teacher = ctx.saved_tensors
+        slope = (teacher / student.clamp(min=TINY)).mul_(grad.neg().unsqueeze(-1))
+        return torch.ops.aten.threshold_backward(slope, student, TINY), None  # none where it was clamped
 
 
 def map_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
     """KL(SA^T ‖ SA^S) of attention maps (batch, heads, queries, keys), mean over heads and real queries [KD eq. 5]."""
-    student, teacher = student.float().clamp(min=TINY), teacher.float()
-    divergence = (teacher * (teacher.clamp(min=TINY) / student).log()).sum(-1)
+    divergence: Tensor = _Divergence.apply(student.float(), teacher.float())  # type: ignore[no-untyped-call]
     return _mean_of_samples(divergence.mean(1), rows)
 
 

@@ -1,0 +1,96 @@
+"""What a training step with a teacher costs, against plain fine-tuning of the float model, in one alternating run.
+
+    python benchmarks/qat_step.py --json benchmarks/results/qat_step.json
+    python benchmarks/qat_step.py --quick --json
+
+Shapes are MiniLM-L6 and BERT-base with random weights (time does not depend on them), 32 × 64 tokens with padding. A
+step is forward, backward and fused AdamW; plain fine-tuning runs transformers' own attention (sdpa). `step_ratio` is
+the median over rounds of (ours / plain). The limit counts multiplications: plain is a forward and two backwards of the
+same size, a teacher adds one forward: 4/3; without a teacher 1. `--quick`: MiniLM-L6 only, 16 × 64 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from timing import alternate, ratios
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+
+from bittern import read_anatomy, simulate
+from bittern.qat.distill import Lesson, balanced, parse_distill
+
+SHAPES = {
+    "MiniLM-L6": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    "BERT-base": {},
+}
+SETS = ["none", "prediction", "ternarybert", "map", "output", "unified"]
+
+
+def step(model: PreTrainedModel, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return run
+
+
+def measure(shape: str, batch_size: int, rounds: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**SHAPES[shape])).train()
+    lengths = torch.randint(24, 65, (batch_size, 1))
+    lengths[0] = 64
+    batch = {
+        "input_ids": torch.randint(1000, 30522, (batch_size, 64)),
+        "attention_mask": (torch.arange(64) < lengths).long(),
+        "labels": torch.randint(0, 2, (batch_size,)),
+    }
+    teacher, float_model = copy.deepcopy(model), copy.deepcopy(model)
+    anatomy = read_anatomy(model)
+    student = copy.deepcopy(model)
+    simulate(student, "ternary-2-2-8")
+    steps = {"plain": step(float_model, lambda: float_model(**batch).loss)}
+
+    def taught(terms: str) -> Callable[[], None]:
+        distill = parse_distill(terms)
+        lesson = Lesson(distill, student, anatomy, copy.deepcopy(teacher) if distill.needs_teacher else None)
+        return step(student, lambda: balanced(lesson.forward(student, batch)[1], distill))
+
+    steps |= {terms: taught(terms) for terms in SETS}
+    student.train()
+    times = alternate(steps, rounds)
+    print(f"{shape}: plain step {min(times['plain']):.2f} s at best, {torch.get_num_threads()} threads")
+    found = {name: round(ratio, 3) for name, ratio in ratios(times, "plain").items() if name != "plain"}
+    for name, ratio in found.items():
+        print(f"  {name:12} {ratio:.2f} × plain; limit {1 if name == 'none' else 4 / 3:.2f}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", nargs="?", const="-", help="file to write, or the last line of the output")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.quick:
+        found = {"step_ratio": measure("MiniLM-L6", 16, 5)}
+    else:
+        found = {"step_ratio": {shape: measure(shape, 32, options.rounds) for shape in SHAPES}}
+    result = found | {"goal": 1.6, "limit": 1.333, "threads": options.threads}
+    if options.json == "-":
+        print(json.dumps(result))
+    elif options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
