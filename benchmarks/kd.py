@@ -1,0 +1,145 @@
+"""What the terms of distillation are worth: ternary students at equal steps, a resumable grid over losses and seeds.
+
+    python benchmarks/kd.py TEACHER DATA --out benchmarks/results/kd_sst2.json
+    python benchmarks/kd.py TEACHER DATA --out FILE --variants ternarybert unified --seeds 0 1 2
+    python benchmarks/kd.py --table benchmarks/results/kd_sst2.json
+
+Variants are the papers' with fixed weights (`ternarybert`, `map`, `output`, `gamma-0.3`: 0.3 map + 0.7 output), the same
+with automatic balance (`auto-unified`), one layer (`layer-2`) and map temperatures (`tau-4`). Each is trained on the
+same random part of the training data (--samples, drawn with seed 0) for the same number of steps, and measured on all
+of the test data; `best` of the evaluations in a run and `last` are kept. Cells that are there are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from ptq_grid import add, read
+
+from bittern import load, simulate
+from bittern.data import load_data
+from bittern.evaluate import headline, metrics, predict
+from bittern.qat.distill import Distill, parse_distill
+from bittern.qat.run import Training, train
+
+VARIANTS = [
+    "none", "prediction", "hidden", "ternarybert", "map", "output", "auto-unified", "gamma-0.1", "gamma-0.3",
+    "gamma-0.5", "gamma-0.7", "gamma-0.9", "auto-map", "auto-output", "auto-ternarybert",
+]  # fmt: skip
+
+
+def distill_of(variant: str) -> Distill:
+    kind, _, value = variant.partition("-")
+    match kind:
+        case "hidden":
+            return parse_distill("prediction,hidden", balance="fixed")
+        case "gamma":
+            gamma = float(value)
+            return parse_distill(f"prediction,hidden,map={gamma},output={1 - gamma:g}", balance="fixed")
+        case "tau":
+            return parse_distill("map", balance="fixed", map_temperature=float(value))
+        case "layer":
+            return parse_distill("map", balance="fixed", layers=(int(value),))
+        case "auto":
+            return parse_distill(value, balance="auto")
+    return parse_distill(variant, balance="fixed")
+
+
+def cell(options: argparse.Namespace, key: dict[str, Any], parts: Any, reference: torch.Tensor) -> dict[str, Any]:
+    teacher = load(options.teacher)
+    student = copy.deepcopy(teacher)
+    simulate(student, options.recipe)
+    data, test = parts
+    training = Training(
+        steps=options.steps, batch_size=options.batch_size, learning_rate=key["lr"], seed=key["seed"],
+        evaluations=options.evaluations, metric=options.metric,
+    )  # fmt: skip
+    distill = distill_of(key["variant"])
+
+    def measure() -> dict[str, float]:
+        return metrics(student, test, predict(student, test), reference)
+
+    with tempfile.TemporaryDirectory() as folder:
+        done = train(student, teacher if distill.needs_teacher else None, data, measure, distill, training, folder)
+    curve = [(e["step"], round(e[f"eval_{done.metric}"], 5)) for e in done.history if f"eval_{done.metric}" in e]
+    losses = next(e for e in reversed(done.history) if "loss" in e)
+    return key | {
+        "best": round(done.best, 5), "last": curve[-1][1], "best_step": done.best_step, "curve": curve,
+        "losses": {k: float(f"{v:.4g}") for k, v in losses.items() if k.startswith("loss_")},
+        "seconds": round(done.seconds, 1),
+    }  # fmt: skip
+
+
+def table(path: Path) -> str:
+    """Mean ± half the range over seeds, best and last, by variant."""
+    known = read(path)
+    lines = [f"{known['metric']} of the teacher: {100 * known['teacher']:.2f}; {known['steps']} steps of "
+             f"{known['batch_size']}", "", "| variant | lr | seeds | best | last |", "|---|---|---|---|---|"]  # fmt: skip
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in known["rows"]:
+        cells.setdefault((row["variant"], row["lr"]), []).append(row)
+    for (variant, lr), rows in cells.items():
+        texts = []
+        for name in ("best", "last"):
+            values = [100 * row[name] for row in rows]
+            spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
+            texts.append(f"{sum(values) / len(values):.2f}{spread}")
+        lines.append(f"| {variant} | {lr:g} | {len(rows)} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", nargs="?")
+    parser.add_argument("data", nargs="?")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--lr", nargs="+", type=float, default=[1e-4])
+    parser.add_argument("--recipe", default="ternary-2-2-8")
+    parser.add_argument("--samples", type=int, default=16_000)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--evaluations", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", type=Path, help="print the table of a file and do nothing else")
+    options = parser.parse_args()
+    if options.table:
+        print(table(options.table))
+        return
+    torch.set_num_threads(options.threads)
+    teacher = load(options.teacher)
+    data, test = (
+        load_data(options.data, teacher, options.teacher, split=split, max_length=64) for split in ("train", "test")
+    )
+    if data is None or test is None:
+        parser.error(f"{options.data} needs a train and a test split")
+    data = data.subset(options.samples)
+    reference = predict(teacher, test)
+    found = metrics(teacher, test, reference, reference)
+    options.metric = headline(options.data, found)
+    head = {
+        "model": Path(options.teacher).name, "data": Path(options.data).name, "samples": len(data), "test": len(test),
+        "recipe": options.recipe, "steps": options.steps, "batch_size": options.batch_size, "metric": options.metric,
+        "teacher": round(found[options.metric], 5),
+    }  # fmt: skip
+    for seed in options.seeds:
+        for lr in options.lr:
+            for variant in options.variants:
+                key = {"variant": variant, "lr": lr, "seed": seed}
+                if any(key.items() <= row.items() for row in read(options.out)["rows"]):
+                    continue
+                row = cell(options, key, (data, test), reference)
+                add(options.out, head, row)
+                print(json.dumps({k: v for k, v in row.items() if k != "losses"}), flush=True, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
