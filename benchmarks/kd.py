@@ -4,10 +4,10 @@
     python benchmarks/kd.py TEACHER DATA --out FILE --variants ternarybert unified --seeds 0 1 2
     python benchmarks/kd.py --table benchmarks/results/kd_sst2.json
 
-Variants are the papers' with fixed weights (`ternarybert`, `map`, `output`, `gamma-0.3`: 0.3 map + 0.7 output), the same
-with automatic balance (`auto-unified`), one layer (`layer-2`) and map temperatures (`tau-4`). Each is trained on the
-same random part of the training data (--samples, drawn with seed 0) for the same number of steps, and measured on all
-of the test data; `best` of the evaluations in a run and `last` are kept. Cells that are there are not run again.
+Variants are the papers' with fixed weights (`ternarybert`, `map`, `output`, `gamma-0.3`: 0.3 map + 0.7 output), the
+same with automatic balance (`auto-unified`), one layer (`layer-2`) and map temperatures (`tau-4`). Each is trained on
+the same random part of the training data (--samples, drawn with seed 0) for the same number of steps, and measured on
+all of the test data; `best` of the evaluations in a run and `last` are kept. Cells that are there are not run again.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def cell(options: argparse.Namespace, key: dict[str, Any], parts: Any, reference
 def table(path: Path) -> str:
     """Mean ± half the range over seeds, best and last, by variant."""
     known = read(path)
-    lines = [f"{known['metric']} of the teacher: {100 * known['teacher']:.2f}; {known['steps']} steps of "
-             f"{known['batch_size']}", "", "| variant | lr | seeds | best | last |", "|---|---|---|---|---|"]  # fmt: skip
+    title = f"{known['metric']} of the teacher: {100 * known['teacher']:.2f}; {known['steps']} steps"
+    lines = [f"{title} of {known['batch_size']}", "", "| variant | lr | seeds | best | last |", "|---|---|---|---|---|"]
     cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in known["rows"]:
         cells.setdefault((row["variant"], row["lr"]), []).append(row)

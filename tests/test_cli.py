@@ -270,6 +270,20 @@ BAD = {
     "ptq, no recipe": ("ptq vit -r w8a9 -o out --data digits", "no recipe 'w8a9'", "w8a8", "YAML"),
     "ptq, no data": ("ptq vit -r w8a8 -o out --data nowhere", "'nowhere'", "a folder"),
     "ptq, output exists": ("ptq vit -r w8a8 -o packed --data digits", "packed exists", "--force"),
+    "qat, no recipe": ("qat vit -r w8a9 -o out --data digits", "no recipe 'w8a9'", "w8a8", "YAML"),
+    "qat, no data": ("qat vit -r w8a8 -o out --data nowhere", "'nowhere'", "a folder"),
+    "qat, output exists": ("qat vit -r w8a8 -o packed --data digits", "packed exists", "--force"),
+    "qat, no such term": ("qat vit -r w8a8 -o out --data digits --distill maps", "no distillation term 'maps'", "map?"),
+    "qat, bad mapping": ("qat vit -r w8a8 -o out --data digits --mapping 1", "mapping is '1'", "0:1,1:3"),
+    "qat, bad layers": ("qat vit -r w8a8 -o out --data digits --layers x", "layers is 'x'", "whole numbers"),
+    "qat, no setting": ("qat vit -r w8a8 -o out --data digits --set fp16", "--set fp16", "NAME=VALUE"),
+    "qat, no epochs": ("qat vit -r w8a8 -o out --data digits --epochs 0", "epochs is 0", "more than 0"),
+    "qat, quantized teacher": ("qat packed -r w8a8 -o out --data digits", "quantized already", "float model"),
+    "qat, another kind of student": (
+        "qat vit -r w8a8 -o out --data digits --student bert",
+        "bert reads input_ids",
+        "vit reads pixel_values",
+    ),
     "no demo": ("demo penguins", "no demo 'penguins'", "digits, minilm or all"),
 }
 

@@ -53,7 +53,7 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shown = list(blocks("sh", "python"))
     # The demo's own test measures; here it only has to leave its files: no training, no fresh processes.
-    monkeypatch.setattr(demo, "finetune", lambda *_, **__: None)
+    monkeypatch.setattr(demo, "train", lambda *_, **__: None)
     monkeypatch.setattr(demo, "_start_check", lambda packed, data, other: (packed, data, other))
     monkeypatch.setattr(demo, "_finish_check", lambda job: pipeline.evaluate(job[0], job[1], against=job[2]))
     assert {block.language for block in shown} == {"sh", "python"}

@@ -215,25 +215,3 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(bittern.InputError, match=r"out: No space left on device"):
         pipeline.quantize(DIGITS, "ternary-2-2-8", tmp_path / "out", force=True)
     assert tree(tmp_path) == before
-
-
-@torch.no_grad()
-def loss_and_accuracy(model: hf.PreTrainedModel) -> tuple[float, float]:
-    """Both on the test images."""
-    images, labels = digits("test")
-    output = model(images, labels=labels)
-    return output.loss.item(), (output.logits.argmax(-1) == labels).float().mean().item()
-
-
-def test_finetune() -> None:
-    """Two epochs give ternary weights most of their accuracy back, and the model is in eval mode afterwards."""
-    model = bittern.load(DIGITS)
-    bittern.simulate(model, "ternary-2-2-8")
-    loss, accuracy = loss_and_accuracy(model)
-    assert accuracy < 0.8
-    pipeline.finetune(model, *digits("train"), epochs=2)
-    trained_loss, trained_accuracy = loss_and_accuracy(model)
-    assert not model.training
-    assert trained_loss < loss / 3
-    assert trained_accuracy > 0.95
-    assert bittern.is_simulated(model)

@@ -165,6 +165,11 @@ class Lesson:
         with torch.no_grad(), recording(self.teacher, *points) as shown:
             expected = self.teacher(**given)
         if "prediction" in self.distill.terms:
+            if out.get("logits") is None:
+                raise InputError(
+                    f"{type(self.student).__name__} has no logits for the term prediction; choose others, such as "
+                    "hidden,map,output"
+                )
             terms["prediction"] = self._prediction(out["logits"], expected["logits"], batch)
         masks = _token_masks(taught.masks, self.anatomy)
         for term, group in self.points.items():

@@ -40,7 +40,8 @@ def score_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> 
         real = rows[:, None, :, None].float()
         seen, error = seen * real, error * real
     error, count = error.flatten(1), seen.flatten(1).sum(1)
-    return (torch.linalg.vecdot(error, error) / count.clamp(min=1)).mean()
+    total: Tensor = torch.linalg.vecdot(error, error)
+    return (total / count.clamp(min=1)).mean()
 
 
 class _Divergence(torch.autograd.Function):

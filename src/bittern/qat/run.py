@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from bittern.data import Data, is_language_model
+from bittern.data import Data, has_classes, is_language_model, is_regression
 from bittern.errors import InputError, first_line
 from bittern.evaluate import LOWER_IS_BETTER
 from bittern.progress import Tell, unseen
@@ -151,7 +151,7 @@ def collator(data: Data, model: PreTrainedModel) -> Callable[[Sequence[int]], di
         batch = data.collate([data.rows[i] for i in numbers])
         if is_language_model(model):
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        elif data.labels is not None:
+        elif data.labels is not None and (has_classes(model) or is_regression(model)):
             batch["labels"] = data.labels[list(numbers)]
         return batch
 

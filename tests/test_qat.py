@@ -1,0 +1,269 @@
+"""Training runs from end to end: every kind of model and data, crashes, and what is refused before the first step."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+import bittern
+from bittern import pipeline
+from bittern.data import load_data
+from bittern.demo import DIGITS
+from bittern.errors import InputError, ModelError
+from bittern.qat.distill import parse_distill
+from bittern.qat.run import ByLength, Training, collator, last_checkpoint
+from families import SUPPORTED
+from helpers import refused
+from material import LABELS, SENTENCE, TEXTS, command, save_text_model, write_tables
+
+QUICK = Training(steps=6, batch_size=8, learning_rate=1e-3, evaluations=2)
+BERT = "prediction,hidden,map,output"
+
+
+def teach(source: Path, out: Path, data: Any, terms: str = BERT, **options: Any) -> dict[str, Any]:
+    training = options.pop("training", QUICK)
+    return pipeline.qat(
+        source, "ternary-2-2-8", out, data=str(data), distill=parse_distill(terms), training=training, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_text_model(tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tables(tmp_path_factory.mktemp("data") / "texts", text=TEXTS, label=LABELS)
+
+
+def test_digits(tmp_path: Path) -> None:
+    """Two epochs with a teacher give ternary weights most of their accuracy back, and the packed file has it."""
+    training = Training(epochs=2, batch_size=64, learning_rate=1e-3, evaluations=2)
+    result = teach(DIGITS, tmp_path / "out", "digits", "unified", training=training)
+    assert result["float"]["accuracy"] > 0.98
+    assert result["qat"]["history"][0]["eval_accuracy"] < 0.85  # as it was before the first step
+    assert result["packed"]["accuracy"] == pytest.approx(result["qat"]["best"])
+    assert result["packed"]["accuracy"] > 0.95
+    assert result["max_error_simulated_packed"] == 0
+    assert result["float_bytes"] > 6 * result["file"]
+    assert result["peak_memory"] > 1e8
+    assert not (tmp_path / "out.work").exists()
+    report = json.loads((tmp_path / "out" / "bittern.json").read_text())
+    assert report["qat"] == result["qat"]
+    assert report["distill"]["terms"] == {"prediction": 1, "hidden": 1, "map": 1, "output": 1}
+
+
+def test_the_best_is_kept(tmp_path: Path, bert: Path, texts: Path) -> None:
+    """The packed model is that of the best evaluation, here not the last one, since the rate is far too high."""
+    training = replace(QUICK, steps=12, learning_rate=0.3, evaluations=6)
+    result = teach(bert, tmp_path / "out", texts, training=training)
+    found = [e["eval_accuracy"] for e in result["qat"]["history"] if "eval_accuracy" in e]
+    assert len(found) == 7  # one before the first step
+    assert result["packed"]["accuracy"] == pytest.approx(max(found[1:]))
+    assert result["qat"]["best"] == max(found[1:])
+
+
+def test_patience(tmp_path: Path, bert: Path, texts: Path) -> None:
+    """A run that is no longer better stops early."""
+    training = replace(QUICK, steps=40, learning_rate=1e-9, evaluations=20, patience=2)
+    assert teach(bert, tmp_path / "out", texts, training=training)["qat"]["steps"] < 40
+
+
+KINDS: dict[str, tuple[dict[str, Any], str, str]] = {  # columns, terms, the metric that decides
+    "classes": ({"text": TEXTS, "label": LABELS}, BERT + ",truth", "accuracy"),
+    "pairs": ({"sentence1": TEXTS, "sentence2": TEXTS[::-1], "label": LABELS}, BERT, "accuracy"),
+    "no labels": ({"text": TEXTS}, BERT, "agreement"),
+    "no teacher": ({"text": TEXTS, "label": LABELS}, "none", "accuracy"),
+    "all terms": ({"text": TEXTS}, BERT + ",score,self_output,context,value_relation,query_relation", "agreement"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_of_data(tmp_path: Path, bert: Path, name: str) -> None:
+    """Tables with and without labels, with one text or two, train a student that equals its packed file."""
+    columns, terms, metric = KINDS[name]
+    result = teach(bert, tmp_path / "out", write_tables(tmp_path / "data", **columns), terms)
+    assert result["qat"]["metric"] == metric
+    assert result["qat"]["steps"] == 6
+    assert result["packed"][metric] == pytest.approx(result["qat"]["best"])
+    assert result["max_error_simulated_packed"] == 0
+
+
+def test_regression(tmp_path: Path, bert: Path) -> None:
+    """A head of one number learns from fractions, and is measured by correlation."""
+    config = hf.AutoConfig.from_pretrained(bert, num_labels=1)
+    hf.BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    hf.AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "model")
+    data = write_tables(tmp_path / "data", text=TEXTS, label=[len(t) / 7 for t in TEXTS])
+    result = teach(tmp_path / "model", tmp_path / "out", data, "prediction,truth,hidden")
+    assert result["qat"]["metric"] == "pearson"
+    assert result["packed"]["pearson"] == pytest.approx(result["qat"]["best"], abs=1e-4)
+    assert -1 <= result["packed"]["spearman"] <= 1
+
+
+def test_encoder(tmp_path: Path) -> None:
+    """An encoder without a head learns what its layers show, and is measured by similarities."""
+    source = save_text_model(tmp_path / "model", head=False)
+    data = write_tables(tmp_path / "data", text=TEXTS, label=LABELS)
+    assert teach(source, tmp_path / "out", data, "hidden,map,output")["qat"]["metric"] == "similarity"
+    with refused(InputError, "BertModel has no logits for the term prediction", "hidden,map,output"):
+        teach(source, tmp_path / "other", data, "unified")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_language_model(tmp_path: Path, bert: Path, family: str) -> None:
+    """A decoder learns token by token from plain text in blocks, and is measured by perplexity: lower is better."""
+    model, _ = SUPPORTED[family]()
+    model.save_pretrained(tmp_path / "model")
+    hf.AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "data" / f"{split}.txt").write_text("\n".join([SENTENCE] * 40))
+    result = teach(tmp_path / "model", tmp_path / "out", tmp_path / "data", "prediction,hidden,truth", max_length=16)
+    found = [e["eval_perplexity"] for e in result["qat"]["history"] if "eval_perplexity" in e]
+    assert result["qat"]["metric"] == "perplexity"
+    assert result["qat"]["best"] == min(found[1:])
+    assert result["packed"]["perplexity"] == pytest.approx(min(found[1:]), rel=1e-4)
+
+
+def test_one_part(tmp_path: Path, bert: Path) -> None:
+    """Of data with one part only a tenth is held out, and not trained on."""
+    data = write_tables(tmp_path / "data", text=TEXTS, label=LABELS) / "train.parquet"
+    assert teach(bert, tmp_path / "out", data)["samples"] == 4
+    whole = load_data(str(data), bittern.load(bert), bert, split="train")
+    assert whole is not None
+    rest, held_out = whole.split(4, seed=1)
+    assert (len(rest), len(held_out)) == (36, 4)
+    assert sorted([*rest.rows, *held_out.rows]) == sorted(whole.rows)
+    assert rest.labels is not None
+    assert [LABELS[TEXTS.index(row[0])] for row in rest.rows] == rest.labels.tolist()
+
+
+def test_shallow_student(tmp_path: Path, bert: Path, texts: Path) -> None:
+    """A student of one block learns from the block that the mapping names; without a mapping it is refused."""
+    config = hf.AutoConfig.from_pretrained(bert, num_hidden_layers=1)
+    hf.BertForSequenceClassification(config).save_pretrained(tmp_path / "student")
+    hf.AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "student")
+    with refused(ModelError, "the student has 1 blocks", "mapping="):
+        teach(bert, tmp_path / "out", texts, student=tmp_path / "student")
+    result = pipeline.qat(
+        bert, "ternary-2-2-8", tmp_path / "out", data=str(texts), distill=parse_distill("unified", mapping={0: 1}),
+        training=QUICK, student=tmp_path / "student", force=True,
+    )  # fmt: skip
+    assert result["qat"]["steps"] == 6
+
+
+# Crashes
+
+
+def qat(out: Path, *options: str) -> list[str]:
+    command = "qat {} --data digits -r ternary-2-2-8 --steps 24 --evaluations 6 --batch-size 32 --lr 1e-3 --json"
+    return [sys.executable, "-m", "bittern", *command.format(DIGITS).split(), "-o", str(out), *options]
+
+
+def test_crash(tmp_path: Path) -> None:
+    """Killed in training and resumed, the command writes the very file of one that was not; other options are refused,
+    and so is starting anew, unless forced."""
+    subprocess.run(qat(tmp_path / "whole"), check=True, capture_output=True)
+    process = subprocess.Popen(qat(tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and last_checkpoint(tmp_path / "out.work") is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    line = " ".join(["bittern", *qat(tmp_path / "out")[3:]])
+    assert "holds an unfinished run, up to checkpoint-" in command(line).err
+    assert "another training" in command(f"{line} --resume --seed 1").err
+    partial = tmp_path / "out.work" / "checkpoint-99"  # killed while it was written
+    partial.mkdir()
+    (partial / "trainer_state.json").write_text('{"global_step": 9')
+    assert command(f"{line} --resume").code == 0
+    found = [sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest() for name in ("whole", "out")]
+    assert found[0] == found[1]
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_last_checkpoint(tmp_path: Path) -> None:
+    """The newest complete one, by number, not by name."""
+    assert last_checkpoint(tmp_path / "nowhere") is None
+    for step, text in ((9, "{}"), (10, "{}"), (11, '{"half'), (12, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if text is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    found = last_checkpoint(tmp_path)
+    assert found is not None
+    assert found.name == "checkpoint-10"
+
+
+# Batches
+
+
+def test_by_length() -> None:
+    """Each sample comes once an epoch, in an order that seed and epoch decide; batches are of like lengths."""
+    lengths = torch.randint(1, 100, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    orders = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        sampler = ByLength(lengths, 10, seed)
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert all(sorted(order) == list(range(1000)) for order in orders)
+    assert orders[0] == orders[3]
+    assert len({tuple(order) for order in orders}) == 3
+    batches = [[lengths[i] for i in orders[0][k : k + 10]] for k in range(0, 1000, 10)]
+    assert sum(max(b) - min(b) for b in batches) / len(batches) < 20  # about 80 in a random order
+
+
+def test_labels_of_a_batch(bert: Path, texts: Path) -> None:
+    """A batch has the labels of its rows, whatever their order."""
+    model = bittern.load(bert)
+    data = load_data(str(texts), model, bert, split="train")
+    assert data is not None
+    batch = collator(data, model)([7, 2, 30])
+    assert batch["labels"].tolist() == [LABELS[i] for i in (7, 2, 30)]
+    assert torch.equal(batch["input_ids"], data.collate([data.rows[i] for i in (7, 2, 30)])["input_ids"])
+
+
+# What is refused
+
+
+def test_refused(tmp_path: Path, bert: Path, texts: Path) -> None:
+    """Options and data that do not fit are told in one line before the first step, and leave no output."""
+    unlabelled = write_tables(tmp_path / "unlabelled", text=TEXTS)
+    out = tmp_path / "out"
+    with refused(InputError, "a batch of 64 is larger than the data, 40 samples"):
+        teach(bert, out, texts, training=replace(QUICK, batch_size=64))
+    with refused(InputError, "has no labels, which the term truth needs"):
+        teach(bert, out, unlabelled, "truth")
+    with refused(InputError, "no metric 'mcc' to choose by; there are accuracy, agreement"):
+        teach(bert, out, texts, training=replace(QUICK, metric="mcc"))
+    with refused(InputError, "options of the Trainer", "fp17"):
+        teach(bert, out, texts, training=replace(QUICK, arguments={"fp17": True}))
+    with refused(InputError, "warmup is 1", "below 1"):
+        Training(warmup=1.0)
+    assert not out.exists()
+
+
+def test_other_student(tmp_path: Path, bert: Path, texts: Path) -> None:
+    """A student with another vocabulary, other words or other classes than its teacher is refused."""
+    other = tmp_path / "other"
+    for change, message in (({"num_labels": 2}, "num_labels 2"), ({"vocab_size": 50}, "vocab_size 50")):
+        config = hf.AutoConfig.from_pretrained(bert, **change)
+        hf.BertForSequenceClassification(config).save_pretrained(other)
+        with refused(InputError, message, "they must agree"):
+            teach(bert, tmp_path / "out", texts, student=other)
+    bittern.load(bert).save_pretrained(other)
+    tokenizer = json.loads((bert / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["marsh"] = tokenizer["model"]["vocab"].pop("reeds")
+    hf.AutoTokenizer.from_pretrained(bert).save_pretrained(other)
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with refused(InputError, "different tokenizers", "'marsh'"):
+        teach(bert, tmp_path / "out", texts, student=other)
