@@ -192,6 +192,17 @@ def test_crash(tmp_path: Path) -> None:
     assert not (tmp_path / "out.work").exists()
 
 
+def test_processes(tmp_path: Path) -> None:
+    """Two processes share each epoch between them, and the first one writes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *qat(tmp_path / "out")[1:]]
+    done = subprocess.run([sys.executable, *launcher], capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["qat"]["history"][-1]["epoch"] == pytest.approx(24 * 2 * 32 / 1437, rel=0.05)
+    assert result["max_error_simulated_packed"] == 0
+    assert bittern.inspect(tmp_path / "out")["state"] == "packed"
+    assert not (tmp_path / "out.work").exists()
+
+
 def test_last_checkpoint(tmp_path: Path) -> None:
     """The newest complete one, by number, not by name."""
     assert last_checkpoint(tmp_path / "nowhere") is None

@@ -234,15 +234,16 @@ def qat(
         weight_decay=weight_decay, seed=seed, evaluations=evaluations, patience=patience, metric=metric,
         arguments=_settings(options),
     )  # fmt: skip
-    quiet = as_json or os.environ.get("RANK", "0") != "0"
+    leads = os.environ.get("RANK", "0") == "0"  # of several processes
+    quiet = as_json or not leads
     result = pipeline.qat(
         teacher, recipe, out, data=data, distill=lesson, training=training, student=student, samples=samples,
         resume=resume, force=force, track=track(quiet), columns=_split(columns), label_column=label_column,
         max_length=max_length, **_tell(quiet),
     )  # fmt: skip
-    if as_json:
+    if as_json and leads:
         print(json.dumps(result))
-    elif not quiet:
+    elif leads:
         print_trained(result, f"{teacher} by {result['recipe']}, learned from {', '.join(lesson.terms)}")
         out_console.print(f"Wrote {out}. Next: [bold]bittern inspect {out}[/]", soft_wrap=True)
 

@@ -283,6 +283,7 @@ def _arguments(training: Training, folder: Path) -> TrainingArguments:
         "report_to": [],
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        "use_cpu": not torch.accelerator.is_available(),  # else several CPU processes do not know of each other
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     try:
