@@ -97,8 +97,8 @@ def train(
 
     measure: metrics of the student as it is. folder: for checkpoints. resume: go on from the last complete one, to the
     bits of a run that was never interrupted; without one, start. tell: called after each step and for what is logged;
-    at the end with the same number twice. Raises InputError or ModelError before the first step
-    for data, a teacher or options that do not fit.
+    at the end with the same number twice. Raises InputError or ModelError before the first step for data, a teacher or
+    options that do not fit.
     """
     if training.batch_size > len(data):
         raise InputError(f"a batch of {training.batch_size} is larger than the data, {len(data)} samples; lower it")
@@ -159,10 +159,8 @@ def collator(data: Data, model: PreTrainedModel) -> Callable[[Sequence[int]], di
 
 
 class ByLength(Sampler[int]):
-    """Texts of about the same length stand in the same batch, in an order that only seed and epoch decide.
-
-    Half of the work on short texts is padding else. Resuming needs no state.
-    """
+    """Texts of about the same length stand in the same batch, for less padding, in an order that only seed and epoch
+    decide: resuming needs no state."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
@@ -180,6 +178,8 @@ class ByLength(Sampler[int]):
 
 class _Run(QATTrainer):
     """A QATTrainer that is measured by our own metrics, the same ones as the final model."""
+
+    control: TrainerControl
 
     def __init__(
         self,
@@ -204,7 +204,6 @@ class _Run(QATTrainer):
             data_collator=collator(data, student),
             callbacks=[_Schedule(training.evaluations), _Progress(tell), *patience],
         )
-
         self.remove_callback(PrinterCallback)
 
     def check_first_batch(self) -> None:
@@ -212,8 +211,6 @@ class _Run(QATTrainer):
         batch = self._prepare_inputs(self.data_collator(range(min(2, len(self.data)))))
         with torch.no_grad():
             self.lesson.forward(self.model, batch)
-
-    control: TrainerControl
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         found = {f"eval_{name}": value for name, value in self.measure().items()}
