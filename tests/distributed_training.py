@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bittern import simulate
 from bittern.qat.distill import parse_distill
+from bittern.qat.run import leave_processes
 from bittern.qat.trainer import QATTrainer
 from bittern.recipe import Format, Recipe, Rule
 from families import SUPPORTED, TEXT, VISION
@@ -113,6 +114,7 @@ def main() -> None:
             "world": trainer.args.world_size, "losses": [entry for entry in logs if entry],
             "norm": weights.norm().item(), "digest": weights.sum().item(),
         }))  # fmt: skip
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def qat(
     """
     from bittern import pipeline
     from bittern.qat.distill import parse_distill
-    from bittern.qat.run import Training
+    from bittern.qat.run import Training, leave_processes
 
     lesson = parse_distill(
         distill, balance=balance, layers=_numbers(layers, "layers") or None, mapping=_mapping(mapping),
@@ -241,6 +241,7 @@ def qat(
         resume=resume, force=force, track=track(quiet), columns=_split(columns), label_column=label_column,
         max_length=max_length, **_tell(quiet),
     )  # fmt: skip
+    leave_processes()
     if as_json and leads:
         print(json.dumps(result))
     elif leads:

@@ -119,6 +119,12 @@ def train(
     return Trained(state.global_step, state.best_global_step or 0, name, float(best), state.log_history, seconds)
 
 
+def leave_processes() -> None:
+    """End the group of processes, if there is one, before this one ends: else its threads may abort it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint that was written to its end; the Trainer writes its state last."""
     found = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
