@@ -241,12 +241,12 @@ def qat(
         resume=resume, force=force, track=track(quiet), columns=_split(columns), label_column=label_column,
         max_length=max_length, **_tell(quiet),
     )  # fmt: skip
-    leave_processes()
     if as_json and leads:
         print(json.dumps(result))
     elif leads:
         print_trained(result, f"{teacher} by {result['recipe']}, learned from {', '.join(lesson.terms)}")
         out_console.print(f"Wrote {out}. Next: [bold]bittern inspect {out}[/]", soft_wrap=True)
+    leave_processes()
 
 
 @app.command("eval")
