@@ -205,8 +205,8 @@ def qat(
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.")] = None,
     metric: Annotated[str | None, typer.Option(help="Which metric decides between checkpoints.")] = None,
     options: Annotated[
-        list[str], typer.Option("--set", help="NAME=VALUE of transformers.TrainingArguments; may be repeated.")
-    ] = [],  # noqa: B006
+        list[str] | None, typer.Option("--set", help="NAME=VALUE of transformers.TrainingArguments; may be repeated.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples for static scales of activations.")] = 128,
     seed: Annotated[int, typer.Option(help="Of order, dropout and draws.")] = 0,
     columns: Columns = "",
@@ -232,7 +232,7 @@ def qat(
     training = Training(
         epochs=epochs, steps=steps, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
         weight_decay=weight_decay, seed=seed, evaluations=evaluations, patience=patience, metric=metric,
-        arguments=_settings(options),
+        arguments=_settings(options or []),
     )  # fmt: skip
     leads = os.environ.get("RANK", "0") == "0"  # of several processes
     quiet = as_json or not leads

@@ -234,9 +234,7 @@ def _table(source: str, split: Split) -> Any:
     except InputError:
         raise
     except Exception as error:  # datasets, pyarrow and huggingface_hub have no common error
-        known = (
-            "digits, sentences, a folder, a .parquet, .csv, .json or .txt file with rows, or a dataset name on the hub"
-        )
+        known = f"digits, sentences, a folder, a file with rows ({', '.join(_READERS)}), or a dataset name on the hub"
         raise InputError(f"cannot read data from {source!r}: {first_line(error)}; expected {known}") from error
 
 

@@ -117,7 +117,7 @@ def qat(
     folder = Path(f"{Path(out)}.work")
     leads = int(os.environ.get("RANK", "0")) == 0
     if leads:
-        _check_unfinished(folder, resume, force)
+        _check_unfinished(folder, resume or force)
     columns |= {"batch_size": training.batch_size}
     job = _Job(source, recipe, out, data, samples, training.seed, force or not leads, track, columns)
     job.prepare(student, hold_out=True)
@@ -129,6 +129,8 @@ def qat(
     if training.metric not in measured:
         raise InputError(f"no metric {training.metric!r} to choose by; there are {', '.join(measured)}")
     if leads:
+        if not resume and last_checkpoint(folder):  # forced, and nothing was found that stops the new run
+            shutil.rmtree(folder)
         models = {"teacher": teacher, "student": job.model}
         Journal(folder, {name: digest(sorted(model.state_dict().items())) for name, model in models.items()} | {
             "data": job.train.subset(256).fingerprint(), "samples": len(job.train), "recipe": job.recipe.model_dump(),
@@ -138,7 +140,7 @@ def qat(
         job.model, teacher if distill.needs_teacher else None, job.train, job.measure, distill, training, folder,
         resume=resume, tell=tell,
     )  # fmt: skip
-    found = {"distill": asdict(distill), "training": asdict(training), "qat": trained.to_dict()}
+    found = {"distill": asdict(distill), "training": asdict(training), "qat": asdict(trained)}
     if not leads:
         return found
     result = job.finish(simulation, found | {"peak_memory": peak_memory()})
@@ -148,15 +150,12 @@ def qat(
     return result
 
 
-def _check_unfinished(folder: Path, resume: bool, force: bool) -> None:
+def _check_unfinished(folder: Path, allowed: bool) -> None:
     checkpoint = last_checkpoint(folder)
-    if checkpoint is None or resume:
-        return
-    if not force:
+    if checkpoint is not None and not allowed:
         raise InputError(
             f"{folder} holds an unfinished run, up to {checkpoint.name}; go on with --resume, or drop it with --force"
         )
-    shutil.rmtree(folder)
 
 
 @dataclass

@@ -85,7 +85,7 @@ def _scale(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
 def _ternary(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """Codes and scale [KD, TWN]: the sign of what is above the threshold, and the mean magnitude of that.
 
-    A mask of floats, since products with boolean ones take ten times as long.
+    A mask of floats, since products with boolean ones are far slower.
     """
     dims, size = _dims(x, fmt), x.abs()
     kept = (size - TERNARY_THRESHOLD * _mean(size, dims)).clamp_(min=0).sign_()

@@ -45,14 +45,18 @@ def score_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> 
 
 
 class _Divergence(torch.autograd.Function):
-    """Σ_j T log(T/S) over the last dimension; by hand, since autograd's way takes three times as long."""
+    """Σ_j T log(T/S) over the last dimension; with its gradient by hand, in fewer passes.
+
+    The value is the sum of T log(T/S) - (T - S), which is the same where T and S each sum to 1, and does not drown in
+    their rounding where they are nearly equal.
+    """
 
     @staticmethod
     def forward(ctx, student, teacher):  # type: ignore[no-untyped-def]
-        ratio = teacher.clamp(min=TINY).div_(student.clamp(min=TINY))
-        value = torch.linalg.vecdot(teacher, ratio.log())
         ctx.save_for_backward(student, teacher)
-        return value
+        low, high = student.clamp(min=TINY), teacher.clamp(min=TINY)
+        ratio = (high - low).div_(low).clamp_(min=2**-24 - 1).log1p_()  # log(T/S), and finite
+        return ratio.mul_(teacher).sub_(teacher - student).sum(-1)
 
     @staticmethod
     @once_differentiable

@@ -79,9 +79,6 @@ class Trained:
     history: list[dict[str, float]]
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self.__dict__)
-
 
 def train(
     student: PreTrainedModel,
@@ -105,7 +102,16 @@ def train(
     if training.batch_size > len(data):
         raise InputError(f"a batch of {training.batch_size} is larger than the data, {len(data)} samples; lower it")
     _check_labels(student, data, distill)
-    trainer = _Run(student, teacher, data, measure, distill, training, Path(folder), tell)
+    patience = [EarlyStoppingCallback(training.patience)] if training.patience else []
+    trainer = _Run(
+        student,
+        _arguments(training, Path(folder)),
+        data=data,
+        measure=measure,
+        teacher=teacher,
+        distill=distill,
+        callbacks=[_Schedule(training.evaluations), _Progress(tell), *patience],
+    )
     trainer.check_first_batch()
     checkpoint = last_checkpoint(folder) if resume else None
     start = time.perf_counter()
@@ -191,28 +197,11 @@ class _Run(QATTrainer):
 
     control: TrainerControl
 
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        teacher: PreTrainedModel | None,
-        data: Data,
-        measure: Measure,
-        distill: Distill,
-        training: Training,
-        folder: Path,
-        tell: Tell,
-    ):
+    def __init__(self, student: PreTrainedModel, *args: Any, data: Data, measure: Measure, **options: Any):
         self.data, self.measure = data, measure
-        patience = [EarlyStoppingCallback(training.patience)] if training.patience else []
+        rows = range(len(data))
         super().__init__(
-            student,
-            _arguments(training, folder),
-            teacher=teacher,
-            distill=distill,
-            train_dataset=range(len(data)),
-            eval_dataset=[],
-            data_collator=collator(data, student),
-            callbacks=[_Schedule(training.evaluations), _Progress(tell), *patience],
+            student, *args, train_dataset=rows, eval_dataset=[], data_collator=collator(data, student), **options
         )
         self.remove_callback(PrinterCallback)
 
@@ -270,7 +259,13 @@ def _are_texts(row: Any) -> bool:
     return isinstance(row, tuple) and all(isinstance(part, str) for part in row)
 
 
+DECIDED = {"eval_steps": "evaluations", "save_steps": "evaluations", "logging_steps": "evaluations",
+           "metric_for_best_model": "metric", "output_dir": "out"}  # fmt: skip
+
+
 def _arguments(training: Training, folder: Path) -> TrainingArguments:
+    for name in DECIDED.keys() & training.arguments.keys():
+        raise InputError(f"{name} cannot be set: the option {DECIDED[name]} decides it")
     chosen: dict[str, Any] = {
         "output_dir": str(folder),
         "num_train_epochs": training.epochs,
