@@ -93,7 +93,8 @@ def table(path: Path) -> str:
     """Mean ± half the range over seeds, best and last, by variant."""
     known = read(path)
     title = f"{known['metric']} of the teacher: {100 * known['teacher']:.2f}; {known['steps']} steps"
-    lines = [f"{title} of {known['batch_size']}", "", "| variant | lr | seeds | best | last | divergence |", "|---|---|---|---|---|---|"]
+    lines = [f"{title} of {known['batch_size']}", ""]
+    lines += ["| variant | lr | seeds | best | last | divergence |", "|---|---|---|---|---|---|"]
     cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in known["rows"]:
         cells.setdefault((row["variant"], row["lr"]), []).append(row)
