@@ -171,7 +171,7 @@ class Lesson:
                     "hidden,map,output"
                 )
             terms["prediction"] = self._prediction(out["logits"], expected["logits"], batch)
-        masks = _token_masks(taught.masks, self.anatomy)
+        masks = token_masks(taught.masks, self.anatomy)
         for term, group in self.points.items():
             found = [loss for point in group for loss in self._of_layers(term, point, taught, shown, masks)]
             terms[term] = torch.stack(found).sum()  # sums over layers [KD]
@@ -270,7 +270,7 @@ def _by_place(taps: Taps, anatomy: Anatomy, point: Point) -> dict[Place, tuple[s
     return found
 
 
-def _token_masks(masks: Sequence[tuple[str, Tensor | None]], anatomy: Anatomy) -> dict[tuple[str, str], Tensor]:
+def token_masks(masks: Sequence[tuple[str, Tensor | None]], anatomy: Anatomy) -> dict[tuple[str, str], Tensor]:
     """For the queries and the keys of each attention module, which tokens are real (batch, tokens), if a mask tells.
 
     A token that no query may attend to is padding. The queries of cross-attention are those of the self-attention
@@ -297,7 +297,7 @@ def _points(distill: Distill, student: Anatomy, teacher: Anatomy) -> Iterator[tu
         elif term == "map" and distill.map_temperature != 1:
             yield term, ("score",)
         elif term == "output":
-            points = [_attention_output(a) for a in (student, teacher)]
+            points = [attention_output(a) for a in (student, teacher)]
             if points[0] != points[1]:
                 raise ModelError("term output: one of student and teacher is post-norm, the other is not")
             yield term, (points[0],)
@@ -305,7 +305,7 @@ def _points(distill: Distill, student: Anatomy, teacher: Anatomy) -> Iterator[tu
             yield term, (POINT_OF[term],)
 
 
-def _attention_output(anatomy: Anatomy) -> Point:
+def attention_output(anatomy: Anatomy) -> Point:
     """Where Y is: the norm of X + AO if that is what a block's first norm gives (post-norm), else the sum itself."""
     for attention in anatomy.attentions:
         if not attention.norm_reads_residual:

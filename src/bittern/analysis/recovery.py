@@ -1,0 +1,117 @@
+"""How far a student attends as its teacher does [KD], [TI]: functions of attention maps, scores and outputs.
+
+Maps are (samples, heads, queries, keys). `seen` (samples, 1 or heads, queries, keys) is True where a real query may
+attend to a real key. Results are (samples, heads): means over the real queries of a sample, so that more padding, or
+other company in the batch, changes nothing. Rows may have different lengths, as in a causal mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TINY = 1e-8  # probabilities are clamped here, as in the published code of [KD]
+
+
+def ranks(x: Tensor, seen: Tensor) -> Tensor:
+    """0-based position of each key in its row, the largest first; equal ones in their order, unseen ones last."""
+    order = x.masked_fill(~seen, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    return order.argsort(-1)
+
+
+def cover_length_ratio(student: Tensor, teacher: Tensor, seen: Tensor, top: int = 5) -> Tensor:
+    """How deep in the student's ranking of a row the teacher's `top` keys lie: the deepest position, from 0, divided
+    by the row's length [KD]. A teacher against itself has (top - 1) / length, the floor."""
+    count = seen.sum(-1)
+    wanted = (ranks(teacher, seen) < top) & seen
+    deepest = ranks(student, seen).masked_fill(~wanted, 0).amax(-1)
+    return _of_rows(deepest / count.clamp(min=1), seen)
+
+
+def ranking_loss(student: Tensor, teacher: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ over rows and pairs i<j of (-(s_i - s_j)·sign(t_i - t_j))₊ [KD], and how many pairs there are.
+
+    Exact, by sorting: (x)₊ is half of |x| + x. The sum of |s_i - s_j| depends on the order of s alone; that of
+    s_i - s_j, with i before j in the teacher's order, is linear in s. Ties of the teacher add nothing if s ascends there.
+    """
+    count = seen.sum(-1, keepdim=True)
+    place = torch.arange(student.shape[-1], device=student.device)
+    weight = torch.where(place < count, (count - 1 - 2 * place).double(), 0.0)  # how often an item is first, less second
+    s, by_student = student.double().masked_fill(~seen, torch.inf).sort(dim=-1, stable=True)
+    t = teacher.masked_fill(~seen, torch.inf).gather(-1, by_student)
+    s = torch.where(place < count, s, 0.0)
+    loss = (weight * (s.gather(-1, t.sort(dim=-1, stable=True).indices) - s)).sum(-1) / 2
+    pairs = (count * (count - 1) // 2).squeeze(-1).expand_as(loss)
+    return loss.sum(-1), pairs.sum(-1)
+
+
+def ranking_ratio(maps: Tensor, seen: Tensor, token: int = 0) -> Tensor:
+    """Share of a row's other keys that get less attention than key `token`, ties counted half: 1 is the most attended.
+
+    Rows that do not see the key, or nothing else, are left out.
+    """
+    x, chosen = maps, maps[..., token : token + 1]
+    less = (((x < chosen) & seen).sum(-1) + 0.5 * (((x == chosen) & seen).sum(-1) - 1)).float()
+    others = seen.sum(-1) - 1
+    rows = seen[..., token] & (others > 0)
+    return _of_rows(less / others.clamp(min=1), rows.unsqueeze(-1))
+
+
+def divergence(student: Tensor, teacher: Tensor, seen: Tensor) -> Tensor:
+    """KL(SA^T ‖ SA^S), in nats [KD eq. 5]."""
+    s, t = student.double().clamp(min=TINY), teacher.double()
+    return _of_rows((torch.where(seen, t, 0.0) * (t.clamp(min=TINY).log() - s.log())).sum(-1), seen)
+
+
+def distance(student: Tensor, teacher: Tensor, seen: Tensor, classes: Tensor, kinds: int) -> Tensor:
+    """Mean of |student - teacher| over real queries and the keys of a class: (samples, heads, kinds).
+
+    SA-GEN distance of attention probabilities α [TI], SA-PROP distance of ‖αf(x)‖; of ‖f(x)‖, with one query. classes
+    (samples, keys): from 0. A class that a sample does not have gives NaN.
+    """
+    error = (student - teacher).abs().double()
+    found = []
+    for kind in range(kinds):
+        of_kind = seen & (classes == kind)[:, None, None, :]
+        count = of_kind.expand_as(error).sum((-2, -1))
+        found.append((error * of_kind).sum((-2, -1)) / count)
+    return torch.stack(found, -1)
+
+
+def transformed_norms(value: Tensor, w_o: Tensor) -> Tensor:
+    """‖f(x)‖ = ‖V_h W_O,h‖ of each head and key token (Kobayashi et al. 2020): (samples, heads, keys).
+
+    value: (samples, heads, keys, head dim); w_o: (out, heads · head dim). Through the Gram matrix of each head's W_O.
+    """
+    blocks = w_o.double().unflatten(1, (value.shape[1], -1)).transpose(0, 1)  # (heads, out, head dim)
+    gram = blocks.mT @ blocks
+    v = value.double()
+    return torch.einsum("bhkd,hde,bhke->bhk", v, gram, v).clamp(min=0).sqrt()
+
+
+def summed_norms(maps: Tensor, value: Tensor, w_o: Tensor) -> Tensor:
+    """‖Σ_h αf(x)‖ of each query and key, all heads together (Kobayashi et al. 2020): (samples, queries, keys)."""
+    f = torch.einsum("bhkd,ohd->bhko", value.double(), w_o.double().unflatten(1, (value.shape[1], -1)))
+    products = torch.einsum("bhko,bgko->bkhg", f, f)
+    alpha = maps.double()
+    return torch.einsum("bhqk,bkhg,bgqk->bqk", alpha, products, alpha).clamp(min=0).sqrt()
+
+
+def min_max(output: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest hidden unit of each token of the attention output Y (samples, tokens, hidden) [KD]."""
+    return output.amin(-1), output.amax(-1)
+
+
+def relative_error(student: Tensor, teacher: Tensor, rows: Tensor | None) -> Tensor:
+    """‖X^S - X^T‖² / ‖X^T‖² over the real tokens of each sample: (samples). rows: (samples, tokens)."""
+    error, size = (student - teacher).double().square().flatten(1), teacher.double().square().flatten(1)
+    if rows is not None:
+        real = rows.repeat_interleave(error.shape[1] // rows.shape[1], 1)
+        error, size = error * real, size * real
+    return error.sum(1) / size.sum(1).clamp(min=1e-30)
+
+
+def _of_rows(values: Tensor, seen: Tensor) -> Tensor:
+    """Mean of (samples, heads, queries) over the queries that see anything."""
+    rows = seen.any(-1).expand_as(values)
+    return (values * rows).sum(-1) / rows.sum(-1).clamp(min=1)
