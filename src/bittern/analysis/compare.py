@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bittern.analysis import recovery
 from bittern.analysis.pair import Call, Pair, output_weight, site_of
@@ -46,7 +47,7 @@ def numbers(x: Tensor) -> Any:
     if x.dim():
         return [numbers(row) for row in x]
     value = float(x)
-    return None if value != value else float(f"{value:.6g}")
+    return None if math.isnan(value) else float(f"{value:.6g}")
 
 
 @torch.no_grad()
@@ -130,28 +131,31 @@ def _attention(
     if of_keys is not None and kinds and len(of_keys) == len(student):
         classes, count = of_keys + 1, len(kinds.names) + 1
 
-    def distance(x: Tensor, y: Tensor, where: Tensor = seen) -> Tensor:
+    def distance(x: Tensor, y: Tensor, where: Tensor) -> Tensor:
         everything = recovery.distance(x, y, where, torch.zeros_like(classes), 1)
         by_class = recovery.distance(x, y, where, classes - 1, count - 1) if count > 1 else everything[..., :0]
         return torch.cat([everything, by_class], -1)
 
-    means.add(f"{at}/gen", distance(student, teacher))
-    weights = [output_weight(m, pair.anatomies[m], t.names["map"][i])
-               for m, t in zip((pair.student, pair.teacher), taps, strict=True)]  # fmt: skip
-    if weights[0] is None or weights[1] is None:
+    means.add(f"{at}/gen", distance(student, teacher, seen))
+    own = _propagated(pair.student, pair.anatomies[pair.student], taps[0], i)
+    shown = _propagated(pair.teacher, pair.anatomies[pair.teacher], taps[1], i)
+    if own is None or shown is None:
         return
-    norms, products, summed = [], [], []
-    for model, tap, w_o in zip((pair.student, pair.teacher), taps, weights, strict=True):
-        site = site_of(model, tap.names["map"][i])  # f and α as the model multiplies them
-        value, alpha = site.quantize("value", tap["value"][i]), site.quantize("map", tap["map"][i])
-        value = value.repeat_interleave(alpha.shape[1] // value.shape[1], 1)
-        f = recovery.transformed_norms(value, w_o)
-        norms.append(f.unsqueeze(2))
-        products.append(alpha * f.unsqueeze(2))
-        summed.append(recovery.summed_norms(alpha, value, w_o).unsqueeze(1))
-    means.add(f"{at}/norm", distance(*norms, seen.any(2, keepdim=True)))
-    means.add(f"{at}/prop", distance(*products))
-    means.add(f"{at}/summed", distance(*summed)[:, 0])
+    for name, x, y in zip(("norm", "prop", "summed"), own, shown, strict=True):
+        found = distance(x, y, seen.any(2, keepdim=True) if name == "norm" else seen)
+        means.add(f"{at}/{name}", found[:, 0] if name == "summed" else found)
+
+
+def _propagated(model: nn.Module, anatomy: Anatomy, taps: Taps, i: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """‖f(x)‖, ‖αf(x)‖ and ‖Σ αf(x)‖ over heads, f and α as the model multiplies them; None without a W_O."""
+    name = taps.names["map"][i]
+    site, w_o = site_of(model, name), output_weight(model, anatomy, name)
+    if w_o is None:
+        return None
+    value, alpha = site.quantize("value", taps["value"][i]), site.quantize("map", taps["map"][i])
+    value = value.repeat_interleave(alpha.shape[1] // value.shape[1], 1)
+    f = recovery.transformed_norms(value, w_o).unsqueeze(2)
+    return f, alpha * f, recovery.summed_norms(alpha, value, w_o).unsqueeze(1)
 
 
 def output_point(anatomy: Anatomy) -> Point:

@@ -32,11 +32,13 @@ def ranking_loss(student: Tensor, teacher: Tensor, seen: Tensor) -> tuple[Tensor
     """Σ over rows and pairs i<j of (-(s_i - s_j)·sign(t_i - t_j))₊ [KD], and how many pairs there are.
 
     Exact, by sorting: (x)₊ is half of |x| + x. The sum of |s_i - s_j| depends on the order of s alone; that of
-    s_i - s_j, with i before j in the teacher's order, is linear in s. Ties of the teacher add nothing if s ascends there.
+    s_i - s_j, with i before j in the teacher's order, is linear in s. Ties of the teacher add nothing where s ascends.
     """
     count = seen.sum(-1, keepdim=True)
     place = torch.arange(student.shape[-1], device=student.device)
-    weight = torch.where(place < count, (count - 1 - 2 * place).double(), 0.0)  # how often an item is first, less second
+    weight = torch.where(
+        place < count, (count - 1 - 2 * place).double(), 0.0
+    )  # times it is first of a pair, less second
     s, by_student = student.double().masked_fill(~seen, torch.inf).sort(dim=-1, stable=True)
     t = teacher.masked_fill(~seen, torch.inf).gather(-1, by_student)
     s = torch.where(place < count, s, 0.0)

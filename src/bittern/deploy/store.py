@@ -81,26 +81,30 @@ def _looks_like_hub_name(path: str) -> bool:
     return len(parts) == 2 and all(parts) and not path.startswith((".", "~"))
 
 
-def check_output(out: str | Path, force: bool) -> None:
-    """Refuse an output that exists (unless forced) or cannot be written, before long work starts."""
+def check_output(out: str | Path, force: bool, holds: str = "config.json") -> None:
+    """Refuse an output that exists (unless forced) or cannot be written, before long work starts.
+
+    holds: the file by which an output of ours is known; nothing else is overwritten.
+    """
     out = Path(out)
     if os.path.isfile(out):
         raise InputError(f"{out} is a file; give a folder to write to")
     if os.path.exists(out) and any(out.iterdir()):
         if not force:
             raise InputError(f"{out} exists; choose another output or overwrite it with --force")
-        if not (out / "config.json").exists():
-            raise InputError(f"{out} holds something other than a model; choose another output")
+        if not (out / holds).exists():
+            what = "a model" if holds == "config.json" else "a report"
+            raise InputError(f"{out} holds something other than {what}; choose another output")
     parent = next(p for p in out.absolute().parents if os.path.exists(p))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"cannot write to {parent}; choose another output")
 
 
 @contextmanager
-def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
+def atomic_folder(out: str | Path, *, force: bool = False, holds: str = "config.json") -> Iterator[Path]:
     """A new folder under a temporary name beside `out`, renamed to it if the block ends well, removed if not."""
     out = Path(out).absolute()
-    check_output(out, force)
+    check_output(out, force, holds)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

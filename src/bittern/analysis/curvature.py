@@ -1,0 +1,154 @@
+"""How sharp the loss is around a student's weights [TI]: top eigenvalues and trace of the Hessian, and a 2-D slice.
+
+A loss here is a function of a dict of parameters, as `torch.func.functional_call` takes them, so nothing is ever
+written into a model. Quantizers pass gradients straight through, once and twice: the Hessian is that of the loss as a
+function of the quantized weights, at the point where they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from bittern.deploy.packed import PACKED, PackedConv1D, PackedLayer
+from bittern.errors import InputError
+from bittern.qat.losses import prediction_loss, squared_loss
+
+Parameters = Mapping[str, Tensor]
+Loss = Callable[[Parameters], Tensor]
+
+
+def trainable(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose parameters are float and of full size: packed weights decoded, activations quantized as before."""
+    model = copy.deepcopy(model)
+    simulated = {packed: quant for quant, packed in PACKED.items()}
+    packed = sorted((m for m in model.modules() if isinstance(m, PackedLayer)), key=lambda layer: len(layer.owner))
+    for layer in packed:
+        layer.weight = layer.owner[0].weight if layer.owner else nn.Parameter(_decoded(layer))
+    for layer in packed:
+        for name in ("weight_codes", "weight_scale", "weight_offset"):
+            delattr(layer, name)
+        layer.__class__ = simulated[type(layer)]  # type: ignore[assignment]
+        layer.weight_quantizer = None  # type: ignore[assignment]
+    return model.requires_grad_(True)
+
+
+def _decoded(layer: PackedLayer) -> Tensor:
+    """The weight in the shape that a float layer has."""
+    weight = layer.unpacked()
+    if isinstance(layer, nn.Conv2d):
+        return weight.view(layer.out_channels, -1, *layer.kernel_size)
+    return weight.t().contiguous() if isinstance(layer, PackedConv1D) else weight
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def prediction_loss_of(
+    model: PreTrainedModel, teacher: PreTrainedModel, batch: Mapping[str, Any], weight_decay: float = 0.0
+) -> Loss:
+    """How far the predictions for a batch are from the teacher's: needs no labels.
+
+    Soft cross-entropy of logits; squared error of one logit, or of the embeddings of an encoder without a head.
+    weight_decay: λ of λ/2·‖w‖² of all matrices, which moves their eigenvalues by λ [TI].
+    """
+    given = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        out = teacher(**given)
+    key = "last_hidden_state" if out.get("logits") is None else "logits"
+    expected, mask = out[key].float(), batch.get("attention_mask")
+    rows = mask.bool() if mask is not None and mask.shape == expected.shape[:-1] else None
+    compare = squared_loss if key != "logits" or expected.shape[-1] == 1 else prediction_loss
+
+    def loss(parameters: Parameters) -> Tensor:
+        value = compare(functional_call(model, dict(parameters), (), given)[key], expected, rows=rows)
+        if weight_decay:
+            matrices = [p.float().square().sum() for p in parameters.values() if p.dim() > 1]
+            value = value + weight_decay / 2 * torch.stack(matrices).sum()
+        return value
+
+    return loss
+
+
+class Hessian:
+    """Hessian of a loss at some parameters, as a linear map of flat vectors."""
+
+    def __init__(self, loss: Loss, parameters: Parameters):
+        self.parameters = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
+        value = loss(self.parameters)
+        found = torch.autograd.grad(value, list(self.parameters.values()), create_graph=True, allow_unused=True)
+        curved = [g is not None and g.requires_grad for g in found]  # the rest has no second derivative
+        self.used = list(compress(self.parameters.values(), curved))
+        self.gradient = torch.cat([g.flatten() for g in compress(found, curved)])
+        self.size = len(self.gradient)
+
+    def product(self, vector: Tensor) -> Tensor:
+        """H · v, by a second backward through the same graph."""
+        found = torch.autograd.grad(self.gradient, self.used, vector.to(self.gradient), retain_graph=True,
+                                    allow_unused=True, materialize_grads=True)  # fmt: skip
+        return torch.cat([g.flatten() for g in found])
+
+
+def top_eigenvalues(hessian: Hessian, count: int = 5, seed: int = 0, tolerance: float = 1e-2) -> list[float]:
+    """The eigenvalues of largest magnitude, largest first, by scipy's Lanczos over Hessian-vector products."""
+    if not 0 < count < hessian.size:
+        raise InputError(f"cannot find {count} eigenvalues of {hessian.size} parameters; ask for fewer")
+
+    def matvec(v: np.ndarray) -> np.ndarray:
+        return hessian.product(torch.from_numpy(v.ravel())).cpu().numpy()
+
+    # Few Lanczos vectors, in the model's precision: each is as large as the model.
+    dtype, kept = hessian.gradient.detach().cpu().numpy().dtype, min(hessian.size, max(2 * count + 1, 10))
+    operator = LinearOperator((hessian.size, hessian.size), matvec=matvec, dtype=dtype)
+    start = np.random.default_rng(seed).standard_normal(hessian.size).astype(dtype)
+    values = eigsh(operator, k=count, which="LM", v0=start, ncv=kept, tol=tolerance, return_eigenvectors=False)
+    return sorted((float(v) for v in values), reverse=True)
+
+
+def trace(hessian: Hessian, probes: int = 10, seed: int = 0) -> tuple[float, float]:
+    """Hutchinson's estimate of the trace, mean of vᵀHv over vectors of random signs, and its standard error."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(probes):
+        v = torch.randint(0, 2, (hessian.size,), generator=generator).to(hessian.gradient) * 2 - 1
+        found.append(float(v.double() @ hessian.product(v).double()))
+    return float(np.mean(found)), float(np.std(found, ddof=1) / np.sqrt(probes)) if probes > 1 else float("nan")
+
+
+def filter_normalised(parameters: Parameters, seed: int) -> dict[str, Tensor]:
+    """A random direction whose every filter (row of a weight) has the norm of the weight's; none for biases and norms
+    (Li et al. 2018)."""
+    generator = torch.Generator().manual_seed(seed)
+    direction = {}
+    for name, p in parameters.items():
+        if p.dim() < 2:
+            direction[name] = torch.zeros_like(p)
+            continue
+        d = torch.randn(p.shape, generator=generator).to(p)
+        norms = [x.flatten(1).norm(dim=1).view(-1, *[1] * (p.dim() - 1)) for x in (p, d)]
+        direction[name] = d * (norms[0] / norms[1].clamp(min=1e-12))
+    return direction
+
+
+def surface_row(
+    losses: Sequence[Loss], parameters: Parameters, b: float, steps: Sequence[float], seed: int = 0
+) -> list[float]:
+    """Mean loss at parameters + a·d₁ + b·d₂ for each step a; d₁, d₂ are filter-normalised random directions."""
+    first, second = (filter_normalised(parameters, seed + i) for i in (0, 1))
+    found = []
+    for a in steps:
+        moved = {n: p + a * first[n] + b * second[n] for n, p in parameters.items()}
+        # With gradients enabled, but none asked for: layers do not keep their quantized weight, which is another here.
+        with torch.enable_grad():
+            found.append(float(np.mean([float(loss(moved)) for loss in losses])))
+    return found
