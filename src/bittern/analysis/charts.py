@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import zip_longest
 from typing import Any
 
 WIDTH = 440  # of all plots, in units that are pixels where there is room
@@ -42,6 +43,12 @@ def short(x: float | None) -> str:
     return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:.4g}"
 
 
+def styles(names: Sequence[str]) -> list[int]:
+    """Number of the colour, dash and mark of each series: the teacher's is 0 in all plots, others follow from 1."""
+    others = [name for name in names if name != "teacher"]
+    return [0 if name == "teacher" else 1 + others.index(name) % 5 for name in names]
+
+
 def text(x: float, y: float, what: object, anchor: str = "start", size: int = 12, extra: str = "") -> str:
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="var(--ink)"{extra}>'
@@ -62,13 +69,10 @@ def heat_map(
     rows: Sequence[str],
     name: str,
     *,
+    low: float = 0.0,
     top: float | None = None,
-    layers: Sequence[int] | None = None,
 ) -> Plot:
-    """A cell for each layer (row) and head (column). top: of the colours, the largest value by default.
-
-    layers: number of the attention module of each row, that its cells are linked by.
-    """
+    """A cell for each layer (row) and head (column). low, top: of the colours, top the largest value by default."""
     columns = max(map(len, values))
     known = [v for row in values for v in row if v is not None]
     top = max(known, default=0.0) if top is None else top
@@ -85,17 +89,17 @@ def heat_map(
         for j, value in enumerate(row):
             if value is None:
                 continue
-            share = value / top if top > 0 else 0.0
+            share = (value - low) / (top - low) if top > low else 0.0
             tip = f"{label}, head {j}: {name} {short(value)}"
             parts.append(
                 f'<rect x="{left + j * cell:.1f}" y="{y:.1f}" width="{cell - 1:.1f}" height="{high - 1:.1f}" '
-                f'fill="{colour(share)}" data-layer="{layers[i] if layers else i}" data-head="{j}" '
+                f'fill="{colour(share)}" data-layer="{i}" data-head="{j}" '
                 f'data-tip="{escape(tip)}"/>'
             )
     y = 18 + len(rows) * high + 10
     for k in range(40):
         parts.append(f'<rect x="{left + k * 4}" y="{y:.1f}" width="4.5" height="8" fill="{colour(k / 39)}"/>')
-    parts.append(text(left, y + 22, "0", "start", 11))
+    parts.append(text(left, y + 22, short(low), "start", 11))
     parts.append(text(left + 160, y + 22, short(top), "end", 11))
     parts.append(text(left + 168, y + 8, name, "start", 11))
     table: list[list[Any]] = [
@@ -136,8 +140,9 @@ def lines(
     zero: bool = True,
     marked: Sequence[tuple[float, float, str]] = (),
 ) -> Plot:
-    """Curves of (x, y) points. labels: of whole x from 0; bands: stretches of x as {name, from, to}; layers: x is the
-    number of a layer, that its points are linked by; marked: single points and what they are; zero: y starts there."""
+    """Curves of (x, y) points, broken where y is NaN. labels: of whole x from 0; bands: stretches of x as
+    {name, from, to}; layers: x is the number of a layer, that its points are linked by; marked: single points and what
+    they are; zero: y starts there."""
     points = [p for curve in series.values() for p in curve if math.isfinite(p[1]) and (p[1] > 0 or not log)]
     if not points:
         return Plot(text(10, 20, "no values"), 30)
@@ -171,31 +176,29 @@ def lines(
         parts.append(text(left - 5, y + 4, short(mark), "end", 11))
     parts += _x_axis(at_x, first, last, above + height, labels)
     parts.append(text((left + right) / 2, above + height + 34, x_name, "middle", 11))
-    for n, (name, curve) in enumerate(series.items()):
+    for n, (name, curve) in zip(styles(list(series)), series.items(), strict=True):
         kept = [(x, y) for x, y in curve if math.isfinite(y) and (y > 0 or not log)]
-        stroke = f'stroke="var(--s{n % 6})"'
         if joined and len(kept) > 1:
-            path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in kept)
-            parts.append(f'<polyline points="{path}" fill="none" {stroke} stroke-width="2" '
-                         f'stroke-dasharray="{DASHES[n % 6]}"/>')  # fmt: skip
+            at = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" if (x, y) in kept else "M" for x, y in curve)
+            path = "".join(f"M{piece.strip()}" for piece in at.split("M") if piece.strip())
+            parts.append(f'<path d="{path}" fill="none" stroke="var(--s{n})" stroke-width="2" '
+                         f'stroke-dasharray="{DASHES[n]}"/>')  # fmt: skip
         if len(kept) <= 400:
             for x, y in kept:
                 where = labels[int(x)] if labels else short(x)
                 link = f' data-layer="{int(x)}"' if layers else ""
-                tip = f"{name}, {where}: {short(y)}"
-                extra = f'fill="var(--s{n % 6})"{link} data-tip="{escape(tip)}"'
-                parts.append(_mark(MARKS[n % 6], at_x(x), at_y(y), extra))
+                tip = f"{name}, {where}: {short(y)}" if name else f"{where}: {short(y)}"
+                extra = f'fill="var(--s{n})"{link} data-tip="{escape(tip)}"'
+                parts.append(_mark(MARKS[n], at_x(x), at_y(y), extra))
     for x, y, what in marked:
         parts.append(_mark("circle", at_x(x), at_y(y), 'fill="none" stroke="var(--ink)" stroke-width="2"', 7))
         side, anchor = (10, "start") if at_x(x) < WIDTH / 2 else (-10, "end")
         parts.append(text(at_x(x) + side, at_y(y) - 8, what, anchor, 11))
     key, below = _key(list(series), above + height + 50)
     table: list[list[Any]] = [[x_name, *series]]
-    by_x: dict[float, list[Any]] = {}
-    for n, curve in enumerate(series.values()):
-        for x, y in curve:
-            by_x.setdefault(x, [None] * len(series))[n] = y
-    table += [[labels[int(x)] if labels else x, *row] for x, row in sorted(by_x.items())]
+    for x in sorted({x for curve in series.values() for x, _ in curve}):
+        columns = [[y for at, y in curve if at == x and math.isfinite(y)] for curve in series.values()]
+        table += [[labels[int(x)] if labels else x, *row] for row in zip_longest(*columns)]
     return Plot("".join(parts) + key, below, table)
 
 
@@ -232,13 +235,13 @@ def _key(names: Sequence[str], y: float) -> tuple[str, float]:
     if list(names) == [""]:
         return "", y - 8
     parts, x = [], 10.0
-    for n, name in enumerate(names):
+    for n, name in zip(styles(names), names, strict=True):
         wide = 40 + 6.6 * len(name)
         if x > 10 and x + wide > WIDTH:
             x, y = 10.0, y + 18
-        parts.append(f'<line x1="{x:.1f}" x2="{x + 22:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--s{n % 6})" '
-                     f'stroke-width="2" stroke-dasharray="{DASHES[n % 6]}"/>')  # fmt: skip
-        parts.append(_mark(MARKS[n % 6], x + 11, y, f'fill="var(--s{n % 6})"'))
+        parts.append(f'<line x1="{x:.1f}" x2="{x + 22:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--s{n})" '
+                     f'stroke-width="2" stroke-dasharray="{DASHES[n]}"/>')  # fmt: skip
+        parts.append(_mark(MARKS[n], x + 11, y, f'fill="var(--s{n})"'))
         parts.append(text(x + 27, y + 4, name, "start", 11))
         x += wide
     return "".join(parts), y + 14
@@ -252,12 +255,12 @@ def bars(labels: Sequence[str], series: Mapping[str, Sequence[float]], name: str
     parts, y = [text(4, 12, name, "start", 11)], 22.0
     for i, label in enumerate(labels):
         parts.append(text(left - 6, y + thick * len(series) / 2 + 4, label, "end", 11))
-        for n, (who, values) in enumerate(series.items()):
+        for n, (who, values) in zip(styles(list(series)), series.items(), strict=True):
             wide = values[i] / top * (WIDTH - left - 60)
             link = f' data-layer="{i}"' if i < linked else ""
             tip = f"{who + ', ' if who else ''}{label}: {short(values[i])}"
             parts.append(f'<rect x="{left:.1f}" y="{y:.1f}" width="{max(wide, 1):.1f}" height="{thick - 2}" '
-                         f'fill="var(--s{n % 6})"{link} data-tip="{escape(tip)}"/>')  # fmt: skip
+                         f'fill="var(--s{n})"{link} data-tip="{escape(tip)}"/>')  # fmt: skip
             parts.append(text(left + max(wide, 1) + 5, y + thick - 4, short(values[i]), "start", 10))
             y += thick
         y += 6
@@ -325,13 +328,13 @@ def strips(series: Mapping[str, Sequence[Sequence[float]]], x_name: str) -> Plot
     def at_x(x: float) -> float:
         return left + (x - low) / span * (WIDTH - 2 * left - 10)
 
-    for n, (name, groups) in enumerate(series.items()):
+    for n, (name, groups) in zip(styles(list(series)), series.items(), strict=True):
         parts.append(text(left, y, name, "start", 11))
         for k, group in enumerate(groups):
             for value in group:
                 tip = f"{name}, batch {k}: {short(value)}"
-                extra = f'fill="var(--s{n % 6})" fill-opacity="0.6" data-tip="{escape(tip)}"'
-                parts.append(_mark(MARKS[n % 6], at_x(value), y + 14 + 22 * (k + 0.5) / len(groups), extra, 3.5))
+                extra = f'fill="var(--s{n})" fill-opacity="0.6" data-tip="{escape(tip)}"'
+                parts.append(_mark(MARKS[n], at_x(value), y + 14 + 22 * (k + 0.5) / len(groups), extra, 3.5))
         y += 54
     for mark in ticks(low, high):
         parts.append(f'<line x1="{at_x(mark):.1f}" x2="{at_x(mark):.1f}" y1="18" y2="{y - 8}" stroke="var(--line)"/>')

@@ -74,13 +74,15 @@ def heads(result: Result) -> Iterator[Figure]:
         for suffix, more, student in by_name(result):
             attentions = student["compare"]["attentions"]
             floor = fmean(v for a in attentions for v in a["cover_floor"])
-            plot = heat_map([a[key] for a in attentions], labels_of(student), name, top=top)
+            low = min(v for a in attentions for v in a["cover_floor"]) if key == "cover" else 0.0
+            plot = heat_map([a[key] for a in attentions], labels_of(student), name, low=low, top=top)
             yield Figure(f"{key}{suffix}", title + more, look.format(floor=short(floor)), plot)
+    top = max(v for s in result["students"] for a in s["compare"]["attentions"] for v in a["gen"]["all"])
     for suffix, more, student in by_name(result):
         values = [a["gen"]["all"] for a in student["compare"]["attentions"]]
         look = "Mean difference of attention probabilities: how far self-attention generation (SA-GEN) is off."
         yield Figure(
-            f"sa-gen{suffix}", f"SA-GEN distance{more}", look, heat_map(values, labels_of(student), "distance")
+            f"sa-gen{suffix}", f"SA-GEN distance{more}", look, heat_map(values, labels_of(student), "distance", top=top)
         )
 
 
@@ -122,10 +124,9 @@ def depth(result: Result) -> Iterator[Figure]:
             yield Figure(
                 f"interventions{suffix}", f"Error with the teacher's signals{more}", look, _depth(given, places)
             )
-    curves = {}
-    for who, key in (("teacher", "first_teacher"), *((n, "first_student") for n, _ in students_of(result))):
-        student = dict(students_of(result)).get(who, result["students"][0])
-        curves[who] = [(i, fmean(a[key])) for i, a in enumerate(student["compare"]["attentions"])]
+    students = students_of(result)
+    keys = [("teacher", students[0][1], "first_teacher"), *((name, s, "first_student") for name, s in students)]
+    curves = {who: [(i, fmean(a[key])) for i, a in enumerate(s["compare"]["attentions"])] for who, s, key in keys}
     look = "1 means that heads attend most to the first token; students should follow the teacher's curve."
     labels = labels_of(result["students"][0])
     yield Figure("first-token", "Ranking ratio of the first token", look, lines(
@@ -141,13 +142,13 @@ def students_of(result: Result) -> list[tuple[str, Result]]:
 
 
 def extremes(result: Result) -> Iterator[Figure]:
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for who, found in (("teacher", result["students"][0]["compare"]["extremes"]["teacher"]),
-                       *((n, s["compare"]["extremes"]["student"]) for n, s in students_of(result))):  # fmt: skip
-        for side in ("low", "high"):
-            curves[f"{who}, {'min' if side == 'low' else 'max'}"] = [
-                (int(k.split()[0]), v) for k, v in found.items() if k.endswith(side)
-            ]
+    students = students_of(result)
+    ranges = {"teacher": students[0][1]["compare"]["extremes"]["teacher"]}
+    ranges |= {name: student["compare"]["extremes"]["student"] for name, student in students}
+    curves = {
+        who: _two(*([v for place, v in found.items() if place.endswith(side)] for side in ("low", "high")))
+        for who, found in ranges.items()
+    }
     look = "Mean over tokens of the smallest and largest unit of attention's output; a narrower student clips outliers."
     labels = labels_of(result["students"][0])
     yield Figure("min-max", "Min–max of the attention output", look, lines(
@@ -157,13 +158,16 @@ def extremes(result: Result) -> Iterator[Figure]:
         return
     worst = result["students"][0]["worst"]
     layer = worst[0]["block"] if worst and worst[0]["block"] < len(sample["extremes"][0]) else 0
-    curves = {}
-    for who, found in zip(("teacher", *names_of(result)), sample["extremes"], strict=True):
-        for side, values in zip(("min", "max"), found[layer], strict=True):
-            curves[f"{who}, {side}"] = list(enumerate(values))
+    both = zip(ranges, sample["extremes"], strict=True)
+    curves = {who: _two(*found[layer]) for who, found in both}
     look = f"The same token by token, in layer {layer}: outliers at [CLS], [SEP] or punctuation should survive."
     yield Figure("min-max-tokens", "Min–max by token", look, lines(
         curves, x_name="", y_name="units of Y", labels=sample["tokens"]))  # fmt: skip
+
+
+def _two(low: Sequence[float], high: Sequence[float]) -> list[tuple[float, float]]:
+    """Two curves as one, with a break between."""
+    return [*enumerate(low), (0, float("nan")), *enumerate(high)]
 
 
 def sensitivity(result: Result) -> Iterator[Figure]:

@@ -76,7 +76,7 @@ def summary(result: Result) -> list[list[str]]:
                  *(f"{megabytes(h['file'])} ({h['float32'] / h['file']:.1f}× smaller)" for h in sizes)])  # fmt: skip
     rows.append(["bits per quantized weight", "32", *(f"{h['bits']:.2f}" for h in sizes)])
     speeds = [s["speed"] for s in students]
-    rows.append([f"time of {speeds[0]['batch']} samples, {speeds[0]['threads']} threads",
+    rows.append([f"time of {speeds[0]['batch']} samples, threads: {speeds[0]['threads']}",
                  f"{1e3 * speeds[0]['teacher']:.0f} ms", *(_speed(s) for s in speeds)])  # fmt: skip
     rows.append(["made by", "", *(f"{s['how']} {s['holds']['recipe']}" for s in students)])
     rows.append(["stayed float", "everything", *(_kept(h["kept_float"]) for h in sizes)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +42,8 @@ from bittern.progress import Track, silent
 
 Announce = Callable[[Mapping[str, float]], None]
 PRODUCTS = 30  # with the Hessian that Lanczos takes, about
+SURFACE = 2  # mini-batches whose mean loss makes the surface
+MINI_BATCH = 16  # samples whose Hessian is looked at
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class _Job:
             raise InputError(f"{data} has no train, validation or test split; give one of its files such a name")
         self.data: Data = found.subset(samples, seed)
         self.few = list(found.subset(min(few, samples), seed))
+        self.mini = list(replace(self.data, batch_size=min(MINI_BATCH, self.data.batch_size)))
         self.models = [load(path) for path in self.paths]
         for path, model in zip(self.paths, self.models, strict=True):
             if type(model) is not type(self.teacher):
@@ -148,10 +151,11 @@ class _Job:
         batch, pair = next(iter(self.data)), self.pairs[0]
         pair.record(batch, "map")  # the first run is slower
         one = _seconds(lambda: compare(pair, [batch], self.kinds))
-        plain = _seconds(lambda: predict(pair.student, self.few[:1]))
+        plain = _seconds(lambda: predict(pair.student, [batch]))
+        norms = _seconds(lambda: nuclear_norms(pair, self.few[:1])) * len(self.few)
         passes = len(pair.anatomy.blocks) + 12
         batches = -(-len(self.data) // self.data.batch_size)
-        found = {"comparing": one * batches, "sensitivity": plain * passes * len(self.few)}
+        found = {"comparing": (one + 2 * plain) * batches, "sensitivity": plain * passes * len(self.few) + norms}
         if self.curvature is not None:
             hessian, loss = self._hessian(pair, 0)
             product = _seconds(lambda: hessian.product(torch.ones(hessian.size)))
@@ -159,7 +163,7 @@ class _Job:
                 value = _seconds(lambda: loss(hessian.parameters))
             options = self.curvature
             products = options.batches * PRODUCTS + options.probes
-            found["curvature"] = product * products + value * options.grid**2 * self._surface_batches
+            found["curvature"] = product * products + value * options.grid**2 * SURFACE
         return {name: seconds * len(self.pairs) for name, seconds in found.items()}
 
     def run(self) -> dict[str, Any]:
@@ -184,7 +188,7 @@ class _Job:
         run = read_run(path)
         found: dict[str, Any] = {
             "path": str(path), "name": Path(path).name,
-            "how": next((how for how in ("qat", "ptq") if how in run), "quantize"),
+            "how": next((how for how in ("qat", "ptq") if how in run), "quantize" if run else ""),
             "metrics": metrics(pair.student, self.data, predicted, reference),
             "run": {key: run[key] for key in ("float", "packed", "samples", "float_bytes") if key in run},
             "holds": inspect(path),
@@ -201,13 +205,9 @@ class _Job:
             found["curvature"] = self._curvature(i, pair, self.curvature)
         return found | {"worst": worst_blocks(found)}
 
-    @property
-    def _surface_batches(self) -> int:
-        return min(2, len(self.few))
-
     def _hessian(self, pair: Pair, batch: int) -> tuple[Hessian, Loss]:
         model = trainable(pair.student)
-        loss = prediction_loss_of(model, self.teacher, self.few[batch])
+        loss = prediction_loss_of(model, self.teacher, self.mini[batch])
         return Hessian(loss, parameters_of(model)), loss
 
     def _spectrum(self, pair: Pair, batch: int, options: Curvature) -> dict[str, Any]:
@@ -216,14 +216,14 @@ class _Job:
         return found | ({"trace": trace(hessian, options.probes, self.seed)} if batch == 0 else {})
 
     def _curvature(self, i: int, pair: Pair, options: Curvature) -> dict[str, Any]:
-        batches = range(min(options.batches, len(self.few)))
+        batches = range(min(options.batches, len(self.mini)))
         spectra = [
             self.part(f"{i}-spectrum-{b}", partial(self._spectrum, pair, b, options))
             for b in self.track(batches, "spectrum")
         ]
         steps = torch.linspace(-options.span, options.span, options.grid).tolist()
         model = trainable(pair.student)
-        losses = [prediction_loss_of(model, self.teacher, b) for b in self.few[: self._surface_batches]]
+        losses = [prediction_loss_of(model, self.teacher, b) for b in self.mini[:SURFACE]]
         rows = [
             self.part(f"{i}-surface-{n}", partial(surface_row, losses, parameters_of(model), b, steps, self.seed))
             for n, b in self.track(list(enumerate(steps)), "loss surface")

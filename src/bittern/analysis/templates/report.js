@@ -84,9 +84,9 @@ function draw() {
     else drawTokens(canvas, sample, map, top);
     return box;
   });
+  place.classList.toggle("grids", Boolean(sample.image));
   if (sample.image) {
     const box = document.createElement("div"), title = document.createElement("h3"), image = new Image();
-    box.className = "picture";
     title.textContent = "image";
     image.src = sample.image;
     image.alt = "the sample";
@@ -115,12 +115,12 @@ function drawGrid(canvas, sample, map, top) {
   });
 }
 function drawTokens(canvas, sample, map, top) {
-  const n = sample.tokens.length, room = 76, cell = Math.max(9, Math.min(26, 344 / n)), side = room + n * cell;
+  const n = sample.tokens.length, room = 84, cell = Math.min(30, 440 / n), side = room + n * cell;
   const context = prepare(canvas, side, side);
   context.fillStyle = getComputedStyle(document.body).color;
   context.font = `${Math.min(12, cell + 1)}px system-ui, Helvetica, Arial, sans-serif`;
   sample.tokens.forEach((token, i) => {
-    const label = token.length > 11 ? token.slice(0, 10) + "…" : token, at = room + (i + 0.5) * cell;
+    const label = token.length > 10 ? token.slice(0, 9) + "…" : token, at = room + (i + 0.5) * cell;
     context.textAlign = "right";
     context.fillText(label, room - 5, at + 4);
     context.save();
