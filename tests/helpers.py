@@ -11,6 +11,7 @@ import transformers as hf
 from torch import Tensor
 
 from bittern import calibrate, pack, simulate
+from bittern.analysis.pair import Pair
 from bittern.errors import BitternError
 from bittern.recipe import Recipe
 from families import SUPPORTED, Batch
@@ -22,6 +23,12 @@ def quantized(name: str, recipe: str | Recipe = "w8a8", packed: bool = True) -> 
     simulate(model, recipe, batch)
     calibrate(model, [batch])
     return pack(model) if packed else model, batch
+
+
+def teacher_and_student(name: str, recipe: str | Recipe = "ternary-2-2-8", packed: bool = True) -> tuple[Pair, Batch]:
+    """A model of a family beside its own quantized copy, and their batch."""
+    student, batch = quantized(name, recipe, packed)
+    return Pair(student, SUPPORTED[name]()[0]), batch
 
 
 @torch.no_grad()

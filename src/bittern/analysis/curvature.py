@@ -2,7 +2,8 @@
 
 A loss here is a function of a dict of parameters, as `torch.func.functional_call` takes them, so nothing is ever
 written into a model. Quantizers pass gradients straight through, once and twice: the Hessian is that of the loss as a
-function of the quantized weights, at the point where they are.
+function of the quantized weights, at the point where they are. Models need Bittern's attention (`attention.attach`):
+torch's fused ones have no second derivative.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from bittern.qat.distill import token_masks
 @dataclass(frozen=True)
 class Call:
     """One run of one attention module. block: number of its block in order of execution; seen: what may be attended
-    (samples, 1 or heads, queries, keys); rows: real queries (samples, queries)."""
+    (samples, 1, queries, keys); rows: real queries (samples, queries)."""
 
     name: str
     block: int
@@ -79,7 +79,7 @@ class Pair:
             seen = torch.ones_like(maps[:, :1], dtype=torch.bool)
             given = None if mask is None else mask if mask.dtype == torch.bool else mask > -1e4
             if given is not None and given.dim() == 4 and len(given) in (1, len(maps)):
-                seen = seen & given
+                seen = seen & given.any(1, keepdim=True)  # BEiT and Swin give a bias by head instead of a mask
             real = rows.get((name, "queries"))
             if real is None or real.shape[-1] != maps.shape[2] or len(real) not in (1, len(maps)):
                 real = torch.ones_like(maps[:, 0, :, 0], dtype=torch.bool)

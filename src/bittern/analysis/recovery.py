@@ -1,6 +1,6 @@
 """How far a student attends as its teacher does [KD], [TI]: functions of attention maps, scores and outputs.
 
-Maps are (samples, heads, queries, keys). `seen` (samples, 1 or heads, queries, keys) is True where a real query may
+Maps are (samples, heads, queries, keys). `seen` (samples, 1, queries, keys) is True where a real query may
 attend to a real key. Results are (samples, heads): means over the real queries of a sample, so that more padding, or
 other company in the batch, changes nothing. Rows may have different lengths, as in a causal mask.
 """
