@@ -18,9 +18,9 @@ from bittern.analysis.charts import WIDTH, short
 from bittern.analysis.figures import SECTIONS, Result, labels_of, names_of
 
 REPORT = "report.json"
-PAPER = {  # Okabe and Ito's colours, which colour-blind people tell apart; the page has brighter ones in the dark
+PAPER = {  # after Okabe and Ito, whose colours colour-blind people tell apart; the page has brighter ones in the dark
     "ink": "#1b1f24", "line": "#d5d9df", "band": "#eef0f3",
-    "s0": "#0072b2", "s1": "#d55e00", "s2": "#009e73", "s3": "#cc79a7", "s4": "#8a6d00", "s5": "#56b4e9",
+    "s0": "#0072b2", "s1": "#d55e00", "s2": "#009e73", "s3": "#b4558b", "s4": "#8a6d00", "s5": "#5f3dc4",
 }  # fmt: skip
 
 
