@@ -51,8 +51,8 @@ def test_complete(place: Path) -> None:
     """One page, its numbers, and each of its plots as SVG that an XML parser reads and that needs no style sheet."""
     page = (place / "images" / "report.html").read_text()
     figures = re.findall(r'<figure id="([^"]+)"', page)
-    wanted = {"divergence-taught", "cover-mixed", "sa-gen-classes", "depth", "min-max", "blocks", "classes",
-              "nuclear-map", "losses-taught", "metric-taught", "frontier-mixed", "spectrum", "surface-taught"}  # fmt: skip
+    wanted = {"divergence-taught", "cover-mixed", "sa-gen-classes", "depth", "min-max", "blocks", "classes", "spectrum",
+              "nuclear-map", "losses-taught", "metric-taught", "frontier-mixed", "surface-taught"}  # fmt: skip
     assert wanted <= set(figures)
     files = list((place / "images" / "plots").iterdir())
     assert sorted(f"{name}.svg" for name in figures) == sorted(file.name for file in files)
@@ -215,7 +215,7 @@ def test_keyboard(page: Any) -> None:
         page.keyboard.press(key)
     assert (page.input_value("#layer"), page.input_value("#head")) == ("0", "1")
     before = picture(page)
-    page.select_option("#sample", value="1")
+    page.select_option("#sample", index=1)
     assert picture(page) != before
     assert page.evaluate("document.querySelector('svg[data-heat]').tabIndex") == 0
 
