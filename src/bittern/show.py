@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -67,6 +67,21 @@ def print_trained(result: dict[str, Any], title: str) -> None:
         f"{run['steps']} steps in {run['seconds'] / 60:.1f} minutes; {kept_step} is kept: {run['metric']} "
         f"{run['best']:.4f}; peak memory {megabytes(result['peak_memory'])}", highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if run["phases"]:
+        *acts, alone = run["phases"]
+        spans = ", ".join(f"{p['name']} in steps {p['from'] + 1} to {p['to']}" for p in acts)
+        text = f"the teacher intervened: {spans}; the student was alone from step {alone['from'] + 1}"
+        if saved := result.get("plain"):
+            reached = f"first reached here at step {saved['reached']}" if saved["reached"] else "not reached here"
+            text += (
+                f". {saved['metric']} {saved['best']:.4f}, the best of {saved['folder']} at step {saved['best_step']}"
+            )
+            text += f" of {saved['steps']}, was {reached}"
+            if saved["reached"]:
+                text += f": {saved['best_step'] / saved['reached']:.1f} times fewer steps"
+        else:
+            text += "; --plain OUT of a run without intervention tells how many steps that saved"
+        out_console.print(text, highlight=False, soft_wrap=True)
     print_quantized(result, title)
 
 
@@ -103,10 +118,14 @@ def track(quiet: bool) -> Any:
 
 
 class TrainingBar:
-    """Shows a training run on stderr: a bar where there is a terminal, and a line for each evaluation."""
+    """Shows a training run on stderr: a bar where there is a terminal, and a line for each evaluation.
 
-    def __init__(self) -> None:
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    phase: a name for what happens in a step.
+    """
+
+    def __init__(self, phase: Callable[[int], str] | None = None) -> None:
+        self.phase = phase
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=err_console, transient=True, disable=not err_console.is_terminal)
         self.task = self.bar.add_task("training")
         self.losses: dict[str, float] = {}
@@ -115,7 +134,8 @@ class TrainingBar:
     def __call__(self, step: int, total: int, logs: Mapping[str, float]) -> None:
         self.started = self.started or time.monotonic()
         self.bar.start()
-        self.bar.update(self.task, completed=step, total=total)
+        what = f"training, {self.phase(max(step - 1, 0))}" if self.phase else "training"
+        self.bar.update(self.task, completed=step, total=total, description=what)
         self.losses |= {k: v for k, v in logs.items() if k.startswith("loss_")}
         found = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
         if found:
@@ -123,7 +143,8 @@ class TrainingBar:
             texts += [f"{k.removeprefix('loss_')} loss {v:.4g}" for k, v in self.losses.items()]
             minutes = (time.monotonic() - self.started) / 60
             self.bar.console.print(
-                f"step {step} of {total}, {minutes:.1f} min: {', '.join(texts)}", highlight=False, soft_wrap=True
-            )
+                f"step {step} of {total}{what.removeprefix('training')}, {minutes:.1f} min: {', '.join(texts)}",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
         if step == total and not logs:
             self.bar.stop()
