@@ -68,21 +68,24 @@ def print_trained(result: dict[str, Any], title: str) -> None:
         f"{run['best']:.4f}; peak memory {megabytes(result['peak_memory'])}", highlight=False, soft_wrap=True,
     )  # fmt: skip
     if run["phases"]:
-        *acts, alone = run["phases"]
-        spans = ", ".join(f"{p['name']} in steps {p['from'] + 1} to {p['to']}" for p in acts)
-        text = f"the teacher intervened: {spans}; the student was alone from step {alone['from'] + 1}"
-        if saved := result.get("plain"):
-            reached = f"first reached here at step {saved['reached']}" if saved["reached"] else "not reached here"
-            text += (
-                f". {saved['metric']} {saved['best']:.4f}, the best of {saved['folder']} at step {saved['best_step']}"
-            )
-            text += f" of {saved['steps']}, was {reached}"
-            if saved["reached"]:
-                text += f": {saved['best_step'] / saved['reached']:.1f} times fewer steps"
-        else:
-            text += "; --plain OUT of a run without intervention tells how many steps that saved"
-        out_console.print(text, highlight=False, soft_wrap=True)
+        out_console.print(_intervened(run["phases"], result.get("plain")), highlight=False, soft_wrap=True)
     print_quantized(result, title)
+
+
+def _intervened(phases: list[dict[str, Any]], plain: dict[str, Any] | None) -> str:
+    """What the teacher did when, and how many steps that saved against a run without it, if one is known."""
+    *acts, alone = phases
+    spans = ", ".join(f"{act['name']} in steps {act['from'] + 1} to {act['to']}" for act in acts)
+    text = f"the teacher intervened: {spans}; the student was alone from step {alone['from'] + 1}"
+    if plain is None:
+        return f"{text}; --plain OUT of a run without intervention tells how many steps that saved"
+    text += (
+        f". {plain['folder']} reached its best {plain['metric']}, {plain['best']:.4f}, at step {plain['best_step']} "
+    )
+    if plain["reached"] is None:
+        return f"{text}of {plain['steps']}; this run did not"
+    saved = plain["best_step"] / plain["reached"]
+    return f"{text}of {plain['steps']}; this run was there at step {plain['reached']}: {saved:.1f} times fewer steps"
 
 
 def add_columns(table: Table, *names: str) -> None:
