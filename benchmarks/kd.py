@@ -27,7 +27,7 @@ from ptq_grid import add, read
 
 from bittern import load, simulate
 from bittern.data import load_data
-from bittern.evaluate import headline, metrics, predict
+from bittern.evaluate import LOWER_IS_BETTER, headline, metrics, predict
 from bittern.qat.distill import Distill, parse_distill
 from bittern.qat.intervention import Intervention
 from bittern.qat.run import Training, train
@@ -56,7 +56,12 @@ def distill_of(variant: str) -> Distill:
 
 
 def divergence(logits: torch.Tensor, reference: torch.Tensor) -> float:
-    """Mean KL(teacher ‖ student) of the predictions, in nats: less noisy than the accuracy on a small test set."""
+    """Mean KL(teacher ‖ student) of the predictions, in nats: less noisy than the accuracy on a small test set.
+
+    Of language models its estimate on the test data: by how much the real tokens are less likely.
+    """
+    if logits.dim() == 3:
+        return float((logits - reference)[..., 0].mean())
     student, teacher = (x.float().log_softmax(-1) for x in (logits, reference))
     return float((teacher.exp() * (teacher - student)).sum(-1).mean())
 
@@ -97,11 +102,17 @@ def cell(
     }  # fmt: skip
 
 
+def title(known: dict[str, Any]) -> str:
+    unit = 1 if known["metric"] in LOWER_IS_BETTER else 100
+    teacher = f"{known['metric']} of the teacher: {unit * known['teacher']:.2f}"
+    return f"{teacher}; {known['steps']} steps of {known['batch_size']}"
+
+
 def table(path: Path) -> str:
     """Mean ± half the range over seeds, best and last, by variant."""
     known = read(path)
-    title = f"{known['metric']} of the teacher: {100 * known['teacher']:.2f}; {known['steps']} steps"
-    lines = [f"{title} of {known['batch_size']}", ""]
+    unit = 1 if known["metric"] in LOWER_IS_BETTER else 100
+    lines = [title(known), ""]
     lines += ["| variant | lr | seeds | best | last | divergence |", "|---|---|---|---|---|---|"]
     cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in known["rows"]:
@@ -109,7 +120,7 @@ def table(path: Path) -> str:
     for (variant, lr), rows in cells.items():
         texts = []
         for name in ("best", "last", "divergence"):
-            scale, digits = (1, 3) if name == "divergence" else (100, 2)
+            scale, digits = (1, 3) if name == "divergence" else (unit, 2)
             values = [scale * row[name] for row in rows]
             spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
             texts.append(f"{sum(values) / len(values):.{digits}f}{spread}")

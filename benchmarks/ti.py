@@ -26,6 +26,7 @@ from bittern import load, simulate
 from bittern.anatomy import read_anatomy
 from bittern.attention import recording
 from bittern.data import load_data
+from bittern.evaluate import LOWER_IS_BETTER
 from bittern.qat.distill import Lesson, parse_distill
 from bittern.qat.intervention import POINTS, Act, Intervention
 
@@ -46,20 +47,21 @@ def table(path: Path) -> str:
     for row in known["rows"]:
         rows.setdefault(row["variant"], []).append(row)
     curves = {v: [_mean(rows[v], name) for name in ("curve", "divergence_curve")] for v in rows}
+    sign, unit = (-1, 1) if known["metric"] in LOWER_IS_BETTER else (1, 100)
     accuracy, divergence = (curve[-1][1] for curve in curves["plain"])
-    title = f"{known['metric']} of the teacher: {100 * known['teacher']:.2f}"
     lines = [
-        f"{title}; {known['steps']} steps of {known['batch_size']}",
+        kd.title(known),
         "",
-        "| variant | seeds | at the end | divergence at the end | steps to plain's accuracy | to plain's divergence |",
+        f"| variant | seeds | {known['metric']} at the end | divergence | steps to plain's | … divergence |",
         "|---|---|---|---|---|---|",
     ]
     for variant, (a, d) in curves.items():
-        values = [100 * row["last"] for row in rows[variant]]
-        steps = [next((s for s, x in a if x >= accuracy), None), next((s for s, x in d if x <= divergence), None)]
+        values = [unit * row["last"] for row in rows[variant]]
+        first = next((s for s, x in a if sign * x >= sign * accuracy), None)
+        steps = [first, next((s for s, x in d if x <= divergence), None)]
         reached = " | ".join("not reached" if s is None else str(s) for s in steps)
         spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
-        lines.append(f"| {variant} | {len(values)} | {100 * a[-1][1]:.2f}{spread} | {d[-1][1]:.3f} | {reached} |")
+        lines.append(f"| {variant} | {len(values)} | {unit * a[-1][1]:.2f}{spread} | {d[-1][1]:.3f} | {reached} |")
     return "\n".join(lines)
 
 
