@@ -1,6 +1,7 @@
 """Training runs from end to end: every kind of model and data, crashes, and what is refused before the first step."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -306,6 +307,19 @@ def test_refused(tmp_path: Path, bert: Path, texts: Path) -> None:
     with refused(InputError, "warmup is 1", "below 1"):
         Training(warmup=1.0)
     assert not out.exists()
+
+
+def test_full_disk(tmp_path: Path, bert: Path, texts: Path) -> None:
+    """Where the model still fits on the disk and the optimizer's state does not, that is told in one line."""
+    room = 2 * (bert / "model.safetensors").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with refused(InputError, "cannot write to", "out.work", "the disk may be full"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            teach(bert, tmp_path / "out", texts)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_student(tmp_path: Path, bert: Path, texts: Path) -> None:

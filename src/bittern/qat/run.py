@@ -122,8 +122,13 @@ def train(
     start = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write to {folder}: {first_line(error)}") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # where torch.save writes
+            raise
+        why = "a file could not be written whole; the disk may be full"
+        raise InputError(
+            f"cannot write to {folder}: {why if isinstance(error, RuntimeError) else first_line(error)}"
+        ) from error
     student.eval()
     state, key = trainer.state, str(trainer.args.metric_for_best_model)
     best = state.best_metric if state.best_metric is not None else _last(state.log_history, key)
