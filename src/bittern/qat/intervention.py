@@ -115,13 +115,14 @@ class _Gate:
 
     def __init__(self, layer: nn.Module, columns: Tensor):
         self.columns = columns  # of the layer's output: which reach V
+        self.gives_value, self.only_value = bool(columns.any()), bool(columns.all())
         self.act: Act | None = None
         layer.register_forward_pre_hook(self.before)
         layer.register_forward_hook(self.after)
 
     @property
     def _keeps_value(self) -> bool:
-        return self.act is not None and self.act.point == "map" and bool(self.columns.any())
+        return self.act is not None and self.act.point == "map" and self.gives_value
 
     def before(self, layer: nn.Module, args: Any) -> Any:
         if self.act is None or self._keeps_value:
@@ -129,10 +130,10 @@ class _Gate:
         return (_Weaken.apply(args[0], self.act.share), *args[1:])  # type: ignore[no-untyped-call]
 
     def after(self, layer: nn.Module, args: Any, out: Tensor) -> Tensor | None:
-        if self.act is None or not self._keeps_value or self.columns.all():
+        if self.act is None or not self._keeps_value or self.only_value:
             return None
         x = _Weaken.apply(args[0], self.act.share)  # type: ignore[no-untyped-call]
-        return torch.where(self.columns, out, layer.forward(x))  # one layer for Q, K and V
+        return torch.where(self.columns.to(out.device), out, layer.forward(x))  # one layer for Q, K and V
 
 
 class Intervener:
@@ -181,7 +182,7 @@ class Intervener:
     def _untrained(self, point: Point) -> Iterator[FakeQuant]:
         """Quantizers of what the paper does not train under this intervention; those of `output` include all others."""
         trains_value = point == "map"
-        layers = [name for name, gate in self.gates.items() if not (trains_value and gate.columns.all())]
+        layers = [name for name, gate in self.gates.items() if not (trains_value and gate.only_value)]
         for layer in map(self.student.get_submodule, layers + (self.outputs if point == "output" else [])):
             if isinstance(layer, QuantLayer):
                 yield from filter(None, (layer.weight_quantizer, layer.input_quantizer))
