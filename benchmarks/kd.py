@@ -18,6 +18,7 @@ import copy
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from ptq_grid import add, read
 
 from bittern import load, simulate
 from bittern.data import load_data
-from bittern.evaluate import headline, metrics, predict
+from bittern.evaluate import LOWER_IS_BETTER, headline, metrics, predict
 from bittern.qat.distill import Distill, parse_distill
+from bittern.qat.intervention import Intervention
 from bittern.qat.run import Training, train
 
 VARIANTS = [
@@ -54,12 +56,22 @@ def distill_of(variant: str) -> Distill:
 
 
 def divergence(logits: torch.Tensor, reference: torch.Tensor) -> float:
-    """Mean KL(teacher ‖ student) of the predictions, in nats: less noisy than the accuracy on a small test set."""
+    """Mean KL(teacher ‖ student) of the predictions, in nats: less noisy than the accuracy on a small test set.
+
+    Of language models its estimate on the test data: by how much the real tokens are less likely.
+    """
+    if logits.dim() == 3:
+        return float((logits - reference)[..., 0].mean())
     student, teacher = (x.float().log_softmax(-1) for x in (logits, reference))
     return float((teacher.exp() * (teacher - student)).sum(-1).mean())
 
 
-def cell(options: argparse.Namespace, key: dict[str, Any], parts: Any, reference: torch.Tensor) -> dict[str, Any]:
+Lesson = tuple[Distill, Intervention | None]
+
+
+def cell(
+    options: argparse.Namespace, key: dict[str, Any], lesson: Lesson, parts: Any, reference: torch.Tensor
+) -> dict[str, Any]:
     teacher = load(options.teacher)
     student = copy.deepcopy(teacher)
     simulate(student, options.recipe)
@@ -68,14 +80,15 @@ def cell(options: argparse.Namespace, key: dict[str, Any], parts: Any, reference
         steps=options.steps, batch_size=options.batch_size, learning_rate=key["lr"], seed=key["seed"],
         evaluations=options.evaluations, metric=options.metric,
     )  # fmt: skip
-    distill = distill_of(key["variant"])
+    distill, intervention = lesson
 
     def measure() -> dict[str, float]:
         output = predict(student, test)
         return metrics(student, test, output, reference) | {"divergence": divergence(output, reference)}
 
     with tempfile.TemporaryDirectory() as folder:
-        done = train(student, teacher if distill.needs_teacher else None, data, measure, distill, training, folder)
+        needed = teacher if distill.needs_teacher or intervention else None
+        done = train(student, needed, data, measure, distill, training, folder, intervention=intervention)
     curve, fidelity = (
         [(e["step"], round(e[f"eval_{name}"], 5)) for e in done.history if f"eval_{name}" in e]
         for name in (done.metric, "divergence")
@@ -89,11 +102,17 @@ def cell(options: argparse.Namespace, key: dict[str, Any], parts: Any, reference
     }  # fmt: skip
 
 
+def title(known: dict[str, Any]) -> str:
+    unit = 1 if known["metric"] in LOWER_IS_BETTER else 100
+    teacher = f"{known['metric']} of the teacher: {unit * known['teacher']:.2f}"
+    return f"{teacher}; {known['steps']} steps of {known['batch_size']}"
+
+
 def table(path: Path) -> str:
     """Mean ± half the range over seeds, best and last, by variant."""
     known = read(path)
-    title = f"{known['metric']} of the teacher: {100 * known['teacher']:.2f}; {known['steps']} steps"
-    lines = [f"{title} of {known['batch_size']}", ""]
+    unit = 1 if known["metric"] in LOWER_IS_BETTER else 100
+    lines = [title(known), ""]
     lines += ["| variant | lr | seeds | best | last | divergence |", "|---|---|---|---|---|---|"]
     cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in known["rows"]:
@@ -101,7 +120,7 @@ def table(path: Path) -> str:
     for (variant, lr), rows in cells.items():
         texts = []
         for name in ("best", "last", "divergence"):
-            scale, digits = (1, 3) if name == "divergence" else (100, 2)
+            scale, digits = (1, 3) if name == "divergence" else (unit, 2)
             values = [scale * row[name] for row in rows]
             spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
             texts.append(f"{sum(values) / len(values):.{digits}f}{spread}")
@@ -109,12 +128,12 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(doc: str | None, variants: list[str], **more: dict[str, Any]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", nargs="?")
     parser.add_argument("data", nargs="?")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--variants", nargs="+", default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=variants)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lr", nargs="+", type=float, default=[1e-4])
     parser.add_argument("--recipe", default="ternary-2-2-8")
@@ -124,17 +143,20 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", type=Path, help="print the table of a file and do nothing else")
-    options = parser.parse_args()
-    if options.table:
-        print(table(options.table))
-        return
+    for name, settings in more.items():
+        parser.add_argument(f"--{name}", **settings)
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace, lesson_of: Callable[[str, int], Lesson]) -> None:
+    """The cells of a grid that are missing. lesson_of: what a variant and a seed stand for."""
     torch.set_num_threads(options.threads)
     teacher = load(options.teacher)
     data, test = (
         load_data(options.data, teacher, options.teacher, split=split, max_length=64) for split in ("train", "test")
     )
     if data is None or test is None:
-        parser.error(f"{options.data} needs a train and a test split")
+        sys.exit(f"{options.data} needs a train and a test split")
     data = data.subset(options.samples)
     reference = predict(teacher, test)
     found = metrics(teacher, test, reference, reference)
@@ -150,9 +172,17 @@ def main() -> None:
                 key = {"variant": variant, "lr": lr, "seed": seed}
                 if any(key.items() <= row.items() for row in read(options.out)["rows"]):
                     continue
-                row = cell(options, key, (data, test), reference)
+                row = cell(options, key, lesson_of(variant, seed), (data, test), reference)
                 add(options.out, head, row)
                 print(json.dumps({k: v for k, v in row.items() if k != "losses"}), flush=True, file=sys.stderr)
+
+
+def main() -> None:
+    options = parse(__doc__, VARIANTS)
+    if options.table:
+        print(table(options.table))
+    else:
+        run(options, lambda variant, _: (distill_of(variant), None))
 
 
 if __name__ == "__main__":

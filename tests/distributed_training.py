@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bittern import simulate
 from bittern.qat.distill import parse_distill
+from bittern.qat.intervention import Intervention
 from bittern.qat.run import leave_processes
 from bittern.qat.trainer import QATTrainer
 from bittern.recipe import Format, Recipe, Rule
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--balance", default="auto")
     parser.add_argument("--dropout", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--intervene", help="schedule of three steps with the teacher's signals")
     parser.add_argument("--kill", type=int)
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
@@ -101,6 +103,7 @@ def main() -> None:
         train_dataset=Samples(options.family),
         teacher=teacher,
         distill=parse_distill("prediction,hidden,map=0.5,output,score=0.1", balance=options.balance),
+        intervention=Intervention(options.intervene, steps=3) if options.intervene else None,
         callbacks=[Kill(options.kill)] if options.kill else [],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=True if options.resume else None)

@@ -657,3 +657,15 @@ def test_damaged_weights() -> None:
     model.classifier.weight.data[0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"classifier\.weight holds NaN"):
         read_anatomy(model, batch)
+
+
+def test_two_samples() -> None:
+    """Of a large batch the dry run takes two samples, so that its memory does not grow with the batch; what is no plain
+    batch of samples is run whole."""
+    model, _ = SUPPORTED["vit"]()
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True)
+    expected = read_anatomy(model)
+    assert read_anatomy(model, {"pixel_values": torch.randn(9, 3, 32, 32)}) == expected
+    assert read_anatomy(model, {"pixel_values": torch.randn(3, 3, 32, 32), "bool_masked_pos": None}) == expected
+    assert seen == [2, 2, 3]

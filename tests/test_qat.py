@@ -1,6 +1,7 @@
 """Training runs from end to end: every kind of model and data, crashes, and what is refused before the first step."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from bittern.data import load_data
 from bittern.demo import DIGITS
 from bittern.errors import InputError, ModelError
 from bittern.qat.distill import parse_distill
-from bittern.qat.run import ByLength, Training, collator, last_checkpoint
+from bittern.qat.run import ByLength, Training, collator, first_step, last_checkpoint
 from families import SUPPORTED
 from helpers import refused
 from material import LABELS, SENTENCE, TEXTS, command, save_text_model, write_tables
@@ -212,6 +213,40 @@ def test_processes(tmp_path: Path) -> None:
     assert not (tmp_path / "out.work").exists()
 
 
+def test_intervention(tmp_path: Path) -> None:
+    """The command tells what the teacher did when, and how many steps that saved against a run without it."""
+    options = "--data digits -r ternary-2-2-8 --evaluations 8 --batch-size 32 --lr 1e-3"
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    assert command(f"bittern qat {DIGITS} {options} --steps 16 -o {plain}").code == 0
+    ran = command(
+        f"bittern qat {DIGITS} {options} --steps 48 --intervene gradual --intervene-steps 12 --plain {plain} -o {out}"
+    )
+    assert ran.code == 0
+    assert "step 6 of 48, map" in ran.err
+    assert "step 18 of 48, alone" in ran.err
+    report = json.loads((out / "bittern.json").read_text())
+    spans = [(p["name"], p["from"], p["to"]) for p in report["qat"]["phases"]]
+    assert spans == [("output", 0, 2), ("context", 2, 4), ("map", 4, 12), ("alone", 12, 48)]
+    assert report["intervention"] == {"schedule": "gradual", "steps": 12, "scope": "all", "seed": 0}
+    reference = json.loads((plain / "bittern.json").read_text())["qat"]
+    curve = {e["step"]: e["eval_accuracy"] for e in report["qat"]["history"] if "eval_accuracy" in e}
+    reached = next(step for step, accuracy in curve.items() if accuracy >= reference["best"])
+    assert report["plain"]["reached"] == reached
+    assert f"this run was there at step {reached}: {reference['best_step'] / reached:.1f} times" in ran.out
+    again = f"bittern qat {DIGITS} {options} --steps 16 -o {tmp_path / 'again'}"
+    assert "holds no finished run" in command(f"{again} --plain {tmp_path}").err
+    assert "16 steps of 16" in command(f"{again} --intervene map --intervene-steps 16").err
+    assert "'maps'" in command(f"{again} --intervene maps").err
+
+
+def test_first_step() -> None:
+    """The first evaluation at least as good as a value: higher is better, of perplexity lower."""
+    history = [{"step": s, "eval_accuracy": a, "eval_perplexity": 1 / a} for s, a in ((0, 0.1), (5, 0.5), (9, 0.7))]
+    history.insert(1, {"step": 3, "loss": 1.0})
+    assert [first_step(history, "accuracy", v) for v in (0.1, 0.5, 0.6, 0.8)] == [0, 5, 9, None]
+    assert [first_step(history, "perplexity", v) for v in (10, 2, 1.9, 1)] == [0, 5, 9, None]
+
+
 def test_last_checkpoint(tmp_path: Path) -> None:
     """The newest complete one, by number, not by name."""
     assert last_checkpoint(tmp_path / "nowhere") is None
@@ -272,6 +307,19 @@ def test_refused(tmp_path: Path, bert: Path, texts: Path) -> None:
     with refused(InputError, "warmup is 1", "below 1"):
         Training(warmup=1.0)
     assert not out.exists()
+
+
+def test_full_disk(tmp_path: Path, bert: Path, texts: Path) -> None:
+    """Where the model still fits on the disk and the optimizer's state does not, that is told in one line."""
+    room = 2 * (bert / "model.safetensors").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with refused(InputError, "cannot write to", "out.work", "the disk may be full"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            teach(bert, tmp_path / "out", texts)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_student(tmp_path: Path, bert: Path, texts: Path) -> None:

@@ -42,31 +42,37 @@ def close(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(x == pytest.approx(y, rel=1e-4) for x, y in [*pairs, (a["norm"], b["norm"])])
 
 
-@pytest.mark.parametrize("balance", ["fixed", "auto"])
-def test_processes(tmp_path: Path, balance: str) -> None:
+@pytest.mark.parametrize("options", [["--balance", "fixed"], [], ["--intervene", "gradual"]], ids=" ".join)
+def test_processes(tmp_path: Path, options: list[str]) -> None:
     """Two processes with half of each batch have the losses and weights of one process with the whole."""
-    one = run("--out", str(tmp_path / "one"), "--balance", balance)
-    two = run("--out", str(tmp_path / "two"), "--batch", "4", "--balance", balance, processes=2)
+    one = run("--out", str(tmp_path / "one"), *options)
+    two = run("--out", str(tmp_path / "two"), "--batch", "4", *options, processes=2)
     assert (one["world"], two["world"]) == (1, 2)
     assert len(one["losses"]) == 6
     assert close(one, two)
 
 
-def test_accumulation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--intervene", "gradual"]], ids=" ".join)
+def test_accumulation(tmp_path: Path, options: list[str]) -> None:
     """Two half batches make the step of a whole one, and so does activation checkpointing."""
-    one = run("--out", str(tmp_path / "one"), "--balance", "fixed")
-    two = run("--out", str(tmp_path / "two"), "--balance", "fixed", "--batch", "4", "--accumulate", "2")
-    three = run("--out", str(tmp_path / "three"), "--balance", "fixed", "--checkpointing")
+    options = [*options, "--balance", "fixed"]
+    one = run("--out", str(tmp_path / "one"), *options)
+    two = run("--out", str(tmp_path / "two"), *options, "--batch", "4", "--accumulate", "2")
+    three = run("--out", str(tmp_path / "three"), *options, "--checkpointing")
     assert close(one, two)
     assert close(one, three)
 
 
-@pytest.mark.parametrize("family", ["bert", "vit"])
-def test_crash(tmp_path: Path, family: str) -> None:
-    """Killed in training and resumed, with dropout, the run ends with the very bits of one that was not."""
-    options = ("--family", family, "--dropout")
+@pytest.mark.parametrize(
+    ("family", "intervene", "kill"), [("bert", [], 3), ("vit", [], 3), ("bert", ["--intervene", "stochastic"], 3),
+                                      ("vit", ["--intervene", "gradual"], 5)],
+)  # fmt: skip
+def test_crash(tmp_path: Path, family: str, intervene: list[str], kill: int) -> None:
+    """Killed in training and resumed, with dropout, the run ends with the very bits of one that was not; with a teacher
+    that intervenes too, whether killed while it does or after that."""
+    options = ("--family", family, "--dropout", *intervene)
     whole = run(*options, "--out", str(tmp_path / "whole"))
-    run(*options, "--out", str(tmp_path / "crashed"), "--kill", "3", killed=True)
+    run(*options, "--out", str(tmp_path / "crashed"), "--kill", str(kill), killed=True)
     resumed = run(*options, "--out", str(tmp_path / "crashed"), "--resume")
     assert resumed["losses"] == whole["losses"]
     assert (resumed["norm"], resumed["digest"]) == (whole["norm"], whole["digest"])

@@ -83,7 +83,7 @@ class _Event:
 
 @torch.no_grad()
 def read_anatomy(model: PreTrainedModel, batch: Mapping[str, Any] | None = None) -> Anatomy:
-    """Run the model once on `batch` (made up if not given) and read its structure off the order of execution.
+    """Run the model once on two samples, of `batch` or made up, and read its structure off the order of execution.
 
     The same run compares our attention with the family's own eager function, call by call.
     Raises ModelError if the model has no attention that transformers' AttentionInterface serves, or computes it
@@ -96,7 +96,7 @@ def read_anatomy(model: PreTrainedModel, batch: Mapping[str, Any] | None = None)
             "cannot reach it (DeBERTa, MPNet, Swin v2, GPT-J and BLOOM are such families); use a model that supports "
             "set_attn_implementation"
         )
-    batch = dummy_batch(model) if batch is None else dict(batch)
+    batch = dummy_batch(model) if batch is None else _two_samples(batch)
     if not model.config.is_encoder_decoder:
         batch.pop("labels", None)
     events, first_io = _dry_run(model, batch)
@@ -149,6 +149,12 @@ def dummy_batch(model: PreTrainedModel) -> dict[str, Tensor]:
     if config.is_encoder_decoder and name != "pixel_values":
         batch["decoder_input_ids"] = tokens(5)
     return batch
+
+
+def _two_samples(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The first two, since the dry run keeps what all modules read; the whole batch where it is not plain samples."""
+    sizes = {len(v) if isinstance(v, Tensor) and v.dim() else -1 for v in batch.values()}
+    return {k: v[:2] for k, v in batch.items()} if len(sizes) == 1 and -1 not in sizes else dict(batch)
 
 
 def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[list[_Event], dict[str, tuple[Any, Any]]]:

@@ -6,7 +6,8 @@ A `Site`, a child of each attention module, owns the quantizers of its two matmu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,15 +54,18 @@ class Taps(dict[Point, list[Tensor]]):
 
 
 class _Replace(torch.autograd.Function):
-    """The given value forward, zero gradient to what it replaces: bypassed weights stay in the graph (DDP needs it)."""
+    """A share of the given value forward, and to what it replaces the rest of the gradient: zeros, if all is replaced,
+    so that bypassed weights stay in the graph (DDP needs it)."""
 
     @staticmethod
-    def forward(ctx, own, given):  # type: ignore[no-untyped-def]
-        return given.to(own.dtype).expand_as(own).clone()
+    def forward(ctx, own, given, share):  # type: ignore[no-untyped-def]
+        ctx.share = share
+        given = given.to(own.dtype).expand_as(own)
+        return given.clone() if share == 1 else torch.lerp(own, given, share)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return torch.zeros_like(grad), None
+        return grad * (1 - ctx.share), None, None
 
 
 class Site(nn.Module):
@@ -74,7 +78,9 @@ class Site(nn.Module):
         for point, fmt in formats.items():
             self.add_module(f"quantize_{point}", FakeQuant(fmt, f"{name}.{point}"))
         self.taps: Taps | None = None
-        self.replacements: dict[str, Tensor] = {}
+        self.replacements: dict[str, Sequence[Tensor]] = {}  # for each run of the module in a forward
+        self.runs: Counter[str] = Counter()
+        self.share = 1.0  # of the replacements in what goes on
         self.hooks: dict[Point, Any] = {}
 
     @property
@@ -88,11 +94,13 @@ class Site(nn.Module):
             self.taps[point].append(x)
             self.taps.names[point].append(self.name)
         if point in self.replacements:
-            given = self.replacements[point]
+            all_given = self.replacements[point]
+            given = all_given[self.runs[point] % len(all_given)]
+            self.runs[point] += 1
             if given.shape[1:] != x.shape[1:] or given.shape[0] not in (1, x.shape[0]):
                 shapes = f"has shape {tuple(x.shape)}, its replacement {tuple(given.shape)}"
                 raise ModelError(f"{self.name}.{point} {shapes}")
-            x = _Replace.apply(x, given)  # type: ignore[no-untyped-call]
+            x = _Replace.apply(x, given, self.share)  # type: ignore[no-untyped-call]
         return x
 
     def quantizer(self, point: str) -> FakeQuant | None:
@@ -279,9 +287,11 @@ def recording(model: nn.Module, *points: Point) -> Iterator[Taps]:
             site.taps = None
 
 
-def replace(model: nn.Module, given: Mapping[tuple[str, Point], Tensor]) -> None:
+def replace(model: nn.Module, given: Mapping[tuple[str, Point], Tensor | Sequence[Tensor]], share: float = 1.0) -> None:
     """From now on put the given tensors in place of what (attention module, point) computes; `{}` stops it.
 
+    Several tensors stand for the runs of a module that runs more than once in a forward (ALBERT). share: how much of
+    them; the rest is the model's own.
     Replacements stay until the next call, since activation checkpointing runs the forward again in the backward.
     """
     by_name = {site.name: site for site in sites(model)}
@@ -291,6 +301,6 @@ def replace(model: nn.Module, given: Mapping[tuple[str, Point], Tensor]) -> None
         if point not in by_name[name].points:
             raise ModelError(f"cannot replace {point!r} at {name}; its points are {', '.join(by_name[name].points)}")
     for site in by_name.values():
-        site.replacements = {}
+        site.replacements, site.runs, site.share = {}, Counter(), share
     for (name, point), value in given.items():
-        by_name[name].replacements[point] = value
+        by_name[name].replacements[point] = [value] if isinstance(value, Tensor) else value

@@ -28,7 +28,8 @@ from bittern.ptq.methods import find_method
 from bittern.ptq.run import Mixed, check_mixed
 from bittern.ptq.run import quantize as post_training
 from bittern.qat.distill import Distill
-from bittern.qat.run import Training, last_checkpoint, train
+from bittern.qat.intervention import Intervention
+from bittern.qat.run import Training, first_step, last_checkpoint, read_run, train
 from bittern.recipe import Recipe, load_recipe
 
 
@@ -97,6 +98,8 @@ def qat(
     data: str,
     distill: Distill,
     training: Training,
+    intervention: Intervention | None = None,
+    plain: str | Path | None = None,
     student: str | Path | None = None,
     samples: int = 128,
     resume: bool = False,
@@ -107,6 +110,8 @@ def qat(
 ) -> dict[str, Any]:
     """Train a quantized student of the float model in folder `source`, its teacher, and write it packed to `out`.
 
+    intervention: steps at the beginning in which the teacher's signals replace the student's. plain: folder of a
+    finished run without it, to compare with how many steps its best metric took.
     student: folder of the float model that the student starts from; the teacher itself by default. samples: for static
     scales of activations, if the recipe has any. Checkpoints are kept in the folder `out`.work until `out` is written.
     resume: go on from the last of them, with the same options, to the same bits; force: drop them.
@@ -115,6 +120,7 @@ def qat(
     processes the first one writes; the others return what they measured last.
     """
     folder = Path(f"{Path(out)}.work")
+    reference = read_run(plain) if plain else None
     leads = int(os.environ.get("RANK", "0")) == 0
     if leads:
         _check_unfinished(folder, resume or force)
@@ -126,23 +132,29 @@ def qat(
     simulation = job.simulate()
     measured = job.measure()
     training = replace(training, metric=training.metric or headline(data, measured))
+    if reference and reference["metric"] != training.metric:
+        raise InputError(f"{plain} was chosen by {reference['metric']}, this run by {training.metric}; set --metric")
     if training.metric not in measured:
         raise InputError(f"no metric {training.metric!r} to choose by; there are {', '.join(measured)}")
+    options = {"distill": asdict(distill), "training": asdict(training)}
+    options |= {"intervention": asdict(intervention)} if intervention else {}
     if leads:
         if not resume and last_checkpoint(folder):  # forced, and nothing was found that stops the new run
             shutil.rmtree(folder)
         models = {"teacher": teacher, "student": job.model}
         Journal(folder, {name: digest(sorted(model.state_dict().items())) for name, model in models.items()} | {
             "data": job.train.subset(256).fingerprint(), "samples": len(job.train), "recipe": job.recipe.model_dump(),
-            "distill": asdict(distill), "training": asdict(training),
+            **options,
         })  # fmt: skip
     trained = train(
-        job.model, teacher if distill.needs_teacher else None, job.train, job.measure, distill, training, folder,
-        resume=resume, tell=tell,
+        job.model, teacher if distill.needs_teacher or intervention else None, job.train, job.measure, distill,
+        training, folder, intervention=intervention, resume=resume, tell=tell,
     )  # fmt: skip
-    found = {"distill": asdict(distill), "training": asdict(training), "qat": asdict(trained)}
+    found = options | {"qat": asdict(trained)}
     if not leads:
         return found
+    if reference:
+        found["plain"] = reference | {"reached": first_step(trained.history, trained.metric, reference["best"])}
     result = job.finish(simulation, found | {"peak_memory": peak_memory()})
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)

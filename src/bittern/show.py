@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -67,7 +67,25 @@ def print_trained(result: dict[str, Any], title: str) -> None:
         f"{run['steps']} steps in {run['seconds'] / 60:.1f} minutes; {kept_step} is kept: {run['metric']} "
         f"{run['best']:.4f}; peak memory {megabytes(result['peak_memory'])}", highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if run["phases"]:
+        out_console.print(_intervened(run["phases"], result.get("plain")), highlight=False, soft_wrap=True)
     print_quantized(result, title)
+
+
+def _intervened(phases: list[dict[str, Any]], plain: dict[str, Any] | None) -> str:
+    """What the teacher did when, and how many steps that saved against a run without it, if one is known."""
+    *acts, alone = phases
+    spans = ", ".join(f"{act['name']} in steps {act['from'] + 1} to {act['to']}" for act in acts)
+    text = f"the teacher intervened: {spans}; the student was alone from step {alone['from'] + 1}"
+    if plain is None:
+        return f"{text}; --plain OUT of a run without intervention tells how many steps that saved"
+    text += (
+        f". {plain['folder']} reached its best {plain['metric']}, {plain['best']:.4f}, at step {plain['best_step']} "
+    )
+    if plain["reached"] is None:
+        return f"{text}of {plain['steps']}; this run did not"
+    saved = plain["best_step"] / plain["reached"]
+    return f"{text}of {plain['steps']}; this run was there at step {plain['reached']}: {saved:.1f} times fewer steps"
 
 
 def add_columns(table: Table, *names: str) -> None:
@@ -103,10 +121,14 @@ def track(quiet: bool) -> Any:
 
 
 class TrainingBar:
-    """Shows a training run on stderr: a bar where there is a terminal, and a line for each evaluation."""
+    """Shows a training run on stderr: a bar where there is a terminal, and a line for each evaluation.
 
-    def __init__(self) -> None:
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    phase: a name for what happens in a step.
+    """
+
+    def __init__(self, phase: Callable[[int], str] | None = None) -> None:
+        self.phase = phase
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=err_console, transient=True, disable=not err_console.is_terminal)
         self.task = self.bar.add_task("training")
         self.losses: dict[str, float] = {}
@@ -115,7 +137,8 @@ class TrainingBar:
     def __call__(self, step: int, total: int, logs: Mapping[str, float]) -> None:
         self.started = self.started or time.monotonic()
         self.bar.start()
-        self.bar.update(self.task, completed=step, total=total)
+        what = f"training, {self.phase(max(step - 1, 0))}" if self.phase else "training"
+        self.bar.update(self.task, completed=step, total=total, description=what)
         self.losses |= {k: v for k, v in logs.items() if k.startswith("loss_")}
         found = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
         if found:
@@ -123,7 +146,8 @@ class TrainingBar:
             texts += [f"{k.removeprefix('loss_')} loss {v:.4g}" for k, v in self.losses.items()]
             minutes = (time.monotonic() - self.started) / 60
             self.bar.console.print(
-                f"step {step} of {total}, {minutes:.1f} min: {', '.join(texts)}", highlight=False, soft_wrap=True
-            )
+                f"step {step} of {total}{what.removeprefix('training')}, {minutes:.1f} min: {', '.join(texts)}",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
         if step == total and not logs:
             self.bar.stop()

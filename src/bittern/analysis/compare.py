@@ -76,8 +76,7 @@ def compare(
             _attention(means, f"attention/{i}", pair, call, i, (own, shown), batch, kinds, top)
         _errors(means, "plain", own, shown, calls)
         _extremes(means, y_point, own, shown, calls)
-        if len({call.name for call in calls}) == len(calls):  # not where a block runs more than once
-            _intervened(means, pair, batch, shown, calls)
+        _intervened(means, pair, batch, shown, calls)
     if not samples:
         raise InputError("there is nothing to compare: the data is empty")
     names = kinds.names if kinds else ()
@@ -186,7 +185,10 @@ def _intervened(means: Means, pair: Pair, batch: Mapping[str, Any], shown: Taps,
     for point in INTERVENTIONS:
         if len(shown[point]) != len(calls):
             continue
-        replace(pair.student, {(call.name, point): x for call, x in zip(calls, shown[point], strict=True)})
+        given: dict[tuple[str, Point], list[Tensor]] = {}
+        for call, x in zip(calls, shown[point], strict=True):  # of a block that runs more than once, each run's own
+            given.setdefault((call.name, point), []).append(x)
+        replace(pair.student, given)
         try:
             with recording(pair.student, "hidden", "embedding") as own:
                 pair.student(**batch)

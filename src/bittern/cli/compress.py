@@ -127,6 +127,20 @@ def qat(
     mapping: Annotated[str, typer.Option(help="Block of the student:block of the teacher, such as 0:1,1:3.")] = "",
     temperature: Annotated[float, typer.Option(help="Of the prediction term.")] = 1.0,
     map_temperature: Annotated[float, typer.Option(help="Of the map term.")] = 1.0,
+    intervene: Annotated[
+        str | None,
+        typer.Option(
+            help="First let the teacher's signals replace the student's: gradual, output, context, map, inverted, "
+            "stochastic or fade."
+        ),
+    ] = None,
+    intervene_steps: Annotated[int, typer.Option(help="Steps in which the teacher intervenes.")] = 60,
+    intervene_scope: Annotated[
+        str, typer.Option(help="What is quantized in them: all, or part (what the teacher does not replace).")
+    ] = "all",
+    plain: Annotated[
+        str | None, typer.Option(help="Folder of a finished run without intervention, to count the steps saved.")
+    ] = None,
     student: Annotated[str | None, typer.Option(help="Float model that the student starts from.")] = None,
     epochs: Annotated[float, typer.Option(help="Times over the training data.")] = 3.0,
     steps: Annotated[int | None, typer.Option(help="Steps of the optimizer, in place of epochs.")] = None,
@@ -155,6 +169,7 @@ def qat(
     """
     from bittern import pipeline
     from bittern.qat.distill import parse_distill
+    from bittern.qat.intervention import Intervention
     from bittern.qat.run import Training, leave_processes
 
     lesson = parse_distill(
@@ -166,12 +181,15 @@ def qat(
         weight_decay=weight_decay, seed=seed, evaluations=evaluations, patience=patience, metric=metric,
         arguments=parse_settings(options or []),
     )  # fmt: skip
+    intervention = None
+    if intervene:
+        intervention = Intervention(intervene, intervene_steps, intervene_scope, seed)  # type: ignore[arg-type]
     leads = os.environ.get("RANK", "0") == "0"  # of several processes
     quiet = as_json or not leads
     result = pipeline.qat(
-        teacher, recipe, out, data=data, distill=lesson, training=training, student=student, samples=samples,
-        resume=resume, force=force, track=track(quiet), columns=split(columns), label_column=label_column,
-        max_length=max_length, **training_bar(quiet),
+        teacher, recipe, out, data=data, distill=lesson, training=training, intervention=intervention, plain=plain,
+        student=student, samples=samples, resume=resume, force=force, track=track(quiet), columns=split(columns),
+        label_column=label_column, max_length=max_length, **training_bar(quiet, intervention),
     )  # fmt: skip
     if as_json and leads:
         print(json.dumps(result))

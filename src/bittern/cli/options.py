@@ -66,8 +66,8 @@ def parse_settings(options: list[str]) -> dict[str, Any]:
     return found
 
 
-def training_bar(quiet: bool) -> dict[str, Any]:
-    return {} if quiet else {"tell": TrainingBar()}
+def training_bar(quiet: bool, intervention: Any = None) -> dict[str, Any]:
+    return {} if quiet else {"tell": TrainingBar(intervention.phase if intervention else None)}
 
 
 def split(columns: str) -> tuple[str, ...]:

@@ -154,12 +154,15 @@ def quantize(
     result = Result(simulation, method, sum(sizes))
     _solve_without_data(model, method)
     run.seconds["embeddings"] = time.perf_counter() - start
-    found = list(_stream(run, track))
-    if mixed is not None:
+    if mixed is None:  # one solution at a time in memory
+        for solution in _stream(run, track):
+            result.solved += solution.settle(model, {})
+    else:
+        found = list(_stream(run, track))
         with run.clock("allocation"):
             result.bits, result.frontier = _allocate(run, found, mixed)
-    for solution in found:
-        result.solved += solution.settle(model, result.bits)
+        for solution in found:
+            result.solved += solution.settle(model, result.bits)
     with run.clock("extremes"):
         result.by_extremes = [q.name for _, q in fake_quants(model) if q.format.range == "static" and q.scale is None]
         calibrate(model, given)

@@ -20,6 +20,7 @@ from bittern.anatomy import Anatomy
 from bittern.attention import Point, Taps, attach, recording
 from bittern.errors import InputError, ModelError
 from bittern.qat import losses
+from bittern.qat.intervention import Intervener, Intervention
 
 # what a term compares at each layer; for those with several points, or none, see `_points`
 POINT_OF: dict[str, Point] = {
@@ -121,23 +122,28 @@ class Lesson:
         anatomy: Anatomy,
         teacher: PreTrainedModel | None = None,
         teacher_anatomy: Anatomy | None = None,
+        intervention: Intervention | None = None,
     ):
         self.distill, self.student, self.teacher = distill, student, teacher
+        self.intervention = intervention
         self.anatomy, self.teacher_anatomy = anatomy, teacher_anatomy or anatomy
         attach(student, anatomy)
-        if distill.needs_teacher:
+        if distill.needs_teacher or intervention:
             if teacher is None:
-                raise InputError(f"the terms {', '.join(distill.terms)} need a teacher")
+                terms = f"the terms {', '.join(distill.terms)} need"
+                raise InputError(f"{terms if distill.needs_teacher else 'the intervention needs'} a teacher")
             attach(teacher, self.teacher_anatomy)
             teacher.eval().requires_grad_(False)
             self._check_depth()
+        if intervention:
+            self.intervener = Intervener(student, anatomy, self.teacher_anatomy, distill.mapping)
         self.points = dict(_points(distill, anatomy, self.teacher_anatomy))
 
     def _check_depth(self) -> None:
         depths = [[len(list(blocks)) for _, blocks in groupby(a.blocks, key=lambda b: b.stack)]
                   for a in (self.anatomy, self.teacher_anatomy)]  # fmt: skip
         mapping = self.distill.mapping
-        if mapping is None and depths[0] != depths[1] and self.distill.layerwise:
+        if mapping is None and depths[0] != depths[1] and (self.distill.layerwise or self.intervention):
             mine, theirs = (" + ".join(map(str, d)) for d in depths)
             raise ModelError(
                 f"the student has {mine} blocks, the teacher {theirs}; say which block learns from which: "
@@ -148,9 +154,22 @@ class Lesson:
                 if not 0 <= block < depth:
                     raise InputError(f"mapping names block {block} of the {whose}, which has blocks 0 to {depth - 1}")
 
-    def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-        """The student's output and the terms of the batch. model: the student, or what wraps it."""
+    def forward(self, model: nn.Module, batch: Mapping[str, Any], step: int = 0) -> tuple[Any, dict[str, Tensor]]:
+        """The student's output and the terms of the batch. model: the student, or what wraps it.
+
+        step: of the optimizer, which decides whether the teacher intervenes; if so, it does until `release`.
+        """
         points = tuple(dict.fromkeys(p for group in self.points.values() for p in group))
+        act = self.intervention.act(step) if self.intervention else None
+        teaches = self.teacher is not None and (self.distill.needs_teacher or act is not None)
+        if self.teacher is not None and teaches:
+            keep_labels = self.teacher.config.is_encoder_decoder  # which makes its decoder's inputs of them
+            given = {k: v for k, v in batch.items() if k != "labels" or keep_labels}
+            asked = dict.fromkeys((*points, *([act.point] if act else [])))
+            with torch.no_grad(), recording(self.teacher, *asked) as shown:
+                expected = self.teacher(**given)
+        if act and self.intervention:
+            self.intervener.begin(act, shown, self.intervention.scope)
         with recording(self.student, *points) as taught:
             out = model(**batch)
         terms: dict[str, Tensor] = {}
@@ -158,12 +177,8 @@ class Lesson:
             if out.get("loss") is None:
                 raise InputError("the term truth needs labels, and the batch has none")
             terms["truth"] = out["loss"]
-        if not self.distill.needs_teacher or self.teacher is None:
+        if not self.distill.needs_teacher:
             return out, terms
-        keep_labels = self.teacher.config.is_encoder_decoder  # which makes its decoder's inputs of them
-        given = {k: v for k, v in batch.items() if k != "labels" or keep_labels}
-        with torch.no_grad(), recording(self.teacher, *points) as shown:
-            expected = self.teacher(**given)
         if "prediction" in self.distill.terms:
             if out.get("logits") is None:
                 raise InputError(
@@ -176,6 +191,11 @@ class Lesson:
             found = [loss for point in group for loss in self._of_layers(term, point, taught, shown, masks)]
             terms[term] = torch.stack(found).sum()  # sums over layers [KD]
         return out, terms
+
+    def release(self) -> None:
+        """Let the student go on alone; to be called after the backward."""
+        if self.intervention:
+            self.intervener.end()
 
     def _prediction(self, logits: Tensor, expected: Tensor, batch: Mapping[str, Any]) -> Tensor:
         _check_shapes("prediction", "logits", logits, expected)

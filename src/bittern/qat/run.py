@@ -31,6 +31,7 @@ from bittern.errors import InputError, first_line
 from bittern.evaluate import LOWER_IS_BETTER
 from bittern.progress import Tell, unseen
 from bittern.qat.distill import Distill
+from bittern.qat.intervention import Intervention
 from bittern.qat.trainer import QATTrainer
 
 Measure = Callable[[], dict[str, float]]
@@ -70,7 +71,7 @@ class Training:
 @dataclass
 class Trained:
     """What a run did. history: what was logged, by step: losses, and metrics as `eval_…`. best_step: whose weights the
-    student has now; 0 if they are the last ones."""
+    student has now; 0 if they are the last ones. phases: what the teacher did from which step to which, if it did."""
 
     steps: int
     best_step: int
@@ -78,6 +79,7 @@ class Trained:
     best: float
     history: list[dict[str, float]]
     seconds: float
+    phases: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(
@@ -89,15 +91,17 @@ def train(
     training: Training,
     folder: str | Path,
     *,
+    intervention: Intervention | None = None,
     resume: bool = False,
     tell: Tell = unseen,
 ) -> Trained:
     """Train a simulated student on `data`, and leave it with the weights of its best evaluation.
 
-    measure: metrics of the student as it is. folder: for checkpoints. resume: go on from the last complete one, to the
-    bits of a run that was never interrupted; without one, start. tell: called after each step and for what is logged;
-    at the end with the same number twice. Raises InputError or ModelError before the first step for data, a teacher or
-    options that do not fit.
+    teacher: None if neither `distill` nor `intervention` needs one. measure: metrics of the student as it is.
+    folder: for checkpoints. resume: go on from the last complete one, to the bits of a run that was never
+    interrupted; without one, start. tell: called after each step and for what is logged; at the end with the same
+    number twice. Raises InputError or ModelError before the first step for data, a teacher or options that do not
+    fit.
     """
     if training.batch_size > len(data):
         raise InputError(f"a batch of {training.batch_size} is larger than the data, {len(data)} samples; lower it")
@@ -110,6 +114,7 @@ def train(
         measure=measure,
         teacher=teacher,
         distill=distill,
+        intervention=intervention,
         callbacks=[_Schedule(training.evaluations), _Progress(tell), *patience],
     )
     trainer.check_first_batch()
@@ -117,14 +122,42 @@ def train(
     start = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write to {folder}: {first_line(error)}") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # where torch.save writes
+            raise
+        why = "a file could not be written whole; the disk may be full"
+        raise InputError(
+            f"cannot write to {folder}: {why if isinstance(error, RuntimeError) else first_line(error)}"
+        ) from error
     student.eval()
     state, key = trainer.state, str(trainer.args.metric_for_best_model)
     best = state.best_metric if state.best_metric is not None else _last(state.log_history, key)
-    seconds = time.perf_counter() - start
-    name = key.removeprefix("eval_")
-    return Trained(state.global_step, state.best_global_step or 0, name, float(best), state.log_history, seconds)
+    return Trained(
+        steps=state.global_step,
+        best_step=state.best_global_step or 0,
+        metric=key.removeprefix("eval_"),
+        best=float(best),
+        history=state.log_history,
+        seconds=time.perf_counter() - start,
+        phases=intervention.phases(state.max_steps) if intervention else [],
+    )
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """How a finished run of `bittern qat` went: its metric, the best value, and at which of how many steps that was."""
+    try:
+        run = json.loads((Path(folder) / "bittern.json").read_text())["qat"]
+        found = {key: run[key] for key in ("metric", "best", "best_step", "steps")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{folder} holds no finished run of bittern qat; give the folder that one wrote") from None
+    return found | {"folder": str(folder), "best_step": found["best_step"] or found["steps"]}
+
+
+def first_step(history: Sequence[Mapping[str, float]], metric: str, value: float) -> int | None:
+    """The first evaluation that was at least as good as `value`; None if none was."""
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    good = (e["step"] for e in history if sign * e.get(f"eval_{metric}", -sign * math.inf) >= sign * value)
+    return next((int(step) for step in good), None)
 
 
 def leave_processes() -> None:
@@ -210,6 +243,7 @@ class _Run(QATTrainer):
         batch = self._prepare_inputs(self.data_collator(range(min(2, len(self.data)))))
         with torch.no_grad():
             self.lesson.forward(self.model, batch)
+        self.lesson.release()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         found = {f"eval_{name}": value for name, value in self.measure().items()}

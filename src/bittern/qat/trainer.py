@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from bittern.anatomy import read_anatomy
@@ -17,16 +18,19 @@ from bittern.deploy.checkpoint import mark_simulated
 from bittern.errors import InputError, ModelError
 from bittern.layers import as_float, is_simulated
 from bittern.qat.distill import Distill, Lesson, balanced
+from bittern.qat.intervention import Intervention
 
 
 class QATTrainer(Trainer):
     """Trains a simulated model (see `simulate`) with a teacher.
 
     teacher: a float model, kept outside of the student and of everything that is saved; None for the labels alone.
-    distill: what is learned from it. Everything else is as in `transformers.Trainer`; the terms of the loss are logged
-    beside it. Raises ModelError when a term is no longer finite: the checkpoints before it stay.
+    distill: what is learned from it. intervention: steps at the beginning in which the teacher's signals replace
+    the student's. Everything else is as in `transformers.Trainer`; the terms of the loss are logged beside it.
+    Raises ModelError when a term is no longer finite: the checkpoints before it stay.
     """
 
+    lr_scheduler: Any
     loss_is_scaled_for_ga = False  # a batch's loss is a mean; the Trainer divides by the accumulation steps
 
     def __init__(
@@ -35,6 +39,7 @@ class QATTrainer(Trainer):
         *args: Any,
         teacher: PreTrainedModel | None = None,
         distill: Distill | None = None,
+        intervention: Intervention | None = None,
         **options: Any,
     ):
         if not is_simulated(model):
@@ -42,7 +47,8 @@ class QATTrainer(Trainer):
         distill = distill or Distill()
         with as_float(model):
             anatomy = read_anatomy(model)
-        self.lesson = Lesson(distill, model, anatomy, teacher, None if teacher is None else read_anatomy(teacher))
+        theirs = None if teacher is None else read_anatomy(teacher)
+        self.lesson = Lesson(distill, model, anatomy, teacher, theirs, intervention)
         super().__init__(mark_simulated(model), *args, **options)
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise InputError("reentrant activation checkpointing loses gradients of the terms; set use_reentrant=False")
@@ -50,15 +56,45 @@ class QATTrainer(Trainer):
             raise InputError("DataParallel cannot record inside its replicas; start one process per GPU with torchrun")
         if teacher is not None:
             teacher.to(self.args.device)
+        if intervention is not None:
+            self.add_callback(_StartAfresh(intervention.steps))
         self._sums: Counter[str] = Counter()
         self._count = 0
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """With an intervention, the learning rate rises and falls twice: in its steps, and in those after it [TI]."""
+        intervention = self.lesson.intervention
+        if intervention is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        steps = intervention.steps
+        if not steps < num_training_steps:
+            raise InputError(
+                f"the intervention takes {steps} steps of {num_training_steps}; give it fewer, or train for longer"
+            )
+        factors = []
+        for length in (steps, num_training_steps - steps):
+            self.lr_scheduler = None
+            part = super().create_scheduler(length, optimizer)
+            if not isinstance(part, LambdaLR):
+                kind = self.args.lr_scheduler_type.value
+                raise InputError(f"no intervention with the learning rate's schedule {kind}; use linear or cosine")
+            factors.append(part.lr_lambdas[0])
+        first, second = factors
+        self.lr_scheduler = LambdaLR(part.optimizer, lambda step: first(step) if step < steps else second(step - steps))
+        return self.lr_scheduler
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        try:
+            return super().training_step(*args, **options)  # type: ignore[no-any-return]
+        finally:
+            self.lesson.release()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        out, terms = self.lesson.forward(model, inputs)
+        out, terms = self.lesson.forward(model, inputs, self.state.global_step)
         values = torch.stack([term.detach().float() for term in terms.values()])
         means = dict(zip(terms, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         for name, mean in means.items():
@@ -90,6 +126,17 @@ class QATTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         _load_state(self.model, self.state.best_model_checkpoint)
+
+
+class _StartAfresh(TrainerCallback):
+    """Drops the optimizer's state after so many steps."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if state.global_step == self.steps:
+            getattr(optimizer, "optimizer", optimizer).state.clear()
 
 
 def _load_state(model: PreTrainedModel, folder: str) -> None:

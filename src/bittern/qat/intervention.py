@@ -1,0 +1,224 @@
+"""Teacher Intervention [TI]: in the first steps of a training the teacher's signals stand in for the student's.
+
+An `Intervention` is data, and says what happens in a step as a pure function of its number, so that resuming needs no
+state; an `Intervener` binds one to a student.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bittern.anatomy import Anatomy, dummy_batch
+from bittern.attention import NAME, Point, Site, Taps, recording, replace
+from bittern.errors import InputError, ModelError
+from bittern.layers import QuantLayer
+from bittern.quantizers import FakeQuant
+
+POINTS: tuple[Point, ...] = ("output", "context", "map")  # TI-O: AO, TI-C: AC, TI-M: SA
+SCHEDULES = (*POINTS, "gradual", "inverted", "stochastic", "fade")
+
+
+class Act(NamedTuple):
+    """What the teacher does in a step: at which point, and how much of the signal there is its own."""
+
+    point: Point
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """schedule: one point throughout, or `gradual` (TI-G: output for a sixth of the steps, context for a sixth, then
+    map), `inverted` (map, context, output for a third each), `stochastic` (one of the three at random each step),
+    `fade` (beyond [TI]: output, mixed with the student's own, from all the teacher's to none).
+    steps: of the optimizer, before the student goes on alone, with optimizer and learning rate started afresh.
+    scope: `part` quantizes only what the paper trains in these steps: the FFN; under context also W_O; under map also
+    W_O and V (not where one layer gives Q, K and V). `all` quantizes everything, as the paper's code does.
+    """
+
+    schedule: str = "gradual"
+    steps: int = 60
+    scope: Literal["all", "part"] = "all"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"no intervention {self.schedule!r}; there are {', '.join(SCHEDULES)}")
+        if not self.steps > 0:
+            raise InputError(f"intervention has {self.steps} steps; expected at least 1")
+        if self.scope not in ("all", "part"):
+            raise InputError(f"scope of the intervention is {self.scope!r}; expected all or part")
+
+    def act(self, step: int) -> Act | None:
+        """Of the step with this number, from 0; None if the student is alone.
+
+        >>> [Intervention(steps=6).act(step).point for step in range(6)]
+        ['output', 'context', 'map', 'map', 'map', 'map']
+        """
+        if step >= self.steps:
+            return None
+        match self.schedule:
+            case "gradual":
+                return Act(POINTS[min(6 * step // self.steps, 2)])
+            case "inverted":
+                return Act(POINTS[::-1][3 * step // self.steps])
+            case "stochastic":
+                return Act(random.Random(f"{self.seed} {step}").choice(POINTS))
+            case "fade":
+                return Act("output", 1 - step / self.steps)
+        return Act(self.schedule)  # type: ignore[arg-type]
+
+    def phases(self, total: int) -> list[dict[str, Any]]:
+        """What a training of so many steps consists of: `name`, `from` and `to` in steps.
+
+        >>> [(p["name"], p["to"]) for p in Intervention("inverted", steps=60).phases(500)]
+        [('map', 20), ('context', 40), ('output', 60), ('alone', 500)]
+        """
+        found: list[dict[str, Any]] = []
+        for name, steps in groupby(range(total), self.phase):
+            first, *others = steps
+            found.append({"name": name, "from": first, "to": first + len(others) + 1})
+        return found
+
+    def phase(self, step: int) -> str:
+        """A name for what the teacher does in a step."""
+        act = self.act(step)
+        if act is None:
+            return "alone"
+        return self.schedule if self.schedule in ("stochastic", "fade") else act.point
+
+
+class _Weaken(torch.autograd.Function):
+    """The same forward; backward, the gradient loses the given share. All of it leaves zeros, not nothing: DDP waits
+    for the gradients of every weight."""
+
+    @staticmethod
+    def forward(ctx, x, share):  # type: ignore[no-untyped-def]
+        ctx.share = share
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad * (1 - ctx.share), None
+
+
+class _Gate:
+    """Belongs to a layer that gives Q, K or V, or all of them: while the teacher acts, what the layer reads gets no
+    gradient through it, but for V under map [TI]."""
+
+    def __init__(self, layer: nn.Module, columns: Tensor):
+        self.columns = columns  # of the layer's output: which reach V
+        self.gives_value, self.only_value = bool(columns.any()), bool(columns.all())
+        self.act: Act | None = None
+        layer.register_forward_pre_hook(self.before)
+        layer.register_forward_hook(self.after)
+
+    @property
+    def _keeps_value(self) -> bool:
+        return self.act is not None and self.act.point == "map" and self.gives_value
+
+    def before(self, layer: nn.Module, args: Any) -> Any:
+        if self.act is None or self._keeps_value:
+            return None
+        return (_Weaken.apply(args[0], self.act.share), *args[1:])  # type: ignore[no-untyped-call]
+
+    def after(self, layer: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+        if self.act is None or not self._keeps_value or self.only_value:
+            return None
+        x = _Weaken.apply(args[0], self.act.share)  # type: ignore[no-untyped-call]
+        return torch.where(self.columns.to(out.device), out, layer.forward(x))  # one layer for Q, K and V
+
+
+class Intervener:
+    """Puts the teacher's signals into a student that has attention sites.
+
+    mapping: block of the student → block of the teacher; blocks that are not in it are left alone.
+    Raises ModelError if the two do not fit.
+    """
+
+    def __init__(
+        self, student: PreTrainedModel, anatomy: Anatomy, teacher: Anatomy, mapping: Mapping[int, int] | None = None
+    ):
+        self.student = student
+        self.source: dict[str, str] = {}  # attention of the student → of the teacher
+        for i, block in enumerate(anatomy.blocks):
+            other = i if mapping is None else mapping.get(i)
+            if other is None:
+                continue
+            theirs = teacher.blocks[other].attentions if other < len(teacher.blocks) else ()
+            if len(theirs) != len(block.attentions):
+                raise ModelError(f"the teacher's block {other} has no attention to stand in for that of {block.name}")
+            self.source |= {a.name: b.name for a, b in zip(block.attentions, theirs, strict=True)}
+        self.gates = dict(_gates(student, anatomy, self.source))
+        self.outputs = [a.output for a in anatomy.attentions if a.name in self.source and a.output]
+
+    def begin(self, act: Act, shown: Taps, scope: str) -> None:
+        """Until `end`, the student's forward has the teacher's signals. shown: what was recorded of the teacher."""
+        theirs: dict[str, list[Tensor]] = {}  # several of a block that runs again (ALBERT, which has no checkpointing)
+        for name, x in zip(shown.names[act.point], shown[act.point], strict=True):
+            theirs.setdefault(name, []).append(x)
+        replace(self.student, {(mine, act.point): theirs[name] for mine, name in self.source.items()}, act.share)
+        for gate in self.gates.values():
+            gate.act = act
+        if scope == "part":
+            for quantizer in self._untrained(act.point):
+                quantizer.bypass = True
+
+    def end(self) -> None:
+        """The student is alone again. Call it after the backward: activation checkpointing runs the forward again."""
+        replace(self.student, {})
+        for gate in self.gates.values():
+            gate.act = None
+        for quantizer in self._untrained("output"):
+            quantizer.bypass = False
+
+    def _untrained(self, point: Point) -> Iterator[FakeQuant]:
+        """Quantizers of what the paper does not train under this intervention; those of `output` include all others."""
+        trains_value = point == "map"
+        layers = [name for name, gate in self.gates.items() if not (trains_value and gate.only_value)]
+        for layer in map(self.student.get_submodule, layers + (self.outputs if point == "output" else [])):
+            if isinstance(layer, QuantLayer):
+                yield from filter(None, (layer.weight_quantizer, layer.input_quantizer))
+        for name in self.source:
+            site: Site = self.student.get_submodule(name)._modules[NAME]
+            for operand in ("query", "key") if trains_value else ("query", "key", "map", "value"):
+                if quantizer := site.quantizer(operand):
+                    yield quantizer
+
+
+def _gates(student: PreTrainedModel, anatomy: Anatomy, chosen: Mapping[str, str]) -> Iterator[tuple[str, _Gate]]:
+    """A gate for each layer that gives Q, K or V of a chosen attention; a gradient tells which outputs reach V."""
+    attentions = [a for a in anatomy.attentions if a.name in chosen]
+    outputs: dict[str, Tensor] = {}
+    hooks = [
+        student.get_submodule(name).register_forward_hook(lambda _, args, out, name=name: outputs.setdefault(name, out))
+        for a in attentions
+        for name in a.inputs
+    ]
+    modes = {module: module.training for module in student.modules()}
+    try:
+        with torch.enable_grad(), recording(student.eval(), "value") as taps:
+            student(**dummy_batch(student))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    values = dict(zip(taps.names["value"], taps["value"], strict=True))
+    for a in attentions:
+        value = values[a.name]
+        draw = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+        found = torch.autograd.grad(value, [outputs[n] for n in a.inputs], draw, retain_graph=True, allow_unused=True)
+        for name, grad in zip(a.inputs, found, strict=True):
+            width = outputs[name].shape[-1]
+            reached = torch.zeros(width, dtype=torch.bool, device=value.device)
+            if grad is not None:
+                reached = (grad != 0).reshape(-1, width).any(0)
+            yield name, _Gate(student.get_submodule(name), reached)
