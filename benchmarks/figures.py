@@ -9,7 +9,7 @@ Students are ternary (2-2-8), trained for the same steps on the same samples: `p
 students that were trained elsewhere, such as with Teacher Intervention: `bittern qat` leaves such folders. Every
 student is compared with the teacher on --samples of the test data, and gets Hessian spectra of --hessians mini-batches
 and a loss surface of --grid points a side. --task NAME=DATA fine-tunes the teacher on another task, for its min-max
-curves. Nuclear norms by block are those of the digits ViT of the package. Parts that are in the file are not done again.
+curves. Nuclear norms by block are those of the digits ViT of the package. Parts that are in the file are kept.
 """
 
 from __future__ import annotations
