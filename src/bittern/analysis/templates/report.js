@@ -115,7 +115,7 @@ function drawGrid(canvas, sample, map, top) {
   });
 }
 function drawTokens(canvas, sample, map, top) {
-  const n = sample.tokens.length, room = 84, cell = Math.min(30, 440 / n), side = room + n * cell;
+  const n = sample.tokens.length, room = 94, cell = Math.min(30, 440 / n), side = room + n * cell;
   const context = prepare(canvas, side, side);
   context.fillStyle = getComputedStyle(document.body).color;
   context.font = `${Math.min(12, cell + 1)}px system-ui, Helvetica, Arial, sans-serif`;
