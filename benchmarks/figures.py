@@ -27,6 +27,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bittern import calibrate, load, pipeline, save, simulate
+from bittern.analysis.charts import heat_map, lines, surface
 from bittern.analysis.compare import compare
 from bittern.analysis.curvature import (
     Hessian,
@@ -37,7 +38,9 @@ from bittern.analysis.curvature import (
     trainable,
 )
 from bittern.analysis.curvature import trace as trace_of
+from bittern.analysis.figures import Figure
 from bittern.analysis.pair import Pair
+from bittern.analysis.report import write_plot
 from bittern.analysis.sensitivity import nuclear_norms
 from bittern.analysis.tokens import token_kinds
 from bittern.data import load_data
@@ -194,6 +197,26 @@ def tables(known: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def draw(known: dict[str, Any], folder: Path) -> None:
+    """The plots that the docs show: cover length by head of each student, errors by depth, loss surfaces."""
+    found = known["recovery"]
+    top = max(v for student in found.values() for a in student["attentions"] for v in a["cover"])
+    for name, student in found.items():
+        rows = [a["cover"] for a in student["attentions"]]
+        floor = min(v for a in student["attentions"] for v in a["cover_floor"])
+        plot = heat_map(rows, [f"layer {i}" for i in range(len(rows))], "cover length ratio", low=floor, top=top)
+        write_plot(Figure(f"{known['data']}-cover-{name}", f"Cover length ratio, {name}", "", plot), folder)
+    curves = {name: list(enumerate(student["depth"]["plain"])) for name, student in found.items()}
+    places = next(iter(found.values()))["places"]
+    plot = lines(curves, x_name="", y_name="relative error", labels=places)
+    write_plot(Figure(f"{known['data']}-depth", "Error by depth", "", plot), folder)
+    surfaces = {name: student["surface"] for name, student in known.get("curvature", {}).items()}
+    highest = max((v for s in surfaces.values() for row in s["loss"] for v in row), default=1.0)
+    for name, around in surfaces.items():
+        plot = surface(around["steps"], around["loss"], highest)
+        write_plot(Figure(f"{known['data']}-surface-{name}", f"Loss surface, {name}", "", plot), folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", nargs="?")
@@ -210,9 +233,13 @@ def main() -> None:
     parser.add_argument("--grid", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", type=Path, help="print the tables of a file and do nothing else")
+    parser.add_argument("--draw", type=Path, help="with --table: also draw its plots into this folder")
     options = parser.parse_args()
     if options.table:
-        print(tables(json.loads(options.table.read_text())))
+        known = json.loads(options.table.read_text())
+        print(tables(known))
+        if options.draw:
+            draw(known, options.draw)
         return
     torch.set_num_threads(options.threads)
     known = json.loads(options.out.read_text()) if options.out.exists() else {}

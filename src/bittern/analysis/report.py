@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from bittern.analysis.charts import WIDTH, short
-from bittern.analysis.figures import SECTIONS, Result, labels_of, names_of
+from bittern.analysis.figures import SECTIONS, Figure, Result, labels_of, names_of
 
 REPORT = "report.json"
 PAPER = {  # after Okabe and Ito, whose colours colour-blind people tell apart; the page has brighter ones in the dark
@@ -24,27 +24,34 @@ PAPER = {  # after Okabe and Ito, whose colours colour-blind people tell apart; 
 }  # fmt: skip
 
 
+ENVIRONMENT = Environment(
+    loader=PackageLoader("bittern.analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+    lstrip_blocks=True,
+)  # fmt: skip
+ENVIRONMENT.globals |= {"short": short, "width": WIDTH}
+
+
 def write_report(result: Result, folder: Path) -> None:
     """Write report.html, report.json and plots/*.svg into a folder."""
     (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n")
-    environment = Environment(
-        loader=PackageLoader("bittern.analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.globals |= {"short": short, "width": WIDTH}
     sections = [(title, figures) for title, make in SECTIONS if (figures := list(make(result)))]
-    page = environment.get_template("report.html.j2").render(
+    page = ENVIRONMENT.get_template("report.html.j2").render(
         title=f"{' and '.join(names_of(result))} against {Path(result['teacher']['path']).name}", result=result,
         sections=sections, summary=summary(result), labels=labels_of(result["students"][0]), data=script_data(result),
         light=PAPER,
     )  # fmt: skip
     (folder / "report.html").write_text(page, encoding="utf-8")
-    (folder / "plots").mkdir()
     for _, figures in sections:
         for figure in figures:
-            svg = environment.get_template("plot.svg.j2").render(figure=figure)
-            svg = re.sub(r"var\(--(\w+)\)", lambda name: PAPER[name[1]], svg)
-            (folder / "plots" / f"{figure.name}.svg").write_text(svg, encoding="utf-8")
+            write_plot(figure, folder / "plots")
+
+
+def write_plot(figure: Figure, folder: Path) -> None:
+    """Write a plot as SVG, in the colours of paper, into a folder."""
+    svg = ENVIRONMENT.get_template("plot.svg.j2").render(figure=figure)
+    svg = re.sub(r"var\(--(\w+)\)", lambda name: PAPER[name[1]], svg)
+    folder.mkdir(exist_ok=True)
+    (folder / f"{figure.name}.svg").write_text(svg, encoding="utf-8")
 
 
 def script_data(result: Result) -> Markup:
