@@ -1,4 +1,4 @@
-"""Export to ONNX: a file of integer arithmetic with the model's own codes and scales, run and compared before it is kept."""
+"""Export to ONNX: a file of integer arithmetic with the model's own codes, run and compared before it is kept."""
 
 from __future__ import annotations
 

@@ -98,9 +98,12 @@ class _Positional(nn.Module):
 
 
 @torch.no_grad()
-def trace(model: PreTrainedModel, batch: Mapping[str, Tensor], outputs: Sequence[str], plans: Mapping[str, Plan]) -> ir.Model:
+def trace(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], outputs: Sequence[str], plans: Mapping[str, Plan]
+) -> ir.Model:
     """The model as an ONNX graph with one node `bittern::…` for each packed layer; batch and length are dynamic."""
     use_attention(model)
+    sizes: dict[str, tuple[str | None, ...]]
     sizes = {"pixel_mask": ("height", "width"), "decoder_input_ids": ("decoder_length",)}
     if "pixel_mask" in batch:
         sizes["pixel_values"] = (None, "height", "width")
@@ -154,7 +157,9 @@ class Lowering:
         key = name if key is None else key
         if key not in self.constants:
             tensor = ir.tensor(values, name=name) if isinstance(values, np.ndarray) else values
-            value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
+            value = ir.Value(
+                name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype)
+            )
             self.graph.initializers[name] = self.constants[key] = value
         return self.constants[key]
 
@@ -188,7 +193,9 @@ class Lowering:
         """A weight (rows, columns) that is computed with in float."""
         if known.kind == "float":
             source = layer.owner[0] if layer.owner else layer
-            return self._op("Identity", [self._constant(f"{name}.values", layer.unpacked().numpy(), (id(source), "float"))])
+            return self._op(
+                "Identity", [self._constant(f"{name}.values", layer.unpacked().numpy(), (id(source), "float"))]
+            )
         codes = self._constant(f"{name}.codes", integer_codes(layer).astype(np.int8))
         return self._op("DequantizeLinear", [codes, self._constant(f"{name}.scale", scales(layer)[:, 0])], axis=0)
 
@@ -196,13 +203,12 @@ class Lowering:
         x, bias = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
         assert x is not None
         if known.kind in ("static", "dynamic"):
-            codes, kind = integer_codes(layer), np.int8
-            zero = None
+            codes, zero = integer_codes(layer).astype(np.int8), None
             if self.safe and may_saturate(codes):  # unsigned codes take a kernel that adds in 32 bits
-                codes, kind = codes + 128, np.uint8
+                codes = (codes.astype(np.int16) + 128).astype(np.uint8)
                 zero = self._constant(f"{name}.zero", np.full(len(codes), 128, np.uint8))
             byte, scale, offset = self._bytes(x, known)
-            weight = self._constant(f"{name}.codes", np.ascontiguousarray(codes.T).astype(kind))
+            weight = self._constant(f"{name}.codes", np.ascontiguousarray(codes.T))
             factors = self._constant(f"{name}.scale", scales(layer)[:, 0])
             return self._op("MatMulIntegerToFloat", [byte, weight, scale, factors, offset, zero, bias], MICROSOFT)
         rows, columns = layer.weight_shape

@@ -1,13 +1,13 @@
-"""Whether an exported file does what the simulated model does: inputs, outputs, and the error that its rounding explains.
+"""Whether an exported file does what the simulated model does: inputs, outputs, and the error that rounding explains.
 
 The file and the simulated model round at different places: the file computes attention in float, and its runtime may
 round inputs of layers on another grid (a range per tensor found at run time, or per block of inputs). So the file is
-measured against three models in PyTorch with the same weights: the *simulated* one; the *exact* one, which has all clips
-and rounds no activation; and the *twin*, which rounds as the file does. Two implementations of the same rounding drift
-apart by up to the rounding itself, layer by layer, since an activation near a rounding boundary may fall on either side
-of it; but they stay equally far from the exact model. So that is what is asked: the file may be at most `SLACK` times as
-far from the exact model as the twin, plus `FLOAT_NOISE`. Its distance from the simulated model is then at most that plus
-the simulated model's own distance from the exact one.
+measured against three models in PyTorch with the same weights: the *simulated* one; the *exact* one, which has all
+clips and rounds no activation; and the *twin*, which rounds as the file does. Two implementations of the same rounding
+drift apart by up to the rounding itself, layer by layer, since an activation near a boundary may fall on either side of
+it; but they stay equally far from the exact model. So that is what is asked: the file may be at most `SLACK` times as
+far from the exact model as the twin, plus `FLOAT_NOISE`. Its distance from the simulated model is then at most that
+plus the simulated model's own distance from the exact one.
 """
 
 from __future__ import annotations

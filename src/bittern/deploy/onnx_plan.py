@@ -1,4 +1,4 @@
-"""How each packed layer is written to ONNX, and what that rounds: plans, integer codes, and the models to compare with."""
+"""How each packed layer is written to ONNX, and what that rounds: plans, integer codes, models to compare with."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def plan(layer: PackedLayer, form: Form, dynamic: bool) -> Plan:
     if own is not None and rounds and not grouped and (form == "int8" or bits == 8):
         static = own.format.range == "static" and not dynamic
         return Plan("static" if static else "dynamic", 8, 0, _file_input(own, static))
-    by_block = Format(granularity="token" if columns % block else "group", group_size=None if columns % block else block)
+    by_block = Format(
+        granularity="token" if columns % block else "group", group_size=None if columns % block else block
+    )
     if form == "portable":
         return Plan("portable", bits, block, FakeQuant(by_block))
     return Plan("nbits", bits, block, FakeQuant(by_block) if rounds else None)
@@ -93,7 +95,7 @@ def zero_point(scale: Tensor, low: Tensor) -> Tensor:
 
 
 def clamp(x: Tensor, quantizer: FakeQuant, ranged: bool = True) -> Tensor:
-    """x within its format's clip and, if `ranged`, within its static range: what stays of a quantizer without rounding."""
+    """x within its format's clip and, if `ranged`, its static range: what is left of a quantizer without rounding."""
     fmt = quantizer.format
     if fmt.clip is not None:
         x = x.clamp(-fmt.clip, fmt.clip)
@@ -131,8 +133,10 @@ def may_saturate(codes: Array) -> bool:
 
 
 def pack_blocks(codes: Array, bits: int, block: int) -> Array:
-    """Codes (rows, columns) → bytes (rows, blocks, bytes of a block), the first code in the low bits, zero at the middle
-    of the range; the last block is filled with zeros."""
+    """Codes (rows, columns) → bytes (rows, blocks, bytes of a block), the first code in the low bits.
+
+    Zero is the middle of the range; it also fills the last block.
+    """
     unsigned = np.pad(codes, ((0, 0), (0, -codes.shape[1] % block))) + 2 ** (bits - 1)
     digits = unsigned.reshape(len(codes), -1, block * bits // 8, 8 // bits)
     packed: Array = (digits << (bits * np.arange(8 // bits))).sum(-1).astype(np.uint8)
@@ -169,7 +173,8 @@ def rounding(model: nn.Module, plans: Mapping[str, Plan], exact: bool = False) -
 
     def quantize(self: Site, point: str, x: Tensor) -> Tensor:
         quantizer = self.quantizer(point)
-        return x if quantizer is None else clamp(x, quantizer, ranged=False)
+        within = point == "map" and quantizer is not None and (quantizer.format.clip or 1) >= 1  # probabilities
+        return x if quantizer is None or within else clamp(x, quantizer, ranged=False)
 
     with swapped({
         (PackedLayer, "quantized_input"): quantized_input, (QuantLayer, "quantized_input"): quantized_input,
