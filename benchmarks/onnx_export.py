@@ -3,6 +3,7 @@
     ASSETS=assets python benchmarks/onnx_export.py MINILM_SST2 SST2 --json benchmarks/results/onnx_export.json
 
 MINILM_SST2: folder of MiniLM-L6 fine-tuned on SST-2; SST2: folder with its train.parquet and validation.parquet.
+With --work FOLDER the files are kept there and used again, so that a second call only measures.
 The second model is DeiT-S with random weights: time does not depend on them, but its error says nothing about accuracy.
 All contenders get the same float weights and the same 128 calibration samples:
 `float` our float export; `static`, `dynamic` our export of w8a8 with extremes; `safe` the same as `static` without
@@ -53,7 +54,7 @@ class Samples(CalibrationDataReader):
         return next(self.left, None)
 
 
-def theirs(source: Path, folder: Path, feeds: list[Feed]) -> dict[str, Path]:
+def theirs(source: Path, folder: Path, feeds: list[Feed]) -> None:
     """What onnxruntime's quantizers make of a float file, by their own recipe: preprocessing first."""
     ready = folder / "ready.onnx"
     quant_pre_process(str(source), str(ready), skip_symbolic_shape=True)
@@ -65,58 +66,65 @@ def theirs(source: Path, folder: Path, feeds: list[Feed]) -> dict[str, Path]:
         )  # fmt: skip
     for name, reduced in (("ort dynamic", False), ("ort dynamic reduced", True)):
         quantize_dynamic(ready, folder / f"{name}.onnx", reduce_range=reduced, **weights)
-    return {p.stem: p for p in folder.glob("ort *.onnx")}
 
 
-def ours(model_folder: Path, folder: Path, batches: list[dict[str, torch.Tensor]], data: str | None) -> dict[str, Path]:
+def ours(model_folder: Path, folder: Path, batches: list[dict[str, torch.Tensor]], data: str | None) -> None:
     model = load(model_folder)
     simulate(model, "w8a8", batches[0])
     calibrate(model, batches)
-    save(pack(model), folder / "w8a8", processors_from=model_folder)
-    export(model_folder, folder / "float.onnx", data=data)
+    save(pack(model), folder / "w8a8", processors_from=model_folder, force=True)
+    export(model_folder, folder / "float.onnx", data=data, force=True)
     for name, options in (("static", {}), ("dynamic", {"dynamic": True}), ("safe", {"safe": True})):
-        parity = export(folder / "w8a8", folder / f"{name}.onnx", data=data, **options)["parity"]
-        print(
-            f"   {name}: {parity['file']:.2e} off without rounding, the same arithmetic in PyTorch {parity['twin']:.2e}"
-        )
-    return {name: folder / f"{name}.onnx" for name in ("float", "static", "dynamic", "safe")}
+        export(folder / "w8a8", folder / f"{name}.onnx", data=data, force=True, **options)
 
 
-def measure(
-    model_folder: Path, data: str | None, batches: list[dict[str, torch.Tensor]], test: list[Feed], timed: list[Feed],
-    labels: np.ndarray | None, rounds: int, threads: int,
-) -> dict[str, Any]:  # fmt: skip
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        files = ours(model_folder, folder, batches, data)
-        files |= theirs(files["float"], folder, [{k: v.numpy() for k, v in b.items()} for b in batches])
-        running = {name: session(file, threads) for name, file in files.items()}
-        outputs = {name: np.concatenate([s.run(None, f)[0] for f in test]) for name, s in running.items()}
-        result: dict[str, Any] = {}
-        for i, feed in enumerate(timed):
-            calls: dict[str, Callable[[], object]] = {
-                n: (lambda s=s, f=feed: s.run(None, f)) for n, s in running.items()
-            }
-            times = alternate(calls, rounds)
-            relative = ratios(times, "float")
-            for name in running:
-                entry = result.setdefault(name, {"speed": [], "best_ms": []})
-                entry["speed"].append(round(1 / relative[name], 3))
-                entry["best_ms"].append(round(1e3 * min(times[name]), 2))
-            print(f"   shape {i + 1} of {len(timed)} is done", flush=True)
+def prepare(
+    model_folder: Path, folder: Path, batches: list[dict[str, torch.Tensor]], data: str | None
+) -> dict[str, Path]:
+    """The contenders' files in `folder`, made unless they are there."""
+    names = [
+        "float",
+        "static",
+        "dynamic",
+        "safe",
+        "ort static",
+        "ort static reduced",
+        "ort dynamic",
+        "ort dynamic reduced",
+    ]
+    files = {name: folder / f"{name}.onnx" for name in names}
+    if not all(file.exists() for file in files.values()):
+        ours(model_folder, folder, batches, data)
+        theirs(files["float"], folder, [{k: v.numpy() for k, v in b.items()} for b in batches])
+    return files
+
+
+def measure(files: dict[str, Path], test: list[Feed], timed: list[Feed], labels: np.ndarray | None, rounds: int,
+            threads: int) -> dict[str, Any]:  # fmt: skip
+    running = {name: session(file, threads) for name, file in files.items()}
+    result: dict[str, Any] = {name: {"speed": [], "best_ms": []} for name in running}
+    for feed in timed:
+        calls: dict[str, Callable[[], object]] = {n: (lambda s=s, f=feed: s.run(None, f)) for n, s in running.items()}
+        times = alternate(calls, rounds)
+        relative = ratios(times, "float")
         for name, entry in result.items():
-            wrong = outputs[name] - outputs["float"]
-            entry["error"] = round(float(np.linalg.norm(wrong) / np.linalg.norm(outputs["float"])), 5)
-            entry["agreement"] = round(float((outputs[name].argmax(-1) == outputs["float"].argmax(-1)).mean()), 4)
-            if labels is not None:
-                entry["accuracy"] = round(float((outputs[name].argmax(-1) == labels).mean()), 4)
-            entry["megabytes"] = round(files[name].stat().st_size / 1e6, 2)
-            entry["nodes"] = fused(files[name], folder / "optimized.onnx")
-        return result
+            entry["speed"].append(round(1 / relative[name], 3))
+            entry["best_ms"].append(round(1e3 * min(times[name]), 2))
+    outputs = {name: np.concatenate([s.run(None, f)[0] for f in test]) for name, s in running.items()}
+    for name, entry in result.items():
+        wrong, chosen = outputs[name] - outputs["float"], outputs[name].argmax(-1)
+        entry["error"] = round(float(np.linalg.norm(wrong) / np.linalg.norm(outputs["float"])), 5)
+        entry["agreement"] = round(float((chosen == outputs["float"].argmax(-1)).mean()), 4)
+        if labels is not None:
+            entry["accuracy"] = round(float((chosen == labels).mean()), 4)
+        entry["megabytes"] = round(files[name].stat().st_size / 1e6, 2)
+        entry["nodes"] = fused(files[name])
+    return result
 
 
-def fused(file: Path, optimized: Path) -> dict[str, int]:
+def fused(file: Path) -> dict[str, int]:
     """Integer products in the graph that onnxruntime makes of a file."""
+    optimized = file.with_suffix(".optimized")
     session(file, 1, optimized)
     kinds = [node.op_type for node in onnx.load(optimized).graph.node]
     wanted = ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MatMulInteger", "QLinearConv",
@@ -124,35 +132,34 @@ def fused(file: Path, optimized: Path) -> dict[str, int]:
     return {kind: kinds.count(kind) for kind in wanted if kind in kinds}
 
 
-def texts(folder: Path, data: str, rounds: int, threads: int) -> dict[str, Any]:
+def texts(folder: Path, data: str, work: Path, rounds: int, threads: int) -> dict[str, Any]:
     model = load(folder)
     train, test = (load_data(data, model, folder, split=s) for s in ("train", "test"))
     assert train is not None
     assert test is not None
-    batches = [complete(model, b) for b in train.subset(128)]
-    timed = [shaped(model, batch, length) for batch, length in ((1, 128), (8, 128), (1, 16))]
-    feeds = [{k: v.numpy() for k, v in complete(model, b).items()} for b in test]
     assert test.labels is not None
-    return measure(folder, data, batches, feeds, timed, test.labels.numpy(), rounds, threads)
+    files = prepare(folder, work, [complete(model, b) for b in train.subset(128)], data)
+    timed = [random_text(model, batch, length) for batch, length in ((1, 128), (8, 128), (1, 16))]
+    feeds = [{k: v.numpy() for k, v in complete(model, b).items()} for b in test]
+    return measure(files, feeds, timed, test.labels.numpy(), rounds, threads)
 
 
-def shaped(model: PreTrainedModel, batch: int, length: int) -> Feed:
+def random_text(model: PreTrainedModel, batch: int, length: int) -> Feed:
     ids = torch.randint(1000, 30000, (batch, length), generator=torch.Generator().manual_seed(0))
     return {k: v.numpy() for k, v in complete(model, {"input_ids": ids}).items()}
 
 
-def images(rounds: int, threads: int) -> dict[str, Any]:
+def images(work: Path, rounds: int, threads: int) -> dict[str, Any]:
     torch.manual_seed(0)
     config = DeiTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536,
                         num_labels=1000)  # fmt: skip
     pictures = torch.randn(160, 3, 224, 224)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "deit"
-        save(DeiTForImageClassification(config).eval(), folder)
-        batches = [{"pixel_values": pictures[i : i + 8]} for i in range(0, 128, 8)]
-        feeds = [{"pixel_values": pictures[i : i + 8].numpy()} for i in range(128, 160, 8)]
-        timed = [{"pixel_values": pictures[:n].numpy()} for n in (1, 8)]
-        return measure(folder, None, batches, feeds, timed, None, rounds, threads)
+    if not (work / "float").exists():
+        save(DeiTForImageClassification(config).eval(), work / "float")
+    files = prepare(work / "float", work, [{"pixel_values": pictures[i : i + 8]} for i in range(0, 128, 8)], None)
+    feeds = [{"pixel_values": pictures[i : i + 8].numpy()} for i in range(128, 160, 8)]
+    timed = [{"pixel_values": pictures[:n].numpy()} for n in (1, 8)]
+    return measure(files, feeds, timed, None, rounds, threads)
 
 
 def processor() -> str:
@@ -162,29 +169,35 @@ def processor() -> str:
     return name + ", " + " ".join(f for f in ("avx2", "avx512_vnni", "avx_vnni", "amx_int8") if f in flags)
 
 
+def show(name: str, result: dict[str, Any]) -> None:
+    print(f"{name}: speed × float at each shape", flush=True)
+    for contender, entry in result.items():
+        speeds = " ".join(f"{speed:5.2f}" for speed in entry["speed"])
+        print(f"   {contender:20} {speeds}   { {k: v for k, v in entry.items() if k not in ('speed', 'best_ms')} }")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("minilm", type=Path)
     parser.add_argument("sst2")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--only", choices=("MiniLM-L6", "DeiT-S"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     results = {
         "processor": processor(), "threads": options.threads, "rounds": options.rounds,
         "shapes": {"MiniLM-L6": ["1 × 128", "8 × 128", "1 × 16"], "DeiT-S": ["1 × 197", "8 × 197"]},
     }  # fmt: skip
-    runs = {
-        "MiniLM-L6": lambda: texts(options.minilm, options.sst2, options.rounds, options.threads),
-        "DeiT-S": lambda: images(options.rounds, options.threads),
-    }
-    for name, run in runs.items():
-        print(f"{name} ({options.threads} threads): speed × float at each shape", flush=True)
-        results[name] = run()
-        for contender, entry in results[name].items():
-            shown = " ".join(f"{speed:5.2f}" for speed in entry["speed"])
-            rest = {k: v for k, v in entry.items() if k not in ("speed", "best_ms")}
-            print(f"   {contender:20} {shown}   {rest}", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        for name in ("MiniLM-L6", "DeiT-S"):
+            if options.only in (None, name):
+                (work / name).mkdir(parents=True, exist_ok=True)
+                how = work / name, options.rounds, options.threads
+                results[name] = texts(options.minilm, options.sst2, *how) if name == "MiniLM-L6" else images(*how)
+                show(name, results[name])
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 
