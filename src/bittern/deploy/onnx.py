@@ -117,8 +117,6 @@ def _kept_float(model: nn.Module, plans: Mapping[str, Plan]) -> Iterator[dict[st
         elif known and known.kind in ("stored", "float"):
             kind = type(module).__name__.removeprefix("Packed")
             yield {"name": name, "type": kind, "why": known.why or "integer weights, computed in float"}
-        elif known and known.kind == "nbits" and known.input is None:
-            yield {"name": name, "type": "Linear", "why": "integer weights, float input"}
 
 
 def _batches(
@@ -141,8 +139,9 @@ def _check_output(out: Path, force: bool) -> None:
     elif out.is_dir():
         raise InputError(f"{out} is a folder; give a file, or a folder whose name does not end in .onnx")
     else:
-        if out.exists() and not force:
-            raise InputError(f"{out} exists; choose another output or overwrite it with --force")
+        there = next((p for p in (out, out.with_suffix(".json")) if p.exists()), None)
+        if there and not force:
+            raise InputError(f"{there} exists; choose another output or overwrite it with --force")
         parent = next(p for p in out.absolute().parents if os.path.exists(p))
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise InputError(f"cannot write to {parent}; choose another output")

@@ -214,8 +214,7 @@ class Lowering:
         rows, columns = layer.weight_shape
         blocks = -(-columns // known.block)
         if known.kind == "nbits":
-            attributes = {"K": columns, "N": rows, "bits": known.bits, "block_size": known.block,
-                          "accuracy_level": 0 if known.input is None else 4}  # fmt: skip
+            attributes = {"K": columns, "N": rows, "bits": known.bits, "block_size": known.block, "accuracy_level": 4}
             factors = self._constant(f"{name}.scale.{blocks}", scales(layer, blocks))
             inputs = [x, self._packed(name, layer, known), factors, None, None, bias]
             return self._op("MatMulNBits", inputs, MICROSOFT, **attributes)

@@ -28,9 +28,10 @@ Array = NDArray[Any]
 class Plan:
     """How a layer is written.
 
-    kind: `static` and `dynamic` multiply 8-bit integers, `nbits` is MatMulNBits, `portable` a DequantizeLinear before
-    MatMul, `rows` an embedding that unpacks the rows it reads, `stored` integer weights computed in float (of
-    convolutions), `float` float weights, for the reason `why`.
+    kind: `static` and `dynamic` multiply 8-bit integers; `nbits` is MatMulNBits, which rounds inputs to 8 bits block by
+    block (without that it unpacks all weights in each call); `portable` is DequantizeLinear and MatMul; `rows` an
+    embedding that unpacks the rows it reads; `stored` are integer weights computed in float (of convolutions); `float`
+    are float weights, for the reason `why`.
     bits, block: of the stored codes, and how many inputs share a scale. input: what rounds the input, if anything.
     """
 
@@ -64,19 +65,17 @@ def plan(layer: PackedLayer, form: Form, dynamic: bool) -> Plan:
     if grouped and columns % block:
         return Plan("float", why=f"groups of {columns} are no multiple of 16")
     if isinstance(layer, PackedEmbedding):
-        whole = layer.weight_shape[1] % block == 0
-        return Plan("float", why="groups of weights in an embedding") if grouped else Plan("rows", bits if whole else 8,
-                                                                                         block)  # fmt: skip
+        if grouped:
+            return Plan("float", why="groups of weights in an embedding")
+        bits = bits if columns * bits % 8 == 0 else 8
+        return Plan("rows", bits, columns if columns % block else block)
     rounds = own is not None and own.format.kind == "uniform" and own.format.bits <= 8
-    if own is not None and rounds and not grouped and (form == "int8" or bits == 8):
+    tied = bool(layer.owner)  # bytes would be a second copy
+    if own is not None and rounds and not grouped and not tied and (form == "int8" or bits == 8):
         static = own.format.range == "static" and not dynamic
-        return Plan("static" if static else "dynamic", 8, 0, _file_input(own, static))
-    by_block = Format(
-        granularity="token" if columns % block else "group", group_size=None if columns % block else block
-    )
-    if form == "portable":
-        return Plan("portable", bits, block, FakeQuant(by_block))
-    return Plan("nbits", bits, block, FakeQuant(by_block) if rounds else None)
+        return Plan("static" if static else "dynamic", input=_file_input(own, static))
+    by_block = Format(granularity="token") if columns % block else Format(granularity="group", group_size=block)
+    return Plan("portable" if form == "portable" else "nbits", bits, block, FakeQuant(by_block))
 
 
 def _file_input(own: FakeQuant, static: bool) -> FakeQuant:
@@ -91,6 +90,7 @@ def _file_input(own: FakeQuant, static: bool) -> FakeQuant:
 
 
 def zero_point(scale: Tensor, low: Tensor) -> Tensor:
+    """The unsigned byte that stands for zero."""
     return (-low / scale).round().clamp(0, 255)
 
 
