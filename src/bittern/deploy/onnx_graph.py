@@ -29,6 +29,7 @@ from bittern.deploy.onnx_plan import (
     clamp,
     integer_codes,
     may_saturate,
+    owner_of,
     pack_blocks,
     rounding,
     scales,
@@ -164,8 +165,8 @@ class Lowering:
         return self.constants[key]
 
     def _packed(self, name: str, layer: PackedLayer, known: Plan) -> ir.Value:
-        source = id(layer.owner[0] if layer.owner else layer)
-        key = (source, known.bits, known.block)
+        """Codes in blocks of bytes, which tied layers share."""
+        key = (owner_of(layer), known.bits, known.block)
         if key in self.constants:
             return self.constants[key]
         return self._constant(f"{name}.codes", pack_blocks(integer_codes(layer), known.bits, known.block), key)
@@ -192,38 +193,44 @@ class Lowering:
     def _weight(self, node: ir.Node, name: str, layer: PackedLayer, known: Plan) -> ir.Value:
         """A weight (rows, columns) that is computed with in float."""
         if known.kind == "float":
-            source = layer.owner[0] if layer.owner else layer
-            return self._op(
-                "Identity", [self._constant(f"{name}.values", layer.unpacked().numpy(), (id(source), "float"))]
-            )
+            values = self._constant(f"{name}.values", layer.unpacked().numpy(), (owner_of(layer), "values"))
+            return self._op("Identity", [values])
         codes = self._constant(f"{name}.codes", integer_codes(layer).astype(np.int8))
         return self._op("DequantizeLinear", [codes, self._constant(f"{name}.scale", scales(layer)[:, 0])], axis=0)
 
     def _linear(self, node: ir.Node, name: str, layer: PackedLayer, known: Plan) -> ir.Value:
         x, bias = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
         assert x is not None
-        if known.kind in ("static", "dynamic"):
-            codes, zero = integer_codes(layer).astype(np.int8), None
-            if self.safe and may_saturate(codes):  # unsigned codes take a kernel that adds in 32 bits
-                codes = (codes.astype(np.int16) + 128).astype(np.uint8)
-                zero = self._constant(f"{name}.zero", np.full(len(codes), 128, np.uint8))
-            byte, scale, offset = self._bytes(x, known)
-            weight = self._constant(f"{name}.codes", np.ascontiguousarray(codes.T))
-            factors = self._constant(f"{name}.scale", scales(layer)[:, 0])
-            return self._op("MatMulIntegerToFloat", [byte, weight, scale, factors, offset, zero, bias], MICROSOFT)
+        form = {"nbits": self._blocks, "portable": self._standard}.get(known.kind, self._integers)
+        return form(x, bias, name, layer, known)
+
+    def _integers(self, x: ir.Value, bias: ir.Value | None, name: str, layer: PackedLayer, known: Plan) -> ir.Value:
+        codes, zero = integer_codes(layer).astype(np.int8), None
+        if self.safe and may_saturate(codes):  # unsigned codes take a kernel that adds in 32 bits
+            codes = (codes.astype(np.int16) + 128).astype(np.uint8)
+            zero = self._constant(f"{name}.zero", np.full(len(codes), 128, np.uint8))
+        byte, scale, offset = self._bytes(x, known)
+        weight = self._constant(f"{name}.codes", np.ascontiguousarray(codes.T))
+        factors = self._constant(f"{name}.scale", scales(layer)[:, 0])
+        return self._op("MatMulIntegerToFloat", [byte, weight, scale, factors, offset, zero, bias], MICROSOFT)
+
+    def _blocks(self, x: ir.Value, bias: ir.Value | None, name: str, layer: PackedLayer, known: Plan) -> ir.Value:
         rows, columns = layer.weight_shape
-        blocks = -(-columns // known.block)
-        if known.kind == "nbits":
-            attributes = {"K": columns, "N": rows, "bits": known.bits, "block_size": known.block, "accuracy_level": 4}
-            factors = self._constant(f"{name}.scale.{blocks}", scales(layer, blocks))
-            inputs = [x, self._packed(name, layer, known), factors, None, None, bias]
-            return self._op("MatMulNBits", inputs, MICROSOFT, **attributes)
+        factors = self._constant(f"{name}.scales", scales(layer, -(-columns // known.block)))
+        return self._op(
+            "MatMulNBits", [x, self._packed(name, layer, known), factors, None, None, bias], MICROSOFT,
+            K=columns, N=rows, bits=known.bits, block_size=known.block, accuracy_level=4,
+        )  # fmt: skip
+
+    def _standard(self, x: ir.Value, bias: ir.Value | None, name: str, layer: PackedLayer, known: Plan) -> ir.Value:
         kind = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}[known.bits]
         codes = np.ascontiguousarray(integer_codes(layer).T).astype(kind.numpy())
-        weight = self._constant(f"{name}.codes", ir.Tensor(codes, kind, name=f"{name}.codes"))
-        factors = self._constant(f"{name}.scale", np.ascontiguousarray(scales(layer, blocks).T))
-        real = self._op("DequantizeLinear", [weight, factors], axis=0, block_size=known.block)
-        out = self._op("MatMul", [x, real])
+        factors = np.ascontiguousarray(scales(layer, -(-layer.weight_shape[1] // known.block)).T)
+        inputs = [
+            self._constant(f"{name}.codes", ir.Tensor(codes, kind, name=f"{name}.codes")),
+            self._constant(f"{name}.scales", factors),
+        ]
+        out = self._op("MatMul", [x, self._op("DequantizeLinear", inputs, axis=0, block_size=known.block)])
         return out if bias is None else self._op("Add", [out, bias])
 
     def _bytes(self, x: ir.Value, known: Plan) -> tuple[ir.Value, ...]:
@@ -252,10 +259,6 @@ def lower(model: ir.Model, layers: Mapping[str, PackedLayer], plans: Mapping[str
     model.graph.opset_imports.clear()
     model.graph.opset_imports.update({"": OPSET_INT2 if ternary else OPSET} | used)
     common.RemoveUnusedNodesPass()(model)
-    used_values = {value for node in model.graph.all_nodes() for value in node.inputs}
-    for name, value in list(model.graph.initializers.items()):
-        if value not in used_values:
-            del model.graph.initializers[name]
     common.DeduplicateInitializersPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.ir_version = "bittern", 13 if ternary else 10

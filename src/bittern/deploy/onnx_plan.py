@@ -106,17 +106,20 @@ def clamp(x: Tensor, quantizer: FakeQuant, ranged: bool = True) -> Tensor:
     return x
 
 
+def owner_of(layer: PackedLayer) -> PackedLayer:
+    """The layer that holds the codes: another one, if this one is tied to it."""
+    return layer.owner[0] if layer.owner else layer
+
+
 def integer_codes(layer: PackedLayer) -> Array:
     """int16 codes (rows, columns)."""
-    source = layer.owner[0] if layer.owner else layer
-    codes = unpack_codes(source.weight_codes, layer.weight_shape[1], layer.weight_format)
+    codes = unpack_codes(owner_of(layer).weight_codes, layer.weight_shape[1], layer.weight_format)
     return codes.to(torch.int16).cpu().numpy()
 
 
 def scales(layer: PackedLayer, blocks: int = 1) -> Array:
     """float32 scales (rows, blocks)."""
-    source = layer.owner[0] if layer.owner else layer
-    rows, scale = layer.weight_shape[0], source.weight_scale.float().cpu()
+    rows, scale = layer.weight_shape[0], owner_of(layer).weight_scale.float().cpu()
     if layer.weight_format.granularity == "group":
         return np.repeat(scale.flatten(1).numpy(), blocks // scale.shape[1], 1)
     found: Array = scale.reshape(-1, 1).expand(rows, blocks).contiguous().numpy()
