@@ -223,7 +223,10 @@ def test_compare() -> None:
     twin = {"logits": [torch.tensor([[3.0, 1.0]]), torch.tensor([[0.0, 4.0]])], "pred_boxes": [torch.ones(1, 4)] * 2}
     file = {"logits": [torch.tensor([[3.0, 0.0]]), torch.tensor([[5.0, 4.0]])], "pred_boxes": [torch.ones(1, 4)] * 2}
     found = compare(file, exact, exact, twin)
-    assert found == Parity(2, 1.0, 1.0, 0.2, 0.0, 2 * 0.2 + onnx_parity.FLOAT_NOISE, 0.5, 5.0)
+    limit = 2 * 0.2 + onnx_parity.FLOAT_NOISE
+    assert found == Parity(
+        samples=2, error=1.0, largest=5.0, agreement=0.5, drift=1.0, simulated=0.0, file=1.0, twin=0.2, limit=limit
+    )
     with refused(ModelError, "1.00e+00", "4.00e-01"):
         check(found)
     check(compare(twin, exact, exact, twin))

@@ -73,7 +73,7 @@ def _print(result: dict[str, Any]) -> None:
         f"{parity['error']:.2e}, largest {parity['largest']:.2e}"
     )
     line(
-        f"against the same without rounding: the file {parity['file']:.2e}, its arithmetic in PyTorch "
-        f"{parity['twin']:.2e} (limit {parity['limit']:.2e}), the simulated model {parity['simulated']:.2e}"
+        f"against the exact model: the file {parity['file']:.2e}, its arithmetic in PyTorch {parity['twin']:.2e} "
+        f"(limit {parity['limit']:.2e}; {parity['drift']:.2e} apart), the simulated model {parity['simulated']:.2e}"
     )
     line(f"Wrote {result['out']}, {megabytes(result['bytes'])}")

@@ -37,21 +37,22 @@ Outputs = dict[str, list[Tensor]]  # by name, batch by batch
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the file is from the simulated model, over all samples; errors are relative, in the 2-norm.
+    """How near the file is to what it stands for, over all samples; errors are relative, in the 2-norm.
 
-    error: from the simulated model. file, twin, simulated: of each from the exact model; limit: of `file`.
-    agreement: share of samples (tokens) of the same class, if there are classes. largest: difference of one output.
-    Of several outputs the worst counts.
+    error, largest, agreement: of the file and the simulated model: the error, the largest difference of one output, and
+    the share of samples (tokens, queries) with the same class, if there are classes. drift: of the file from the twin.
+    simulated, file, twin: of each from the exact model; limit: what `file` may be. Of several outputs the worst counts.
     """
 
     samples: int
     error: float
+    largest: float
+    agreement: float | None
+    drift: float
+    simulated: float
     file: float
     twin: float
-    simulated: float
     limit: float
-    agreement: float | None
-    largest: float
 
 
 def made_up(model: PreTrainedModel, samples: int, length: int = 9, seed: int = 0) -> dict[str, Tensor]:
@@ -132,22 +133,22 @@ def run_file(file: str | Path, names: Sequence[str], batches: Iterable[Mapping[s
 def compare(file: Outputs, simulated: Outputs, exact: Outputs, twin: Outputs) -> Parity:
     """How far the outputs of the file are from those of the three models."""
 
-    def distances(name: str) -> tuple[float, ...]:
-        a, b, c, d = (
-            torch.cat([t.double().flatten() for t in outputs[name]]) for outputs in (file, simulated, twin, exact)
-        )
-        own, twins, others = ((x - d).norm().item() / max(d.norm().item(), 1e-30) for x in (a, c, b))
-        error = (a - b).norm().item() / max(b.norm().item(), 1e-30)
-        return own - SLACK * twins, own, twins, others, error, (a - b).abs().max().item()
+    def apart(a: Outputs, b: Outputs, name: str) -> float:
+        x, y = (torch.cat([t.double().flatten() for t in outputs[name]]) for outputs in (a, b))
+        return float((x - y).norm() / y.norm().clamp_(min=1e-30))
 
-    found = [distances(name) for name in simulated]
-    _, own, twins, others, error, _ = max(found, key=lambda d: (isnan(d[0]), d[0]))
-    pairs = zip(file["logits"], simulated["logits"], strict=True) if "logits" in file else ()
+    off = [(apart(file, exact, name), apart(twin, exact, name)) for name in simulated]
+    own, twins = max(off, key=lambda pair: (isnan(pair[0]), pair[0] - SLACK * pair[1]))
+    pairs = list(zip(file["logits"], simulated["logits"], strict=True)) if "logits" in file else []
     chosen = [(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in pairs if a.shape[-1] > 1]
     return Parity(
-        samples=sum(len(batch) for batch in next(iter(file.values()))), error=error, file=own, twin=twins,
-        simulated=others, limit=SLACK * twins + FLOAT_NOISE,
-        agreement=torch.cat(chosen).float().mean().item() if chosen else None, largest=max(d[-1] for d in found),
+        samples=sum(len(batch) for batch in next(iter(file.values()))),
+        error=max(apart(file, simulated, name) for name in simulated),
+        largest=max((a - b).abs().max().item() for n in simulated for a, b in zip(file[n], simulated[n], strict=True)),
+        agreement=torch.cat(chosen).float().mean().item() if chosen else None,
+        drift=max(apart(file, twin, name) for name in simulated),
+        simulated=max(apart(simulated, exact, name) for name in simulated),
+        file=own, twin=twins, limit=SLACK * twins + FLOAT_NOISE,
     )  # fmt: skip
 
 
