@@ -61,7 +61,8 @@ def plan(layer: PackedLayer, form: Form, dynamic: bool) -> Plan:
         return Plan("float", why="groups of weights in a convolution") if grouped else Plan("stored")
     bits = next(b for b in BLOCKS if fmt.bits <= b)
     columns = fmt.group_size or layer.weight_shape[1]
-    block = next((b for b in (128, 64, 32, 16) if b <= BLOCKS[bits] and columns % b == 0), BLOCKS[bits])
+    fast = (128, 64, 32) if bits == 2 and not grouped else (128, 64, 32, 16)  # 2 bits in blocks of 16 run in float
+    block = next((b for b in fast if b <= BLOCKS[bits] and columns % b == 0), BLOCKS[bits])
     if grouped and columns % block:
         return Plan("float", why=f"groups of {columns} are no multiple of 16")
     if isinstance(layer, PackedEmbedding):
