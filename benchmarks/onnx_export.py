@@ -1,6 +1,6 @@
 """Our int8 ONNX export against onnxruntime's own quantizers, on the same float model, in one alternating run.
 
-    ASSETS=assets python benchmarks/onnx_export.py MINILM_SST2 SST2 --json benchmarks/results/onnx_export.json
+    python benchmarks/onnx_export.py MINILM_SST2 SST2 --json benchmarks/results/onnx_export.json
 
 MINILM_SST2: folder of MiniLM-L6 fine-tuned on SST-2; SST2: folder with its train.parquet and validation.parquet.
 With --work FOLDER the files are kept there and used again, so that a second call only measures.

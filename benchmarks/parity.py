@@ -1,6 +1,6 @@
 """The parity table: each family by three recipes, float against simulated, packed and ONNX.
 
-    ASSETS=assets python benchmarks/parity.py --minilm MODEL --sst2 DATA --out benchmarks/results/parity.json
+    python benchmarks/parity.py --minilm MODEL --sst2 DATA --out benchmarks/results/parity.json
 
 Real models: MiniLM-L6 fine-tuned on SST-2 (--minilm, --sst2; left out without them) and the ViT of
 `bittern demo digits`. The other families have random weights of a small size: their differences and sizes are real,

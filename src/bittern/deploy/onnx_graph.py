@@ -258,10 +258,22 @@ def lower(model: ir.Model, layers: Mapping[str, PackedLayer], plans: Mapping[str
     ternary = any(known.kind == "portable" and known.bits == 2 for known in plans.values())
     model.graph.opset_imports.clear()
     model.graph.opset_imports.update({"": OPSET_INT2 if ternary else OPSET} | used)
+    _keep_norms_apart(model.graph)
     common.RemoveUnusedNodesPass()(model)
     common.DeduplicateInitializersPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.ir_version = "bittern", 13 if ternary else 10
+
+
+def _keep_norms_apart(graph: ir.Graph) -> None:
+    """Write the sum before a norm as Sum, not Add.
+
+    onnxruntime fuses Add and LayerNormalization to a SkipLayerNormalization that is six times slower than both.
+    """
+    for node in graph:
+        before = node.inputs[0].producer() if node.op_type == "LayerNormalization" and node.inputs[0] else None
+        if before is not None and before.op_type == "Add":
+            before.op_type = "Sum"
 
 
 def float_nodes(model: ir.Model) -> dict[str, int]:
