@@ -414,7 +414,7 @@ def test_ptq_goes_on(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("step", ["pipeline.load", "pipeline.calibrate", "pipeline.pack",
-                                  "deploy.store._copy_processors", "deploy.store._replace"])  # fmt: skip
+                                  "deploy.store.copy_processors", "deploy.store._replace"])  # fmt: skip
 @pytest.mark.parametrize("out", ["out", "packed"])
 def test_interrupted(inside: Path, monkeypatch: pytest.MonkeyPatch, step: str, out: str) -> None:
     """Ctrl-C at any step exits with 130, leaves nothing behind, and an output to replace stays as it was."""

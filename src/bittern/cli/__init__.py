@@ -13,7 +13,7 @@ import sys
 
 import typer
 
-from bittern.cli import analyze, compress, look
+from bittern.cli import analyze, compress, export, look
 from bittern.errors import BitternError
 from bittern.show import err_console
 
@@ -22,8 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 for command in (
-    look.demo, compress.quantize, compress.ptq, compress.qat, look.evaluate, analyze.analyze, look.inspect,
-):  # fmt: skip
+    *(look.demo, compress.quantize, compress.ptq, compress.qat, look.evaluate, look.inspect),
+    *(analyze.analyze, export.export),
+):
     app.command("eval" if command is look.evaluate else None)(command)
 
 

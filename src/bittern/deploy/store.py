@@ -159,7 +159,7 @@ def save(
         for file in folder.glob("*.safetensors"):
             _order_metadata(file)
         if processors_from is not None:
-            _copy_processors(processors_from, folder)
+            copy_processors(processors_from, folder)
         if report is not None:
             (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
 
@@ -177,7 +177,8 @@ def _order_metadata(file: Path) -> None:
             handle.write(text.ljust(length))
 
 
-def _copy_processors(source: str | Path, folder: Path) -> None:
+def copy_processors(source: str | Path, folder: Path) -> None:
+    """Write the tokenizer and the image processor of a model folder, if it has them, to another folder."""
     for read in (load_tokenizer, AutoImageProcessor.from_pretrained):
         try:
             read(source).save_pretrained(folder)

@@ -1,0 +1,165 @@
+"""Export to ONNX: a file of integer arithmetic with the model's own codes, run and compared before it is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bittern.anatomy import LAYERS
+from bittern.data import load_data
+from bittern.deploy.checkpoint import is_packed, pack
+from bittern.deploy.onnx_parity import check, compare, complete, made_up, run, run_file
+from bittern.deploy.onnx_plan import Form, Plan, integer_codes, may_saturate, plan, rounding
+from bittern.deploy.packed import PackedLayer
+from bittern.deploy.store import REPORT, atomic_folder, check_output, copy_processors, load
+from bittern.errors import InputError, ModelError, first_line
+from bittern.layers import is_simulated
+from bittern.progress import Track, silent
+
+NEEDED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    form: Form = "int8",
+    dynamic: bool = False,
+    safe: bool = False,
+    data: str | None = None,
+    samples: int = 64,
+    seed: int = 0,
+    force: bool = False,
+    track: Track = silent,
+    **columns: Any,
+) -> dict[str, Any]:
+    """Write the float, simulated or packed model in folder `source` as ONNX; what the file holds and how near it is.
+
+    out: a folder for model.onnx, processors and bittern.json; or a file that ends in .onnx, which gets a .json beside.
+    form: `int8` stores all codes as bytes and is the fastest; `nbits` stores those of 4 bits and fewer as such, for
+    onnxruntime; `portable` does so in standard ONNX, with float inputs. dynamic: ranges of inputs are found at run time
+    even where there is a static scale. safe: weights that could saturate on x86 without VNNI are stored unsigned.
+    data: what the file is run on (see `load_data`); made up if not given.
+    Raises InputError for options, data and outputs that cannot be used, ModelError if the model cannot be exported or
+    the file is further from the simulated model than its arithmetic explains; then no file is left.
+    """
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise InputError(f"export to ONNX needs {', '.join(missing)}: pip install bittern[onnx]")
+    from bittern.deploy import onnx_graph
+
+    if form not in get_args(Form):
+        raise InputError(f"no form {form!r}; give one of {', '.join(get_args(Form))}")
+    _check_output(Path(out), force)
+    model = load(source)
+    if is_simulated(model) and not is_packed(model):
+        pack(model)
+    batches = _batches(model, source, data, samples, seed, columns)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedLayer)}
+    plans = {name: plan(layer, form, dynamic) for name, layer in layers.items()}
+    simulated = run(model, track(batches, "simulated"))
+    with rounding(model, plans, exact=True):
+        exact = run(model, track(batches, "exact"))
+    with rounding(model, plans):
+        twin = run(model, track(batches, "twin"))
+    try:
+        graph = onnx_graph.trace(model, made_up(model, 2), list(simulated), plans)
+    except Exception as error:  # torch.export raises whatever the model's code meets
+        raise ModelError(f"torch.onnx cannot export {type(model).__name__}: {first_line(error)}") from error
+    onnx_graph.lower(graph, layers, plans, safe)
+    with _written(Path(out), force) as (file, report):
+        onnx_graph.save(graph, file)
+        parity = compare(run_file(file, list(simulated), track(batches, "file")), simulated, exact, twin)
+        check(parity)
+        result = {
+            "source": str(source),
+            "model": type(model).__name__,
+            "form": form,
+            "inputs": onnx_graph.shapes(graph.graph.inputs),
+            "outputs": onnx_graph.shapes(graph.graph.outputs),
+            "data": data or "made up",
+            "parity": asdict(parity),
+            "layers": dict(Counter(known.kind for known in plans.values())),
+            "may_saturate": [] if safe else [n for n, m in layers.items() if _may_saturate(m, plans[n])],
+            "kept_float": list(_kept_float(model, plans)),
+            "float_nodes": onnx_graph.float_nodes(graph),
+            "bytes": sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")),
+        }
+        report.write_text(json.dumps(result, indent=2) + "\n")
+        if report.name == REPORT:
+            copy_processors(source, file.parent)
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.config.save_pretrained(file.parent)
+    return result | {"out": str(out)}
+
+
+def _may_saturate(layer: PackedLayer, known: Plan) -> bool:
+    return known.kind in ("static", "dynamic") and may_saturate(integer_codes(layer))
+
+
+def _kept_float(model: nn.Module, plans: Mapping[str, Plan]) -> Iterator[dict[str, str]]:
+    """Layers with a weight matrix that compute in float, and why."""
+    for name, module in model.named_modules():
+        known = plans.get(name)
+        if known is None and isinstance(module, LAYERS):
+            yield {"name": name, "type": type(module).__name__, "why": "float in the model"}
+        elif known and known.kind in ("stored", "float"):
+            kind = type(module).__name__.removeprefix("Packed")
+            yield {"name": name, "type": kind, "why": known.why or "integer weights, computed in float"}
+
+
+def _batches(
+    model: PreTrainedModel, source: str | Path, data: str | None, samples: int, seed: int, columns: Mapping[str, Any]
+) -> Sequence[Mapping[str, Tensor]]:
+    if data is None:
+        longest, size = getattr(model.config, "max_position_embeddings", 64), min(8, samples)
+        lengths = [max(4, min(32, longest // 2) - 3 * i) for i in range(samples // size)]
+        return [made_up(model, size, length, seed + i) for i, length in enumerate(lengths)]
+    loaded = load_data(data, model, source, split="test", **columns)
+    loaded = loaded or load_data(data, model, source, split="train", **columns)
+    if loaded is None:
+        raise InputError(f"{data} has no train, validation or test split; give one of its files such a name")
+    return [complete(model, batch) for batch in loaded.subset(samples, seed)]
+
+
+def _check_output(out: Path, force: bool) -> None:
+    if out.suffix != ".onnx":
+        check_output(out, force)
+    elif out.is_dir():
+        raise InputError(f"{out} is a folder; give a file, or a folder whose name does not end in .onnx")
+    else:
+        there = next((p for p in (out, out.with_suffix(".json")) if p.exists()), None)
+        if there and not force:
+            raise InputError(f"{there} exists; choose another output or overwrite it with --force")
+        parent = next(p for p in out.absolute().parents if os.path.exists(p))
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InputError(f"cannot write to {parent}; choose another output")
+
+
+@contextmanager
+def _written(out: Path, force: bool) -> Iterator[tuple[Path, Path]]:
+    """Where to write the model and its report: in a temporary folder, renamed to `out` if the block ends well."""
+    if out.suffix != ".onnx":
+        with atomic_folder(out, force=force) as folder:
+            yield folder / "model.onnx", folder / REPORT
+        return
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as temporary:
+            file = Path(temporary) / out.name
+            yield file, file.with_suffix(".json")
+            for part in sorted(Path(temporary).iterdir(), key=lambda part: part == file):  # the model itself last
+                part.replace(out.parent / part.name)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}") from error
