@@ -243,8 +243,7 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     known = json.loads(options.out.read_text()) if options.out.exists() else {}
-    known |= {"model": Path(options.teacher).name, "data": Path(options.data).name, "steps": options.steps,
-              "samples": options.samples}  # fmt: skip
+    known |= {"model": Path(options.teacher).name, "data": Path(options.data).name, "samples": options.samples}
     given = {name: Path(folder) for name, _, folder in (text.partition("=") for text in options.folders)}
     keep(options.out, known, "nuclear", "digits-vit", nuclear)
     for name in [*options.students, *given]:
