@@ -181,7 +181,7 @@ def sensitivity(result: Result) -> Iterator[Figure]:
     if all([c["name"] for c in s["classes"]] == first for s in result["students"]):
         names = [n if n in ("weights", "all") else f"weights, {n}" for n in first]
         series = {n: [c["error"] for c in s["classes"]] for n, s in students_of(result)}
-        look = "Weights alone, then with one class of activations: what adds length is what its quantization costs."
+        look = "Weights alone, then with one class of activations: longer is its cost, shorter shows training with it."
         yield Figure("classes", "One class of tensors at a time", look, bars(
             names, _named(series), "relative error of the output"))  # fmt: skip
     titles = {"map": "attention maps", "ffn": "FFN outputs", "scores": "QKᵀ"}
