@@ -177,7 +177,7 @@ def test_command(place: Path, tmp_path: Path) -> None:
 def test_findings(how: str) -> None:
     """The worst blocks come by their own error, with the head that diverges most, and advice that names the block."""
     student = {
-        "how": how,
+        "how": how, "learned": ["prediction", "map"],
         "blocks": [{"name": f"b.{i}", "error": e} for i, e in enumerate((0.1, 0.4, 0.0, 0.2))]
         + [{"name": "rest", "error": 9.0}, {"name": "all", "error": 9.0}],
         "compare": {"attentions": [{"block": i, "divergence": d} for i, d in enumerate(
@@ -188,3 +188,7 @@ def test_findings(how: str) -> None:
     assert worst[0]["times"] > 8
     assert all(f"“{b['name']}.*”" in b["advice"] for b in worst)
     assert worst[0]["advice"].replace("b.1", "b.3") != worst[1]["advice"]
+    if how == "qat":  # what it learned by gets more weight, what it did not is added
+        advice = sorted(b["advice"].partition(";")[0] for b in worst)
+        assert "Add the output term (--distill unified) or train longer" in advice
+        assert "Train longer, or give the map term more weight (--distill prediction,map=2)" in advice

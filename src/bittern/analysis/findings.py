@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from statistics import median
 from typing import Any
 
@@ -20,18 +21,20 @@ def worst_blocks(student: dict[str, Any], count: int = 3) -> list[dict[str, Any]
         by_attention = typical > 0 and divergence > STANDS_OUT * typical
         found.append(block | {
             "head": head, "divergence": divergence, "times": divergence / typical if typical > 0 else 0.0,
-            "advice": _advice(block["name"], by_attention, student["how"]),
+            "advice": _advice(block["name"], by_attention, student["how"], student["learned"]),
         })  # fmt: skip
     return found
 
 
-def _advice(name: str, by_attention: bool, how: str) -> str:
-    """What to try next, by where the harm is and how the student was made."""
+def _advice(name: str, by_attention: bool, how: str, learned: Collection[str]) -> str:
+    """What to try next, by where the harm is, how the student was made, and the terms that it learned by."""
     wide = f"a first rule of the recipe with modules: “{name}.*” and 8-bit formats"
-    if how == "qat" and by_attention:
-        return f"Give the map term more weight (--distill prediction,hidden,map=2,output) or train longer; else {wide}."
     if how == "qat":
-        return f"Add the output term (--distill unified) or train longer; else {wide}."
+        term = "map" if by_attention else "output"
+        if term not in learned:
+            return f"Add the {term} term (--distill unified) or train longer; else {wide}."
+        weighted = ",".join(f"{t}=2" if t == term else t for t in learned)
+        return f"Train longer, or give the {term} term more weight (--distill {weighted}); else {wide}."
     if by_attention:
         return f"Keep its queries and keys at 8 bits: {wide}. Or train with the map term (bittern qat --distill map)."
     if how == "ptq":

@@ -189,6 +189,7 @@ class _Job:
         found: dict[str, Any] = {
             "path": str(path), "name": Path(path).name,
             "how": next((how for how in ("qat", "ptq") if how in run), "quantize" if run else ""),
+            "learned": list(run.get("distill", {}).get("terms", ())),
             "metrics": metrics(pair.student, self.data, predicted, reference),
             "run": {key: run[key] for key in ("float", "packed", "samples", "float_bytes") if key in run},
             "holds": inspect(path),
