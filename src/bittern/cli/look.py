@@ -61,14 +61,18 @@ def evaluate(
     columns: Columns = "",
     label_column: LabelColumn = None,
     batch_size: BatchSize = 32,
+    kernels: Annotated[
+        bool,
+        typer.Option(help="Multiply in integers; without, a packed model gives the simulated one's bits."),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Measure a float, simulated or packed model on data."""
     from bittern import pipeline
 
     result = pipeline.evaluate(
-        model, data, against=against, track=track(as_json), columns=split(columns), label_column=label_column,
-        batch_size=batch_size,
+        model, data, against=against, kernels=kernels, track=track(as_json), columns=split(columns),
+        label_column=label_column, batch_size=batch_size,
     )  # fmt: skip
     if as_json:
         print(json.dumps(result))
