@@ -13,7 +13,7 @@ import sys
 
 import typer
 
-from bittern.cli import compress, look
+from bittern.cli import compress, deploy, look
 from bittern.errors import BitternError
 from bittern.show import err_console
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     help="Make Transformers small and fast without losing what they know.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-for command in (look.demo, compress.quantize, compress.ptq, compress.qat, look.evaluate, look.inspect):
+for command in (look.demo, compress.quantize, compress.ptq, compress.qat, look.evaluate, look.inspect, deploy.bench):
     app.command("eval" if command is look.evaluate else None)(command)
 
 
