@@ -4,9 +4,9 @@
     python benchmarks/inference.py --quick --json      # two minutes; the last line is one JSON object
 
 Layers: one linear layer with ternary weights and int8 activations, quantized on the way, against onnxruntime in float32
-and in int8 (the faster of its dynamic and its static form) and PyTorch. Models: BERT-base, MiniLM-L6, ViT-B/16 and DeiT-S
-with random weights, on which times do not depend, by recipe ternary-2-2-8. Each with 1 and 2 threads, quiet and with
-another process that keeps one core busy. Figures are medians of paired ratios: time of the other engine / our time.
+and in int8 (the faster of its dynamic and its static form) and PyTorch. Models: BERT-base, MiniLM-L6, ViT-B/16 and
+DeiT-S with random weights, on which times do not depend, by recipe ternary-2-2-8. Each with 1 and 2 threads, quiet and
+with another process that keeps one core busy. Figures are medians of paired ratios: time of the other engine / our time.
 Roofline: our operations a second in the product alone over what the instruction that our kernel lives on gives at most
 here (peak.cpp, beside this file): vpmaddubsw with 16-bit sums on AVX2, vpdpbusd on AVX-512, tdpbsud on AMX.
 """
@@ -145,10 +145,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", nargs="?", const="", help="write the results to this file too; the last line is JSON")
     parser.add_argument("--quick", action="store_true", help="one thread, quiet, fewer shapes")
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), help="all by default, two if quick")
     parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--kind", help="avx2, avx512 or amx; the best by default")
     args = parser.parse_args()
+    models = args.models or list(MODELS)[: 2 if args.quick else None]
     native.use(args.kind)
     kind = native.engine()[0]
     peaks = {name: peak(name) for name in ("float32", kind)}
@@ -162,7 +163,7 @@ def main() -> None:
                 for rows in (1, 128) if args.quick else (1, 8, 128, 1024):
                     for inputs, outputs in LAYERS[:3] if args.quick else LAYERS:
                         _tell(results["layers"], time_layer(rows, inputs, outputs, 4 * rounds, peaks[kind]) | where)
-                for name in args.models[:2] if args.quick else args.models:
+                for name in models:
                     for batch in (1,) if args.quick else (1, 8):
                         _tell(results["models"], time_model(name, batch, rounds) | where)
     large = [r for r in results["layers"] if r["rows"] >= 128 and not r["busy"]]

@@ -97,6 +97,9 @@ def inspect(model: Model, as_json: Json = False) -> None:
         + f": {megabytes(result['file'])} on disk ({megabytes(result['float32'])} in float32), "
         f"{result['bits']:.2f} bits per quantized weight, {result['tensors']} tensors", highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if result["state"] == "packed":
+        kernels = result["kernels"] or "none: weights are unpacked in each forward, which is slow"
+        out_console.print(f"integer kernels on this machine: {kernels}", soft_wrap=True)
     groups: dict[tuple[str, str], int] = {}
     for module in result["modules"]:  # the same part of all blocks in one row
         formats = "\n".join(f"{point}: {fmt}" for point, fmt in module.items() if point != "name")

@@ -77,7 +77,8 @@ class BitternConfig(QuantizationConfigMixin):
 def pack(model: PreTrainedModel) -> PreTrainedModel:
     """Pack a simulated model in place: from now on it holds integer codes, and `save_pretrained` writes them.
 
-    Its outputs stay those of the simulated model, bit for bit in float32. Raises ModelError if it is not simulated,
+    Its outputs stay those of the simulated model: bit for bit in float32 without the integer kernels, with them up to
+    the rounding around the same integers (see docs/deploy.md). Raises ModelError if it is not simulated,
     packed already, or a static scale is missing.
     """
     if is_packed(model):

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,16 +147,12 @@ def serves(*tensors: Tensor | None) -> bool:
     if _library() is None or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     grad = torch.is_grad_enabled()
-    return all(
-        t is None
-        or (
-            t.dtype == torch.float32
-            and t.device.type == "cpu"
-            and type(t) in (Tensor, torch.nn.Parameter)
-            and not (grad and t.requires_grad)
-        )
-        for t in tensors
-    )
+    for t in tensors:
+        if t is not None:
+            plain = type(t) is Tensor or type(t) is torch.nn.Parameter
+            if not plain or t.dtype is not torch.float32 or not t.is_cpu or (grad and t.requires_grad):
+                return False
+    return True
 
 
 def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
@@ -194,6 +190,7 @@ class Coding:
     def shift(self) -> int:
         return 128 if self.high > 127 else 0
 
+    @cached_property
     def structure(self) -> _Format:
         return _Format(
             self.scale or 1.0, self.offset, torch.finfo(torch.float32).max if self.clip is None else self.clip,
@@ -204,15 +201,25 @@ class Coding:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Rows of codes, padded, less `shift`; scale, offset and sum of each row. Made by `quantize`."""
+    """Rows of codes, padded, less `shift`, and the scales, offsets and sums of rows, 4 bytes each; from `quantize`."""
 
     codes: Tensor
-    scale: Tensor
-    offset: Tensor
-    sums: Tensor
+    numbers: Tensor
     rows: int
     columns: int
     coding: Coding
+
+    @property
+    def scale(self) -> Tensor:
+        return self.numbers[0].view(torch.float32)
+
+    @property
+    def offset(self) -> Tensor:
+        return self.numbers[1].view(torch.float32)
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        start, size = self.numbers.data_ptr(), 4 * self.numbers.shape[1]
+        return self.codes.data_ptr(), start, start + size, start + 2 * size
 
 
 def quantize(x: Tensor, coding: Coding) -> Quantized | None:
@@ -225,11 +232,10 @@ def quantize(x: Tensor, coding: Coding) -> Quantized | None:
         raise ValueError(f"rows of {columns} values; the kernels take up to {MOST_INPUTS}")
     data, padded = _check(x, "x", (rows, columns)), -(-rows // PANEL) * PANEL
     codes = torch.empty(padded, -(-columns // ALIGN) * ALIGN, dtype=torch.int8)
-    scale, offset, sums = (torch.empty(padded, dtype=t) for t in (torch.float32, torch.float32, torch.int32))
-    outputs = (t.data_ptr() for t in (codes, scale, offset, sums))
-    if library.bittern_quantize(data, rows, columns, coding.structure(), torch.get_num_threads(), *outputs):
-        return None
-    return Quantized(codes, scale, offset, sums, rows, columns, coding)
+    made = Quantized(codes, torch.empty(3, padded, dtype=torch.int32), rows, columns, coding)
+    threads = torch.get_num_threads()
+    failed = library.bittern_quantize(data, rows, columns, coding.structure, threads, *made.addresses())
+    return None if failed else made
 
 
 _last: tuple[weakref.ref[Tensor], int, Coding, Quantized] | None = None
@@ -306,7 +312,7 @@ def linear(x: Quantized, panels: Panels, bias: Tensor, activation: Activation = 
         raise ValueError(f"x has {x.columns} columns; the weights take {panels.inputs}")
     out = torch.empty(x.rows, panels.outputs)
     failed = library.bittern_linear(
-        x.codes.data_ptr(), x.scale.data_ptr(), x.offset.data_ptr(), x.sums.data_ptr(), x.rows, x.columns,
+        *x.addresses(), x.rows, x.columns,
         panels.data.data_ptr(), panels.scale.data_ptr(), _check(bias, "bias", tuple(panels.no_bias.shape)),
         panels.sums.data_ptr(), panels.outputs, panels.bits, panels.top, panels.zero, x.coding.shift,
         int(x.coding.scheme == "asymmetric" or x.coding.shift > 0), _ACTIVATIONS.index(activation),
@@ -381,7 +387,7 @@ def attention(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), None if mask is None else mask.data_ptr(),
         probabilities.data_ptr(), context.data_ptr(), *(strides(t) for t in (query, key, value, mask)),
         batch, heads, key_heads, queries, keys, dim, value_dim, scaling,
-        *(codings[name].structure() for name in ("query", "key", "value", "map")),
+        *(codings[name].structure for name in ("query", "key", "value", "map")),
     )  # fmt: skip
     failed = library.bittern_attention(call, torch.get_num_threads())
     if failed == 2:

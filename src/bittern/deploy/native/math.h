@@ -54,7 +54,7 @@ struct Coding {
 // Codes of n values (padded with zeros to `width`) and their sum. The arithmetic is the quantizers': a division. A product
 // with the inverse takes its place, except where that comes near a tie and could round the other way.
 #if defined(__AVX512F__)
-inline int32_t to_codes(const float* x, int n, const Coding& c, int8_t* out, int width) {
+inline int32_t to_codes(const float* x, int n, Coding c, int8_t* out, int width) {
   constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   const __m512 clip = _mm512_set1_ps(c.clip), offset = _mm512_set1_ps(c.offset), scale = _mm512_set1_ps(c.scale);
   const __m512 inverse = _mm512_set1_ps(1 / c.scale), tie = _mm512_set1_ps(0.4999f);
@@ -78,7 +78,7 @@ inline int32_t to_codes(const float* x, int n, const Coding& c, int8_t* out, int
   return _mm512_reduce_add_epi32(sum);
 }
 #else
-inline int32_t to_codes(const float* x, int n, const Coding& c, int8_t* out, int width) {
+inline int32_t to_codes(const float* x, int n, Coding c, int8_t* out, int width) {
   constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   const __m256 clip = _mm256_set1_ps(c.clip), offset = _mm256_set1_ps(c.offset), scale = _mm256_set1_ps(c.scale);
   const __m256 inverse = _mm256_set1_ps(1 / c.scale), tie = _mm256_set1_ps(0.4999f), sign = _mm256_set1_ps(-0.0f);
