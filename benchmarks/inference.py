@@ -6,7 +6,7 @@
 Layers: one linear layer with ternary weights and int8 activations, quantized on the way, against onnxruntime in float32
 and in int8 (the faster of its dynamic and its static form) and PyTorch. Models: BERT-base, MiniLM-L6, ViT-B/16 and
 DeiT-S with random weights, on which times do not depend, by recipe ternary-2-2-8. Each with 1 and 2 threads, quiet and
-with another process that keeps one core busy. Figures are medians of paired ratios: time of the other engine / our time.
+with another process that keeps one core busy. Figures are medians of paired ratios: other engine's time / our time.
 Roofline: our operations a second in the product alone over what the instruction that our kernel lives on gives at most
 here (peak.cpp, beside this file): vpmaddubsw with 16-bit sums on AVX2, vpdpbusd on AVX-512, tdpbsud on AMX.
 """

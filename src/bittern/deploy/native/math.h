@@ -71,8 +71,13 @@ inline int32_t to_codes(const float* x, int n, Coding c, int8_t* out, int width)
       whole = _mm512_roundscale_ps(_mm512_div_ps(v, scale), nearest);
     whole = _mm512_min_ps(_mm512_max_ps(whole, low), high);
     const __m512i code = _mm512_sub_epi32(_mm512_cvtps_epi32(whole), shift);
-    sum = _mm512_mask_add_epi32(sum, real, sum, code);
-    _mm512_mask_cvtepi32_storeu_epi8(out + at, real, code);
+    if (n - at >= 16) {
+      sum = _mm512_add_epi32(sum, code);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + at), _mm512_cvtepi32_epi8(code));
+    } else {  // masked stores are slow
+      sum = _mm512_mask_add_epi32(sum, real, sum, code);
+      _mm512_mask_cvtepi32_storeu_epi8(out + at, real, code);
+    }
   }
   if (width > n) memset(out + n, 0, size_t(width - n));
   return _mm512_reduce_add_epi32(sum);
