@@ -42,32 +42,23 @@ struct Linear {
   bool offsets;
 };
 
-// Rows of 16 outputs from their integer sums; `real` of them are there.
-void finish(const Linear& l, int row0, int rows, int output, int real, const int32_t* sums) {
-  float weight_scale[kPanel], bias[kPanel];  // copies, which nothing written to `out` can be taken to change
-  int32_t weight_sums[kPanel];
-  memcpy(weight_scale, l.weight_scale + output, sizeof(weight_scale));
-  memcpy(bias, l.bias + output, sizeof(bias));
-  memcpy(weight_sums, l.weight_sums + output, sizeof(weight_sums));
-  for (int r = row0; r < row0 + rows; ++r, sums += kPanel) {
-    const float scale = l.scale[r], offset = l.offset[r];
-    const int32_t zero = l.zero * l.sums[r];
-    float some[kPanel];
-    if (l.offsets) {
+// 16 outputs of one row from their integer sums.
+inline void finish(const Linear& l, int row, int output, const int32_t* sums, float* out) {
+  const float scale = l.scale[row], offset = l.offset[row];
+  const int32_t zero = l.zero * l.sums[row];
+  const float *weight_scale = l.weight_scale + output, *bias = l.bias + output;
+  const int32_t* weight_sums = l.weight_sums + output;
+  if (l.offsets) {
 #pragma omp simd
-      for (int i = 0; i < kPanel; ++i) {
-        const int32_t exact = sums[i] - zero + l.shift * weight_sums[i];
-        some[i] = weight_scale[i] * (scale * float(exact) + offset * float(weight_sums[i])) + bias[i];
-      }
-    } else {
-#pragma omp simd
-      for (int i = 0; i < kPanel; ++i) some[i] = weight_scale[i] * scale * float(sums[i] - zero) + bias[i];
+    for (int i = 0; i < kPanel; ++i) {
+      const int32_t exact = sums[i] - zero + l.shift * weight_sums[i];
+      out[i] = weight_scale[i] * (scale * float(exact) + offset * float(weight_sums[i])) + bias[i];
     }
-    if (l.activation != kNone) activate(some, kPanel, l.activation);
-    float* out = l.out + size_t(r) * size_t(l.outputs) + output;
-    if (real == kPanel) memcpy(out, some, sizeof(some));
-    else memcpy(out, some, sizeof(float) * size_t(real));
+  } else {
+#pragma omp simd
+    for (int i = 0; i < kPanel; ++i) out[i] = weight_scale[i] * scale * float(sums[i] - zero) + bias[i];
   }
+  if (l.activation != kNone) activate(out, kPanel, l.activation);
 }
 
 void multiply_panels(const Linear& l, int group, int row0, int rows, uint8_t* panel, int32_t* sums) {
@@ -84,7 +75,17 @@ void multiply_panels(const Linear& l, int group, int row0, int rows, uint8_t* pa
   }
   for (int p = 0; p < count; ++p) {
     const int output = (first + p) * kPanel, real = l.outputs - output < kPanel ? l.outputs - output : kPanel;
-    finish(l, row0, rows, output, real, sums + p * next_sums);
+    for (int r = 0; r < rows; ++r) {
+      float* out = l.out + size_t(row0 + r) * l.outputs + output;
+      const int32_t* sum = sums + p * next_sums + r * kPanel;
+      if (real == kPanel) {
+        finish(l, row0 + r, output, sum, out);
+      } else {
+        float some[kPanel];
+        finish(l, row0 + r, output, sum, some);
+        memcpy(out, some, sizeof(float) * size_t(real));
+      }
+    }
   }
 }
 
