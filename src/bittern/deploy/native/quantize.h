@@ -22,7 +22,7 @@ namespace {
 constexpr int kOk = 0, kNotFinite = 1, kNoMemory = 2;
 
 // Threads that are worth their hand-over for `work` simple steps.
-inline int worth(double work, int threads) { return work < 20e3 ? 1 : threads; }
+inline int worth(double work, int threads) { return work < 100e3 ? 1 : threads; }
 
 inline float clipped(float x, float clip) { return x < -clip ? -clip : x > clip ? clip : x; }
 
