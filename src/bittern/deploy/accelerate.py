@@ -118,7 +118,7 @@ def use_kernels(model: nn.Module) -> None:
     Warns if there are none: packed layers then unpack their weights in each forward.
     """
     name, why = native.engine()
-    if not name and native.allowed():
+    if not name and why != native.SWITCHED_OFF:
         warnings.warn(f"packed models are slow here, slower than float ones: {why}", stacklevel=2)
     for module in model.modules():
         if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.bias is not None:

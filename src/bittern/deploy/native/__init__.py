@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 PANEL, ALIGN = 16, 64  # outputs of a panel; rows of inputs are padded to a multiple of ALIGN
+SWITCHED_OFF = "the kernels are switched off"  # see `disabled`
 MOST_INPUTS = 32768  # of one output, so that sums of products of bytes stay in 32 bits
 
 # Best first: what it is called, and what the CPU must have.
@@ -115,11 +116,6 @@ def _library() -> ctypes.CDLL | None:
     return _State.library if _State.allowed else None
 
 
-def allowed() -> bool:
-    """Whether kernels may be used: not inside `disabled`."""
-    return _State.allowed
-
-
 def available() -> bool:
     """Whether integer kernels run here, now."""
     return _library() is not None
@@ -129,7 +125,7 @@ def engine() -> tuple[str, str]:
     """Name of the kernels in use, empty if there are none, and then why."""
     if _library() is not None:
         return _State.kind, ""
-    return "", _State.reason if _State.allowed else "the kernels are switched off"
+    return "", _State.reason if _State.allowed else SWITCHED_OFF
 
 
 @contextmanager
@@ -233,9 +229,8 @@ def quantize(x: Tensor, coding: Coding) -> Quantized | None:
     data, padded = _check(x, "x", (rows, columns)), -(-rows // PANEL) * PANEL
     codes = torch.empty(padded, -(-columns // ALIGN) * ALIGN, dtype=torch.int8)
     made = Quantized(codes, torch.empty(3, padded, dtype=torch.int32), rows, columns, coding)
-    threads = torch.get_num_threads()
-    failed = library.bittern_quantize(data, rows, columns, coding.structure, threads, *made.addresses())
-    return None if failed else made
+    call = (data, rows, columns, coding.structure, torch.get_num_threads())
+    return None if library.bittern_quantize(*call, *made.addresses()) else made
 
 
 _last: tuple[weakref.ref[Tensor], int, Coding, Quantized] | None = None

@@ -1,6 +1,5 @@
 // Attention whose two products are of integers: queries x keys and map x values, with a float softmax between them.
 #pragma once
-#include <vector>
 
 #include "quantize.h"
 
