@@ -1,12 +1,26 @@
-"""What every test runs under: transformers quiet and offline, one thread."""
+"""What every test runs under: transformers quiet and offline, one thread, packed models without integer kernels."""
 
 import os
+from collections.abc import Iterator
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 import torch
 from transformers.utils import logging
 
+from bittern.deploy import native
+
 torch.set_num_threads(1)
 logging.disable_progress_bar()  # its lock is shared with forked processes, and a killed one would keep it
+
+
+@pytest.fixture(autouse=True)
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Only tests marked `kernels` use them; the others compare packed with simulated models bit for bit."""
+    if request.node.get_closest_marker("kernels"):
+        yield
+    else:
+        with native.disabled():
+            yield

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
+from bittern.deploy import accelerate
 from bittern.errors import ModelError
 from bittern.quantizers import FakeQuant
 from bittern.recipe import Format
@@ -82,6 +83,7 @@ class Site(nn.Module):
         self.runs: Counter[str] = Counter()
         self.share = 1.0  # of the replacements in what goes on
         self.hooks: dict[Point, Any] = {}
+        self.on_kernels = False  # set in packed models
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -102,6 +104,11 @@ class Site(nn.Module):
                 raise ModelError(f"{self.name}.{point} {shapes}")
             x = _Replace.apply(x, given, self.share)  # type: ignore[no-untyped-call]
         return x
+
+    def integer(self, mask: Tensor | None) -> bool:
+        """Whether kernels may compute this attention, of which nothing is recorded or replaced."""
+        watched = self.taps is not None or bool(self.replacements)
+        return self.on_kernels and not watched and (mask is None or mask.dtype != torch.bool)
 
     def quantizer(self, point: str) -> FakeQuant | None:
         return self._modules.get(f"quantize_{point}")  # type: ignore[return-value]
@@ -159,6 +166,12 @@ def attention_forward(
     if site is not None:
         if site.taps is not None:
             site.taps.masks.append((site.name, attention_mask))
+        plain = position_bias is None and softcap is None and s_aux is None and getattr(module, "sinks", None) is None
+        if plain and site.integer(attention_mask) and not (dropout and module.training):
+            quantizers = {point: site.quantizer(point) for point in ("query", "key", "value", "map")}
+            found = accelerate.attend(quantizers, query, key, value, attention_mask, scaling)
+            if found is not None:
+                return found
         query, key, value = site.tap("query", query), site.tap("key", key), site.tap("value", value)
         query, key, value = site.quantize("query", query), site.quantize("key", key), site.quantize("value", value)
     groups = query.shape[1] // key.shape[1]

@@ -13,7 +13,7 @@ import sys
 
 import typer
 
-from bittern.cli import analyze, compress, export, look
+from bittern.cli import analyze, compress, deploy, export, look
 from bittern.errors import BitternError
 from bittern.show import err_console
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 )  # fmt: skip
 for command in (
     *(look.demo, compress.quantize, compress.ptq, compress.qat, look.evaluate, look.inspect),
-    *(analyze.analyze, export.export),
+    *(analyze.analyze, export.export, deploy.bench),
 ):
     app.command("eval" if command is look.evaluate else None)(command)
 

@@ -61,14 +61,18 @@ def evaluate(
     columns: Columns = "",
     label_column: LabelColumn = None,
     batch_size: BatchSize = 32,
+    kernels: Annotated[
+        bool,
+        typer.Option(help="Multiply in integers; without, a packed model gives the simulated one's bits."),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Measure a float, simulated or packed model on data."""
     from bittern import pipeline
 
     result = pipeline.evaluate(
-        model, data, against=against, track=track(as_json), columns=split(columns), label_column=label_column,
-        batch_size=batch_size,
+        model, data, against=against, kernels=kernels, track=track(as_json), columns=split(columns),
+        label_column=label_column, batch_size=batch_size,
     )  # fmt: skip
     if as_json:
         print(json.dumps(result))
@@ -93,6 +97,9 @@ def inspect(model: Model, as_json: Json = False) -> None:
         + f": {megabytes(result['file'])} on disk ({megabytes(result['float32'])} in float32), "
         f"{result['bits']:.2f} bits per quantized weight, {result['tensors']} tensors", highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if result["state"] == "packed":
+        kernels = result["kernels"] or "none: weights are unpacked in each forward, which is slow"
+        out_console.print(f"integer kernels on this machine: {kernels}", soft_wrap=True)
     groups: dict[tuple[str, str], int] = {}
     for module in result["modules"]:  # the same part of all blocks in one row
         formats = "\n".join(f"{point}: {fmt}" for point, fmt in module.items() if point != "name")

@@ -31,6 +31,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bittern import attention
+from bittern.deploy.accelerate import use_kernels
 from bittern.deploy.checksum import FORMAT_VERSION, METHOD, check_version, config_digest, digest, verify
 from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers
 from bittern.errors import CheckpointError, ModelError
@@ -76,7 +77,8 @@ class BitternConfig(QuantizationConfigMixin):
 def pack(model: PreTrainedModel) -> PreTrainedModel:
     """Pack a simulated model in place: from now on it holds integer codes, and `save_pretrained` writes them.
 
-    Its outputs stay those of the simulated model, bit for bit in float32. Raises ModelError if it is not simulated,
+    Its outputs stay those of the simulated model: bit for bit in float32 without the integer kernels, with them up to
+    the rounding around the same integers (see docs/deploy.md). Raises ModelError if it is not simulated,
     packed already, or a static scale is missing.
     """
     if is_packed(model):
@@ -188,6 +190,8 @@ class BitternQuantizer(HfQuantizer):
         for _name, quantizer in fake_quants(model):
             if quantizer.scale is not None:
                 quantizer.set_scale(quantizer.scale, quantizer.offset)
+        if self.quantization_config.state == "packed":
+            use_kernels(model)
         return model
 
 

@@ -1,5 +1,8 @@
 """Packed layers: integer codes in bytes and their scales instead of a float weight.
 
+Where the kernels of `deploy.native` serve, a layer multiplies in integers and holds its codes in their order; elsewhere
+it unpacks them and multiplies in float, bit for bit as the simulated layer does.
+
 A packed layer holds `weight_codes` (uint8, rows × bytes), `weight_scale` and, if asymmetric, `weight_offset` (float32).
 Its `weight` is a placeholder of one number: model code that asks for `weight.dtype` gets the model's type, and loading
 the file without Bittern fails on the shape instead of giving random weights.
@@ -8,6 +11,7 @@ the file without Bittern fails on the shape instead of giving random weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from bittern.deploy import native
+from bittern.deploy.accelerate import input_coding, make_panels, use_kernels
 from bittern.errors import ModelError
 from bittern.layers import (
     QuantConv1D,
@@ -104,6 +110,53 @@ class PackedLayer(nn.Module):
     weight_offset: Tensor | None
     input_quantizer: FakeQuant | None
     owner: list[PackedLayer]  # a list, so that it is no submodule
+    _panels: native.Panels | None = None
+    _bias: tuple[tuple[Any, ...], Tensor] | None = None
+
+    def integer_product(self, x: Tensor) -> Tensor | None:
+        """What the layer gives for rows of x by the integer kernels; None where they do not serve."""
+        bias: Tensor | None = self.bias
+        if not native.serves(x, bias) or (coding := input_coding(self.input_quantizer)) is None:
+            return None
+        if (panels := self._panels or self._make_panels()) is None or x.shape[-1:] != (panels.inputs,):
+            return None
+        state = () if bias is None else (bias.data_ptr(), bias._version)
+        if self._bias is None or self._bias[0] != state:
+            self._bias = state, native.padded_bias(bias, panels)
+        rows = native.quantize_shared(x, coding)
+        return None if rows is None else native.linear(rows, panels, self._bias[1]).view(*x.shape[:-1], panels.outputs)
+
+    def _make_panels(self) -> native.Panels | None:
+        """The weight as kernels read it. It takes the place of the codes, unless another layer shares them."""
+        layer, fmt = self.owner[0] if self.owner else self, self.weight_format
+        codes = unpack_codes(layer.weight_codes, self.weight_shape[1], fmt)
+        self._panels = make_panels(codes, layer.weight_scale, fmt)
+        if self._panels is not None and not self.owner:
+            del self._buffers["weight_codes"]
+        return self._panels
+
+    def _restore_codes(self) -> None:
+        """Codes as they are in a file again, for whatever reads, writes or moves them."""
+        if self._panels is not None and not self.owner:
+            self._buffers["weight_codes"] = pack_codes(self._panels.codes(), self.weight_format)
+        self._panels = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight_codes" and name not in self._buffers:
+            self._restore_codes()
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._restore_codes()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._restore_codes()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._restore_codes()
+        super()._load_from_state_dict(*args)
 
     def unpacked(self, rows: Tensor | None = None) -> Tensor:
         """The weight's values (rows, columns), or those of the given rows, in the model's type."""
@@ -116,35 +169,49 @@ class PackedLayer(nn.Module):
         values = decode(
             unpack_codes(codes, layer.weight_shape[1], layer.weight_format), layer.weight_format, scale, offset
         )
-        return values.to(self.weight.dtype)  # type: ignore[arg-type]
+        return values.to(self.weight.dtype)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
     def weight_bytes(self) -> int:
-        """Bytes of codes, scales and offsets; 0 for a tied layer."""
-        return (
-            0 if self.owner else sum(b.nbytes for n, b in self.named_buffers(recurse=False) if n.startswith("weight_"))
-        )
+        """Bytes of codes, scales and offsets in a file; 0 for a tied layer."""
+        names = () if self.owner else ("weight_codes", "weight_scale", "weight_offset")
+        return sum(tensor.nbytes for name in names if (tensor := getattr(self, name)) is not None)
 
 
 class PackedLinear(PackedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(input), self.unpacked(), self.bias)
+        out = self.integer_product(input)
+        return F.linear(self.quantized_input(input), self.unpacked(), self.bias) if out is None else out
 
 
 class PackedConv1D(PackedLayer, Conv1D):
     bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(x), self.unpacked(), self.bias)
+        out = self.integer_product(x)
+        return F.linear(self.quantized_input(x), self.unpacked(), self.bias) if out is None else out
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
+        if (out := self._patches(input)) is not None:
+            return out
         weight: Tensor = self.unpacked().view(self.out_channels, -1, *self.kernel_size)
-        out: Tensor = self._conv_forward(self.quantized_input(input), weight, self.bias)
-        return out
+        return self._conv_forward(self.quantized_input(input), weight, self.bias)  # type: ignore[no-any-return]
+
+    def _patches(self, x: Tensor) -> Tensor | None:
+        """The product of whole patches that do not overlap, as the stem of a ViT has them, by the integer kernels."""
+        (high, wide), batch = self.kernel_size, x.shape[0]
+        whole = self.stride == self.kernel_size and self.groups == 1 and self.dilation == (1, 1)
+        if not whole or self.padding not in ((0, 0), "valid") or x.dim() != 4 or not native.serves(x):
+            return None
+        x = x[..., : x.shape[2] // high * high, : x.shape[3] // wide * wide]
+        patches = x.unflatten(3, (-1, wide)).unflatten(2, (-1, high)).permute(0, 2, 4, 1, 3, 5)
+        rows, columns = patches.shape[1:3]
+        out = self.integer_product(patches.reshape(batch * rows * columns, -1))
+        return None if out is None else out.view(batch, rows, columns, -1).permute(0, 3, 1, 2)
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):
@@ -204,6 +271,7 @@ def pack_layers(model: PreTrainedModel) -> None:
                 owner = None  # their scales were learned apart
             packed = make_packed(layer, {} if owner else tensors, owner)
             owners.setdefault(weight, packed)
+    use_kernels(model)
 
 
 def _codes_and_scale(layer: QuantLayer) -> dict[str, Tensor]:

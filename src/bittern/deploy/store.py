@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from bittern.anatomy import check_model
+from bittern.deploy import native
 from bittern.deploy.checkpoint import BitternConfig, is_packed, mark_simulated, module_formats
 from bittern.deploy.checksum import METHOD, read_json, read_metadata, verify
 from bittern.deploy.packed import PackedLayer
@@ -231,6 +232,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "format_version": config.format_version if config else None,
         **asdict(size),
         "tensors": _tensor_count(Path(path)),
+        "kernels": native.engine()[0],
         "modules": modules,
         "kept_float": kept,
     }

@@ -1,0 +1,129 @@
+"""Where packed models meet the integer kernels of `deploy.native`.
+
+Functions return None where the kernels do not serve: a format that they lack, gradients, another device or type, values
+that are not finite. The caller then computes as the simulated model does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
+
+from bittern.deploy import native
+from bittern.quantizers import FakeQuant, code_range
+from bittern.recipe import Format
+
+
+def input_coding(quantizer: FakeQuant | None) -> native.Coding | None:
+    """A quantizer of activations for the kernels; None if they have no such format, or it is not to quantize now."""
+    if quantizer is None or quantizer.bypass or quantizer.observed is not None:
+        return None
+    fmt, scale, offset = quantizer.format, quantizer.scale, quantizer.offset
+    state = (fmt, *((t.data_ptr(), t._version) for t in (scale, offset) if t is not None))
+    kept: tuple[object, native.Coding | None] | None = quantizer.__dict__.get("_coding")
+    if kept is None or kept[0] != state:  # reading a scale and checking it takes longer than a small product
+        kept = quantizer.__dict__["_coding"] = (state, _coding(fmt, scale, offset))
+    return kept[1]
+
+
+def _coding(fmt: Format, scale: Tensor | None, offset: Tensor | None) -> native.Coding | None:
+    if not has_kernel(input_format=fmt) or (fmt.range == "static" and (scale is None or scale.numel() != 1)):
+        return None
+    low, high = code_range(fmt)
+    if fmt.range == "dynamic":
+        return native.Coding(low, high, fmt.scheme, clip=fmt.clip, by_row=fmt.granularity == "token")
+    assert scale is not None
+    if (value := float(scale)) < torch.finfo(torch.float32).tiny:
+        return None
+    return native.Coding(low, high, fmt.scheme, value, 0.0 if offset is None else float(offset), fmt.clip)
+
+
+def has_kernel(weight: Format | None = None, input_format: Format | None = None) -> bool:
+    """Whether the kernels know these formats of a layer, or of the two operands of a product in attention."""
+    known = True
+    if weight is not None:
+        known &= weight.bits <= 8 and weight.scheme != "asymmetric" and weight.granularity in ("tensor", "row")
+    if input_format is not None:
+        known &= input_format.kind == "uniform" and input_format.bits <= 8
+        known &= input_format.granularity in ("tensor", "token")
+    return known
+
+
+def make_panels(codes: Tensor, scale: Tensor, fmt: Format) -> native.Panels | None:
+    """Weights for the kernels from their codes (rows, columns); None if they have no such format or size."""
+    if not has_kernel(weight=fmt) or not 0 < codes.shape[1] <= native.MOST_INPUTS:
+        return None
+    bits = next(width for width in (2, 4, 8) if width >= fmt.bits)
+    return native.Panels(codes.to(torch.int16), scale, bits, -code_range(fmt)[0])
+
+
+def attend(
+    quantizers: Mapping[str, FakeQuant | None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Context (batch, queries, heads, dim) and map of attention whose operands are all quantized for each tensor."""
+    if not native.serves(query, key, value, mask) or not query.numel() or not key.numel():
+        return None
+    codings = {point: input_coding(quantizer) for point, quantizer in quantizers.items()}
+    known = {point: coding for point, coding in codings.items() if coding is not None and not coding.by_row}
+    if known.keys() != {"query", "key", "value", "map"} or known["map"].scheme == "asymmetric":
+        return None
+    if any(known[point].scheme != "symmetric" for point in ("query", "key", "value")):
+        return None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return native.attention(query, key, value, mask, scaling, known)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm of a packed model."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if native.serves(input, self.weight, self.bias) and input.shape[-1:] == self.normalized_shape:
+            return native.norm(input, self.weight, self.bias, self.eps)
+        return super().forward(input)
+
+
+_ACTIVATIONS: dict[type[nn.Module], native.Activation] = {
+    GELUActivation: "gelu", nn.GELU: "gelu", NewGELUActivation: "gelu_tanh", GELUTanh: "gelu_tanh",
+    SiLUActivation: "silu", nn.SiLU: "silu", nn.ReLU: "relu",
+}  # fmt: skip
+
+
+def _served(kind: type[nn.Module], activation: native.Activation) -> type[nn.Module]:
+    """A class for activations of this kind in packed models, of the same name."""
+
+    def forward(self: nn.Module, input: Tensor) -> Tensor:
+        if native.serves(input):
+            return native.activate(input, activation)
+        out: Tensor = kind.forward(self, input)
+        return out
+
+    return type(kind.__name__, (kind,), {"forward": forward, "activation": activation})
+
+
+_SERVED = {kind: _served(kind, activation) for kind, activation in _ACTIVATIONS.items()}
+
+
+def use_kernels(model: nn.Module) -> None:
+    """Let norms and activations of a packed model, and its attention, run on the kernels where they can.
+
+    Warns if there are none: packed layers then unpack their weights in each forward.
+    """
+    name, why = native.engine()
+    if not name and why != native.SWITCHED_OFF:
+        warnings.warn(f"packed models are slow here, slower than float ones: {why}", stacklevel=2)
+    for module in model.modules():
+        if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.bias is not None:
+            module.__class__ = LayerNorm
+        elif type(module) in _SERVED and getattr(module, "approximate", "none") == "none":
+            module.__class__ = _SERVED[type(module)]
+        elif hasattr(module, "on_kernels"):
+            module.on_kernels = True  # type: ignore[assignment]

@@ -1,0 +1,397 @@
+"""Integer kernels for CPUs: packed weights times quantized activations, attention, and what stands between them.
+
+The C++ beside this file is compiled when the package is built, once for each kind of x86-64 CPU; the library that suits
+the machine is loaded on first use. `engine()` names it, or says why there is none: then packed layers unpack their
+weights and multiply in float, which is right but slow. Functions check type, shape and contiguity of all they pass on,
+and raise ValueError; tensors stay referenced while a call runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+PANEL, ALIGN = 16, 64  # outputs of a panel; rows of inputs are padded to a multiple of ALIGN
+SWITCHED_OFF = "the kernels are switched off"  # see `disabled`
+MOST_INPUTS = 32768  # of one output, so that sums of products of bytes stay in 32 bits
+
+# Best first: what it is called, and what the CPU must have.
+_KINDS = {
+    "amx": ("avx512vl", "avx512bw", "avx512dq", "avx512_vnni", "amx_tile", "amx_int8"),
+    "avx512": ("avx512vl", "avx512bw", "avx512dq", "avx512_vnni"),
+    "avx2": ("avx2", "fma", "bmi2"),
+}
+
+Activation = Literal["none", "gelu", "gelu_tanh", "silu", "relu"]
+_ACTIVATIONS: tuple[Activation, ...] = Activation.__args__  # type: ignore[attr-defined]
+
+
+class _Format(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_float) for name in ("scale", "offset", "clip")),
+        *((name, ctypes.c_int32) for name in ("low", "high", "shift", "scheme", "mode")),
+    )  # fmt: skip
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "mask", "map", "context")),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("query", "key", "value", "mask")),
+        *((n, ctypes.c_int32) for n in ("batch", "heads", "key_heads", "queries", "keys", "dim", "value_dim")),
+        ("scaling", ctypes.c_float),
+        *((f"{name}_format", _Format) for name in ("query", "key", "value", "map")),
+    )
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def kinds() -> list[str]:
+    """The libraries that were built and that this machine can run, best first."""
+    return [kind for kind, needs in _KINDS.items() if _file(kind).exists() and _cpu_flags().issuperset(needs)]
+
+
+def _file(kind: str) -> Path:
+    return Path(__file__).with_name(f"libbittern-{kind}.so")
+
+
+class _State:
+    """What is loaded, and whether it is to be used."""
+
+    library: ctypes.CDLL | None = None
+    kind, reason, tried, allowed = "", "", False, True
+
+
+def use(kind: str | None = None) -> None:
+    """Load the library of this kind, the best by default. Raises ValueError if this machine cannot run it."""
+    options = kinds() if kind is None else [kind] if kind in kinds() else []
+    if kind is not None and not options:
+        raise ValueError(f"no library {kind!r} for this machine; there are {', '.join(kinds()) or 'none'}")
+    _State.tried, _State.library, _State.kind = True, None, ""
+    for option in options:
+        library = ctypes.CDLL(str(_file(option)))
+        if library.bittern_start() == 0:
+            _declare(library)
+            _State.library, _State.kind, _State.reason = library, option, ""
+            return
+    built = [name for name in _KINDS if _file(name).exists()]
+    _State.reason = (
+        f"this CPU runs none of the kernels that were built ({', '.join(built)})" if built
+        else "the kernels were not compiled when Bittern was installed (no C++ compiler, or not x86-64 Linux)"
+    )  # fmt: skip
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    p, i, f, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
+    for name, arguments in {
+        "pack": (p, i, i, i, p),
+        "unpack": (p, i, i, i, p),
+        "quantize": (p, i, i, ctypes.POINTER(_Format), i, p, p, p, p),
+        "linear": (p, p, p, p, i, i, p, p, p, p, *(i,) * 8, p),
+        "norm": (p, i, i, p, p, f, i, p),
+        "activate": (p, n, i, i, p),
+        "attention": (ctypes.POINTER(_Attention), i),
+    }.items():
+        getattr(library, f"bittern_{name}").argtypes = arguments
+
+
+def _library() -> ctypes.CDLL | None:
+    if not _State.tried:
+        use()
+    return _State.library if _State.allowed else None
+
+
+def available() -> bool:
+    """Whether integer kernels run here, now."""
+    return _library() is not None
+
+
+def engine() -> tuple[str, str]:
+    """Name of the kernels in use, empty if there are none, and then why."""
+    if _library() is not None:
+        return _State.kind, ""
+    return "", _State.reason if _State.allowed else SWITCHED_OFF
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Inside the block packed models compute as the simulated model does: unpacked weights, float products."""
+    was, _State.allowed = _State.allowed, False
+    try:
+        yield
+    finally:
+        _State.allowed = was
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether kernels may work on these tensors now: float32 on the CPU, no gradients, nothing that traces."""
+    if _library() is None or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if t is not None:
+            plain = type(t) is Tensor or type(t) is torch.nn.Parameter
+            if not plain or t.dtype is not torch.float32 or not t.is_cpu or (grad and t.requires_grad):
+                return False
+    return True
+
+
+def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+    """Address of a tensor that is what the kernels take it for. Raises ValueError."""
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or tuple(tensor.shape) != shape:
+        found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name} is {found}; expected {dtype} {shape} on cpu")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous")
+    return tensor.data_ptr()
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How values become codes of at most 8 bits: what `quantizers.encode` does for a uniform format.
+
+    scale: None for a dynamic one, found for the tensor or, if `by_row`, for each row.
+    """
+
+    low: int
+    high: int
+    scheme: Literal["symmetric", "unsigned", "asymmetric"] = "symmetric"
+    scale: float | None = None
+    offset: float = 0.0
+    clip: float | None = None
+    by_row: bool = False
+
+    def __post_init__(self) -> None:
+        if not -128 <= self.low <= 0 < self.high <= 255 or self.high - self.low > 255:
+            raise ValueError(f"codes from {self.low} to {self.high} do not fit a byte")
+        if self.scale is not None and not self.scale >= torch.finfo(torch.float32).tiny:
+            raise ValueError(f"a scale must be a positive normal number, got {self.scale}")
+
+    @property
+    def shift(self) -> int:
+        return 128 if self.high > 127 else 0
+
+    @cached_property
+    def structure(self) -> _Format:
+        return _Format(
+            self.scale or 1.0, self.offset, torch.finfo(torch.float32).max if self.clip is None else self.clip,
+            self.low, self.high, self.shift, ("symmetric", "unsigned", "asymmetric").index(self.scheme),
+            0 if self.scale is not None else 2 if self.by_row else 1,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Rows of codes, padded, less `shift`, and the scales, offsets and sums of rows, 4 bytes each; from `quantize`."""
+
+    codes: Tensor
+    numbers: Tensor
+    rows: int
+    columns: int
+    coding: Coding
+
+    @property
+    def scale(self) -> Tensor:
+        return self.numbers[0].view(torch.float32)
+
+    @property
+    def offset(self) -> Tensor:
+        return self.numbers[1].view(torch.float32)
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        start, size = self.numbers.data_ptr(), 4 * self.numbers.shape[1]
+        return self.codes.data_ptr(), start, start + size, start + 2 * size
+
+
+def quantize(x: Tensor, coding: Coding) -> Quantized | None:
+    """Codes of x (rows, columns). None if x holds NaN or infinity, or its scale would be infinite."""
+    library = _required()
+    if x.dim() != 2 or x.numel() >= 2**31:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected rows and columns, fewer than 2**31 values")
+    rows, columns = x.shape
+    if columns > MOST_INPUTS:
+        raise ValueError(f"rows of {columns} values; the kernels take up to {MOST_INPUTS}")
+    data, padded = _check(x, "x", (rows, columns)), -(-rows // PANEL) * PANEL
+    codes = torch.empty(padded, -(-columns // ALIGN) * ALIGN, dtype=torch.int8)
+    made = Quantized(codes, torch.empty(3, padded, dtype=torch.int32), rows, columns, coding)
+    call = (data, rows, columns, coding.structure, torch.get_num_threads())
+    return None if library.bittern_quantize(*call, *made.addresses()) else made
+
+
+_last: tuple[weakref.ref[Tensor], int, Coding, Quantized] | None = None
+
+
+def quantize_shared(x: Tensor, coding: Coding) -> Quantized | None:
+    """`quantize` of x seen as rows, done once while the same unchanged tensor is given again, as Q, K and V do."""
+    global _last  # noqa: PLW0603
+    last, known = _last, not x.is_inference()  # PyTorch does not count changes of inference tensors
+    if known and last is not None and last[0]() is x and last[1] == x._version and last[2] == coding:
+        return last[3]
+    rows = x.reshape(-1, x.shape[-1])
+    found = quantize(rows if rows.is_contiguous() else rows.contiguous(), coding)
+    _last = (weakref.ref(x), x._version, coding, found) if known and found is not None else None
+    return found
+
+
+class Panels:
+    """Weights as the kernels read them: codes of 2, 4 or 8 bits in panels of 16 outputs, and scales of each output.
+
+    codes: (outputs, inputs) whole numbers; scale: one, or one for each output.
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor, bits: int, zero: int):
+        library = _required()
+        self.outputs, self.inputs = codes.shape
+        if bits not in (2, 4, 8) or not 0 < self.inputs <= MOST_INPUTS:
+            raise ValueError(
+                f"weights of {bits} bits and {self.inputs} inputs; expected 2, 4 or 8 and 1 to {MOST_INPUTS}"
+            )
+        unsigned = codes.to(torch.int16) + zero
+        top = int(unsigned.max()) if codes.numel() else 0
+        if codes.numel() and (int(unsigned.min()) < 0 or top >= 2**bits):
+            raise ValueError(
+                f"codes from {int(codes.min())} to {int(codes.max())} do not fit {bits} bits with zero {zero}"
+            )
+        if scale.numel() not in (1, self.outputs):
+            raise ValueError(f"{scale.numel()} scales for {self.outputs} outputs")
+        self.bits, self.zero, self.top = bits, zero, max(top, 1)
+        plain = unsigned.to(torch.uint8).contiguous()
+        padded = -(-self.outputs // PANEL) * PANEL
+        self.data = torch.empty(padded * (-(-self.inputs // ALIGN) * ALIGN) * bits // 8, dtype=torch.uint8)
+        self.scale, self.sums = torch.zeros(padded), torch.zeros(padded, dtype=torch.int32)
+        self.scale[: self.outputs] = scale.float().flatten()
+        self.sums[: self.outputs] = codes.sum(1, dtype=torch.int32)
+        self.no_bias = torch.zeros(padded)
+        library.bittern_pack(plain.data_ptr(), self.outputs, self.inputs, bits, self.data.data_ptr())
+
+    def codes(self) -> Tensor:
+        """The codes (outputs, inputs) as int16."""
+        plain = torch.empty(self.outputs, self.inputs, dtype=torch.uint8)
+        assert _State.library is not None  # it made the panels, and is not asked to multiply
+        _State.library.bittern_unpack(self.data.data_ptr(), self.outputs, self.inputs, self.bits, plain.data_ptr())
+        return plain.to(torch.int16) - self.zero
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.scale.nbytes + self.sums.nbytes
+
+
+def padded_bias(bias: Tensor | None, panels: Panels) -> Tensor:
+    """A bias as `linear` takes it: zeros up to a whole panel."""
+    if bias is None:
+        return panels.no_bias
+    if len(panels.no_bias) == panels.outputs:
+        return bias.detach().contiguous()
+    return torch.nn.functional.pad(bias.detach(), (0, len(panels.no_bias) - panels.outputs))
+
+
+def linear(x: Quantized, panels: Panels, bias: Tensor, activation: Activation = "none") -> Tensor:
+    """x · weightᵀ + bias, then the activation: float32 (rows, outputs). bias: see `padded_bias`."""
+    library = _required()
+    if x.columns != panels.inputs:
+        raise ValueError(f"x has {x.columns} columns; the weights take {panels.inputs}")
+    out = torch.empty(x.rows, panels.outputs)
+    failed = library.bittern_linear(
+        *x.addresses(), x.rows, x.columns,
+        panels.data.data_ptr(), panels.scale.data_ptr(), _check(bias, "bias", tuple(panels.no_bias.shape)),
+        panels.sums.data_ptr(), panels.outputs, panels.bits, panels.top, panels.zero, x.coding.shift,
+        int(x.coding.scheme == "asymmetric" or x.coding.shift > 0), _ACTIVATIONS.index(activation),
+        torch.get_num_threads(), out.data_ptr(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for the kernels' buffers")
+    return out
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Layer normalization over the last dimension."""
+    columns = x.shape[-1]
+    rows = x.reshape(-1, columns).contiguous()
+    out = torch.empty_like(rows)
+    _required().bittern_norm(
+        _check(rows, "x", tuple(rows.shape)), len(rows), columns,
+        _check(weight, "weight", (columns,)), _check(bias, "bias", (columns,)), epsilon,
+        torch.get_num_threads(), out.data_ptr(),
+    )  # fmt: skip
+    return out.view(x.shape)
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The activation of each value."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _required().bittern_activate(
+        _check(x, "x", tuple(x.shape)),
+        x.numel(),
+        _ACTIVATIONS.index(activation),
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, codings: dict[str, Coding]
+) -> tuple[Tensor, Tensor] | None:
+    """Context (batch, queries, heads, dim) and map (batch, heads, queries, keys) of quantized attention.
+
+    query (batch, heads, queries, dim), key and value (batch, key heads, keys, dim), mask additive. codings: of `query`,
+    `key`, `value` (symmetric) and `map` (symmetric or unsigned). None if a tensor is not finite.
+    """
+    library = _required()
+    batch, heads, queries, dim = query.shape
+    key_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    if key.shape != (batch, key_heads, keys, dim) or value.shape[:3] != (batch, key_heads, keys) or heads % key_heads:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
+        raise ValueError(f"query, key and value of shapes {shapes} do not belong together")
+    for name, coding in codings.items():
+        if coding.scheme == "asymmetric" or (name != "map" and coding.scheme != "symmetric") or coding.by_row:
+            raise ValueError(f"the kernels have no {coding.scheme} {name}")
+    if max(keys, dim) > MOST_INPUTS or query.numel() >= 2**31 or batch * heads * queries * keys >= 2**40:
+        raise ValueError(f"{keys} keys of {dim} values are too many for the kernels")
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    if mask is not None:
+        mask = mask.expand(batch, heads, queries, mask.shape[-1])[..., :keys]
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        if mask.shape[-1] != keys:
+            raise ValueError(f"the mask has {mask.shape[-1]} keys; expected {keys}")
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("mask", mask)):
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; expected torch.float32 on cpu")
+    probabilities, context = torch.empty(batch, heads, queries, keys), torch.empty(batch, queries, heads, value_dim)
+
+    def strides(tensor: Tensor | None) -> Any:
+        return (ctypes.c_int64 * 3)(*(tensor.stride()[:3] if tensor is not None else (0, 0, 0)))
+
+    call = _Attention(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), None if mask is None else mask.data_ptr(),
+        probabilities.data_ptr(), context.data_ptr(), *(strides(t) for t in (query, key, value, mask)),
+        batch, heads, key_heads, queries, keys, dim, value_dim, scaling,
+        *(codings[name].structure for name in ("query", "key", "value", "map")),
+    )  # fmt: skip
+    failed = library.bittern_attention(call, torch.get_num_threads())
+    if failed == 2:
+        raise MemoryError("no memory for the kernels' buffers")
+    return None if failed else (context, probabilities)
+
+
+def _required() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError(f"no integer kernels: {engine()[1]}")
+    return library

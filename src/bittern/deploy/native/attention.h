@@ -1,0 +1,260 @@
+// Attention whose two products are of integers: queries x keys and map x values, with a float softmax between them.
+#pragma once
+
+#include "quantize.h"
+
+extern "C" {
+
+// Tensors (batch, heads, tokens, dim) with strides in elements and a contiguous last dimension; fewer key heads serve
+// groups of query heads. mask: added to the scores, null or strided with 0 where it is shared, its keys contiguous.
+// map (batch, heads, queries, keys) and context (batch, queries, heads, value dim) are contiguous outputs.
+struct Attention {
+  const float *query, *key, *value, *mask;
+  float *map, *context;
+  int64_t query_strides[3], key_strides[3], value_strides[3], mask_strides[3];
+  int32_t batch, heads, key_heads, queries, keys, dim, value_dim;
+  float scaling;
+  Format query_format, key_format, value_format, map_format;
+};
+
+}
+
+namespace {
+
+thread_local Scratch scratch;
+
+constexpr int kQueries = 64;  // rows of the map that are worked on at a time
+
+// Signed bytes as the unsigned codes that panels hold; a word of four at once.
+inline uint32_t unsigned_codes(const int8_t* four) {
+  uint32_t word;
+  memcpy(&word, four, 4);
+  return word ^ 0x80808080u;
+}
+
+inline void put(uint8_t* panel, size_t high, uint32_t word) {
+  const uint32_t low_half = kPlanes == 1 ? word : word & 0x0f0f0f0fu;
+  memcpy(panel, &low_half, 4);
+  if (kPlanes == 2) {
+    const uint32_t high_half = word >> 4 & 0x0f0f0f0fu;
+    memcpy(panel + high, &high_half, 4);
+  }
+}
+
+// Rows of codes (outputs of the product) as expanded panels. Rows beyond the last are whatever `codes` holds there.
+inline void panels_of_rows(const int8_t* codes, int rows, int width, uint8_t* panels) {
+  const size_t high = size_t(width) * kPanel;
+  for (int r = 0; r < up(rows, kPanel); ++r) {
+    uint8_t* panel = panels + size_t(r / kPanel) * high * kPlanes + (r % kPanel) * 4;
+    for (int k = 0; k < width; k += 4) put(panel + k * kPanel, high, unsigned_codes(codes + size_t(r) * width + k));
+  }
+}
+
+// Columns of codes (outputs of the product) as expanded panels: `rows`, a multiple of 4, are what is summed over.
+inline void panels_of_columns(const int8_t* codes, int rows, int columns, uint8_t* panels) {
+  const size_t high = size_t(rows) * kPanel;
+  const int width = up(columns, kPanel);
+  for (int c = 0; c < width; c += kPanel)
+    for (int r = 0; r < rows; r += 4) {
+      uint8_t* panel = panels + size_t(c / kPanel) * high * kPlanes + size_t(r) * kPanel;
+      const int8_t* from = codes + size_t(r) * width + c;
+      const auto load = [&](int i) {
+        return _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * width)), _mm_set1_epi8(-128));
+      };
+      const __m128i a = load(0), b = load(1), c4 = load(2), d = load(3);
+      const __m128i low0 = _mm_unpacklo_epi8(a, b), high0 = _mm_unpackhi_epi8(a, b);
+      const __m128i low1 = _mm_unpacklo_epi8(c4, d), high1 = _mm_unpackhi_epi8(c4, d);
+      const __m128i out[4] = {_mm_unpacklo_epi16(low0, low1), _mm_unpackhi_epi16(low0, low1),
+                              _mm_unpacklo_epi16(high0, high1), _mm_unpackhi_epi16(high0, high1)};
+      for (int i = 0; i < 4; ++i) {
+        auto* to = reinterpret_cast<__m128i*>(panel + 16 * i);
+        if (kPlanes == 1) {
+          _mm_storeu_si128(to, out[i]);
+        } else {
+          const __m128i nibble = _mm_set1_epi8(15);
+          _mm_storeu_si128(to, _mm_and_si128(out[i], nibble));
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(panel + high + 16 * i),
+                           _mm_and_si128(_mm_srli_epi16(out[i], 4), nibble));
+        }
+      }
+    }
+}
+
+// Scores to probabilities in place: + mask, softmax.
+inline void softmax(float* x, const float* mask, int n) {
+  if (mask != nullptr) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) x[i] += mask[i];
+  }
+  float most = x[0], sum = 0;
+#pragma omp simd reduction(max : most)
+  for (int i = 0; i < n; ++i) most = most > x[i] ? most : x[i];
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) {
+    x[i] = exp_negative(x[i] - most);
+    sum += x[i];
+  }
+  const float inverse = 1 / sum;
+#pragma omp simd
+  for (int i = 0; i < n; ++i) x[i] *= inverse;
+}
+
+struct Buffers {
+  int8_t *rows, *codes, *map;
+  uint8_t *keys, *values;
+  int32_t *sums, *row_sums, *columns;
+};
+
+// What one thread needs of memory; `at` null only counts it.
+inline size_t lay_out(const Attention& a, uint8_t* at, Buffers* b) {
+  const int dim = up(a.dim, kAlign), keys = up(a.keys, kAlign), values = up(a.value_dim, kPanel);
+  const int longest = up(a.queries > a.keys ? a.queries : a.keys, kAlign);
+  size_t used = 0;
+  const auto take = [&](size_t bytes) {
+    uint8_t* here = at == nullptr ? nullptr : at + used;
+    used += (bytes + 127) / 64 * 64;
+    return here;
+  };
+  b->rows = reinterpret_cast<int8_t*>(take(size_t(longest) * dim));
+  b->codes = reinterpret_cast<int8_t*>(take(size_t(keys) * values));
+  b->map = reinterpret_cast<int8_t*>(take(size_t(kQueries) * keys));
+  b->keys = take(size_t(keys) * dim * kPlanes);
+  b->values = take(size_t(values) * keys * kPlanes);
+  b->sums = reinterpret_cast<int32_t*>(take(size_t(kQueries) * kPanel * kPair * 4));
+  b->row_sums = reinterpret_cast<int32_t*>(take(size_t(longest) * 4));
+  b->columns = reinterpret_cast<int32_t*>(take(size_t(values) * 4));
+  return used;
+}
+
+// rows (of `stride` bytes) x all panels; each(panel, sums) takes the sums (rows, 16) of one panel.
+template <typename Each>
+void all_panels(const int8_t* rows, int count, int width, const uint8_t* panels, int outputs, int32_t* sums, Each each) {
+  const size_t next = size_t(width) * kPanel * kPlanes, next_sums = size_t(kQueries) * kPanel;
+  const int all = up(outputs, kPanel) / kPanel;
+  for (int p = 0; p < all; p += kPair) {
+    const int pair = all - p < kPair ? all - p : kPair;
+    multiply(panels + p * next, next, pair, rows, size_t(width), count, width / 4, 8, 255, sums, next_sums, false);
+    for (int i = 0; i < pair; ++i) each(p + i, sums + i * next_sums);
+  }
+}
+
+// Probabilities of one head, and the largest of them.
+inline float map_of_head(const Attention& a, int head, const Coding& query, const Coding& key, const Buffers& b) {
+  const int batch = head / a.heads, h = head % a.heads, width = up(a.dim, kAlign);
+  const float* k = a.key + batch * a.key_strides[0] + h / (a.heads / a.key_heads) * a.key_strides[1];
+  const float* q = a.query + batch * a.query_strides[0] + h * a.query_strides[1];
+  for (int t = 0; t < a.keys; ++t) to_codes(k + t * a.key_strides[2], a.dim, key, b.rows + size_t(t) * width, width);
+  panels_of_rows(b.rows, a.keys, width, b.keys);
+  for (int t = 0; t < a.queries; ++t)
+    b.row_sums[t] = to_codes(q + t * a.query_strides[2], a.dim, query, b.rows + size_t(t) * width, width);
+  float* map = a.map + size_t(head) * a.queries * a.keys;
+  const float unit = query.scale * key.scale;
+  float most = 0;
+  for (int first = 0; first < a.queries; first += kQueries) {
+    const int count = a.queries - first < kQueries ? a.queries - first : kQueries;
+    float* scores = map + size_t(first) * a.keys;
+    all_panels(b.rows + size_t(first) * width, count, width, b.keys, a.keys, b.sums, [&](int p, const int32_t* sums) {
+      const int real = a.keys - p * kPanel < kPanel ? a.keys - p * kPanel : kPanel;
+      for (int r = 0; r < count; ++r) {
+        const int32_t zero = 128 * b.row_sums[first + r];
+        float some[kPanel];
+#pragma omp simd
+        for (int i = 0; i < kPanel; ++i) some[i] = float(sums[r * kPanel + i] - zero) * unit * a.scaling;
+        float* to = scores + size_t(r) * a.keys + p * kPanel;
+        if (real == kPanel) memcpy(to, some, sizeof(some));
+        else memcpy(to, some, sizeof(float) * size_t(real));
+      }
+    });
+    for (int r = 0; r < count; ++r) {
+      const float* mask = a.mask == nullptr ? nullptr
+                                            : a.mask + batch * a.mask_strides[0] + h * a.mask_strides[1] +
+                                                  (first + r) * a.mask_strides[2];
+      softmax(scores + size_t(r) * a.keys, mask, a.keys);
+    }
+    const float found = float_of(largest(scores, count * a.keys));
+    most = found > most || found != found ? found : most;
+  }
+  return most;
+}
+
+inline void context_of_head(const Attention& a, int head, const Coding& map, const Coding& value, const Buffers& b) {
+  const int batch = head / a.heads, h = head % a.heads, width = up(a.keys, kAlign), values = up(a.value_dim, kPanel);
+  const float* v = a.value + batch * a.value_strides[0] + h / (a.heads / a.key_heads) * a.value_strides[1];
+  for (int t = 0; t < width; ++t) {
+    int8_t* row = b.codes + size_t(t) * values;
+    if (t < a.keys) to_codes(v + t * a.value_strides[2], a.value_dim, value, row, values);
+    else memset(row, 0, size_t(values));
+  }
+  panels_of_columns(b.codes, width, a.value_dim, b.values);
+  memset(b.columns, 0, sizeof(int32_t) * size_t(values));
+  if (map.shift != 0)
+    for (int t = 0; t < a.keys; ++t)
+      for (int i = 0; i < values; ++i) b.columns[i] += map.shift * b.codes[size_t(t) * values + i];
+  const float unit = map.scale * value.scale;
+  for (int first = 0; first < a.queries; first += kQueries) {
+    const int count = a.queries - first < kQueries ? a.queries - first : kQueries;
+    for (int r = 0; r < count; ++r)
+      b.row_sums[r] = to_codes(a.map + (size_t(head) * a.queries + first + r) * a.keys, a.keys, map,
+                               b.map + size_t(r) * width, width);
+    all_panels(b.map, count, width, b.values, a.value_dim, b.sums, [&](int p, const int32_t* sums) {
+      const int real = a.value_dim - p * kPanel < kPanel ? a.value_dim - p * kPanel : kPanel;
+      for (int r = 0; r < count; ++r) {
+        const int32_t zero = 128 * b.row_sums[r];
+        float some[kPanel];
+#pragma omp simd
+        for (int i = 0; i < kPanel; ++i)
+          some[i] = float(sums[r * kPanel + i] - zero + b.columns[p * kPanel + i]) * unit;
+        float* to = a.context + ((size_t(batch) * a.queries + first + r) * a.heads + h) * a.value_dim + p * kPanel;
+        if (real == kPanel) memcpy(to, some, sizeof(some));
+        else memcpy(to, some, sizeof(float) * size_t(real));
+      }
+    });
+  }
+}
+
+inline Range range_of(const float* x, const int64_t* strides, int batch, int heads, int tokens, int dim, bool extremes_too,
+                      int threads) {
+  return find_range(batch * heads * tokens, dim, extremes_too, threads, [=](int r) {
+    return x + r / tokens / heads * strides[0] + r / tokens % heads * strides[1] + r % tokens * strides[2];
+  });
+}
+
+inline int attend(const Attention& a, int threads) {
+  if (a.batch == 0 || a.queries == 0 || a.keys == 0) return kOk;
+  const Range query = range_of(a.query, a.query_strides, a.batch, a.heads, a.queries, a.dim,
+                               a.query_format.scheme != 0, threads);
+  const Range key = range_of(a.key, a.key_strides, a.batch, a.key_heads, a.keys, a.dim, a.key_format.scheme != 0,
+                             threads);
+  const Range value = range_of(a.value, a.value_strides, a.batch, a.key_heads, a.keys, a.value_dim,
+                               a.value_format.scheme != 0, threads);
+  if (!query.finite() || !key.finite() || !value.finite()) return kNotFinite;
+  const Coding q = coding(a.query_format, query), k = coding(a.key_format, key), v = coding(a.value_format, value);
+  const int all = a.batch * a.heads;
+  threads = worth(double(all) * a.queries * a.keys * a.dim / 16, threads);
+  Buffers none;
+  const size_t each = lay_out(a, nullptr, &none);
+  auto* memory = static_cast<uint8_t*>(scratch.get(each * size_t(threads)));
+  if (memory == nullptr) return kNoMemory;
+  const auto buffers = [&](int slot) {
+    Buffers b;
+    lay_out(a, memory + each * size_t(slot), &b);
+    return b;
+  };
+  std::atomic<int32_t> most{0};
+  const bool at_once = a.map_format.mode == 0;
+  parallel(all, threads, [&](int head, int slot) {
+    const Buffers b = buffers(slot);
+    const int32_t mine = bits_of(map_of_head(a, head, q, k, b));
+    for (int32_t seen = most.load(); seen < mine && !most.compare_exchange_weak(seen, mine);) {}
+    if (at_once && mine < kInfinity) context_of_head(a, head, coding(a.map_format, Range{}), v, b);
+  });
+  if (most.load() >= kInfinity) return kNotFinite;
+  if (at_once) return kOk;
+  const Range map{0, float_of(most.load()), most.load()};
+  parallel(all, threads, [&](int head, int slot) {
+    context_of_head(a, head, coding(a.map_format, map), v, buffers(slot));
+  });
+  return kOk;
+}
+
+}  // namespace

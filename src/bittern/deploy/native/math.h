@@ -1,0 +1,157 @@
+// Loops that the compiler turns into vectors: rounding to codes, exp, erf, norms.
+#pragma once
+#include <immintrin.h>
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+inline int32_t bits_of(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float float_of(int32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+constexpr int32_t kInfinity = 0x7f800000;
+
+// Largest magnitude as bits, whose order as integers is that of the magnitudes, with NaN above infinity.
+inline int32_t largest(const float* x, int n) {
+  int32_t most = 0;
+#pragma omp simd reduction(max : most)
+  for (int i = 0; i < n; ++i) {
+    const int32_t size = bits_of(x[i]) & 0x7fffffff;
+    most = most > size ? most : size;
+  }
+  return most;
+}
+
+inline void extremes(const float* x, int n, float* low, float* high) {
+  float least = *low, most = *high;
+#pragma omp simd reduction(min : least) reduction(max : most)
+  for (int i = 0; i < n; ++i) {
+    least = least < x[i] ? least : x[i];
+    most = most > x[i] ? most : x[i];
+  }
+  *low = least, *high = most;
+}
+
+// How values become codes: clipped, less the offset, by the scale, rounded half to even, limited to low .. high; the
+// stored byte is the code less `shift`.
+struct Coding {
+  float scale = 1, offset = 0, clip = FLT_MAX;
+  int low = -128, high = 127, shift = 0;
+};
+
+// Codes of n values (padded with zeros to `width`) and their sum. The arithmetic is the quantizers': a division. A product
+// with the inverse takes its place, except where that comes near a tie and could round the other way.
+#if defined(__AVX512F__)
+inline int32_t to_codes(const float* x, int n, Coding c, int8_t* out, int width) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  const __m512 clip = _mm512_set1_ps(c.clip), offset = _mm512_set1_ps(c.offset), scale = _mm512_set1_ps(c.scale);
+  const __m512 inverse = _mm512_set1_ps(1 / c.scale), tie = _mm512_set1_ps(0.4999f);
+  const __m512 low = _mm512_set1_ps(float(c.low)), high = _mm512_set1_ps(float(c.high));
+  const __m512i shift = _mm512_set1_epi32(c.shift);
+  __m512i sum = _mm512_setzero_si512();
+  for (int at = 0; at < n; at += 16) {
+    const __mmask16 real = n - at < 16 ? __mmask16((1 << (n - at)) - 1) : __mmask16(0xffff);
+    __m512 v = _mm512_maskz_loadu_ps(real, x + at);
+    v = _mm512_sub_ps(_mm512_max_ps(_mm512_min_ps(v, clip), _mm512_sub_ps(_mm512_setzero_ps(), clip)), offset);
+    const __m512 ratio = _mm512_mul_ps(v, inverse);
+    __m512 whole = _mm512_roundscale_ps(ratio, nearest);
+    if (_mm512_cmp_ps_mask(_mm512_abs_ps(_mm512_sub_ps(ratio, whole)), tie, _CMP_GT_OQ))
+      whole = _mm512_roundscale_ps(_mm512_div_ps(v, scale), nearest);
+    whole = _mm512_min_ps(_mm512_max_ps(whole, low), high);
+    const __m512i code = _mm512_sub_epi32(_mm512_cvtps_epi32(whole), shift);
+    if (n - at >= 16) {
+      sum = _mm512_add_epi32(sum, code);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + at), _mm512_cvtepi32_epi8(code));
+    } else {  // masked stores are slow
+      sum = _mm512_mask_add_epi32(sum, real, sum, code);
+      _mm512_mask_cvtepi32_storeu_epi8(out + at, real, code);
+    }
+  }
+  if (width > n) memset(out + n, 0, size_t(width - n));
+  return _mm512_reduce_add_epi32(sum);
+}
+#else
+inline int32_t to_codes(const float* x, int n, Coding c, int8_t* out, int width) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  const __m256 clip = _mm256_set1_ps(c.clip), offset = _mm256_set1_ps(c.offset), scale = _mm256_set1_ps(c.scale);
+  const __m256 inverse = _mm256_set1_ps(1 / c.scale), tie = _mm256_set1_ps(0.4999f), sign = _mm256_set1_ps(-0.0f);
+  const __m256 low = _mm256_set1_ps(float(c.low)), high = _mm256_set1_ps(float(c.high));
+  const __m256i shift = _mm256_set1_epi32(c.shift);
+  __m256i sum = _mm256_setzero_si256();
+  for (int at = 0; at < n; at += 8) {
+    const int real = n - at < 8 ? n - at : 8;
+    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(real), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    __m256 v = _mm256_maskload_ps(x + at, mask);
+    v = _mm256_sub_ps(_mm256_max_ps(_mm256_min_ps(v, clip), _mm256_xor_ps(clip, sign)), offset);
+    const __m256 ratio = _mm256_mul_ps(v, inverse);
+    __m256 whole = _mm256_round_ps(ratio, nearest);
+    const __m256 distance = _mm256_andnot_ps(sign, _mm256_sub_ps(ratio, whole));
+    if (_mm256_movemask_ps(_mm256_cmp_ps(distance, tie, _CMP_GT_OQ)))
+      whole = _mm256_round_ps(_mm256_div_ps(v, scale), nearest);
+    whole = _mm256_min_ps(_mm256_max_ps(whole, low), high);
+    const __m256i code = _mm256_and_si256(_mm256_sub_epi32(_mm256_cvtps_epi32(whole), shift), mask);
+    sum = _mm256_add_epi32(sum, code);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+    const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(words, words));
+    memcpy(out + at, &bytes, size_t(real));
+  }
+  if (width > n) memset(out + n, 0, size_t(width - n));
+  int32_t parts[8];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(parts), sum);
+  int32_t total = 0;
+  for (const int32_t part : parts) total += part;
+  return total;
+}
+#endif
+
+// e**x for x <= 0, to 1 or 2 units in the last place (Cephes' polynomial); exactly 0 below the smallest normal number.
+inline float exp_negative(float x) {
+  const float limited = x < -87.0f ? -87.0f : x;
+  const float n = rintf(limited * 1.44269504f);
+  const float r = limited - n * 0.693359375f - n * -2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  const float value = y * float_of((int32_t(n) + 127) << 23);
+  return x < -87.0f ? 0.0f : value;
+}
+
+// erf (Abramowitz and Stegun 7.1.26, error below 1.5e-7).
+inline float error_function(float x) {
+  const float size = fabsf(x), t = 1 / (1 + 0.3275911f * size);
+  float y = 1.061405429f;
+  y = y * t - 1.453152027f;
+  y = y * t + 1.421413741f;
+  y = y * t - 0.284496736f;
+  y = y * t + 0.254829592f;
+  y = 1 - y * t * exp_negative(-size * size);
+  return x < 0 ? -y : y;
+}
+
+inline float gelu(float x) { return 0.5f * x * (1 + error_function(x * 0.70710678f)); }
+
+inline float sigmoid(float x) {
+  const float e = exp_negative(-fabsf(x));
+  return (x < 0 ? e : 1.0f) / (1 + e);
+}
+
+// GELU by tanh: x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)).
+inline float gelu_tanh(float x) { return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)); }
+
+}  // namespace

@@ -1,0 +1,146 @@
+// The kernels against plain loops on random shapes, in buffers of exactly the size that they may touch: built with
+// sanitizers, a read or write beyond one ends the run. Arguments: a seed and how many rounds.
+#include "kernels.cpp"
+
+#include <sys/wait.h>
+
+#include <cstdio>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace {
+
+std::mt19937 generator;
+
+int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
+
+std::vector<float> floats(size_t n, float spread = 1) {
+  std::vector<float> x(n);
+  std::normal_distribution<float> normal(0, spread);
+  for (float& v : x) v = normal(generator);
+  return x;
+}
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "%s\n", what.c_str());
+  std::exit(1);
+}
+
+Format any_format(bool attention, bool map) {
+  Format f{0.02f, 0, FLT_MAX, -128, 127, 0, 0, attention ? pick(0, 1) : pick(0, 2)};
+  const int bits = pick(2, 8);
+  f.scheme = attention ? (map ? pick(0, 1) : 0) : pick(0, 2);
+  f.low = f.scheme == 0 ? -(1 << (bits - 1)) : 0;
+  f.high = f.scheme == 0 ? (1 << (bits - 1)) - 1 : (1 << bits) - 1;
+  f.shift = f.high > 127 ? 128 : 0;
+  if (f.scheme == 2 && f.mode == 0) f.offset = -1.5f;
+  if (pick(0, 1)) f.clip = 2.5f;
+  return f;
+}
+
+void linear(int rows, int columns, int outputs, int threads) {
+  const int bits = 1 << pick(1, 3), top = bits == 2 ? pick(1, 3) : (1 << bits) - 1, zero = pick(0, top);
+  std::vector<uint8_t> codes(size_t(outputs) * columns), again(codes.size());
+  for (uint8_t& c : codes) c = uint8_t(pick(0, 3) ? pick(0, top) : top);
+  std::vector<uint8_t> panels(size_t(bittern_panel_bytes(outputs, columns, bits)));
+  bittern_pack(codes.data(), outputs, columns, bits, panels.data());
+  bittern_unpack(panels.data(), outputs, columns, bits, again.data());
+  if (codes != again) fail("unpack is not the inverse of pack");
+
+  const Format f = any_format(false, false);
+  const std::vector<float> x = floats(size_t(rows) * columns, pick(0, 9) ? 1 : 100);
+  const int padded = up(rows, 16), width = up(columns, 64), panel_outputs = up(outputs, 16);
+  std::vector<int8_t> a(size_t(padded) * width);
+  std::vector<float> scale(rows), offset(rows), out(size_t(rows) * outputs), weight_scale(panel_outputs, 1.0f);
+  std::vector<float> bias(panel_outputs, 0.0f);
+  std::vector<int32_t> sums(rows), weight_sums(panel_outputs, 0);
+  if (bittern_quantize(x.data(), rows, columns, &f, threads, a.data(), scale.data(), offset.data(), sums.data()))
+    fail("finite values are not finite");
+  for (int r = 0; r < rows; ++r) {
+    int sum = 0;
+    for (int k = 0; k < width; ++k) sum += a[size_t(r) * width + k];
+    if (sum != sums[r]) fail("sum of a row's codes");
+    for (int k = 0; k < columns; ++k) {  // the division itself, in the order of quantizers.py
+      float v = x[size_t(r) * columns + k];
+      v = v < -f.clip ? -f.clip : v > f.clip ? f.clip : v;
+      float code = std::nearbyint((v - offset[r]) / scale[r]);
+      code = code < float(f.low) ? float(f.low) : code > float(f.high) ? float(f.high) : code;
+      if (int(code) != a[size_t(r) * width + k] + f.shift) fail("code of a value");
+    }
+    scale[r] = 1, offset[r] = 0;  // so that what comes out is the sum of integers
+  }
+  for (int n = 0; n < outputs; ++n)
+    for (int k = 0; k < columns; ++k) weight_sums[n] += int(codes[size_t(n) * columns + k]) - zero;
+  if (bittern_linear(a.data(), scale.data(), offset.data(), sums.data(), rows, columns, panels.data(),
+                     weight_scale.data(), bias.data(), weight_sums.data(), outputs, bits, top, zero, f.shift, 1, 0,
+                     threads, out.data()))
+    fail("linear failed");
+  for (int r = 0; r < rows; ++r)
+    for (int n = 0; n < outputs; ++n) {
+      int64_t sum = 0;
+      for (int k = 0; k < columns; ++k)
+        sum += int64_t(a[size_t(r) * width + k] + f.shift) * (int(codes[size_t(n) * columns + k]) - zero);
+      if (float(sum) != out[size_t(r) * outputs + n])
+        fail("product of " + std::to_string(rows) + " x " + std::to_string(columns) + " x " + std::to_string(outputs));
+    }
+}
+
+void attention(int threads) {
+  const int batch = pick(1, 2), key_heads = pick(1, 2), heads = key_heads * pick(1, 3), queries = pick(1, 90);
+  const int keys = pick(1, 90), dim = pick(1, 70), value_dim = pick(1, 70);
+  const std::vector<float> q = floats(size_t(batch) * heads * queries * dim), mask = floats(size_t(queries) * keys);
+  const std::vector<float> k = floats(size_t(batch) * key_heads * keys * dim);
+  const std::vector<float> v = floats(size_t(batch) * key_heads * keys * value_dim);
+  std::vector<float> map(size_t(batch) * heads * queries * keys), context(size_t(batch) * queries * heads * value_dim);
+  Attention a{q.data(), k.data(), v.data(), pick(0, 1) ? mask.data() : nullptr, map.data(), context.data(),
+              {int64_t(queries) * heads * dim, dim, int64_t(heads) * dim},
+              {int64_t(keys) * key_heads * dim, dim, int64_t(key_heads) * dim},
+              {int64_t(keys) * key_heads * value_dim, value_dim, int64_t(key_heads) * value_dim},
+              {0, 0, keys}, batch, heads, key_heads, queries, keys, dim, value_dim, 0.2f,
+              any_format(true, false), any_format(true, false), any_format(true, false), any_format(true, true)};
+  if (bittern_attention(&a, threads)) fail("attention failed");
+  for (size_t row = 0; row < map.size() / size_t(keys); ++row) {
+    double sum = 0;
+    for (int i = 0; i < keys; ++i) sum += map[row * size_t(keys) + i];
+    if (std::abs(sum - 1) > 1e-5) fail("a row of the map does not sum to 1");
+  }
+}
+
+void rows(int threads) {
+  const int count = pick(0, 40), columns = pick(1, 300);
+  const std::vector<float> x = floats(size_t(count) * columns), weight = floats(columns), bias = floats(columns);
+  std::vector<float> out(x.size());
+  bittern_norm(x.data(), count, columns, weight.data(), bias.data(), 1e-5f, threads, out.data());
+  bittern_activate(x.data(), int64_t(x.size()), pick(0, 4), threads, out.data());
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  generator.seed(unsigned(std::stoi(arguments[1])));
+  if (bittern_start()) fail("the system does not grant AMX");
+  linear(0, 5, 7, 1), linear(1, 1, 1, 1), linear(300, 800, 40, 2);
+  for (int i = 0; i < std::stoi(arguments[2]); ++i) {
+    linear(pick(1, pick(0, 3) ? 20 : 300), pick(1, pick(0, 3) ? 150 : 1700), pick(1, 80), pick(1, 4));
+    attention(pick(1, 4));
+    rows(pick(1, 4));
+  }
+  std::vector<std::thread> callers;  // several at once
+  for (int i = 0; i < 4; ++i)
+    callers.emplace_back([] {
+      std::vector<float> x(40000, 1.0f), y(x.size());
+      for (int r = 0; r < 50; ++r) bittern_activate(x.data(), int64_t(x.size()), kRelu, 3, y.data());
+      if (y != x) fail("several callers at once");
+    });
+  for (std::thread& caller : callers) caller.join();
+  if (const pid_t child = fork(); child == 0) {
+    linear(64, 128, 64, 3);
+    _exit(0);
+  } else {
+    int status = 0;
+    waitpid(child, &status, 0);
+    if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) fail("after fork");
+  }
+  std::puts("ok");
+}

@@ -1,0 +1,203 @@
+"""Packed models on the integer kernels against the same models without."""
+
+import warnings
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bittern
+from bittern import attention
+from bittern.deploy import accelerate, native
+from bittern.deploy.packed import PackedLayer, pack_layers
+from bittern.layers import swap
+from bittern.quantizers import find_scale
+from bittern.recipe import Format
+from families import SUPPORTED
+from helpers import outputs, quantized
+from test_packed import LAYERS
+
+pytestmark = pytest.mark.kernels
+RECIPES = ["ternary-2-2-8", "w8a8", "w4a8", "vt-w6a6"]
+
+
+def distance(model: nn.Module, batch: Any) -> float:
+    """How far the kernels' outputs are from the simulated model's, relative to their size."""
+    with native.disabled():
+        expected = outputs(model, batch)
+    found = outputs(model, batch)
+    assert found.keys() == expected.keys()
+    return max(((found[k] - expected[k]).norm() / expected[k].norm().clamp(min=1e-9)).item() for k in expected)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_families(name: str) -> None:
+    """In every family the kernels give what the simulated model gives, but for rounding; where that tips a value over
+    to the next code, as any other rounding would, outputs of these tiny models move by a part of a code."""
+    distances = sorted(distance(*quantized(name, recipe)) for recipe in RECIPES)
+    assert distances[1] < 2e-6
+    assert distances[-1] < 0.05
+
+
+def linear(weight: Format, given: Format, x: Tensor, name: str = "linear") -> nn.Module:
+    torch.manual_seed(0)
+    layer = LAYERS[name][0]()
+    swap(layer, name, weight, given)
+    if given.range == "static":
+        layer.input_quantizer.set_scale(*find_scale(x, given))
+    pack_layers(nn.ModuleList([layer]))
+    return layer.eval()
+
+
+SERVED = [
+    (Format(kind="ternary"), Format()), (Format(kind="ternary", storage="base3", granularity="row"), Format(clip=0.5)),
+    (Format(kind="binary"), Format(bits=4)), (Format(bits=3, granularity="row"), Format(granularity="token")),
+    (Format(bits=8, granularity="row"), Format(scheme="asymmetric", range="static")),
+    (Format(bits=4, scheme="unsigned"), Format(scheme="asymmetric", granularity="token")),
+]  # fmt: skip
+OTHERS = [
+    (Format(bits=4, scheme="asymmetric"), Format()), (Format(bits=12), Format()), (Format(bits=2), Format(bits=9)),
+    (Format(bits=4, granularity="group", group_size=4), Format()), (Format(bits=4), Format(kind="twin")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["linear", "conv1d"])
+@pytest.mark.parametrize("formats", SERVED, ids=str)
+@torch.no_grad()
+def test_layers_multiply_in_integers(name: str, formats: tuple[Format, Format]) -> None:
+    """A layer of a format that kernels know uses them, for any number of rows, and differs by rounding only."""
+    for shape in ((12,), (0, 12), (1, 12), (2, 5, 12), (300, 12)):
+        x = torch.randn(shape)
+        layer = linear(*formats, x if x.numel() else torch.randn(3, 12), name)
+        with native.disabled():
+            expected = layer(x)
+        assert layer.integer_product(x) is not None
+        assert layer(x).shape == expected.shape
+        assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("formats", OTHERS, ids=str)
+@torch.no_grad()
+def test_layers_without_kernels(formats: tuple[Format, Format]) -> None:
+    """A format that kernels lack is computed as the simulated layer computes it, bit for bit."""
+    x = torch.randn(5, 12)
+    layer = linear(*formats, x)
+    assert layer.integer_product(x) is None
+    with native.disabled():
+        expected = layer(x)
+    assert torch.equal(layer(x), expected)
+    assert not accelerate.has_kernel(*formats)
+
+
+def test_what_kernels_do_not_serve() -> None:
+    """Gradients, other types, values that are not finite and calibration take the way of the simulated layer."""
+    layer, x = linear(Format(kind="ternary"), Format(), torch.randn(3, 12)), torch.randn(3, 12)
+    assert layer.integer_product(x) is not None
+    assert layer.integer_product(x.clone().requires_grad_()) is None
+    assert layer.integer_product(x.double()) is None
+    assert layer.integer_product(x.to("meta")) is None
+    broken = x.clone()
+    broken[1, 3] = torch.nan
+    assert layer.integer_product(broken) is None
+    assert layer(broken).isnan().any()
+    with bittern.layers.as_float(layer):
+        assert layer.integer_product(x) is None
+    y = x.clone().requires_grad_()
+    layer(y).sum().backward()
+    assert y.grad is not None
+
+
+@torch.no_grad()
+def test_stems_are_products() -> None:
+    """A convolution of patches that do not overlap runs on the kernels; others do not."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 17, 23)
+    for changed, served in (({}, True), ({"stride": 3}, False), ({"padding": 1}, False), ({"dilation": 2}, False)):
+        layer = nn.Conv2d(3, 10, **({"kernel_size": 4, "stride": 4} | changed))
+        swap(layer, "stem", Format(granularity="row"), Format(scheme="asymmetric"))
+        pack_layers(nn.ModuleList([layer]))
+        with native.disabled():
+            expected = layer(x)
+        assert (layer._patches(x) is not None) == served
+        assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_shared_inputs_are_read_again_when_changed() -> None:
+    """Layers that read one tensor share its codes, but not those it had before a change in place."""
+    layer, x = linear(Format(kind="ternary"), Format(), torch.randn(3, 12)), torch.randn(3, 12)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            for _ in range(3):
+                with native.disabled():
+                    expected = layer(x)
+                assert torch.allclose(layer(x), expected, atol=1e-5)
+                x = x.clone() if torch.is_inference_mode_enabled() else x
+                x.mul_(-1.7).add_(0.3)
+
+
+def packed_layers(model: nn.Module) -> list[PackedLayer]:
+    return [m for m in model.modules() if isinstance(m, PackedLayer)]
+
+
+def test_codes_stay_in_one_place(tmp_path: Path) -> None:
+    """Codes are held once, in the kernels' order, and are the file's for whatever reads, copies or saves them."""
+    model, batch = quantized("bert", "ternary-2-2-8")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = outputs(model, batch)
+    running = [m for m in packed_layers(model) if m._panels is not None]
+    assert len(running) > 5
+    assert not any("weight_codes" in m._buffers for m in running)
+    for other in (deepcopy(model), model):
+        assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+        assert all(torch.equal(v, expected[k]) for k, v in outputs(other, batch).items())
+    bittern.save(model, tmp_path / "saved")
+    assert all(torch.equal(v, expected[k]) for k, v in outputs(bittern.load(tmp_path / "saved"), batch).items())
+    outputs(model, batch)
+    model.load_state_dict({key: torch.zeros_like(v) if "codes" in key else v for key, v in before.items()})
+    outputs(model, batch)
+    assert running[0].weight_codes.eq(0).all()
+    assert model.double().dtype == torch.float64
+
+
+def test_attention_is_watched_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention runs on the kernels, except while something is recorded or replaced in it."""
+    model, batch = quantized("vit", "w8a8")
+    calls: list[Any] = []
+    attend = native.attention
+    monkeypatch.setattr(native, "attention", lambda *args: calls.append(args) or attend(*args))
+    plain = outputs(model, batch)["logits"]
+    count = len(calls)
+    assert count == len(attention.sites(model))
+    with attention.recording(model, "map") as taps, torch.no_grad():
+        recorded = model(**batch).logits
+    assert len(calls) == count
+    assert len(taps["map"]) == count
+    assert torch.allclose(recorded, plain, rtol=0.05, atol=0.05)
+    with torch.no_grad():
+        maps = model(**batch, output_attentions=True).attentions
+    assert all(torch.allclose(ours, theirs, atol=0.02) for ours, theirs in zip(maps, taps["map"], strict=True))
+
+
+def test_loading_says_when_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine without kernels gives the same outputs and one warning that says why it is slow."""
+    model, batch = quantized("vit", "ternary-2-2-8")
+    bittern.save(model, tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bittern.load(tmp_path / "model")
+    with native.disabled():
+        expected = outputs(model, batch)
+    monkeypatch.setattr(native, "_cpu_flags", lambda: frozenset({"sse2"}))
+    native.use()
+    try:
+        assert native.kinds() == []
+        with pytest.warns(UserWarning, match="this CPU runs none of the kernels"):
+            slow = bittern.load(tmp_path / "model")
+        assert all(torch.equal(value, expected[key]) for key, value in outputs(slow, batch).items())
+    finally:
+        monkeypatch.undo()
+        native.use()

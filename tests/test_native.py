@@ -1,0 +1,291 @@
+"""The integer kernels against numpy's integers and the quantizers' codes, and what their Python functions refuse."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import hatch_build
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bittern.deploy import native
+from bittern.deploy.accelerate import _coding
+from bittern.deploy.native import Coding, Panels, linear, padded_bias, quantize
+from bittern.quantizers import encode, find_scale
+from bittern.recipe import Format
+
+pytestmark = pytest.mark.kernels
+KINDS = native.kinds()
+SIGNED, UNSIGNED = Coding(-128, 127), Coding(0, 255, "unsigned")
+WEIGHTS = {"ternary": (2, -1, 1), "2-bit": (2, -2, 1), "4-bit": (4, -8, 7), "8-bit": (8, -128, 127)}
+INPUTS = {
+    "dynamic": Format(),
+    "clipped": Format(clip=1.5),
+    "token": Format(granularity="token"),
+    "asymmetric": Format(scheme="asymmetric"),
+    "asymmetric token": Format(scheme="asymmetric", granularity="token", clip=1.0),
+    "unsigned": Format(scheme="unsigned"),
+    "static": Format(range="static"),
+    "static asymmetric": Format(scheme="asymmetric", range="static"),
+    "4-bit": Format(bits=4),
+}
+
+
+def test_there_are_kernels() -> None:
+    """The package was built with the kernels that this machine runs, so that the tests below test something."""
+    assert KINDS, native.engine()[1]
+    assert native.available()
+    assert native.engine() == (KINDS[0], "")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    native.use(request.param)
+    yield request.param
+    native.use()
+
+
+def coding_of(x: Tensor, fmt: Format) -> Coding:
+    found = _coding(fmt, *(find_scale(x, fmt) if fmt.range == "static" else (None, None)))
+    assert found is not None
+    return found
+
+
+def integers(x: native.Quantized) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return x.codes[: x.rows, : x.columns].numpy().astype(np.int64) + x.coding.shift
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(shape=st.tuples(st.integers(0, 70), st.integers(1, 900), st.integers(1, 70)), seed=st.integers(0, 999))
+def test_product(name: str, weights: str, shape: tuple[int, int, int], seed: int) -> None:
+    """Codes are the quantizer's, sums are numpy's 64-bit integers, and the rest is rounding, for every kind of CPU."""
+    torch.manual_seed(seed)
+    (rows, inputs, outputs), (bits, low, high), fmt = shape, WEIGHTS[weights], INPUTS[name]
+    x, bias, scale = torch.randn(rows, inputs), torch.randn(outputs), torch.rand(outputs) + 0.5
+    codes = torch.randint(low, high + 1, (outputs, inputs))
+    if not rows and fmt.range == "static":
+        return
+    found = find_scale(x, fmt) if rows else (torch.ones(()), None)
+    for kind in KINDS:
+        native.use(kind)
+        q = quantize(x, coding_of(x, fmt))
+        assert q is not None
+        if rows:
+            assert (integers(q) == encode(x, fmt, *found).numpy()).all()
+        panels = Panels(codes, scale, bits, -low)
+        assert torch.equal(panels.codes().long(), codes)
+        out = linear(q, panels, padded_bias(bias, panels))
+        sums = integers(q) @ codes.numpy().T
+        unit, offset = q.scale[:rows, None].double().numpy(), q.offset[:rows, None].double().numpy()
+        exact = (unit * sums + offset * codes.sum(1).numpy()) * scale.double().numpy()
+        size = np.abs(unit * sums) + np.abs(offset * codes.sum(1).numpy())
+        bound = 8 * 2.0**-24 * (size * scale.double().numpy() + np.abs(bias.numpy())) + 1e-37
+        assert (np.abs(out.numpy() - exact - bias.double().numpy()) <= bound).all()
+    native.use()
+
+
+def test_ties(kind: str) -> None:
+    """Values that lie exactly between two codes, or one float beside, round as the quantizer rounds them."""
+    for scale in (0.1, 1 / 3, 0.0127, 3e-5, 7.0):
+        halves = (torch.arange(-130, 130) + 0.5) * torch.tensor(scale)
+        away = torch.tensor(torch.inf)
+        x = torch.cat([halves, torch.nextafter(halves, away), torch.nextafter(halves, -away)])[None]
+        for fmt, offset in ((Format(range="static"), None), (Format(scheme="asymmetric", range="static"), -1.7)):
+            unit = torch.tensor(scale), None if offset is None else torch.tensor(offset)
+            q = quantize(x, _coding(fmt, *unit))
+            assert q is not None
+            assert (integers(q) == encode(x, fmt, *unit).numpy()).all()
+
+
+@pytest.mark.parametrize("inputs", [1, 63, 64, 65, 768, 769, 3072, 32768])
+def test_extremes_do_not_overflow(kind: str, inputs: int) -> None:
+    """Sums of the largest codes of both signs are exact, whatever is summed in 16 bits on the way."""
+    for bits, low, high in WEIGHTS.values():
+        for weight in (low, high):
+            for value in (-128.0, 127.0):
+                x = torch.full((5, inputs), value)
+                q = quantize(x, Coding(-128, 127, scale=1.0))
+                panels = Panels(torch.full((17, inputs), weight), torch.ones(()), bits, -low)
+                assert q is not None
+                assert (linear(q, panels, padded_bias(None, panels)) == float(weight * value * inputs)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "reference", "tolerance"),
+    [
+        ("gelu", F.gelu, 4e-7), ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh"), 4e-7),
+        ("silu", F.silu, 4e-7), ("relu", F.relu, 0),
+    ],
+)  # fmt: skip
+def test_activations(kind: str, name: native.Activation, reference: Any, tolerance: float) -> None:
+    """Activations are the exact functions but for rounding, alone and behind a product."""
+    x = torch.cat([torch.linspace(-12, 12, 5001), torch.tensor([0.0, -0.0, 1e-30, -80.0, 300.0])])
+    expected = reference(x.double())
+    assert ((native.activate(x, name) - expected).abs() <= tolerance * x.abs().clamp(min=1)).all()
+    panels = Panels(torch.eye(24).long(), torch.ones(()), 2, 1)
+    q = quantize(torch.randn(3, 24), SIGNED)
+    assert q is not None
+    plain = linear(q, panels, padded_bias(None, panels))
+    fused = linear(q, panels, padded_bias(None, panels), name)
+    assert torch.equal(fused, native.activate(plain, name))
+
+
+def test_norm(kind: str) -> None:
+    """Layer normalization in float64 is met but for rounding."""
+    for shape in ((1, 1), (3, 7), (2, 50, 768), (0, 8)):
+        x, weight, bias = torch.randn(shape) * 3 + 1, torch.randn(shape[-1]), torch.randn(shape[-1])
+        expected = F.layer_norm(x.double(), shape[-1:], weight.double(), bias.double(), 1e-5)
+        assert torch.allclose(native.norm(x, weight, bias, 1e-5).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+SHAPES = [
+    (1, 1, 1, 1, 1, 1), (1, 12, 12, 64, 64, 64), (2, 4, 2, 33, 50, 24), (1, 3, 3, 197, 197, 64), (3, 2, 1, 1, 77, 80),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("static", [False, True])
+def test_attention(kind: str, shape: tuple[int, ...], static: bool) -> None:
+    """The map is the softmax of quantized Q and K, the context that of the map's own codes, with a mask or not."""
+    torch.manual_seed(0)
+    batch, heads, key_heads, queries, keys, dim = shape
+    q, k, v = (torch.randn(batch, n, h, dim).transpose(1, 2)
+               for n, h in ((queries, heads), (keys, key_heads), (keys, key_heads)))  # fmt: skip
+    hidden = torch.zeros(batch, 1, queries, keys)
+    hidden[..., keys // 2 + 1 :] = torch.finfo(torch.float32).min
+    fmt = Format(range="static") if static else Format(clip=2.5)
+    for mask in (None, hidden):
+        codings = {name: coding_of(x, fmt) for name, x in (("query", q), ("key", k), ("value", v))}
+        top = Coding(0, 255, "unsigned", scale=1 / 255) if static else Coding(-128, 127, clip=2.5)
+        found = native.attention(q, k, v, mask, 0.3, codings | {"map": top})
+        assert found is not None
+        context, probabilities = found
+        rounded = [encode(x, fmt, *find_scale(x, fmt)) * find_scale(x, fmt)[0].double() for x in (q, k, v)]
+        rounded = [x.repeat_interleave(heads // x.shape[1], 1) for x in rounded]
+        scores = rounded[0] @ rounded[1].transpose(2, 3) * 0.3 + (0 if mask is None else mask)
+        expected = scores.softmax(-1)
+        assert torch.allclose(probabilities.double(), expected, rtol=2e-6, atol=1e-7)
+        scale = torch.tensor(1 / 255) if static else probabilities.max() / 127
+        codes = (probabilities / scale).round().clamp(0, 255 if static else 127).double()
+        expected = (codes * scale.double()) @ rounded[2]
+        assert torch.allclose(context.transpose(1, 2).double(), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_not_finite(kind: str) -> None:
+    """NaN and infinity are found, whatever the format; the caller then goes the other way."""
+    for value in (torch.nan, torch.inf, -torch.inf):
+        x = torch.randn(40, 70)
+        x[17, 69] = value
+        for fmt in INPUTS.values():
+            assert quantize(x, coding_of(torch.randn(40, 70), fmt)) is None
+        q = torch.randn(1, 2, 20, 35)
+        codings = dict.fromkeys(("query", "key", "value", "map"), SIGNED)
+        for i in range(3):
+            given = [q, q, q]
+            given[i] = x.view(1, 2, 20, 70)[..., 35:]
+            assert native.attention(*given, None, 1.0, codings) is None
+
+
+def test_threads_share_and_agree(kind: str) -> None:
+    """Any number of threads, several callers at once, gives the same bits."""
+    torch.manual_seed(0)
+    panels = Panels(torch.randint(-1, 2, (200, 300)), torch.ones(()), 2, 1)
+    x = torch.randn(150, 300)
+
+    def run(threads: int) -> Tensor:
+        torch.set_num_threads(threads)
+        q = quantize(x, SIGNED)
+        assert q is not None
+        return linear(q, panels, padded_bias(None, panels))
+
+    try:
+        expected = run(1)
+        assert torch.equal(run(2), expected)
+        assert torch.equal(run(5), expected)
+        with ThreadPoolExecutor(4) as callers:
+            assert all(torch.equal(out, expected) for out in callers.map(run, [2, 3] * 40))
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_refused() -> None:
+    """Wrong types, shapes, sizes and layouts raise, before anything is read."""
+    x, panels = torch.randn(4, 32), Panels(torch.zeros(8, 32, dtype=torch.int16), torch.ones(()), 2, 1)
+    q = quantize(x, SIGNED)
+    assert q is not None
+    wrong: list[Any] = [
+        lambda: quantize(x.double(), SIGNED),
+        lambda: quantize(x.t(), SIGNED),
+        lambda: quantize(x[:, ::2], SIGNED),
+        lambda: quantize(x[0], SIGNED),
+        lambda: quantize(torch.empty(2, 40000), SIGNED),
+        lambda: quantize(x.to("meta"), SIGNED),
+        lambda: Panels(torch.full((2, 2), 3), torch.ones(()), 2, 1),
+        lambda: Panels(torch.full((2, 2), -2), torch.ones(()), 2, 1),
+        lambda: Panels(torch.zeros(2, 2), torch.ones(3), 2, 1),
+        lambda: Panels(torch.zeros(2, 2), torch.ones(()), 3, 1),
+        lambda: Panels(torch.zeros(2, 0), torch.ones(()), 2, 1),
+        lambda: linear(q, Panels(torch.zeros(8, 33), torch.ones(()), 2, 1), torch.zeros(16)),
+        lambda: linear(q, panels, torch.zeros(8)),
+        lambda: linear(q, panels, torch.zeros(16, dtype=torch.float64)),
+        lambda: linear(q, panels, torch.zeros(32)[::2]),
+        lambda: linear(q, panels, torch.zeros(16), "tanh"),  # type: ignore[arg-type]
+        lambda: native.norm(x, torch.ones(31), torch.ones(32), 1e-5),
+        lambda: native.norm(x.half(), torch.ones(32), torch.ones(32), 1e-5),
+        lambda: native.activate(x.half(), "gelu"),
+        lambda: Coding(-129, 127),
+        lambda: Coding(0, 256),
+        lambda: Coding(-128, 127, scale=0.0),
+        lambda: Coding(-128, 127, scale=float("nan")),
+        lambda: native.use("neon"),
+    ]
+    four = torch.randn(2, 4, 5, 6)
+    codings = dict.fromkeys(("query", "key", "value", "map"), SIGNED)
+    for args in (
+        (four, four[:, :3], four[:, :3], None), (four, four[..., :5], four, None), (four, four, four[:, :, :4], None),
+        (four.double(), four, four, None), (four, four, four, torch.zeros(1, 1, 5, 5).double()),
+        (four, four, four, torch.zeros(1, 1, 5, 4)),
+    ):  # fmt: skip
+        wrong.append(lambda args=args: native.attention(*args, 1.0, codings))
+    wrong.append(lambda: native.attention(four, four, four, None, 1.0, codings | {"key": UNSIGNED}))
+    for call in wrong:
+        with pytest.raises((ValueError, RuntimeError)):
+            call()
+
+
+def test_disabled() -> None:
+    """Inside `disabled` there are no kernels, and whoever calls them is told so; after it they are back."""
+    with native.disabled():
+        assert not native.available()
+        assert native.engine() == ("", "the kernels are switched off")
+        with pytest.raises(RuntimeError, match="switched off"):
+            quantize(torch.randn(2, 2), SIGNED)
+    assert native.available()
+
+
+def test_fuzz_under_sanitizers(tmp_path: Path) -> None:
+    """No shape makes the kernels read or write outside their buffers, or compute what C++ does not define."""
+    compiler = shutil.which("c++")
+    assert compiler, "the kernels' tests need a C++ compiler"
+    here = Path(__file__).parent
+    sanitize = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+    include = here.parent / hatch_build.NATIVE
+    kinds = {KINDS[0], "avx2"}  # what avx512 has, amx has too
+    made = []
+    for kind in kinds:
+        flags = f"{hatch_build.FLAGS} {hatch_build.KINDS[kind]} {sanitize} -Werror -I {include}".split()
+        made.append(subprocess.Popen([compiler, *flags, str(here / "native/fuzz.cpp"), "-o", str(tmp_path / kind)]))
+    assert [build.wait() for build in made] == [0] * len(kinds)
+    for kind in kinds:
+        run = subprocess.run([tmp_path / kind, "7", "150"], capture_output=True, text=True, check=False)
+        assert (run.returncode, run.stdout) == (0, "ok\n"), run.stderr[-3000:]
