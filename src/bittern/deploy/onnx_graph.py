@@ -61,7 +61,7 @@ def _opaque_layers(model: nn.Module, plans: Mapping[str, Plan]) -> Iterator[None
     linear = PackedLinear.forward
 
     def unpacked(self: PackedLayer) -> Tensor:
-        return _opaque("weight", (self.weight,), names[self], self.weight_shape)  # type: ignore[arg-type]
+        return _opaque("weight", (self.weight,), names[self], self.weight_shape)
 
     def multiply(self: Any, x: Tensor) -> Tensor:
         known, own = plans[names[self]], self.input_quantizer
