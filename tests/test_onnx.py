@@ -169,8 +169,10 @@ def test_options_and_outputs_are_checked_first(tmp_path: Path, monkeypatch: pyte
         export(nowhere, tmp_path / "out")
 
 
+@pytest.mark.kernels
 def test_command(tmp_path: Path) -> None:
-    """`bittern export` says what was written, what stayed float and how near it is; another target is refused."""
+    """`bittern export`, where kernels are in use, says what was written, what stayed float and how near it is; another
+    target is refused."""
     source = saved("vit", "w8a8", tmp_path / "model")
     printed = succeed(f"bittern export {source} -o {tmp_path}/a.onnx --samples 8")
     for part in ("12 layers: multiplied as bytes", "classifier", "4 MatMul", "2 Softmax", "relative error", "--safe"):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from bittern.anatomy import LAYERS
 from bittern.data import load_data
+from bittern.deploy import native
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.onnx_parity import check, compare, complete, made_up, run, run_file
 from bittern.deploy.onnx_plan import Form, Plan, integer_codes, may_saturate, plan, rounding
@@ -30,6 +31,7 @@ from bittern.progress import Track, silent
 NEEDED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
+@native.disabled()  # kernels would not see how `rounding` changes the layers
 def export(
     source: str | Path,
     out: str | Path,
