@@ -446,8 +446,9 @@ def test_a_real_interruption(place: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     arguments = ["quantize", f"{place}/bert", "-r", "w8a8", "--data", data, "-o", "out", "--batch-size", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "bittern", *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, text=True
-    )
+        [sys.executable, "-m", "bittern", *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit "ignore"
+    )  # fmt: skip
     os.close(theirs)
     seen = b""
     while not re.search(rb"[1-9]/4000", seen):  # the float model runs on 4,000 samples one by one
