@@ -447,7 +447,7 @@ def test_a_real_interruption(place: Path, tmp_path: Path) -> None:
     arguments = ["quantize", f"{place}/bert", "-r", "w8a8", "--data", data, "-o", "out", "--batch-size", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "bittern", *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit "ignore"
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (background jobs ignore it)
     )  # fmt: skip
     os.close(theirs)
     seen = b""
