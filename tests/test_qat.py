@@ -234,7 +234,8 @@ def test_intervention(tmp_path: Path) -> None:
     assert report["plain"]["reached"] == reached
     assert f"this run was there at step {reached}: {reference['best_step'] / reached:.1f} times" in ran.out
     again = f"bittern qat {DIGITS} {options} --steps 16 -o {tmp_path / 'again'}"
-    assert "holds no finished run" in command(f"{again} --plain {tmp_path}").err
+    assert "holds no finished run" in command(f"{again} --intervene map --plain {tmp_path}").err
+    assert "give --intervene" in command(f"{again} --plain {plain}").err
     assert "16 steps of 16" in command(f"{again} --intervene map --intervene-steps 16").err
     assert "'maps'" in command(f"{again} --intervene maps").err
 

@@ -122,6 +122,8 @@ def qat(
     processes the first one writes; the others return what they measured last.
     """
     folder = Path(f"{Path(out)}.work")
+    if plain and intervention is None:
+        raise InputError("steps are counted against a plain run where the teacher intervenes; give --intervene")
     reference = read_run(plain) if plain else None
     leads = int(os.environ.get("RANK", "0")) == 0
     if leads:
@@ -286,7 +288,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of the model in `source` on data, and how far it agrees with the model in `against`.
 
-    A source of data with one part only is used whole. kernels: whether packed layers may multiply in integers.
+    A source of data with one part only is used whole. kernels: whether packed layers of both may multiply in integers.
     """
     model = load(source)
     loaded = load_data(data, model, source, split="test", **columns)
@@ -299,15 +301,15 @@ def evaluate(
     other = None if against is None else load(against)
     with nullcontext() if kernels else native.disabled():
         output = predict(model, track(loaded, "evaluating"))
+        reference = None if other is None else predict(other, track(loaded, "reference"))
     result: dict[str, Any] = {
         "model": str(source),
         "data": data,
         "samples": len(loaded),
         **asdict(measure(model, source)),
     }
-    if other is None:
+    if reference is None:
         return result | metrics(model, loaded, output)
-    reference = predict(other, track(loaded, "reference"))
     if reference.shape != output.shape:
         raise InputError(f"{against} gives outputs {tuple(reference.shape)}, {source} gives {tuple(output.shape)}")
     return result | {"against": str(against), **metrics(model, loaded, output, reference)}
