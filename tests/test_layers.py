@@ -10,7 +10,7 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bittern.attention import Site
+from bittern.attention import Site, sites
 from bittern.errors import ModelError, RecipeError
 from bittern.layers import (
     QuantConv1D,
@@ -344,6 +344,36 @@ def test_training(name: str) -> None:
     model.eval()
     with torch.no_grad():
         assert model(**batch).loss < 0.9 * before
+
+
+def test_shared_input() -> None:
+    """In training Q, K and V quantize what they read once, with the gradients of separate inputs, and let go of it; a
+    tensor that changed in place is quantized anew."""
+    model, batch = SUPPORTED["bert"]()
+    simulate(model, "ternary-2-2-8", batch)
+    gradients, calls = [], []
+    for layer in model.modules():
+        if isinstance(layer, QuantLayer) and layer.input_quantizer is not None:
+            layer.input_quantizer.register_forward_hook(lambda *_: calls.append(1))
+    for parted in (False, True):
+        if parted:
+            for layer in model.modules():
+                if isinstance(layer, QuantLayer):
+                    layer._shared = None
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(**batch)["logits"].square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        calls.append(0)
+    torch.testing.assert_close(*gradients)
+    first, second = calls.index(0), len(calls) - calls.index(0) - 2
+    assert second - first == 2 * model.config.num_hidden_layers
+    assert all(not site.shared for site in sites(model))
+    layer, x = model.bert.encoder.layer[0].attention.self.query, torch.rand(2, 3, model.config.hidden_size)
+    layer._shared = []
+    before = layer.quantized_input(x)
+    assert layer.quantized_input(x) is before
+    assert torch.equal(layer.quantized_input(x.div_(2)), before / 2)
 
 
 def test_restore_keeps_training() -> None:

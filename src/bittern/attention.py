@@ -84,6 +84,7 @@ class Site(nn.Module):
         self.share = 1.0  # of the replacements in what goes on
         self.hooks: dict[Point, Any] = {}
         self.on_kernels = False  # set in packed models
+        self.shared: list[Any] = []  # the quantized input of Q, K and V, until the attention is computed
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -164,6 +165,7 @@ def attention_forward(
     """
     site: Site | None = module._modules.get(NAME)  # type: ignore[assignment]
     if site is not None:
+        site.shared.clear()
         if site.taps is not None:
             site.taps.masks.append((site.name, attention_mask))
         plain = position_bias is None and softcap is None and s_aux is None and getattr(module, "sinks", None) is None
@@ -224,6 +226,8 @@ def attach(model: PreTrainedModel, anatomy: Anatomy, formats: Mapping[str, Mappi
         if not isinstance(site, Site):
             site = Site(part.name, (formats or {}).get(part.name, {}))
             modules[part.name].add_module(NAME, site)
+        for name in part.inputs:
+            modules[name]._shared = site.shared
         if not site.hooks:
             site.hooks = dict(_hook(site, part, modules, anatomy, hooked))
     use_attention(model)
@@ -263,6 +267,7 @@ def use_attention(model: PreTrainedModel) -> None:
 def detach(model: PreTrainedModel) -> None:
     """Remove all sites and give the model its own attention back."""
     for module in list(model.modules()):
+        module.__dict__.pop("_shared", None)
         site = module._modules.get(NAME)
         if isinstance(site, Site):
             for hook in site.hooks.values():

@@ -35,6 +35,7 @@ class QuantLayer(nn.Module):
     weight_quantizer: FakeQuant | None
     input_quantizer: FakeQuant | None
     _kept: tuple[tuple[Any, ...], Tensor] | None = None
+    _shared: list[Any] | None = None  # with the other projections of an attention module; see `attention.attach`
 
     def quantized_weight(self) -> Tensor:
         """The weight's values after quantization, as (rows, columns).
@@ -56,7 +57,15 @@ class QuantLayer(nn.Module):
         return self._kept[1]
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        return x if self.input_quantizer is None else self.input_quantizer(x)
+        """x after quantization: in training once for all of Q, K and V that read it."""
+        quantizer, shared = self.input_quantizer, self._shared
+        if quantizer is None:
+            return x
+        if shared is None or quantizer.bypass or quantizer.format.range == "static" or not torch.is_grad_enabled():
+            return quantizer(x)  # type: ignore[no-any-return]
+        if not shared or shared[0] is not x or shared[1:3] != [x._version, quantizer.format]:
+            shared[:] = x, x._version, quantizer.format, quantizer(x)
+        return shared[3]  # type: ignore[no-any-return]
 
 
 class QuantLinear(QuantLayer, nn.Linear):

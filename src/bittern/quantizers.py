@@ -62,20 +62,27 @@ def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return total / (x.numel() // total.numel())
 
 
+def _extremes(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each unit, after the clip."""
+    dims = _dims(x, fmt)
+    low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+    return (low, high) if fmt.clip is None else (low.clamp(-fmt.clip, fmt.clip), high.clamp(-fmt.clip, fmt.clip))
+
+
 def _scale(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
-    """`find_scale` without its checks; x is already clipped and viewed in units."""
+    """`find_scale` without its checks; x is viewed in units, and clipped if it is binary."""
     dims = _dims(x, fmt)
     if fmt.kind == "ternary":
         return _ternary(x, fmt)[1], None
     if fmt.kind == "binary":
         return _mean(x.abs(), dims), None
+    low, high = _extremes(x, fmt)
     if fmt.kind == "uniform" and fmt.scheme == "asymmetric":
-        low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
         if fmt.range == "static":  # integer zero point, zero exactly representable: what integer runtimes need
             low, high = low.clamp(max=0), high.clamp(min=0)
         scale = _nonzero((high - low) / (2**fmt.bits - 1))
         return scale, (low / scale).round_() * scale if fmt.range == "static" else low
-    largest = (x if fmt.scheme == "unsigned" or fmt.kind == "log2" else x.abs()).amax(dims, keepdim=True)
+    largest = high if fmt.scheme == "unsigned" or fmt.kind == "log2" else torch.maximum(low.neg(), high)
     if fmt.kind == "log2":
         return _nonzero(largest), None
     top = 2 ** (fmt.bits - 1) - 1 if fmt.scheme == "symmetric" or fmt.kind == "twin" else 2**fmt.bits - 1
@@ -88,9 +95,11 @@ def _ternary(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     A mask of floats, since products with boolean ones are far slower.
     """
     dims, size = _dims(x, fmt), x.abs()
+    if fmt.clip is not None:
+        size.clamp_(max=fmt.clip)
     kept = (size - TERNARY_THRESHOLD * _mean(size, dims)).clamp_(min=0).sign_()
     scale = _sum(size.mul_(kept), dims) / _sum(kept, dims).clamp_(min=1)
-    return kept.mul_(x.sign()).add_(0.0), scale  # adding 0 leaves no negative zeros
+    return kept.copysign_(x).add_(0.0), scale  # adding 0 leaves no negative zeros
 
 
 def _nonzero(scale: Tensor) -> Tensor:
@@ -143,9 +152,11 @@ def _encode(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None, own: b
         return torch.where(x < split * scale, (x / fine).round_().clamp_(0, half - 1), coarse)
     codes = x / scale if offset is None else (x - offset).div_(scale)
     codes.round_()
-    # A dynamic scale that comes from the extremes of x itself: no code can leave the range.
-    within = own and fmt.range == "dynamic" and fmt.scheme != "unsigned"
-    return codes if within else codes.clamp_(low, high)
+    # With a dynamic scale from the extremes of x itself only the clip can leave the range, which is then symmetric.
+    extreme = own and fmt.range == "dynamic" and fmt.scheme != "unsigned"
+    if extreme and fmt.clip is None:
+        return codes
+    return codes.clamp_(-high if extreme and fmt.scheme == "symmetric" else low, high)
 
 
 def _decode(codes: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None) -> Tensor:
@@ -175,7 +186,10 @@ def decode(codes: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None = No
 def _quantize(x: Tensor, fmt: Format, scale: Tensor | None, offset: Tensor | None) -> Tensor:
     if not x.numel():  # has no extremes
         return x.clone()
-    units, own = _prepare(x, fmt), scale is None
+    own = scale is None
+    # Where extremes and codes, or magnitudes, are clipped in place, x needs no clipped copy.
+    copied = not own or fmt.kind not in ("uniform", "ternary")
+    units = _prepare(x, fmt) if copied else _units(x.detach().float(), fmt)
     if own and fmt.kind == "ternary":
         codes, scale = _ternary(units, fmt)
         return codes.mul_(scale).view(x.shape).to(x.dtype)
@@ -192,6 +206,14 @@ def _in_range(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None) -> T
     return inside.view(x.shape).to(x.dtype)
 
 
+def _clips(x: Tensor, fmt: Format) -> bool:
+    """Whether the clip may cut something. Weights hardly ever reach it, so those are looked at, but not on a GPU, which
+    would have to wait for the answer."""
+    if fmt.clip is None or fmt.kind != "ternary" or x.device.type != "cpu" or not x.numel():
+        return fmt.clip is not None
+    return bool(torch.maximum(x.detach().amax(), -x.detach().amin()) > fmt.clip)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Quantized values forward; straight-through backward [KD], with LSQ's gradient for a learned scale.
 
@@ -202,7 +224,8 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x, fmt, scale, offset):  # type: ignore[no-untyped-def]
         ranged, learned = scale is not None and fmt.kind == "uniform", scale is not None and ctx.needs_input_grad[2]
         ctx.fmt, ctx.ranged, ctx.learned = fmt, ranged, learned
-        saved = [x] if fmt.clip is not None or learned else []
+        ctx.clips = _clips(x, fmt)
+        saved = [x] if ctx.clips or learned else []
         saved += [_in_range(x, fmt, scale, offset)] if ranged else []
         ctx.save_for_backward(*saved, *((scale,) if learned else ()))
         return _quantize(x, fmt, scale, offset)
@@ -211,7 +234,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         saved, clip = ctx.saved_tensors, ctx.fmt.clip
         grad_x = grad
-        if clip is not None:
+        if ctx.clips:
             x, clip = saved[0], torch.tensor(clip, dtype=saved[0].dtype).item()  # as a comparison with x rounds it
             grad_x = torch.ops.aten.hardtanh_backward(grad.float(), x.float(), -clip, clip).to(grad.dtype)
         if ctx.ranged:
@@ -237,10 +260,10 @@ def fake_quantize(x: Tensor, fmt: Format, scale: Tensor | None = None, offset: T
     >>> fake_quantize(torch.tensor([0.9, -0.2, 0.1, -1.1]), Format(kind="ternary"))
     tensor([ 1.,  0.,  0., -1.])
     """
-    if torch.is_grad_enabled() and (x.requires_grad or (scale is not None and scale.requires_grad)):
-        out: Tensor = _FakeQuantize.apply(x, fmt, scale, offset)  # type: ignore[no-untyped-call]
-        return out
-    return _quantize(x, fmt, scale, offset)
+    if not (torch.is_grad_enabled() and (x.requires_grad or (scale is not None and scale.requires_grad))):
+        return _quantize(x, fmt, scale, offset)
+    out: Tensor = _FakeQuantize.apply(x, fmt, scale, offset)  # type: ignore[no-untyped-call]
+    return out
 
 
 class FakeQuant(nn.Module):
@@ -290,11 +313,8 @@ class FakeQuant(nn.Module):
 
     def extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of each unit of x that has a scale of its own."""
-        x = _prepare(x, self.format)
-        if self.format.granularity == "tensor":
-            x = x.flatten()
-        dims = _dims(x, self.format)
-        return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+        x = _units(x.detach().float(), self.format)
+        return _extremes(x.flatten() if self.format.granularity == "tensor" else x, self.format)
 
     def extra_repr(self) -> str:
         return str(self.format)
