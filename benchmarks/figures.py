@@ -9,7 +9,8 @@ Students are ternary (2-2-8), trained for the same steps on the same samples: `p
 students that were trained elsewhere, such as with Teacher Intervention: `bittern qat` leaves such folders. Every
 student is compared with the teacher on --samples of the test data, and gets Hessian spectra of --hessians mini-batches
 and a loss surface of --grid points a side. --task NAME=DATA fine-tunes the teacher on another task, for its min-max
-curves. Nuclear norms by block are those of the digits ViT of the package. Parts that are in the file are kept.
+curves. Nuclear norms by block are those of the digits ViT of the package, and of --vit. Parts that are in the file are
+kept.
 """
 
 from __future__ import annotations
@@ -124,16 +125,16 @@ def curvature(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"spectra": spectra, "trace": trace, "surface": {"steps": steps, "loss": surface}}
 
 
-def nuclear() -> dict[str, Any]:
-    """Of the digits ViT and its w4a8 and untrained ternary students, by block."""
-    teacher = load(DIGITS)
+def nuclear(path: str | Path, data: str) -> dict[str, Any]:
+    """Of a ViT and its w4a8 and untrained ternary students, by block."""
+    teacher = load(path)
+    batches = batches_of(teacher, path, data, 128, 32)
     found = {}
     for recipe in ("w4a8", "ternary-2-2-8"):
         student = copy.deepcopy(teacher)
-        batches = batches_of(teacher, DIGITS, "digits", 128, 32)
         simulate(student, recipe, batches[0])
         calibrate(student, batches)
-        found[recipe] = nuclear_norms(Pair(student, load(DIGITS)), batches)
+        found[recipe] = nuclear_norms(Pair(student, load(path)), batches)
     return found
 
 
@@ -189,11 +190,12 @@ def tables(known: dict[str, Any]) -> str:
         for name, found in known["tasks"].items():
             sides = list(zip(list(found.values())[::2], list(found.values())[1::2], strict=True))
             lines.append(f"| {name} | {', '.join(f'{low:.1f} … {high:.1f}' for low, high in sides)} |")
-    for recipe, found in known.get("nuclear", {}).get("digits-vit", {}).items():
-        lines += ["", f"| {recipe}, by block | teacher | student |", "|---|---|---|"]
-        for what, both in found.items():
-            cells = (", ".join(f"{v:.1f}" for v in both[who]) for who in ("teacher", "student"))
-            lines.append(f"| {what} | {' | '.join(cells)} |")
+    for model, recipes in known.get("nuclear", {}).items():
+        for recipe, found in recipes.items():
+            lines += ["", f"| {model}, {recipe}, by block | teacher | student |", "|---|---|---|"]
+            for what, both in found.items():
+                cells = (", ".join(f"{v:.1f}" for v in both[who]) for who in ("teacher", "student"))
+                lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -225,6 +227,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--students", nargs="*", default=list(STUDENTS))
     parser.add_argument("--folders", nargs="*", default=[], help="NAME=FOLDER of students that are there already")
+    parser.add_argument("--vit", nargs=2, metavar=("MODEL", "IMAGES"), help="nuclear norms of this ViT too")
     parser.add_argument("--task", help="NAME=DATA of another task")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=1e-4)
@@ -245,7 +248,9 @@ def main() -> None:
     known = json.loads(options.out.read_text()) if options.out.exists() else {}
     known |= {"model": Path(options.teacher).name, "data": Path(options.data).name, "samples": options.samples}
     given = {name: Path(folder) for name, _, folder in (text.partition("=") for text in options.folders)}
-    keep(options.out, known, "nuclear", "digits-vit", nuclear)
+    keep(options.out, known, "nuclear", "digits-vit", lambda: nuclear(DIGITS, "digits"))
+    if options.vit:
+        keep(options.out, known, "nuclear", Path(options.vit[0]).name, lambda: nuclear(*options.vit))
     for name in [*options.students, *given]:
         folder = given.get(name) or train(options, name)
         keep(options.out, known, "recovery", name, lambda folder=folder: recovery(options, folder))
