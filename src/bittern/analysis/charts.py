@@ -44,9 +44,9 @@ def short(x: float | None) -> str:
 
 
 def styles(names: Sequence[str]) -> list[int]:
-    """Number of the colour, dash and mark of each series: the teacher's is 0 in all plots, others follow from 1."""
+    """Number of the colour, dash and mark of each series: the teacher's is 0, others follow from 1, a sixth has 0."""
     others = [name for name in names if name != "teacher"]
-    return [0 if name == "teacher" else 1 + others.index(name) % 5 for name in names]
+    return [0 if name == "teacher" else (1 + others.index(name)) % 6 for name in names]
 
 
 def text(x: float, y: float, what: object, anchor: str = "start", size: int = 12, extra: str = "") -> str:
