@@ -131,6 +131,7 @@ template <typename Each>
 void all_panels(const int8_t* rows, int count, int width, const uint8_t* panels, int outputs, int32_t* sums, Each each) {
   const size_t next = size_t(width) * kPanel * kPlanes, next_sums = size_t(kQueries) * kPanel;
   const int all = up(outputs, kPanel) / kPanel;
+  const Tiles tiles;
   for (int p = 0; p < all; p += kPair) {
     const int pair = all - p < kPair ? all - p : kPair;
     multiply(panels + p * next, next, pair, rows, size_t(width), count, width / 4, 8, 255, sums, next_sums, false);
