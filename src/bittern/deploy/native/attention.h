@@ -21,8 +21,6 @@ struct Attention {
 
 namespace {
 
-thread_local Scratch scratch;
-
 constexpr int kQueries = 64;  // rows of the map that are worked on at a time
 
 // Signed bytes as the unsigned codes that panels hold; a word of four at once.
