@@ -92,7 +92,7 @@ void attention(int threads) {
   const std::vector<float> q = floats(size_t(batch) * heads * queries * dim), mask = floats(size_t(queries) * keys);
   const std::vector<float> k = floats(size_t(batch) * key_heads * keys * dim);
   const std::vector<float> v = floats(size_t(batch) * key_heads * keys * value_dim);
-  std::vector<float> map(size_t(batch) * heads * queries * keys), context(size_t(batch) * queries * heads * value_dim);
+  std::vector<float> map(size_t(batch) * heads * queries * up(keys, 16)), context(size_t(batch) * queries * heads * value_dim);
   Attention a{q.data(), k.data(), v.data(), pick(0, 1) ? mask.data() : nullptr, map.data(), context.data(),
               {int64_t(queries) * heads * dim, dim, int64_t(heads) * dim},
               {int64_t(keys) * key_heads * dim, dim, int64_t(key_heads) * dim},
@@ -100,9 +100,9 @@ void attention(int threads) {
               {0, 0, keys}, batch, heads, key_heads, queries, keys, dim, value_dim, 0.2f,
               any_format(true, false), any_format(true, false), any_format(true, false), any_format(true, true)};
   if (bittern_attention(&a, threads)) fail("attention failed");
-  for (size_t row = 0; row < map.size() / size_t(keys); ++row) {
+  for (size_t row = 0; row < map.size() / size_t(up(keys, 16)); ++row) {
     double sum = 0;
-    for (int i = 0; i < keys; ++i) sum += map[row * size_t(keys) + i];
+    for (int i = 0; i < keys; ++i) sum += map[row * size_t(up(keys, 16)) + i];
     if (std::abs(sum - 1) > 1e-5) fail("a row of the map does not sum to 1");
   }
 }

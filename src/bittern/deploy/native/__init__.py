@@ -379,7 +379,8 @@ def attention(
     mask = strided_mask(mask, (batch, heads, queries, keys))
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_type(tensor, name)
-    probabilities, context = torch.empty(batch, heads, queries, keys), torch.empty(batch, queries, heads, value_dim)
+    probabilities = torch.empty(batch, heads, queries, -(-keys // PANEL) * PANEL)
+    context = torch.empty(batch, queries, heads, value_dim)
 
     call = c.Attention(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), None if mask is None else mask.data_ptr(),
@@ -390,7 +391,7 @@ def attention(
     failed = library.bittern_attention(call, torch.get_num_threads())
     if failed == 2:
         raise MemoryError("no memory for the kernels' buffers")
-    return None if failed else (context, probabilities)
+    return None if failed else (context, probabilities[..., :keys])
 
 
 def _required() -> ctypes.CDLL:

@@ -95,7 +95,7 @@ inline int run_block(const Block& b, const float* x, int batch, int tokens, cons
   if (rows == 0) return kOk;
   int widest = hidden > wide ? hidden : wide;
   widest = widest > contexts ? widest : contexts;
-  const size_t padded = size_t(up(rows, kPanel)), map = size_t(batch) * b.heads * tokens * tokens;
+  const size_t padded = size_t(up(rows, kPanel)), map = size_t(batch) * b.heads * tokens * up(tokens, kPanel);
   const size_t inner = size_t(rows) * wide > map ? size_t(rows) * wide : map;  // one after the other
   size_t used = 0;
   const auto take = [&](size_t bytes) { return used += (bytes + 127) / 64 * 64, used - (bytes + 127) / 64 * 64; };
