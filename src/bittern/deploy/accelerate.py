@@ -83,7 +83,9 @@ def attend(
     return native.attention(query, key, value, mask, scaling, known)
 
 
-watchers: list[Callable[[Tensor, Tensor, Tensor | None, float], None]] = []  # told of each attention that kernels compute
+watchers: list[
+    Callable[[Tensor, Tensor, Tensor | None, float], None]
+] = []  # told of each attention that kernels compute
 
 
 class LayerNorm(nn.LayerNorm):

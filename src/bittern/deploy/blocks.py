@@ -1,10 +1,10 @@
 """Whole Transformer blocks of a packed model in one call of the kernels.
 
 A block is found by what it holds and how it runs, never by its name: one attention, six packed linear layers, two norms
-and an activation. The first time that it is called in some way it runs as it is written, while its parts say in which
-order they run. What the kernels then give for the same input must be the same, bit for bit, or the block stays as it is.
-It also runs as it is written whenever something watches or changes its inside: hooks, recorded or replaced signals,
-gradients, calibration.
+and an activation. The first time that it is called in some way it runs as it is written, and its parts say in which
+order. What the kernels then give for the same input must be the same, bit for bit, or the block stays as it is. It also
+runs as it is written whenever something watches or changes its inside: hooks, recorded or replaced signals, attention
+maps that are asked for, gradients.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def use_kernels(model: nn.Module) -> None:
             module.on_kernels = True
     for module in list(model.modules()):
         if not isinstance(module, _Fused) and Parts.of(module) and not any(map(Parts.of, module.children())):
-            module.__class__ = _fused(type(module))
+            module.__class__ = _fused(type(module))  # type: ignore[arg-type]
 
 
 def _kind(module: nn.Module) -> str:
@@ -79,7 +79,8 @@ class Parts:
 
     def state(self) -> tuple[Any, ...]:
         """What a plan takes for granted; things compare by identity."""
-        found: list[Any] = [sum(m.training + len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.inside)]
+        watching = sum(m.training + len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.inside)
+        found: list[Any] = [self.site.integer(None), watching]
         for module, kind in self.steps.items():
             if kind == "l":
                 found += module._panels, accelerate.input_coding(module.input_quantizer)  # type: ignore[arg-type]
@@ -164,7 +165,7 @@ def _make(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any]) -> t
     attended: list[tuple[Tensor, Tensor, Tensor | None, float]] = []
 
     def attends(*what: Any) -> None:
-        attended.append(what)  # type: ignore[arg-type]
+        attended.append(what)
         ran.append(parts.site)
 
     hooks = [m.register_forward_hook(lambda module, *_: ran.append(module)) for m in parts.steps]
