@@ -11,6 +11,8 @@ ratios: other engine's time / our time. Roofline: our operations a second in the
 that our kernel lives on gives at most here (peak.cpp, beside this file): vpmaddubsw with 16-bit sums on AVX2, vpdpbusd
 on AVX-512, tdpbsud on AMX.
 
+`load_before` is the machine's load average when a measurement began: what else ran there, besides us.
+
 With --json FILE each figure is written as soon as it is there, and those in the file already are not measured again;
 --seconds ends a run early. --cache FOLDER keeps the exported models.
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -193,7 +196,8 @@ def main() -> None:
         if time.monotonic() - started > args.seconds or any(what.items() <= known.items() for known in results[part]):
             return
         with using_threads(what["threads"]), busy_core(what["busy"]):
-            results[part].append(what | call())
+            load = os.getloadavg()[0]
+            results[part].append(what | call() | {"load_before": load})
         print(_line(results[part][-1]), flush=True)
         _save(args.json, results)
 
