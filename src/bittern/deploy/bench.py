@@ -145,15 +145,16 @@ def onnxruntime_engines(
     engines: dict[str, Callable[[], object]] = {}
     for name in track(names, "exporting to onnxruntime"):
         file = folder / f"{name}.onnx"
-        with _silence():
-            if file.exists():
-                pass
-            elif name == names[0]:
-                export_float(model, batch, file)
-            else:
-                graph = onnx.load(folder / f"{names[0]}.onnx")
-                del graph.graph.value_info[:]  # the tool infers shapes itself, and stumbles over the exporter's
-                quantize_dynamic(graph, file, weight_type=QuantType.QInt8)
+        if not file.exists():
+            part = file.with_suffix(".part")
+            with _silence():
+                if name == names[0]:
+                    export_float(model, batch, part)
+                else:
+                    graph = onnx.load(folder / f"{names[0]}.onnx")
+                    del graph.graph.value_info[:]  # the tool infers shapes itself, and stumbles over the exporter's
+                    quantize_dynamic(graph, part, weight_type=QuantType.QInt8)
+            part.rename(file)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

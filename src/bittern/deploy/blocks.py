@@ -82,6 +82,8 @@ class Parts:
         watching = sum(m.training + len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.inside)
         found: list[Any] = [self.site.integer(None), watching]
         for module, kind in self.steps.items():
+            if kind == "n":
+                found.append(module.eps)
             if kind == "l":
                 found += module._panels, accelerate.input_coding(module.input_quantizer)  # type: ignore[arg-type]
             for parameter in module._parameters.values():

@@ -96,13 +96,16 @@ class Block:
         self._address = ctypes.addressof(self._structure)
 
     def __call__(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """What the block gives for x (batch, tokens, hidden), with an additive mask; None if a value is not finite."""
+        """What the block gives for x (batch, tokens, hidden), with an additive mask.
+
+        None if a value is not finite, or x so large that its parts should run one by one.
+        """
         library = _required()
         if x.dim() != 3 or x.shape[2] != self.hidden:
             raise ValueError(f"x has shape {tuple(x.shape)}; the block takes (batch, tokens, {self.hidden})")
         batch, tokens, _ = x.shape
         if max(batch * tokens * self.widest, batch * self.heads * tokens * tokens) >= 2**31 or tokens > 2**15:
-            raise ValueError(f"x has shape {tuple(x.shape)}: more than the kernels take at once")
+            return None
         mask = strided_mask(mask, (batch, self.heads, tokens, tokens))
         out = torch.empty(batch, tokens, self.hidden)
         failed = library.bittern_block(

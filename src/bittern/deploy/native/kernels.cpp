@@ -72,7 +72,9 @@ int bittern_attention(const Attention* attention, int threads) { return attend(*
 // A whole Transformer block; see block.h. mask: null, or with its strides as in Attention.
 int bittern_block(const Block* block, const float* x, int batch, int tokens, const float* mask,
                   const int64_t* mask_strides, int threads, float* out) {
-  return run_block(*block, x, batch, tokens, mask, mask_strides, threads, out);
+  const int result = run_block(*block, x, batch, tokens, mask, mask_strides, threads, out);
+  block_scratch.trim(64 << 20);
+  return result;
 }
 
 }  // extern "C"
