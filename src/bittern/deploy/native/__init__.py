@@ -321,13 +321,8 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     """The activation of each value."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    _required().bittern_activate(
-        _check(x, "x", tuple(x.shape)),
-        x.numel(),
-        _ACTIVATIONS.index(activation),
-        torch.get_num_threads(),
-        out.data_ptr(),
-    )
+    data, kind = _check(x, "x", tuple(x.shape)), _ACTIVATIONS.index(activation)
+    _required().bittern_activate(data, x.numel(), kind, torch.get_num_threads(), out.data_ptr())
     return out
 
 
