@@ -5,10 +5,16 @@
 
 Layers: one linear layer with ternary weights and int8 activations, quantized on the way, against onnxruntime in float32
 and in int8 (the faster of its dynamic and its static form) and PyTorch. Models: BERT-base, MiniLM-L6, ViT-B/16 and
-DeiT-S with random weights, on which times do not depend, by recipe ternary-2-2-8. Each with 1 and 2 threads, quiet and
-with another process that keeps one core busy. Figures are medians of paired ratios: other engine's time / our time.
-Roofline: our operations a second in the product alone over what the instruction that our kernel lives on gives at most
-here (peak.cpp, beside this file): vpmaddubsw with 16-bit sums on AVX2, vpdpbusd on AVX-512, tdpbsud on AMX.
+DeiT-S with random weights, on which times do not depend, by recipe ternary-2-2-8; `vs_int8` is of onnxruntime's dynamic
+int8. Each with 1 and 2 threads, quiet and with another process that keeps one core busy. Figures are medians of paired
+ratios: other engine's time / our time. Roofline: our operations a second in the product alone over what the instruction
+that our kernel lives on gives at most here (peak.cpp, beside this file): vpmaddubsw with 16-bit sums on AVX2, vpdpbusd
+on AVX-512, tdpbsud on AMX.
+
+`load_before` is the machine's load average when a measurement began: what else ran there, besides us.
+
+With --json FILE each figure is written as soon as it is there, and those in the file already are not measured again;
+--seconds ends a run early. --cache FOLDER keeps the exported models.
 """
 
 from __future__ import annotations
@@ -16,11 +22,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +44,7 @@ from transformers import BertConfig, BertModel, DeiTConfig, DeiTModel, PreTraine
 from bittern import calibrate, pack, simulate
 from bittern.deploy import native
 from bittern.deploy.bench import FLOAT, OURS, onnxruntime_engines, sample_batch, using_threads
+from bittern.deploy.engines import ctranslate2_engine
 from bittern.deploy.timing import alternate, ratios
 
 SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
@@ -113,32 +124,46 @@ def time_layer(rows: int, inputs: int, outputs: int, rounds: int, most: float) -
     found = ratios(times, OURS)
     rate = 2 * rows * inputs * outputs / statistics.median(times["product"]) / 1e9
     return {
-        "rows": rows, "inputs": inputs, "outputs": outputs, "ms": 1e3 * statistics.median(times[OURS]),
+        "ms": 1e3 * statistics.median(times[OURS]),
         "vs_fp32": found["float32"], "vs_int8": min(found["dynamic"], found["static"]), "vs_torch": found[FLOAT],
         "gops": rate, "roofline_share": rate / (most * torch.get_num_threads()),
     }  # fmt: skip
 
 
-def time_model(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    batch = sample_batch(model, batch_size, 128)
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        engines = onnxruntime_engines(model, batch, Path(folder))
-        packed = MODELS[name]().eval()
-        simulate(packed, "ternary-2-2-8", batch)
-        calibrate(packed, [batch])
-        pack(packed)
+@dataclass
+class Contenders:
+    """One model by every engine, for one batch size; engines of onnxruntime and CTranslate2 are made for each number of
+    threads."""
+
+    name: str
+    batch_size: int
+    cache: Path
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.model, self.packed = MODELS[self.name]().eval(), MODELS[self.name]().eval()
+        self.batch = sample_batch(self.model, self.batch_size, 128)
+        simulate(self.packed, "ternary-2-2-8", self.batch)
+        calibrate(self.packed, [self.batch])
+        pack(self.packed)
+        self.folder = self.cache / f"{self.name.replace('/', '-')}-{self.batch_size}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @torch.no_grad()
+    def time(self, rounds: int) -> dict[str, Any]:
         contenders: dict[str, Callable[[], object]] = {
-            OURS: lambda: packed(**batch),
-            FLOAT: lambda: model(**batch),
-        } | engines
+            OURS: lambda: self.packed(**self.batch), FLOAT: lambda: self.model(**self.batch),
+        }  # fmt: skip
+        contenders |= onnxruntime_engines(self.model, self.batch, self.folder)
+        contenders |= ctranslate2_engine(self.model, self.batch, self.folder)
         times = alternate(contenders, rounds)
-    found = ratios(times, OURS)
-    return {
-        "model": name, "batch": batch_size, "ms": 1e3 * statistics.median(times[OURS]),
-        "vs_fp32": found["onnxruntime float32"], "vs_int8": found["onnxruntime int8"], "vs_torch": found[FLOAT],
-    }  # fmt: skip
+        found = ratios(times, OURS)
+        made = {
+            "ms": 1e3 * statistics.median(times[OURS]), "vs_fp32": found["onnxruntime float32"],
+            "vs_int8": found["onnxruntime int8"], "vs_torch": found[FLOAT],
+        }  # fmt: skip
+        other = found.get("ctranslate2 int8")
+        return made if other is None else made | {"vs_ctranslate2": other}
 
 
 def main() -> None:
@@ -148,39 +173,81 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=list(MODELS), help="all by default, two if quick")
     parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--kind", help="avx2, avx512 or amx; the best by default")
+    parser.add_argument(
+        "--busy", nargs="*", type=int, default=[0, 1], help="0: quiet, 1: one core busy; both by default"
+    )
+    parser.add_argument("--no-layers", action="store_true", help="models only")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="measure nothing new after so many seconds")
+    parser.add_argument("--cache", type=Path, help="folder for exported models; by default they are made anew")
     args = parser.parse_args()
-    models = args.models or list(MODELS)[: 2 if args.quick else None]
+    started = time.monotonic()
+    models = args.models if args.models is not None else list(MODELS)[: 2 if args.quick else None]
     native.use(args.kind)
     kind = native.engine()[0]
-    peaks = {name: peak(name) for name in ("float32", kind)}
-    print(f"kernels: {kind}; peaks of one thread, 1e9 operations/s: {peaks}", flush=True)
-    results: dict[str, Any] = {"kernels": kind, "peaks": peaks, "layers": [], "models": []}
-    rounds = 7 if args.quick else 15
-    for threads in [1] if args.quick else args.threads:
-        for busy in [False] if args.quick else [False, True]:
-            with using_threads(threads), busy_core(busy):
-                where = {"threads": threads, "busy": busy}
-                for rows in (1, 128) if args.quick else (1, 8, 128, 1024):
-                    for inputs, outputs in LAYERS[:3] if args.quick else LAYERS:
-                        _tell(results["layers"], time_layer(rows, inputs, outputs, 4 * rounds, peaks[kind]) | where)
-                for name in models:
-                    for batch in (1,) if args.quick else (1, 8):
-                        _tell(results["models"], time_model(name, batch, rounds) | where)
+    results = _load(args.json)
+    if results.setdefault("kernels", kind) != kind:
+        raise SystemExit(f"{args.json} holds figures of kernels {results['kernels']}, not of {kind}")
+    if "peaks" not in results:
+        results["peaks"] = {name: peak(name) for name in ("float32", kind)}
+    print(f"kernels: {kind}; peaks of one thread, 1e9 operations/s: {results['peaks']}", flush=True)
+    conditions = [(1, False)] if args.quick else [(t, bool(b)) for b in args.busy for t in args.threads]
+
+    def measure(part: str, what: dict[str, Any], call: Callable[[], dict[str, Any]]) -> None:
+        if time.monotonic() - started > args.seconds or any(what.items() <= known.items() for known in results[part]):
+            return
+        with using_threads(what["threads"]), busy_core(what["busy"]):
+            load = os.getloadavg()[0]
+            results[part].append(what | call() | {"load_before": load})
+        print(_line(results[part][-1]), flush=True)
+        _save(args.json, results)
+
+    rounds = 7 if args.quick else 9
+    for threads, busy in [] if args.no_layers else conditions:
+        for rows in (1, 128) if args.quick else (1, 8, 128, 1024):
+            for inputs, outputs in LAYERS[:3] if args.quick else LAYERS:
+                what = {"rows": rows, "inputs": inputs, "outputs": outputs, "threads": threads, "busy": busy}
+                few = rounds if rows > 128 else 4 * rounds
+                measure("layers", what, partial(time_layer, rows, inputs, outputs, few, results["peaks"][kind]))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in models:
+            for batch in (1,) if args.quick else (1, 8):
+                made: list[Contenders] = []  # when first needed
+
+                def call(name: str = name, batch: int = batch, made: list[Contenders] = made) -> dict[str, Any]:
+                    made[:] = made or [Contenders(name, batch, args.cache or Path(folder))]
+                    return made[0].time(rounds if batch == 1 else 5)
+
+                for threads, busy in conditions:
+                    measure("models", {"model": name, "batch": batch, "threads": threads, "busy": busy}, call)
+    print(json.dumps(_summary(results)))
+
+
+def _summary(results: dict[str, Any]) -> dict[str, Any]:
     large = [r for r in results["layers"] if r["rows"] >= 128 and not r["busy"]]
-    summary = {
-        "linear_vs_fp32": statistics.median(r["vs_fp32"] for r in large),
-        "linear_vs_int8": statistics.median(r["vs_int8"] for r in large),
+    middle = {key: statistics.median(r[key] for r in large) if large else None
+              for key in ("vs_fp32", "vs_int8", "roofline_share")}  # fmt: skip
+    return {
+        "linear_vs_fp32": middle["vs_fp32"],
+        "linear_vs_int8": middle["vs_int8"],
         "model_vs_fp32": min((r["vs_fp32"] for r in results["models"] if not r["busy"]), default=None),
-        "roofline_share": statistics.median(r["roofline_share"] for r in large),
+        "roofline_share": middle["roofline_share"],
     }
-    if args.json:
-        Path(args.json).write_text(json.dumps(summary | results, indent=2) + "\n")
-    print(json.dumps(summary))
 
 
-def _tell(results: list[Any], found: dict[str, Any]) -> None:
-    results.append(found)
-    print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()), flush=True)
+def _load(file: str | None) -> dict[str, Any]:
+    known = json.loads(Path(file).read_text()) if file and Path(file).exists() else {}
+    return {"layers": [], "models": []} | known
+
+
+def _save(file: str | None, results: dict[str, Any]) -> None:
+    if file:
+        part = Path(file).with_suffix(".part")
+        part.write_text(json.dumps(results | _summary(results), indent=2) + "\n")
+        part.rename(file)
+
+
+def _line(found: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items())
 
 
 if __name__ == "__main__":

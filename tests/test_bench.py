@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 import bittern
 from bittern.cli import app
 from bittern.deploy import bench as benches
-from bittern.deploy import native
+from bittern.deploy import engines, native
 from bittern.deploy.timing import alternate, ratios
 from bittern.errors import InputError, ModelError
 from families import SUPPORTED
@@ -34,9 +35,12 @@ def test_bench_compares_all_engines(folders: tuple[Path, Path]) -> None:
     )
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
-    assert set(result["engines"]) == {benches.OURS, benches.FLOAT, "onnxruntime float32", "onnxruntime int8"}
+    assert set(result["engines"]) == {
+        benches.OURS, benches.FLOAT, "onnxruntime float32", "onnxruntime int8", "ctranslate2 int8"
+    }  # fmt: skip
     ours, other = result["engines"][benches.OURS], result["engines"][benches.FLOAT]
-    assert all(e["latency_ms"] > 0 and e["times_ours"] > 0 and e["file"] > 0 for e in result["engines"].values())
+    assert all(e["latency_ms"] > 0 and e["times_ours"] > 0 for e in result["engines"].values())
+    assert all(e["file"] > 0 for name, e in result["engines"].items() if name != "ctranslate2 int8")
     assert ours["times_ours"] == 1
     assert ours["samples_per_second"] == pytest.approx(1000 / ours["latency_ms"])
     assert ours["weights_in_memory"] < other["weights_in_memory"]
@@ -44,6 +48,20 @@ def test_bench_compares_all_engines(folders: tuple[Path, Path]) -> None:
     assert result["kernels"] == native.engine()[0]
     assert result["difference_kernels_simulated"] < 0.05
     assert result["without_kernel"] == {}
+
+
+def test_ctranslate2_runs_the_same_model(tmp_path: Path) -> None:
+    """CTranslate2 computes the encoder that it is given, but for its rounding to int8, and no model but BERT."""
+    model, batch = SUPPORTED["bert"]()
+    batch = {key: value[:1] for key, value in batch.items()}  # the sample without padding
+    out = engines.ctranslate2_engine(model, batch, tmp_path)["ctranslate2 int8"]()
+    found = torch.from_numpy(np.array(out.last_hidden_state))
+    with torch.no_grad():
+        expected = model.base_model(**batch).last_hidden_state
+    assert (found - expected).norm() < 0.1 * expected.norm()
+    assert not hasattr(model.config, "position_embedding_type")
+    model, batch = SUPPORTED["vit"]()
+    assert engines.ctranslate2_engine(model, batch, tmp_path) == {}
 
 
 def test_bench_says_what_is_slow(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from bittern.deploy import native
 from bittern.deploy.accelerate import _coding
 from bittern.deploy.native import Coding, Panels, linear, padded_bias, quantize
+from bittern.deploy.native.block import Block, Layer, Norm
 from bittern.quantizers import encode, find_scale
 from bittern.recipe import Format
 
@@ -179,6 +180,69 @@ def test_attention(kind: str, shape: tuple[int, ...], static: bool) -> None:
         codes = (probabilities / scale).round().clamp(0, 255 if static else 127).double()
         expected = (codes * scale.double()) @ rounded[2]
         assert torch.allclose(context.transpose(1, 2).double(), expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 33), (1, 130)], ids=str)
+def test_block(kind: str, shape: tuple[int, int], pre_norm: bool) -> None:
+    """A block gives the bits of its parts one after the other, with a mask or not, on one thread or two."""
+    torch.manual_seed(0)
+    (batch, tokens), hidden, wide, heads, dim = shape, 100, 70, 4, 12
+    sizes = {"query": (hidden, heads * dim), "key": (hidden, 2 * dim), "value": (hidden, 2 * dim),
+             "output": (heads * dim, hidden), "up": (hidden, wide), "down": (wide, hidden)}  # fmt: skip
+    layers = {}
+    for i, (part, (inputs, outputs)) in enumerate(sizes.items()):
+        panels = Panels(torch.randint(-1, 2, (outputs, inputs)), torch.rand(outputs) * 0.1, 2, 1)
+        coding = Coding(0, 255, "asymmetric", by_row=True) if part == "down" else Coding(-128, 127, clip=3.0 + i // 3)
+        layers[part] = Layer(panels, padded_bias(torch.randn(outputs), panels), coding)
+    norms = Norm(torch.randn(hidden), torch.randn(hidden), 1e-5), Norm(torch.randn(hidden), torch.randn(hidden), 1e-6)
+    codings = {"query": SIGNED, "key": SIGNED, "value": Coding(-8, 7), "map": Coding(0, 255, "unsigned")}
+    rest: Any = {"pre_norm": pre_norm, "activation": "gelu", "heads": heads, "key_heads": 2, "scaling": 0.3}
+    block = Block(layers, norms, codings, **rest)
+
+    def run(part: str, x: Tensor) -> Tensor:
+        layer = layers[part]
+        q = quantize(x.reshape(batch * tokens, -1), layer.coding)
+        assert q is not None
+        return linear(q, layer.panels, layer.bias).view(batch, tokens, -1)
+
+    def split(x: Tensor) -> Tensor:
+        return x.view(batch, tokens, -1, dim).transpose(1, 2)
+
+    def norm(x: Tensor, i: int) -> Tensor:
+        return native.norm(x, norms[i].weight, norms[i].bias, norms[i].epsilon)
+
+    x, hidden_keys = torch.randn(batch, tokens, hidden), torch.zeros(batch, 1, 1, tokens)
+    hidden_keys[..., tokens // 2 + 1 :] = torch.finfo(torch.float32).min
+    for mask in (None, hidden_keys):
+        read = norm(x, 0) if pre_norm else x
+        attended = native.attention(*(split(run(p, read)) for p in ("query", "key", "value")), mask, 0.3, codings)
+        assert attended is not None
+        total = run("output", attended[0].flatten(2)) + x
+        total, read = (total, norm(total, 1)) if pre_norm else (norm(total, 0),) * 2
+        expected = run("down", native.activate(run("up", read), "gelu")) + total
+        expected = expected if pre_norm else norm(expected, 1)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out = block(x, mask)
+            torch.set_num_threads(1)
+            assert out is not None
+            assert torch.equal(out, expected)
+    broken = x.clone()
+    broken[0, 0, 0] = torch.inf
+    assert block(broken, None) is None
+    wrong: list[Any] = [
+        lambda: block(x[..., :-1], None), lambda: block(x[0], None), lambda: block(x.double(), None),
+        lambda: block(torch.randn(2, hidden, 3).transpose(1, 2), None),
+        lambda: block(x, torch.zeros(1, 1, 1, tokens, dtype=torch.float64)),
+        lambda: Block(layers | {"up": layers["down"]}, norms, codings, **rest),
+        lambda: Block(layers, norms, codings | {"key": UNSIGNED}, **rest),
+        lambda: Block(layers, norms, codings, **rest | {"key_heads": 3}),
+        lambda: Block(layers, (norms[0], Norm(torch.ones(99), norms[0].bias, 1e-5)), codings, **rest),
+    ]  # fmt: skip
+    for call in wrong:
+        with pytest.raises(ValueError, match=r"block|kernels|heads|mask|expected|contiguous"):
+            call()
 
 
 def test_not_finite(kind: str) -> None:

@@ -69,6 +69,9 @@ def test_families(case: str, tmp_path: Path) -> None:
     nodes = optimized(file)
     assert sum(nodes[kind] for kind in PRODUCTS) == len(layers) > 7
     assert nodes["SkipLayerNormalization"] == 0  # slower than what it stands for
+    values = {value.name: value.type.tensor_type for value in onnx.load(file).graph.value_info}
+    made = {name for node in onnx.load(file).graph.node for name in node.output}
+    assert not any(values[name].HasField("shape") for name in made & values.keys())  # with them it is slower
     assert nodes["MatMulNBits"] == (len(layers) if "form" in options else 0)
     assert nodes["DynamicQuantizeMatMul"] == (6 if result["layers"].get("dynamic") else 0)  # others share their bytes
     floats = sum(a.size for a in initializers(file).values() if a.dtype == np.float32)

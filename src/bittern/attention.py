@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import eager_mask
+from transformers.utils.output_capturing import _active_collector
 
 from bittern.deploy import accelerate
 from bittern.errors import ModelError
@@ -206,6 +207,16 @@ def attention_forward(
     if site is not None:
         context = site.tap("context", context)
     return context.transpose(1, 2).contiguous(), probabilities
+
+
+def collects_maps() -> bool:
+    """Whether transformers collects attention maps in this forward, for `output_attentions`."""
+    return any("attentions" in key for key in _active_collector.get() or ())
+
+
+def only_watches(hook: Any) -> bool:
+    """Whether a forward hook does nothing but when `Site.integer` or `collects_maps` says so."""
+    return isinstance(getattr(hook, "__self__", None), Site) or hook.__name__ == "output_capturing_hook"
 
 
 AttentionInterface.register(NAME, attention_forward)

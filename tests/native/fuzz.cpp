@@ -92,7 +92,7 @@ void attention(int threads) {
   const std::vector<float> q = floats(size_t(batch) * heads * queries * dim), mask = floats(size_t(queries) * keys);
   const std::vector<float> k = floats(size_t(batch) * key_heads * keys * dim);
   const std::vector<float> v = floats(size_t(batch) * key_heads * keys * value_dim);
-  std::vector<float> map(size_t(batch) * heads * queries * keys), context(size_t(batch) * queries * heads * value_dim);
+  std::vector<float> map(size_t(batch) * heads * queries * up(keys, 16)), context(size_t(batch) * queries * heads * value_dim);
   Attention a{q.data(), k.data(), v.data(), pick(0, 1) ? mask.data() : nullptr, map.data(), context.data(),
               {int64_t(queries) * heads * dim, dim, int64_t(heads) * dim},
               {int64_t(keys) * key_heads * dim, dim, int64_t(key_heads) * dim},
@@ -100,9 +100,9 @@ void attention(int threads) {
               {0, 0, keys}, batch, heads, key_heads, queries, keys, dim, value_dim, 0.2f,
               any_format(true, false), any_format(true, false), any_format(true, false), any_format(true, true)};
   if (bittern_attention(&a, threads)) fail("attention failed");
-  for (size_t row = 0; row < map.size() / size_t(keys); ++row) {
+  for (size_t row = 0; row < map.size() / size_t(up(keys, 16)); ++row) {
     double sum = 0;
-    for (int i = 0; i < keys; ++i) sum += map[row * size_t(keys) + i];
+    for (int i = 0; i < keys; ++i) sum += map[row * size_t(up(keys, 16)) + i];
     if (std::abs(sum - 1) > 1e-5) fail("a row of the map does not sum to 1");
   }
 }
@@ -115,6 +115,47 @@ void rows(int threads) {
   bittern_activate(x.data(), int64_t(x.size()), pick(0, 4), threads, out.data());
 }
 
+// A layer with weights of exactly their size.
+struct Weights {
+  std::vector<uint8_t> panels;
+  std::vector<float> scale, bias;
+  std::vector<int32_t> sums;
+  Layer layer;
+
+  Weights(int inputs, int outputs)
+      : scale(up(outputs, 16), 0.1f), bias(scale.size(), 0.5f), sums(scale.size(), 0) {
+    const int bits = 1 << pick(1, 3), top = bits == 2 ? 2 : (1 << bits) - 1, zero = pick(0, top);
+    std::vector<uint8_t> codes(size_t(outputs) * inputs);
+    for (uint8_t& c : codes) c = uint8_t(pick(0, top));
+    for (int n = 0; n < outputs; ++n)
+      for (int k = 0; k < inputs; ++k) sums[n] += int(codes[size_t(n) * inputs + k]) - zero;
+    panels.resize(size_t(bittern_panel_bytes(outputs, inputs, bits)));
+    bittern_pack(codes.data(), outputs, inputs, bits, panels.data());
+    layer = Layer{panels.data(), scale.data(), bias.data(), sums.data(), inputs, outputs, bits, top, zero,
+                  any_format(false, false)};
+  }
+};
+
+void block(int threads) {
+  const int batch = pick(1, 2), tokens = pick(1, 40), key_heads = pick(1, 2), heads = key_heads * pick(1, 2);
+  const int dim = pick(1, 20), value_dim = pick(1, 20), hidden = pick(1, 90), wide = pick(1, 90);
+  const Weights query(hidden, heads * dim), key(hidden, key_heads * dim), value(hidden, key_heads * value_dim);
+  const Weights output(heads * value_dim, hidden), up(hidden, wide), down(wide, hidden);
+  const std::vector<float> x = floats(size_t(batch) * tokens * hidden), weight = floats(hidden), bias = floats(hidden);
+  const std::vector<float> mask = floats(size_t(tokens) * tokens);
+  std::vector<float> out(x.size());
+  const Norm norm{weight.data(), bias.data(), 1e-5f};
+  const Block b{query.layer, key.layer, value.layer, output.layer, up.layer, down.layer, {norm, norm}, pick(0, 1),
+                pick(0, 4), heads, key_heads, dim, value_dim, 0.2f, any_format(true, false), any_format(true, false),
+                any_format(true, false), any_format(true, true)};
+  const int64_t strides[3] = {0, 0, tokens};
+  const int failed = bittern_block(&b, x.data(), batch, tokens, pick(0, 1) ? mask.data() : nullptr, strides, threads,
+                                   out.data());
+  if (failed) fail("block failed");
+  for (const float v : out)
+    if (!std::isfinite(v)) fail("a block gave what is not finite");
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -125,6 +166,7 @@ int main(int, char** arguments) {
     linear(pick(1, pick(0, 3) ? 20 : 300), pick(1, pick(0, 3) ? 150 : 1700), pick(1, 80), pick(1, 4));
     attention(pick(1, 4));
     rows(pick(1, 4));
+    block(pick(1, 4));
   }
   std::vector<std::thread> callers;  // several at once
   for (int i = 0; i < 4; ++i)

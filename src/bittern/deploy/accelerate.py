@@ -6,8 +6,7 @@ that are not finite. The caller then computes as the simulated model does.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +78,14 @@ def attend(
     if any(known[point].scheme != "symmetric" for point in ("query", "key", "value")):
         return None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    for watch in watchers:
+        watch(query, key, mask, scaling)
     return native.attention(query, key, value, mask, scaling, known)
+
+
+watchers: list[
+    Callable[[Tensor, Tensor, Tensor | None, float], None]
+] = []  # told of each attention that kernels compute
 
 
 class LayerNorm(nn.LayerNorm):
@@ -109,21 +115,4 @@ def _served(kind: type[nn.Module], activation: native.Activation) -> type[nn.Mod
     return type(kind.__name__, (kind,), {"forward": forward, "activation": activation})
 
 
-_SERVED = {kind: _served(kind, activation) for kind, activation in _ACTIVATIONS.items()}
-
-
-def use_kernels(model: nn.Module) -> None:
-    """Let norms and activations of a packed model, and its attention, run on the kernels where they can.
-
-    Warns if there are none: packed layers then unpack their weights in each forward.
-    """
-    name, why = native.engine()
-    if not name and why != native.SWITCHED_OFF:
-        warnings.warn(f"packed models are slow here, slower than float ones: {why}", stacklevel=2)
-    for module in model.modules():
-        if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.bias is not None:
-            module.__class__ = LayerNorm
-        elif type(module) in _SERVED and getattr(module, "approximate", "none") == "none":
-            module.__class__ = _SERVED[type(module)]
-        elif hasattr(module, "on_kernels"):
-            module.on_kernels = True  # type: ignore[assignment]
+SERVED = {kind: _served(kind, activation) for kind, activation in _ACTIVATIONS.items()}

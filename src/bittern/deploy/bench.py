@@ -24,6 +24,7 @@ from bittern.anatomy import dummy_batch
 from bittern.deploy import native
 from bittern.deploy.accelerate import has_kernel
 from bittern.deploy.checkpoint import is_packed, module_formats
+from bittern.deploy.engines import ctranslate2_engine
 from bittern.deploy.packed import PackedLayer
 from bittern.deploy.store import REPORT, load, measure
 from bittern.deploy.timing import alternate, ratios
@@ -57,6 +58,7 @@ def bench(
     with using_threads(threads), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         contenders: dict[str, Callable[[], object]] = {OURS: lambda: model(**batch), FLOAT: lambda: other(**batch)}
         contenders |= onnxruntime_engines(other, batch, Path(folder), track)
+        contenders |= ctranslate2_engine(other, batch, Path(folder))
         times = alternate(contenders, rounds)
         out, with_kernels = model(**batch), native.available()
         with native.disabled():
@@ -127,7 +129,10 @@ def sample_batch(model: PreTrainedModel, size: int, length: int) -> dict[str, Te
 def onnxruntime_engines(
     model: PreTrainedModel, batch: Mapping[str, Tensor], folder: Path, track: Track = silent
 ) -> dict[str, Callable[[], object]]:
-    """The float model in onnxruntime, and quantized dynamically to int8 by its own tool; nothing if not installed."""
+    """The float model in onnxruntime, and quantized dynamically to int8 by its own tool; nothing if not installed.
+
+    Files that are in the folder already are used again.
+    """
     if any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")):
         return {}
     import onnx
@@ -140,13 +145,16 @@ def onnxruntime_engines(
     engines: dict[str, Callable[[], object]] = {}
     for name in track(names, "exporting to onnxruntime"):
         file = folder / f"{name}.onnx"
-        with _silence():
-            if name == names[0]:
-                export_float(model, batch, file)
-            else:
-                graph = onnx.load(folder / f"{names[0]}.onnx")
-                del graph.graph.value_info[:]  # the tool infers shapes itself, and stumbles over the exporter's
-                quantize_dynamic(graph, file, weight_type=QuantType.QInt8)
+        if not file.exists():
+            part = file.with_suffix(".part")
+            with _silence():
+                if name == names[0]:
+                    export_float(model, batch, part)
+                else:
+                    graph = onnx.load(folder / f"{names[0]}.onnx")
+                    del graph.graph.value_info[:]  # the tool infers shapes itself, and stumbles over the exporter's
+                    quantize_dynamic(graph, part, weight_type=QuantType.QInt8)
+            part.rename(file)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

@@ -31,7 +31,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bittern import attention
-from bittern.deploy.accelerate import use_kernels
+from bittern.deploy.blocks import use_kernels
 from bittern.deploy.checksum import FORMAT_VERSION, METHOD, check_version, config_digest, digest, verify
 from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers
 from bittern.errors import CheckpointError, ModelError

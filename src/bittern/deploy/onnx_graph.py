@@ -259,6 +259,7 @@ def lower(model: ir.Model, layers: Mapping[str, PackedLayer], plans: Mapping[str
     model.graph.opset_imports.clear()
     model.graph.opset_imports.update({"": OPSET_INT2 if ternary else OPSET} | used)
     _keep_norms_apart(model.graph)
+    _forget_shapes(model.graph)
     common.RemoveUnusedNodesPass()(model)
     common.DeduplicateInitializersPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
@@ -274,6 +275,18 @@ def _keep_norms_apart(graph: ir.Graph) -> None:
         before = node.inputs[0].producer() if node.op_type == "LayerNormalization" and node.inputs[0] else None
         if before is not None and before.op_type == "Add":
             before.op_type = "Sum"
+
+
+def _forget_shapes(graph: ir.Graph) -> None:
+    """Drop the shapes of all values between inputs and outputs.
+
+    Where onnxruntime knows from the file that two values are equally large it shares their memory in another way, and
+    the same operators take 7 to 10 % longer.
+    """
+    for node in graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
 
 
 def float_nodes(model: ir.Model) -> dict[str, int]:

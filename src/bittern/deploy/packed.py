@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bittern.deploy import native
-from bittern.deploy.accelerate import input_coding, make_panels, use_kernels
+from bittern.deploy.accelerate import input_coding, make_panels
+from bittern.deploy.blocks import use_kernels
 from bittern.errors import ModelError
 from bittern.layers import (
     QuantConv1D,
@@ -120,11 +121,18 @@ class PackedLayer(nn.Module):
             return None
         if (panels := self._panels or self._make_panels()) is None or x.shape[-1:] != (panels.inputs,):
             return None
+        rows = native.quantize_shared(x, coding)
+        if rows is None:
+            return None
+        return native.linear(rows, panels, self.padded_bias(panels)).view(*x.shape[:-1], panels.outputs)
+
+    def padded_bias(self, panels: native.Panels) -> Tensor:
+        """The bias as the kernels read it, kept until it changes."""
+        bias: Tensor | None = self.bias
         state = () if bias is None else (bias.data_ptr(), bias._version)
         if self._bias is None or self._bias[0] != state:
             self._bias = state, native.padded_bias(bias, panels)
-        rows = native.quantize_shared(x, coding)
-        return None if rows is None else native.linear(rows, panels, self._bias[1]).view(*x.shape[:-1], panels.outputs)
+        return self._bias[1]
 
     def _make_panels(self) -> native.Panels | None:
         """The weight as kernels read it. It takes the place of the codes, unless another layer shares them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from bittern.deploy.native import structures as c
 
 PANEL, ALIGN = 16, 64  # outputs of a panel; rows of inputs are padded to a multiple of ALIGN
 SWITCHED_OFF = "the kernels are switched off"  # see `disabled`
@@ -33,23 +35,6 @@ _KINDS = {
 
 Activation = Literal["none", "gelu", "gelu_tanh", "silu", "relu"]
 _ACTIVATIONS: tuple[Activation, ...] = Activation.__args__  # type: ignore[attr-defined]
-
-
-class _Format(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_float) for name in ("scale", "offset", "clip")),
-        *((name, ctypes.c_int32) for name in ("low", "high", "shift", "scheme", "mode")),
-    )  # fmt: skip
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "mask", "map", "context")),
-        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("query", "key", "value", "mask")),
-        *((n, ctypes.c_int32) for n in ("batch", "heads", "key_heads", "queries", "keys", "dim", "value_dim")),
-        ("scaling", ctypes.c_float),
-        *((f"{name}_format", _Format) for name in ("query", "key", "value", "map")),
-    )
 
 
 @cache
@@ -101,11 +86,12 @@ def _declare(library: ctypes.CDLL) -> None:
     for name, arguments in {
         "pack": (p, i, i, i, p),
         "unpack": (p, i, i, i, p),
-        "quantize": (p, i, i, ctypes.POINTER(_Format), i, p, p, p, p),
+        "quantize": (p, i, i, ctypes.POINTER(c.Format), i, p, p, p, p),
         "linear": (p, p, p, p, i, i, p, p, p, p, *(i,) * 8, p),
         "norm": (p, i, i, p, p, f, i, p),
         "activate": (p, n, i, i, p),
-        "attention": (ctypes.POINTER(_Attention), i),
+        "attention": (ctypes.POINTER(c.Attention), i),
+        "block": (p, p, i, i, p, p, i, p),
     }.items():
         getattr(library, f"bittern_{name}").argtypes = arguments
 
@@ -187,8 +173,8 @@ class Coding:
         return 128 if self.high > 127 else 0
 
     @cached_property
-    def structure(self) -> _Format:
-        return _Format(
+    def structure(self) -> c.Format:
+        return c.Format(
             self.scale or 1.0, self.offset, torch.finfo(torch.float32).max if self.clip is None else self.clip,
             self.low, self.high, self.shift, ("symmetric", "unsigned", "asymmetric").index(self.scheme),
             0 if self.scale is not None else 2 if self.by_row else 1,
@@ -335,14 +321,36 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     """The activation of each value."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    _required().bittern_activate(
-        _check(x, "x", tuple(x.shape)),
-        x.numel(),
-        _ACTIVATIONS.index(activation),
-        torch.get_num_threads(),
-        out.data_ptr(),
-    )
+    data, kind = _check(x, "x", tuple(x.shape)), _ACTIVATIONS.index(activation)
+    _required().bittern_activate(data, x.numel(), kind, torch.get_num_threads(), out.data_ptr())
     return out
+
+
+def check_codings(codings: Mapping[str, Coding]) -> None:
+    """Raises ValueError for what the kernels cannot do with an operand of attention."""
+    for name, coding in codings.items():
+        if coding.scheme == "asymmetric" or (name != "map" and coding.scheme != "symmetric") or coding.by_row:
+            raise ValueError(f"the kernels have no {coding.scheme} {name}")
+
+
+def _check_type(tensor: Tensor, name: str) -> None:
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; expected torch.float32 on cpu")
+
+
+def strided_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor | None:
+    """An additive mask for maps (batch, heads, queries, keys), of which the kernels read each row in one go."""
+    if mask is None:
+        return None
+    _check_type(mask, "mask")
+    mask = mask.expand(*shape[:3], mask.shape[-1])[..., : shape[3]]
+    if mask.shape[-1] != shape[3]:
+        raise ValueError(f"the mask has {mask.shape[-1]} keys; expected {shape[3]}")
+    return mask if mask.stride(-1) == 1 else mask.contiguous()
+
+
+def strides(tensor: Tensor | None) -> Any:
+    return (ctypes.c_int64 * 3)(*(tensor.stride()[:3] if tensor is not None else (0, 0, 0)))
 
 
 def attention(
@@ -359,26 +367,17 @@ def attention(
     if key.shape != (batch, key_heads, keys, dim) or value.shape[:3] != (batch, key_heads, keys) or heads % key_heads:
         shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
         raise ValueError(f"query, key and value of shapes {shapes} do not belong together")
-    for name, coding in codings.items():
-        if coding.scheme == "asymmetric" or (name != "map" and coding.scheme != "symmetric") or coding.by_row:
-            raise ValueError(f"the kernels have no {coding.scheme} {name}")
+    check_codings(codings)
     if max(keys, dim) > MOST_INPUTS or query.numel() >= 2**31 or batch * heads * queries * keys >= 2**40:
         raise ValueError(f"{keys} keys of {dim} values are too many for the kernels")
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    if mask is not None:
-        mask = mask.expand(batch, heads, queries, mask.shape[-1])[..., :keys]
-        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-        if mask.shape[-1] != keys:
-            raise ValueError(f"the mask has {mask.shape[-1]} keys; expected {keys}")
-    for name, tensor in (("query", query), ("key", key), ("value", value), ("mask", mask)):
-        if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; expected torch.float32 on cpu")
-    probabilities, context = torch.empty(batch, heads, queries, keys), torch.empty(batch, queries, heads, value_dim)
+    mask = strided_mask(mask, (batch, heads, queries, keys))
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check_type(tensor, name)
+    probabilities = torch.empty(batch, heads, queries, -(-keys // PANEL) * PANEL)
+    context = torch.empty(batch, queries, heads, value_dim)
 
-    def strides(tensor: Tensor | None) -> Any:
-        return (ctypes.c_int64 * 3)(*(tensor.stride()[:3] if tensor is not None else (0, 0, 0)))
-
-    call = _Attention(
+    call = c.Attention(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), None if mask is None else mask.data_ptr(),
         probabilities.data_ptr(), context.data_ptr(), *(strides(t) for t in (query, key, value, mask)),
         batch, heads, key_heads, queries, keys, dim, value_dim, scaling,
@@ -387,7 +386,7 @@ def attention(
     failed = library.bittern_attention(call, torch.get_num_threads())
     if failed == 2:
         raise MemoryError("no memory for the kernels' buffers")
-    return None if failed else (context, probabilities)
+    return None if failed else (context, probabilities[..., :keys])
 
 
 def _required() -> ctypes.CDLL:

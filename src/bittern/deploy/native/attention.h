@@ -7,7 +7,8 @@ extern "C" {
 
 // Tensors (batch, heads, tokens, dim) with strides in elements and a contiguous last dimension; fewer key heads serve
 // groups of query heads. mask: added to the scores, null or strided with 0 where it is shared, its keys contiguous.
-// map (batch, heads, queries, keys) and context (batch, queries, heads, value dim) are contiguous outputs.
+// Outputs: context (batch, queries, heads, value dim), contiguous, and map (batch, heads, queries, keys), whose rows have
+// room for a multiple of 16 keys and hold zeros there.
 struct Attention {
   const float *query, *key, *value, *mask;
   float *map, *context;
@@ -21,9 +22,7 @@ struct Attention {
 
 namespace {
 
-thread_local Scratch scratch;
-
-constexpr int kQueries = 64;  // rows of the map that are worked on at a time
+constexpr int kQueries = 32;  // rows of the map that are worked on at a time
 
 // Signed bytes as the unsigned codes that panels hold; a word of four at once.
 inline uint32_t unsigned_codes(const int8_t* four) {
@@ -80,23 +79,23 @@ inline void panels_of_columns(const int8_t* codes, int rows, int columns, uint8_
     }
 }
 
-// Scores to probabilities in place: + mask, softmax.
-inline void softmax(float* x, const float* mask, int n) {
+// Scores to probabilities in place: + mask of `n`, softmax of `width`. Returns the largest probability.
+inline float softmax(float* x, const float* mask, int n, int width) {
   if (mask != nullptr) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) x[i] += mask[i];
   }
   float most = x[0], sum = 0;
 #pragma omp simd reduction(max : most)
-  for (int i = 0; i < n; ++i) most = most > x[i] ? most : x[i];
+  for (int i = 0; i < width; ++i) most = most > x[i] ? most : x[i];
+#pragma omp simd
+  for (int i = 0; i < width; ++i) x[i] = exp_negative(x[i] - most);
 #pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; ++i) {
-    x[i] = exp_negative(x[i] - most);
-    sum += x[i];
-  }
+  for (int i = 0; i < width; ++i) sum += x[i];
   const float inverse = 1 / sum;
 #pragma omp simd
-  for (int i = 0; i < n; ++i) x[i] *= inverse;
+  for (int i = 0; i < width; ++i) x[i] *= inverse;
+  return inverse;  // of the largest score, whose exponential is 1
 }
 
 struct Buffers {
@@ -131,6 +130,7 @@ template <typename Each>
 void all_panels(const int8_t* rows, int count, int width, const uint8_t* panels, int outputs, int32_t* sums, Each each) {
   const size_t next = size_t(width) * kPanel * kPlanes, next_sums = size_t(kQueries) * kPanel;
   const int all = up(outputs, kPanel) / kPanel;
+  const Tiles tiles;
   for (int p = 0; p < all; p += kPair) {
     const int pair = all - p < kPair ? all - p : kPair;
     multiply(panels + p * next, next, pair, rows, size_t(width), count, width / 4, 8, 255, sums, next_sums, false);
@@ -140,39 +140,36 @@ void all_panels(const int8_t* rows, int count, int width, const uint8_t* panels,
 
 // Probabilities of one head, and the largest of them.
 inline float map_of_head(const Attention& a, int head, const Coding& query, const Coding& key, const Buffers& b) {
-  const int batch = head / a.heads, h = head % a.heads, width = up(a.dim, kAlign);
+  const int batch = head / a.heads, h = head % a.heads, width = up(a.dim, kAlign), keys = up(a.keys, kPanel);
   const float* k = a.key + batch * a.key_strides[0] + h / (a.heads / a.key_heads) * a.key_strides[1];
   const float* q = a.query + batch * a.query_strides[0] + h * a.query_strides[1];
   for (int t = 0; t < a.keys; ++t) to_codes(k + t * a.key_strides[2], a.dim, key, b.rows + size_t(t) * width, width);
   panels_of_rows(b.rows, a.keys, width, b.keys);
   for (int t = 0; t < a.queries; ++t)
     b.row_sums[t] = to_codes(q + t * a.query_strides[2], a.dim, query, b.rows + size_t(t) * width, width);
-  float* map = a.map + size_t(head) * a.queries * a.keys;
+  float* map = a.map + size_t(head) * a.queries * keys;
   const float unit = query.scale * key.scale;
   float most = 0;
   for (int first = 0; first < a.queries; first += kQueries) {
     const int count = a.queries - first < kQueries ? a.queries - first : kQueries;
-    float* scores = map + size_t(first) * a.keys;
+    float* scores = map + size_t(first) * keys;
     all_panels(b.rows + size_t(first) * width, count, width, b.keys, a.keys, b.sums, [&](int p, const int32_t* sums) {
-      const int real = a.keys - p * kPanel < kPanel ? a.keys - p * kPanel : kPanel;
-      for (int r = 0; r < count; ++r) {
+      const int real = a.keys - p * kPanel;
+      for (int r = 0; r < count; ++r, sums += kPanel) {
         const int32_t zero = 128 * b.row_sums[first + r];
-        float some[kPanel];
+        float* to = scores + size_t(r) * keys + p * kPanel;
 #pragma omp simd
-        for (int i = 0; i < kPanel; ++i) some[i] = float(sums[r * kPanel + i] - zero) * unit * a.scaling;
-        float* to = scores + size_t(r) * a.keys + p * kPanel;
-        if (real == kPanel) memcpy(to, some, sizeof(some));
-        else memcpy(to, some, sizeof(float) * size_t(real));
+        for (int i = 0; i < kPanel; ++i) to[i] = float(sums[i] - zero) * unit * a.scaling;
+        for (int i = real; i < kPanel; ++i) to[i] = -INFINITY;
       }
     });
     for (int r = 0; r < count; ++r) {
       const float* mask = a.mask == nullptr ? nullptr
                                             : a.mask + batch * a.mask_strides[0] + h * a.mask_strides[1] +
                                                   (first + r) * a.mask_strides[2];
-      softmax(scores + size_t(r) * a.keys, mask, a.keys);
+      const float found = softmax(scores + size_t(r) * keys, mask, a.keys, keys);
+      most = found > most || found != found ? found : most;
     }
-    const float found = float_of(largest(scores, count * a.keys));
-    most = found > most || found != found ? found : most;
   }
   return most;
 }
@@ -194,7 +191,7 @@ inline void context_of_head(const Attention& a, int head, const Coding& map, con
   for (int first = 0; first < a.queries; first += kQueries) {
     const int count = a.queries - first < kQueries ? a.queries - first : kQueries;
     for (int r = 0; r < count; ++r)
-      b.row_sums[r] = to_codes(a.map + (size_t(head) * a.queries + first + r) * a.keys, a.keys, map,
+      b.row_sums[r] = to_codes(a.map + (size_t(head) * a.queries + first + r) * up(a.keys, kPanel), a.keys, map,
                                b.map + size_t(r) * width, width);
     all_panels(b.map, count, width, b.values, a.value_dim, b.sums, [&](int p, const int32_t* sums) {
       const int real = a.value_dim - p * kPanel < kPanel ? a.value_dim - p * kPanel : kPanel;
@@ -214,6 +211,9 @@ inline void context_of_head(const Attention& a, int head, const Coding& map, con
 
 inline Range range_of(const float* x, const int64_t* strides, int batch, int heads, int tokens, int dim, bool extremes_too,
                       int threads) {
+  if (strides[1] == dim)  // rows of all heads side by side
+    return find_range(batch * tokens, heads * dim, extremes_too, threads,
+                      [=](int r) { return x + r / tokens * strides[0] + r % tokens * strides[2]; });
   return find_range(batch * heads * tokens, dim, extremes_too, threads, [=](int r) {
     return x + r / tokens / heads * strides[0] + r / tokens % heads * strides[1] + r % tokens * strides[2];
   });

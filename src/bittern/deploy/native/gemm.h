@@ -19,8 +19,9 @@ namespace {
 
 constexpr int kPanel = 16;    // outputs of a panel
 constexpr int kAlign = 64;    // rows of inputs are padded with zeros to a multiple of this
-constexpr int kBlock = 768;   // inputs of a panel that are unpacked at a time
+constexpr int kBlock = 384;   // inputs of a panel that are unpacked at a time: the rows' own should stay in the first cache
 constexpr int kRows = 256;    // rows of inputs in one piece of work
+constexpr int kTile = 32;     // rows whose sums are made together, and still in the first cache when they are finished
 #if defined(__AVX512VNNI__)
 constexpr int kPlanes = 1;    // byte products and 32-bit sums in one instruction
 constexpr int kPair = 2;      // panels that are multiplied together
@@ -184,13 +185,26 @@ inline void rows_avx2(const uint8_t* panel, const int8_t* a, size_t stride, int 
 }
 #endif
 
+// A thread's AMX tiles, ready to use while this lives.
+struct Tiles {
 #if defined(__AMX_INT8__)
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  struct alignas(64) Config {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  Tiles() {
+    static const Config config;  // in memory as a whole: GCC's intrinsic says that it reads 8 bytes
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+#else
+  Tiles() {}
+#endif
+  Tiles(const Tiles&) = delete;
 };
 
+#if defined(__AMX_INT8__)
 // Tiles of 16 rows x 16 outputs; `a` must have memory for a multiple of 16 rows, and sums too.
 template <int R, int P>
 inline void tile_amx(const uint8_t* panel, size_t next, const int8_t* a, size_t stride, int groups, int32_t* sums,
@@ -227,24 +241,21 @@ inline void tile_amx(const uint8_t* panel, size_t next, const int8_t* a, size_t 
 template <int P>
 void rows_amx(const uint8_t* panel, size_t next, const int8_t* a, size_t stride, int rows, int groups, int32_t* sums,
               size_t next_sums, bool add) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
   int r = 0;
   for (; r + 16 < rows; r += 32)
     tile_amx<2, P>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add);
   if (r < rows) tile_amx<1, P>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add);
-  _tile_release();
 }
 #endif
 
 // Sums (rows, 16) for each of `count` <= kPair expanded panels, `next` bytes apart; their sums are `next_sums` apart.
-// `a` and sums must have memory for a multiple of 16 rows; groups is a multiple of 16.
+// `a` and sums must have memory for a multiple of 16 rows; groups is a multiple of 16; `Tiles` must be there.
 inline void multiply(const uint8_t* panel, size_t next, int count, const int8_t* a, size_t stride, int rows, int groups,
                      int bits, int top, int32_t* sums, size_t next_sums, bool add) {
 #if defined(__AVX512VNNI__)
   (void)bits, (void)top;
 #if defined(__AMX_INT8__)
-  if (rows > 8) {
+  if (rows > 4) {
     if (count == 2) rows_amx<2>(panel, next, a, stride, rows, groups, sums, next_sums, add);
     else rows_amx<1>(panel, next, a, stride, rows, groups, sums, next_sums, add);
     return;

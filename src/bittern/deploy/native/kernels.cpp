@@ -4,92 +4,7 @@
 // The file is compiled once for each kind of CPU; the library that suits the machine is chosen when it is loaded.
 // Floats must be finite: functions that read unchecked ones return 1 if they are not, and the caller does without us.
 
-#include "attention.h"
-#include "gemm.h"
-#include "math.h"
-#include "pool.h"
-#include "quantize.h"
-
-namespace {
-
-enum Activation { kNone, kGelu, kGeluTanh, kSilu, kRelu };
-
-template <typename F>
-void in_place(float* x, int n, F f) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) x[i] = f(x[i]);
-}
-
-void activate(float* x, int n, int activation) {
-  switch (activation) {
-    case kGelu: return in_place(x, n, [](float v) { return gelu(v); });
-    case kGeluTanh: return in_place(x, n, [](float v) { return gelu_tanh(v); });
-    case kSilu: return in_place(x, n, [](float v) { return v * sigmoid(v); });
-    case kRelu: return in_place(x, n, [](float v) { return v > 0 ? v : 0.0f; });
-    default: return;
-  }
-}
-
-struct Linear {
-  const int8_t* a;
-  const float *scale, *offset;
-  const int32_t* sums;
-  const uint8_t* panels;
-  const float *weight_scale, *bias;
-  const int32_t* weight_sums;
-  float* out;
-  int rows, columns, outputs, bits, top, zero, shift, activation;
-  bool offsets;
-};
-
-// 16 outputs of one row from their integer sums.
-inline void finish(const Linear& l, int row, int output, const int32_t* sums, float* out) {
-  const float scale = l.scale[row], offset = l.offset[row];
-  const int32_t zero = l.zero * l.sums[row];
-  const float *weight_scale = l.weight_scale + output, *bias = l.bias + output;
-  const int32_t* weight_sums = l.weight_sums + output;
-  if (l.offsets) {
-#pragma omp simd
-    for (int i = 0; i < kPanel; ++i) {
-      const int32_t exact = sums[i] - zero + l.shift * weight_sums[i];
-      out[i] = weight_scale[i] * (scale * float(exact) + offset * float(weight_sums[i])) + bias[i];
-    }
-  } else {
-#pragma omp simd
-    for (int i = 0; i < kPanel; ++i) out[i] = weight_scale[i] * scale * float(sums[i] - zero) + bias[i];
-  }
-  if (l.activation != kNone) activate(out, kPanel, l.activation);
-}
-
-void multiply_panels(const Linear& l, int group, int row0, int rows, uint8_t* panel, int32_t* sums) {
-  const int width = up(l.columns, kAlign), first = group * kPair;
-  const int all = up(l.outputs, kPanel) / kPanel, count = all - first < kPair ? all - first : kPair;
-  const size_t packed = size_t(width) * kPanel * l.bits / 8, next = size_t(kBlock) * kPanel * planes(l.bits);
-  const size_t next_sums = size_t(kRows) * kPanel;
-  for (int at = 0; at < width; at += kBlock) {
-    const int groups = (width - at < kBlock ? width - at : kBlock) / 4;
-    for (int p = 0; p < count; ++p)
-      expand(l.panels + (first + p) * packed + size_t(at) * kPanel * l.bits / 8, groups, l.bits, panel + p * next);
-    multiply(panel, next, count, l.a + size_t(row0) * width + at, size_t(width), rows, groups, l.bits, l.top, sums,
-             next_sums, at > 0);
-  }
-  for (int p = 0; p < count; ++p) {
-    const int output = (first + p) * kPanel, real = l.outputs - output < kPanel ? l.outputs - output : kPanel;
-    for (int r = 0; r < rows; ++r) {
-      float* out = l.out + size_t(row0 + r) * l.outputs + output;
-      const int32_t* sum = sums + p * next_sums + r * kPanel;
-      if (real == kPanel) {
-        finish(l, row0 + r, output, sum, out);
-      } else {
-        float some[kPanel];
-        finish(l, row0 + r, output, sum, some);
-        memcpy(out, some, sizeof(float) * size_t(real));
-      }
-    }
-  }
-}
-
-}  // namespace
+#include "block.h"
 
 extern "C" {
 
@@ -127,45 +42,16 @@ int bittern_linear(const int8_t* a, const float* scale, const float* offset, con
                    const uint8_t* panels, const float* weight_scale, const float* bias, const int32_t* weight_sums,
                    int outputs, int bits, int top, int zero, int shift, int offsets, int activation, int threads,
                    float* out) {
-  if (rows == 0 || outputs == 0) return kOk;
   const Linear l{a, scale, offset, sums, panels, weight_scale, bias, weight_sums, out, rows, columns, outputs, bits,
                  top, zero, shift, activation, offsets != 0};
-  const int groups = up(up(outputs, kPanel) / kPanel, kPair) / kPair;
-  const int pieces = up(rows, kRows) / kRows, each = up(up(rows, pieces) / pieces, 16);
-  threads = worth(double(rows) * columns * outputs / 64, threads);
-  const size_t panel = size_t(kBlock) * kPanel * kPlanes * kPair, all = panel + size_t(kRows) * kPanel * kPair * 4;
-  auto* memory = static_cast<uint8_t*>(scratch.get(all * size_t(threads)));
-  if (memory == nullptr) return kNoMemory;
-  // some panels at a time, so that a piece of work outweighs taking it
-  const int step = rows >= 32 ? 1 : groups < 8 * threads ? 1 : 4, steps = up(groups, step) / step;
-  parallel(steps * pieces, threads, [&](int chunk, int slot) {
-    const int row0 = chunk / steps * each, count = rows - row0 < each ? rows - row0 : each;
-    uint8_t* mine = memory + all * size_t(slot);
-    for (int group = chunk % steps * step; group < groups && group < (chunk % steps + 1) * step && count > 0; ++group)
-      multiply_panels(l, group, row0, count, mine, reinterpret_cast<int32_t*>(mine + panel));
-  });
-  return kOk;
+  return multiply_all(l, threads);
 }
 
 // out = (x - mean) / deviation of each row, times weight, plus bias.
 int bittern_norm(const float* x, int rows, int columns, const float* weight, const float* bias, float epsilon,
                  int threads, float* out) {
-  const int piece = 16;
-  parallel(up(rows, piece) / piece, worth(double(rows) * columns, threads), [&](int chunk, int) {
-    for (int r = chunk * piece; r < rows && r < (chunk + 1) * piece; ++r) {
-      const float* from = x + size_t(r) * columns;
-      float* to = out + size_t(r) * columns;
-      float mean = 0, square = 0;
-#pragma omp simd reduction(+ : mean)
-      for (int i = 0; i < columns; ++i) mean += from[i];
-      mean /= float(columns);
-#pragma omp simd reduction(+ : square)
-      for (int i = 0; i < columns; ++i) square += (from[i] - mean) * (from[i] - mean);
-      const float factor = 1 / sqrtf(square / float(columns) + epsilon);
-#pragma omp simd
-      for (int i = 0; i < columns; ++i) to[i] = (from[i] - mean) * factor * weight[i] + bias[i];
-    }
-  });
+  const Norm norm{weight, bias, epsilon};
+  add_and_norm(x, nullptr, rows, columns, nullptr, &norm, threads, out);
   return kOk;
 }
 
@@ -182,5 +68,13 @@ int bittern_activate(const float* x, int64_t count, int activation, int threads,
 
 // Attention with quantized queries, keys, values and map; see attention.h.
 int bittern_attention(const Attention* attention, int threads) { return attend(*attention, threads); }
+
+// A whole Transformer block; see block.h. mask: null, or with its strides as in Attention.
+int bittern_block(const Block* block, const float* x, int batch, int tokens, const float* mask,
+                  const int64_t* mask_strides, int threads, float* out) {
+  const int result = run_block(*block, x, batch, tokens, mask, mask_strides, threads, out);
+  block_scratch.trim(64 << 20);
+  return result;
+}
 
 }  // extern "C"

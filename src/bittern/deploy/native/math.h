@@ -132,19 +132,38 @@ inline float exp_negative(float x) {
   return x < -87.0f ? 0.0f : value;
 }
 
-// erf (Abramowitz and Stegun 7.1.26, error below 1.5e-7).
-inline float error_function(float x) {
-  const float size = fabsf(x), t = 1 / (1 + 0.3275911f * size);
-  float y = 1.061405429f;
-  y = y * t - 1.453152027f;
-  y = y * t + 1.421413741f;
-  y = y * t - 0.284496736f;
-  y = y * t + 0.254829592f;
-  y = 1 - y * t * exp_negative(-size * size);
-  return x < 0 ? -y : y;
+// 2**x for -126 <= x <= 0, to 1 or 2 units in the last place.
+inline float power_of_2(float x) {
+  const float n = rintf(x), r = x - n;
+  float y = 1.534581141e-4f;
+  y = y * r + 1.339993121e-3f;
+  y = y * r + 9.618488959e-3f;
+  y = y * r + 5.550328777e-2f;
+  y = y * r + 2.402264689e-1f;
+  y = y * r + 6.931472057e-1f;
+  y = y * r + 1.0f;
+  return y * float_of((int32_t(n) + 127) << 23);
 }
 
-inline float gelu(float x) { return 0.5f * x * (1 + error_function(x * 0.70710678f)); }
+// 1 - erf(x) for x >= 0, to 1.1e-7: 2**-p(x) with p fitted so that the largest error is least; without a division.
+inline float complement(float x) {
+  const float t = x < 4.0f ? x : 4.0f;
+  float p = 4.535860593e-5f;
+  p = p * t - 4.455076941e-4f;
+  p = p * t + 1.489441749e-3f;
+  p = p * t + 7.746295147e-4f;
+  p = p * t - 2.825368099e-2f;
+  p = p * t + 1.484816150e-1f;
+  p = p * t + 9.184163933e-1f;
+  p = p * t + 1.627908593f;
+  const float value = power_of_2(-p * t);
+  return x < 4.0f ? value : 0.0f;
+}
+
+inline float gelu(float x) {
+  const float tail = 0.5f * complement(fabsf(x) * 0.70710678f);
+  return x * (x < 0 ? tail : 1 - tail);
+}
 
 inline float sigmoid(float x) {
   const float e = exp_negative(-fabsf(x));

@@ -119,6 +119,12 @@ class Scratch {
     }
     return data_;
   }
+  // Gives back what is too large to keep.
+  void trim(size_t most) {
+    if (size_ <= most) return;
+    free(data_);
+    data_ = nullptr, size_ = 0;
+  }
 
  private:
   void* data_ = nullptr;

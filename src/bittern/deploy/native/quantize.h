@@ -19,6 +19,8 @@ struct Format {
 
 namespace {
 
+thread_local Scratch scratch;  // for the threads of one job
+
 constexpr int kOk = 0, kNotFinite = 1, kNoMemory = 2;
 
 // Threads that are worth their hand-over for `work` simple steps.

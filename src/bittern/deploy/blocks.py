@@ -1,0 +1,214 @@
+"""Whole Transformer blocks of a packed model in one call of the kernels.
+
+A block is found by what it holds and how it runs, never by its name: one attention, six packed linear layers, two norms
+and an activation. The first time that it is called in some way it runs as it is written, and its parts say in which
+order. What the kernels then give for the same input must be the same, bit for bit, or the block stays as it is. It also
+runs as it is written whenever something watches or changes its inside: hooks, recorded or replaced signals, attention
+maps that are asked for, gradients.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from bittern import attention
+from bittern.deploy import accelerate, native
+from bittern.deploy.native.block import PARTS, Block, Layer, Norm
+
+# Whether norms come first, by the order of norms (n), linear layers (l), attention (a) and activation (f).
+ORDERS: dict[str, bool] = {"nlllalnlfl": True, "lllalnlfln": False}
+
+
+def use_kernels(model: nn.Module) -> None:
+    """Let norms, activations, attention and whole blocks of a packed model run on the kernels where they can.
+
+    Warns if there are none: packed layers then unpack their weights in each forward.
+    """
+    name, why = native.engine()
+    if not name and why != native.SWITCHED_OFF:
+        warnings.warn(f"packed models are slow here, slower than float ones: {why}", stacklevel=2)
+    for module in model.modules():
+        if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.bias is not None:
+            module.__class__ = accelerate.LayerNorm
+        elif type(module) in accelerate.SERVED and getattr(module, "approximate", "none") == "none":
+            module.__class__ = accelerate.SERVED[type(module)]
+        elif isinstance(module, attention.Site):
+            module.on_kernels = True
+    for module in list(model.modules()):
+        if not isinstance(module, _Fused) and Parts.of(module) and not any(map(Parts.of, module.children())):
+            module.__class__ = _fused(type(module))  # type: ignore[arg-type]
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, accelerate.LayerNorm):
+        return "n"
+    if hasattr(module, "integer_product"):
+        return "l"
+    return "f" if type(module) in accelerate.SERVED.values() else ""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a block is made of."""
+
+    steps: Mapping[nn.Module, str]  # the modules that compute, and their kinds
+    site: attention.Site
+    inside: tuple[nn.Module, ...]
+
+    @staticmethod
+    def of(block: nn.Module) -> Parts | None:
+        """None if the module holds other parts than those of one block, or other parameters."""
+        inside = tuple(block.modules())[1:]
+        steps = {module: kind for module in inside if (kind := _kind(module))}
+        sites = [module for module in inside if isinstance(module, attention.Site)]
+        if len(sites) != 1 or sorted(steps.values()) != sorted("nnllllllf"):
+            return None
+        known = {id(p) for module in steps for p in module.parameters(recurse=False)}
+        return Parts(steps, sites[0], inside) if all(id(p) in known for p in block.parameters()) else None
+
+    def hooks(self) -> list[Any]:
+        return [hook for m in self.inside for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+
+    def state(self) -> tuple[Any, ...]:
+        """What a plan takes for granted; things compare by identity."""
+        watching = sum(m.training + len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.inside)
+        found: list[Any] = [self.site.integer(None), watching]
+        for module, kind in self.steps.items():
+            if kind == "n":
+                found.append(module.eps)
+            if kind == "l":
+                found += module._panels, accelerate.input_coding(module.input_quantizer)  # type: ignore[arg-type]
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    found += parameter.data_ptr(), parameter._version
+        return *found, *(accelerate.input_coding(self.site.quantizer(point)) for point in _POINTS)
+
+
+_POINTS = ("query", "key", "value", "map")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the kernels run one block, if they can, and the state in which that holds."""
+
+    parts: Parts
+    state: tuple[Any, ...]
+    block: Block | None = None
+    input: Any = None  # name of the argument
+    mask: Any = None
+
+
+class _Plans(dict[Any, _Plan]):
+    """A block's plans by the ways in which it is called. They hold addresses, so a copied block starts anew."""
+
+    def __deepcopy__(self, memo: Any) -> _Plans:
+        return _Plans()
+
+    def __reduce__(self) -> Any:
+        return _Plans, ()
+
+
+class _Fused(nn.Module):
+    """Mark of the classes that `_fused` makes."""
+
+
+@cache
+def _fused(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class for blocks of this kind in packed models, of the same name."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = dict(enumerate(args)) | kwargs
+        found = _run(self, kind, call) if _serves(self, call) else None
+        return kind.forward(self, *args, **kwargs) if found is None else found
+
+    return type(kind.__name__, (kind, _Fused), {"forward": forward, "__module__": kind.__module__})
+
+
+def _serves(block: nn.Module, call: Mapping[Any, Any]) -> bool:
+    """Whether a block may run in one piece now: a float tensor, perhaps a mask, and nothing else that could matter."""
+    tensors = [value for value in call.values() if isinstance(value, Tensor)]
+    plain = all(value is None or isinstance(value, Tensor | bool | int | float | str) for value in call.values())
+    return bool(
+        plain and len(tensors) in (1, 2) and native.serves(*tensors) and not torch.is_grad_enabled()
+        and not block.training and not _has_any_global_hook() and not attention.collects_maps()
+    )  # fmt: skip
+
+
+def _run(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any]) -> Any:
+    """The block's output by its plan, or as it is written if that is still to be made; None if there is none."""
+    plans: _Plans = block.__dict__.setdefault("_plans", _Plans())
+    way = tuple((key, "tensor" if isinstance(value, Tensor) else value) for key, value in call.items())
+    plan = plans.get(way)
+    if plan is None or plan.state != plan.parts.state():
+        if len(plans) > 8:  # an argument that is another number each time
+            plans.clear()
+        plans[way], out = _make(block, kind, call)
+        return out
+    mask = None if plan.mask is None else call[plan.mask]
+    if plan.block is None or not plan.parts.site.integer(mask):
+        return None
+    return plan.block(call[plan.input].contiguous(), mask)
+
+
+def _make(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any]) -> tuple[_Plan, Any]:
+    """A plan, and what the block gives as it is written."""
+    parts = Parts.of(block)
+    assert parts is not None
+    harmless = all(attention.only_watches(hook) for hook in parts.hooks())
+    ran: list[nn.Module] = []
+    attended: list[tuple[Tensor, Tensor, Tensor | None, float]] = []
+
+    def attends(*what: Any) -> None:
+        attended.append(what)
+        ran.append(parts.site)
+
+    hooks = [m.register_forward_hook(lambda module, *_: ran.append(module)) for m in parts.steps]
+    accelerate.watchers.append(attends)
+    try:
+        out = kind.forward(block, *(v for k, v in call.items() if isinstance(k, int)),
+                           **{k: v for k, v in call.items() if isinstance(k, str)})  # fmt: skip
+    finally:
+        accelerate.watchers.remove(attends)
+        for hook in hooks:
+            hook.remove()
+    none = _Plan(parts, parts.state())
+    pre_norm = ORDERS.get("".join(parts.steps.get(module, "a") for module in ran))
+    if pre_norm is None or not harmless or not isinstance(out, Tensor):
+        return none, out
+    query, key, mask, scaling = attended[0]
+    names = {name: value for name, value in call.items() if isinstance(value, Tensor)}
+    mask_name = next((name for name, value in names.items() if value is mask), None)
+    inputs = [name for name in names if name != mask_name]
+    if len(inputs) != 1 or (mask is not None and mask_name is None):
+        return none, out
+    activation = next(module for module, kind in parts.steps.items() if kind == "f")
+    layers = (module for module in ran if _kind(module) == "l")
+    norms = [Norm(m.weight, m.bias, m.eps) for m in ran if isinstance(m, accelerate.LayerNorm)]
+    try:
+        whole = Block(
+            {part: _layer(module) for part, module in zip(PARTS, layers, strict=True)},
+            (norms[0], norms[1]),
+            {point: accelerate.input_coding(parts.site.quantizer(point)) for point in _POINTS},  # type: ignore[misc]
+            pre_norm=pre_norm,
+            activation=activation.activation,  # type: ignore[arg-type]
+            heads=query.shape[1],
+            key_heads=key.shape[1],
+            scaling=scaling,
+        )
+        found = whole(names[inputs[0]].contiguous(), mask)
+    except ValueError:  # parts that do not fit together so
+        return none, out
+    same = found is not None and found.shape == out.shape and torch.equal(found, out)
+    return _Plan(parts, none.state, whole, inputs[0], mask_name) if same else none, out
+
+
+def _layer(module: Any) -> Layer:
+    return Layer(module._panels, module.padded_bias(module._panels), accelerate.input_coding(module.input_quantizer))  # type: ignore[arg-type]

@@ -1,0 +1,141 @@
+// A whole Transformer block in one call: attention and FFN with their norms and residual sums, without a step outside.
+#pragma once
+
+#include <utility>
+
+#include "attention.h"
+#include "linear.h"
+
+extern "C" {
+
+// A linear layer: packed weights (see bittern_linear) and the format of its input.
+struct Layer {
+  const uint8_t* panels;
+  const float *scale, *bias;
+  const int32_t* sums;
+  int32_t inputs, outputs, bits, top, zero;
+  Format input;
+};
+
+struct Norm {
+  const float *weight, *bias;
+  float epsilon;
+};
+
+// Attention of `heads` heads and an FFN. pre_norm: each reads a norm of what it is added to, or else the sum is normed.
+struct Block {
+  Layer query, key, value, output, up, down;
+  Norm norms[2];
+  int32_t pre_norm, activation, heads, key_heads, dim, value_dim;
+  float scaling;
+  Format query_format, key_format, value_format, map_format;
+};
+
+}
+
+namespace {
+
+thread_local Scratch block_scratch;
+
+// sum = x + y (or x, if there is no y), to be kept if `sum` is not null; out = its norm if there is one. y may be sum,
+// and x out.
+inline void add_and_norm(const float* x, const float* y, int rows, int columns, float* sum, const Norm* norm, int threads,
+                         float* out) {
+  const int piece = 16;
+  parallel(up(rows, piece) / piece, worth(double(rows) * columns, threads), [&](int chunk, int) {
+    for (int r = chunk * piece; r < rows && r < (chunk + 1) * piece; ++r) {
+      const float* from = x + size_t(r) * columns;
+      if (y != nullptr) {
+        const float* other = y + size_t(r) * columns;
+        float* to = sum + size_t(r) * columns;
+#pragma omp simd
+        for (int i = 0; i < columns; ++i) to[i] = from[i] + other[i];
+        from = to;
+      }
+      if (norm == nullptr) continue;
+      float* to = out + size_t(r) * columns;
+      float mean = 0, square = 0;
+#pragma omp simd reduction(+ : mean)
+      for (int i = 0; i < columns; ++i) mean += from[i];
+      mean /= float(columns);
+#pragma omp simd reduction(+ : square)
+      for (int i = 0; i < columns; ++i) square += (from[i] - mean) * (from[i] - mean);
+      const float factor = 1 / sqrtf(square / float(columns) + norm->epsilon);
+#pragma omp simd
+      for (int i = 0; i < columns; ++i) to[i] = (from[i] - mean) * factor * norm->weight[i] + norm->bias[i];
+    }
+  });
+}
+
+// Codes of rows, and what belongs to them.
+struct Codes {
+  int8_t* codes;
+  float *scale, *offset;
+  int32_t* sums;
+  int rows;
+
+  int read(const float* x, const Layer& layer, int threads) const {
+    return quantize_rows(x, rows, layer.inputs, layer.input, threads, codes, scale, offset, sums);
+  }
+  int multiply(const Layer& layer, int activation, int threads, float* out) const {
+    const Format& f = layer.input;
+    return multiply_all(Linear{codes, scale, offset, sums, layer.panels, layer.scale, layer.bias, layer.sums, out, rows,
+                               layer.inputs, layer.outputs, layer.bits, layer.top, layer.zero, f.shift, activation,
+                               f.scheme == 2 || f.shift > 0},
+                        threads);
+  }
+};
+
+inline bool same(const Format& a, const Format& b) { return memcmp(&a, &b, sizeof(Format)) == 0; }
+
+inline int run_block(const Block& b, const float* x, int batch, int tokens, const float* mask, const int64_t* mask_strides,
+                     int threads, float* out) {
+  const int rows = batch * tokens, hidden = b.query.inputs, wide = b.up.outputs;
+  const int queries = b.query.outputs, keys = b.key.outputs, values = b.value.outputs, contexts = b.output.inputs;
+  if (rows == 0) return kOk;
+  int widest = hidden > wide ? hidden : wide;
+  widest = widest > contexts ? widest : contexts;
+  const size_t padded = size_t(up(rows, kPanel)), map = size_t(batch) * b.heads * tokens * up(tokens, kPanel);
+  const size_t inner = size_t(rows) * wide > map ? size_t(rows) * wide : map;  // one after the other
+  size_t used = 0;
+  const auto take = [&](size_t bytes) { return used += (bytes + 127) / 64 * 64, used - (bytes + 127) / 64 * 64; };
+  const size_t at_codes = take(padded * size_t(up(widest, kAlign))), at_numbers = take(padded * 12);
+  const size_t at_query = take(size_t(rows) * queries * 4), at_key = take(size_t(rows) * keys * 4);
+  const size_t at_value = take(size_t(rows) * values * 4), at_context = take(size_t(rows) * contexts * 4);
+  const size_t at_inner = take(inner * 4), at_sum = take(size_t(rows) * hidden * 4), at_norm = take(size_t(rows) * hidden * 4);
+  auto* memory = static_cast<uint8_t*>(block_scratch.get(used));
+  if (memory == nullptr) return kNoMemory;
+  const auto floats = [&](size_t at) { return reinterpret_cast<float*>(memory + at); };
+  float* numbers = floats(at_numbers);
+  const Codes codes{reinterpret_cast<int8_t*>(memory + at_codes), numbers, numbers + padded,
+                    reinterpret_cast<int32_t*>(numbers + 2 * padded), rows};
+  float *sum = floats(at_sum), *normed = floats(at_norm);
+
+  const float* read = x;
+  if (b.pre_norm) add_and_norm(x, nullptr, rows, hidden, nullptr, &b.norms[0], threads, normed), read = normed;
+  const Layer* before = nullptr;
+  for (const auto& [layer, at] : {std::pair{&b.query, at_query}, {&b.key, at_key}, {&b.value, at_value}}) {
+    if (before == nullptr || !same(before->input, layer->input))
+      if (const int failed = codes.read(read, *layer, threads)) return failed;
+    before = layer;
+    if (const int failed = codes.multiply(*layer, kNone, threads, floats(at))) return failed;
+  }
+  Attention a{floats(at_query), floats(at_key), floats(at_value), mask, floats(at_inner), floats(at_context),
+              {int64_t(tokens) * queries, b.dim, queries}, {int64_t(tokens) * keys, b.dim, keys},
+              {int64_t(tokens) * values, b.value_dim, values}, {}, batch, b.heads, b.key_heads, tokens, tokens, b.dim,
+              b.value_dim, b.scaling, b.query_format, b.key_format, b.value_format, b.map_format};
+  if (mask != nullptr) memcpy(a.mask_strides, mask_strides, sizeof(a.mask_strides));
+  if (const int failed = attend(a, threads)) return failed;
+  if (const int failed = codes.read(floats(at_context), b.output, threads)) return failed;
+  if (const int failed = codes.multiply(b.output, kNone, threads, sum)) return failed;
+  add_and_norm(sum, x, rows, hidden, sum, &b.norms[b.pre_norm ? 1 : 0], threads, normed);
+  if (const int failed = codes.read(normed, b.up, threads)) return failed;
+  if (const int failed = codes.multiply(b.up, b.activation, threads, floats(at_inner))) return failed;
+  if (const int failed = codes.read(floats(at_inner), b.down, threads)) return failed;
+  if (const int failed = codes.multiply(b.down, kNone, threads, out)) return failed;
+  if (b.pre_norm) add_and_norm(out, sum, rows, hidden, out, nullptr, threads, nullptr);
+  else add_and_norm(out, normed, rows, hidden, out, &b.norms[1], threads, out);
+  return kOk;
+}
+
+}  // namespace

@@ -1,0 +1,117 @@
+"""A whole Transformer block in one call of the kernels: nothing is handed back in between."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bittern.deploy.native import (
+    _ACTIVATIONS,
+    Activation,
+    Coding,
+    Panels,
+    _check,
+    _required,
+    check_codings,
+    strided_mask,
+    strides,
+)
+from bittern.deploy.native import structures as c
+
+Part = Literal["query", "key", "value", "output", "up", "down"]
+PARTS: tuple[Part, ...] = Part.__args__  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer: packed weights, a bias as `padded_bias` gives it, and how its input is quantized."""
+
+    panels: Panels
+    bias: Tensor
+    coding: Coding
+
+    def structure(self) -> c.Layer:
+        panels = self.panels
+        return c.Layer(
+            panels.data.data_ptr(), panels.scale.data_ptr(), _check(self.bias, "bias", tuple(panels.no_bias.shape)),
+            panels.sums.data_ptr(), panels.inputs, panels.outputs, panels.bits, panels.top, panels.zero,
+            self.coding.structure,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Norm:
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+
+    def structure(self, columns: int) -> c.Norm:
+        weight, bias = _check(self.weight, "weight", (columns,)), _check(self.bias, "bias", (columns,))
+        return c.Norm(weight, bias, self.epsilon)
+
+
+class Block:
+    """Attention and FFN with their norms and residual sums.
+
+    pre_norm: attention and FFN each read a norm, and are added to what that read; else each sum is normed. codings: of
+    `query`, `key`, `value` and `map`, as in `attention`. Raises ValueError for parts that do not belong together.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[Part, Layer],
+        norms: tuple[Norm, Norm],
+        codings: Mapping[str, Coding],
+        *,
+        pre_norm: bool,
+        activation: Activation,
+        heads: int,
+        key_heads: int,
+        scaling: float,
+    ):
+        self.layers, self.norms, self.hidden, self.heads = layers, norms, layers["query"].panels.inputs, heads
+        sizes = {part: (layers[part].panels.inputs, layers[part].panels.outputs) for part in PARTS}
+        if heads < 1 or key_heads < 1 or heads % key_heads:
+            raise ValueError(f"{heads} heads cannot share {key_heads} of keys")
+        dim, value_dim = sizes["query"][1] // heads, sizes["value"][1] // key_heads
+        self.widest = max(max(size) for size in sizes.values())
+        expected = {
+            "query": (self.hidden, heads * dim), "key": (self.hidden, key_heads * dim),
+            "value": (self.hidden, key_heads * value_dim), "output": (heads * value_dim, self.hidden),
+            "up": (self.hidden, sizes["up"][1]), "down": (sizes["up"][1], self.hidden),
+        }  # fmt: skip
+        if sizes != expected:
+            raise ValueError(f"layers of sizes {sizes} do not make a block")
+        check_codings(codings)
+        self._structure = c.Block(
+            *(layers[part].structure() for part in PARTS), (c.Norm * 2)(*(n.structure(self.hidden) for n in norms)),
+            pre_norm, _ACTIVATIONS.index(activation), heads, key_heads, dim, value_dim, scaling,
+            *(codings[name].structure for name in ("query", "key", "value", "map")),
+        )  # fmt: skip
+        self._address = ctypes.addressof(self._structure)
+
+    def __call__(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """What the block gives for x (batch, tokens, hidden), with an additive mask.
+
+        None if a value is not finite, or x so large that its parts should run one by one.
+        """
+        library = _required()
+        if x.dim() != 3 or x.shape[2] != self.hidden:
+            raise ValueError(f"x has shape {tuple(x.shape)}; the block takes (batch, tokens, {self.hidden})")
+        batch, tokens, _ = x.shape
+        if max(batch * tokens * self.widest, batch * self.heads * tokens * tokens) >= 2**31 or tokens > 2**15:
+            return None
+        mask = strided_mask(mask, (batch, self.heads, tokens, tokens))
+        out = torch.empty(batch, tokens, self.hidden)
+        failed = library.bittern_block(
+            self._address, _check(x, "x", tuple(x.shape)), batch, tokens, None if mask is None else mask.data_ptr(),
+            strides(mask), torch.get_num_threads(), out.data_ptr(),
+        )  # fmt: skip
+        if failed == 2:
+            raise MemoryError("no memory for the kernels' buffers")
+        return None if failed else out

@@ -1,0 +1,112 @@
+// Quantized rows x packed weights, to floats.
+#pragma once
+
+#include "quantize.h"
+
+namespace {
+
+enum Activation { kNone, kGelu, kGeluTanh, kSilu, kRelu };
+
+template <typename F>
+void in_place(float* x, int n, F f) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) x[i] = f(x[i]);
+}
+
+void activate(float* x, int n, int activation) {
+  switch (activation) {
+    case kGelu: return in_place(x, n, [](float v) { return gelu(v); });
+    case kGeluTanh: return in_place(x, n, [](float v) { return gelu_tanh(v); });
+    case kSilu: return in_place(x, n, [](float v) { return v * sigmoid(v); });
+    case kRelu: return in_place(x, n, [](float v) { return v > 0 ? v : 0.0f; });
+    default: return;
+  }
+}
+
+struct Linear {
+  const int8_t* a;
+  const float *scale, *offset;
+  const int32_t* sums;
+  const uint8_t* panels;
+  const float *weight_scale, *bias;
+  const int32_t* weight_sums;
+  float* out;
+  int rows, columns, outputs, bits, top, zero, shift, activation;
+  bool offsets;
+};
+
+// Outputs of some rows and of `count` panels from their integer sums, with the activation. A row of the output is
+// written in one go: rows lie far apart, and each visit costs a look-up of its page.
+template <bool offsets>
+inline void finish(const Linear& l, int row0, int rows, int output, int count, const int32_t* sums, size_t next_sums) {
+  const int wide = count * kPanel, real = l.outputs - output < wide ? l.outputs - output : wide;
+  float weight_scale[kPair * kPanel], bias[kPair * kPanel], values[kPair * kPanel];
+  int32_t weight_sums[kPair * kPanel];
+  memcpy(weight_scale, l.weight_scale + output, sizeof(float) * size_t(wide));
+  memcpy(bias, l.bias + output, sizeof(float) * size_t(wide));
+  memcpy(weight_sums, l.weight_sums + output, sizeof(int32_t) * size_t(wide));
+  for (int r = 0; r < rows; ++r, sums += kPanel) {
+    const float scale = l.scale[row0 + r], offset = l.offset[row0 + r];
+    const int32_t zero = l.zero * l.sums[row0 + r];
+    for (int p = 0; p < count; ++p) {
+      const int32_t* sum = sums + p * next_sums;
+#pragma omp simd
+      for (int i = 0; i < kPanel; ++i) {
+        const int at = p * kPanel + i;
+        if (offsets) {
+          const int32_t exact = sum[i] - zero + l.shift * weight_sums[at];
+          values[at] = weight_scale[at] * (scale * float(exact) + offset * float(weight_sums[at])) + bias[at];
+        } else {
+          values[at] = weight_scale[at] * scale * float(sum[i] - zero) + bias[at];
+        }
+      }
+    }
+    if (l.activation != kNone) activate(values, wide, l.activation);
+    float* out = l.out + size_t(row0 + r) * l.outputs + output;
+    if (real == kPair * kPanel) memcpy(out, values, sizeof(values));
+    else memcpy(out, values, sizeof(float) * size_t(real));
+  }
+}
+
+void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* panel, int32_t* sums) {
+  const int width = up(l.columns, kAlign), first = pair * kPair;
+  const int all = up(l.outputs, kPanel) / kPanel, count = all - first < kPair ? all - first : kPair;
+  const size_t packed = size_t(width) * kPanel * l.bits / 8, next = size_t(kBlock) * kPanel * planes(l.bits);
+  const size_t next_sums = size_t(kTile) * kPanel;
+  for (int at = 0; at < width; at += kBlock) {
+    const int groups = (width - at < kBlock ? width - at : kBlock) / 4;
+    for (int p = 0; p < count; ++p)
+      expand(l.panels + (first + p) * packed + size_t(at) * kPanel * l.bits / 8, groups, l.bits, panel + p * next);
+    for (int r = 0; r < rows; r += kTile) {
+      const int some = rows - r < kTile ? rows - r : kTile;
+      int32_t* mine = width <= kBlock ? sums : sums + size_t(r) * kPanel * kPair;
+      multiply(panel, next, count, l.a + size_t(row0 + r) * width + at, size_t(width), some, groups, l.bits, l.top, mine,
+               next_sums, at > 0);
+      if (at + kBlock >= width)
+        (l.offsets ? finish<true> : finish<false>)(l, row0 + r, some, first * kPanel, count, mine, next_sums);
+    }
+  }
+}
+
+// All of the product; memory for the threads comes from `scratch`.
+inline int multiply_all(const Linear& l, int threads) {
+  if (l.rows == 0 || l.outputs == 0) return kOk;
+  const int pairs = up(up(l.outputs, kPanel) / kPanel, kPair) / kPair;
+  const int pieces = up(l.rows, kRows) / kRows, each = up(up(l.rows, pieces) / pieces, 16);
+  threads = worth(double(l.rows) * l.columns * l.outputs / 64, threads);
+  const size_t panel = size_t(kBlock) * kPanel * kPlanes * kPair, all = panel + size_t(kRows) * kPanel * kPair * 4;
+  auto* memory = static_cast<uint8_t*>(scratch.get(all * size_t(threads)));
+  if (memory == nullptr) return kNoMemory;
+  // some pairs at a time, so that a piece of work outweighs taking it, but enough pieces to go round
+  const int few = pairs / (4 * threads), step = few < 1 ? 1 : few < 4 ? few : 4, steps = up(pairs, step) / step;
+  parallel(steps * pieces, threads, [&](int chunk, int slot) {
+    const int row0 = chunk / steps * each, count = l.rows - row0 < each ? l.rows - row0 : each;
+    uint8_t* mine = memory + all * size_t(slot);
+    const Tiles tiles;
+    for (int pair = chunk % steps * step; pair < pairs && pair < (chunk % steps + 1) * step && count > 0; ++pair)
+      multiply_panels(l, pair, row0, count, mine, reinterpret_cast<int32_t*>(mine + panel));
+  });
+  return kOk;
+}
+
+}  // namespace

@@ -1,0 +1,44 @@
+"""The kernels' C structures, field by field."""
+
+from __future__ import annotations
+
+import ctypes
+
+
+class Format(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_float) for name in ("scale", "offset", "clip")),
+        *((name, ctypes.c_int32) for name in ("low", "high", "shift", "scheme", "mode")),
+    )  # fmt: skip
+
+
+class Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "mask", "map", "context")),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("query", "key", "value", "mask")),
+        *((n, ctypes.c_int32) for n in ("batch", "heads", "key_heads", "queries", "keys", "dim", "value_dim")),
+        ("scaling", ctypes.c_float),
+        *((f"{name}_format", Format) for name in ("query", "key", "value", "map")),
+    )
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("panels", "scale", "bias", "sums")),
+        *((name, ctypes.c_int32) for name in ("inputs", "outputs", "bits", "top", "zero")),
+        ("input", Format),
+    )  # fmt: skip
+
+
+class Norm(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("epsilon", ctypes.c_float))
+
+
+class Block(ctypes.Structure):
+    _fields_ = (
+        *((name, Layer) for name in ("query", "key", "value", "output", "up", "down")),
+        ("norms", Norm * 2),
+        *((n, ctypes.c_int32) for n in ("pre_norm", "activation", "heads", "key_heads", "dim", "value_dim")),
+        ("scaling", ctypes.c_float),
+        *((f"{name}_format", Format) for name in ("query", "key", "value", "map")),
+    )

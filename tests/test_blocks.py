@@ -1,0 +1,104 @@
+"""Whole blocks on the kernels against the same blocks part by part."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bittern import attention
+from bittern.deploy import blocks
+from bittern.deploy.native.block import Block
+from bittern.layers import fake_quants
+from families import SUPPORTED
+from helpers import outputs, quantized, same
+
+pytestmark = pytest.mark.kernels
+WHOLE = ["bert", "roberta", "distilbert", "electra", "albert", "vit", "deit", "bart"]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Each block that the kernels are asked for."""
+    made: list[Any] = []
+    run = Block.__call__
+    monkeypatch.setattr(Block, "__call__", lambda self, *args: made.append(self) or run(self, *args))
+    return made
+
+
+def in_parts(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """What the model gives if no block is run whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_serves", lambda *_: False)
+        return outputs(model, batch)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_families(name: str, calls: list[Any]) -> None:
+    """Blocks of these families run whole, others stay as they are, and outputs are the same bits in both cases."""
+    for recipe in ("ternary-2-2-8", "w8a8"):
+        model, batch = quantized(name, recipe)
+        expected = in_parts(model, batch)
+        assert not calls
+        assert same(outputs(model, batch), expected)  # the first time they are compared
+        calls.clear()
+        assert same(outputs(model, batch), expected)
+        assert bool(calls) == (name in WHOLE)
+        calls.clear()
+
+
+def test_what_is_watched_runs_in_parts(calls: list[Any]) -> None:
+    """Hooks inside, recorded signals, attention maps and gradients get what they ask for, and blocks go on after it."""
+    model, batch = quantized("bert", "w8a8")
+    expected, count = outputs(model, batch), len(attention.sites(model))
+    calls.clear()
+    layers = [m for m in model.modules() if hasattr(m, "integer_product")]
+    seen: list[Any] = []
+    for register in (nn.Module.register_forward_hook, nn.Module.register_forward_pre_hook):
+        hooks = [register(layer, lambda *_: seen.append(1)) for layer in layers]
+        for _ in range(2):
+            outputs(model, batch)
+        for hook in hooks:
+            hook.remove()
+    assert len(seen) == 4 * len(layers)
+    with attention.recording(model, "map") as taps:
+        outputs(model, batch)
+    assert len(taps["map"]) == count
+    with torch.no_grad():
+        assert len(model(**batch, output_attentions=True).attentions) == count
+    assert model(**batch).logits.requires_grad
+    model.train()
+    outputs(model, batch)
+    assert not calls
+    model.eval()
+    for _ in range(2):
+        assert same(outputs(model, batch), expected)
+    assert len(calls) == 2 * count
+
+
+@torch.no_grad()
+def test_changes_are_seen(calls: list[Any]) -> None:
+    """After a change of weights, scales, biases or norms a block gives what its parts give, and so does a copy."""
+    model, batch = quantized("vit", "w8a8")
+    outputs(model, batch)
+    layer = [m for m in model.modules() if hasattr(m, "integer_product")][-2]
+    norm = next(m for m in model.modules() if isinstance(m, nn.LayerNorm))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for change in (
+        lambda: layer.bias.add_(torch.randn(len(layer.bias))),  # type: ignore[union-attr, arg-type, operator]
+        lambda: [q.set_scale(q.scale * 2, q.offset) for _, q in fake_quants(model) if q.scale is not None],
+        lambda: norm.weight.mul_(2),
+        lambda: setattr(norm, "bias", nn.Parameter(torch.ones_like(norm.bias))),
+        lambda: model.load_state_dict({k: v * 0 if "codes" in k else v for k, v in state.items()}),
+    ):
+        before = outputs(model, batch)
+        change()
+        expected = in_parts(model, batch)
+        assert not same(before, expected)
+        assert same(outputs(model, batch), expected)
+        calls.clear()
+        copied = deepcopy(model)
+        for either in (model, copied, copied):
+            assert same(outputs(either, batch), expected)
+        assert calls
