@@ -62,7 +62,7 @@ def measure(shape: str, batch_size: int, rounds: int, sets: list[str]) -> dict[s
     def taught(terms: str) -> Callable[[], None]:
         distill = parse_distill(terms)
         lesson = Lesson(distill, student, anatomy, copy.deepcopy(teacher) if distill.needs_teacher else None)
-        return step(student, lambda: balanced(lesson.forward(student, batch)[1], distill))
+        return step(student, lambda: balanced(lesson.forward(student, batch)[1], distill, lesson.compared))
 
     steps |= {terms: taught(terms) for terms in sets}
     student.train()

@@ -97,7 +97,7 @@ def test_families(family: str) -> None:
     _, terms = lesson.forward(student, batch)
     assert set(terms) == set(ALL_TERMS.split(","))
     assert all(torch.isfinite(term) and term > 0 for term in terms.values()), terms
-    balanced(terms, lesson.distill).backward()
+    balanced(terms, lesson.distill, lesson.compared).backward()
     in_blocks = [n for n, role in lesson.anatomy.roles.items() if role in ("qkv", "attention_output", "ffn")]
     learning = [student.get_submodule(name) for name in in_blocks]
     assert learning
@@ -200,14 +200,24 @@ def test_mapping() -> None:
 
 
 def test_balance() -> None:
-    """Balanced terms count by their weights, in whatever units they are; fixed ones as they are."""
+    """Balanced terms count by their weights and how many tensors they compare, in whatever units; fixed ones as they
+    are."""
     terms = {"map": torch.tensor(4.0, requires_grad=True), "output": torch.tensor(0.01, requires_grad=True)}
     weights = {"map": 0.3, "output": 0.7}
-    loss = balanced(terms, Distill(weights, balance="auto"))
-    assert loss.item() == pytest.approx(1)
+    loss = balanced(terms, Distill(weights, balance="auto"), {"map": 2})
+    assert loss.item() == pytest.approx(2 * 0.3 + 0.7)
     loss.backward()
-    assert [t.grad.item() * t.item() for t in terms.values()] == pytest.approx([0.3, 0.7])
-    assert balanced(terms, Distill(weights, balance="fixed")).item() == pytest.approx(0.3 * 4 + 0.7 * 0.01)
+    assert [t.grad.item() * t.item() for t in terms.values()] == pytest.approx([0.6, 0.7])
+    assert balanced(terms, Distill(weights, balance="fixed"), {"map": 2}).item() == pytest.approx(0.3 * 4 + 0.7 * 0.01)
+
+
+def test_compared() -> None:
+    """A term's count is that of the tensors it compares: a prediction, each block, what the first one reads, and the
+    chosen layers."""
+    student, teacher, batch = pair("bert")
+    lesson = Lesson(parse_distill("map", layers=(-1,)), student, read_anatomy(teacher, batch), teacher)
+    lesson.forward(student, batch)
+    assert lesson.compared == {"hidden": 1 + student.config.num_hidden_layers, "map": 1}
 
 
 # Checkpoints, and what is refused

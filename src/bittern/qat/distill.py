@@ -52,10 +52,10 @@ RECIPES: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class Distill:
-    """terms: name → weight. balance: `auto` gives every term the same share of the loss, whatever its units, times its
-    weight. layers: blocks whose attention is compared, from 0, negative from the end; None: all. mapping: block of the
-    student → block of the teacher, where their depths differ. temperature: of the prediction; map_temperature: τ.
-    relations: heads that relations are split into."""
+    """terms: name → weight. balance: `auto` gives every tensor that a term compares the same share of the loss, in
+    whatever units it is, times the term's weight. layers: blocks whose attention is compared, from 0, negative from the
+    end; None: all. mapping: block of the student → block of the teacher, where their depths differ. temperature: of the
+    prediction; map_temperature: τ. relations: heads that relations are split into."""
 
     terms: Mapping[str, float] = field(default_factory=lambda: dict(RECIPES["unified"]))
     balance: Literal["fixed", "auto"] = "auto"
@@ -138,6 +138,7 @@ class Lesson:
         if intervention:
             self.intervener = Intervener(student, anatomy, self.teacher_anatomy, distill.mapping)
         self.points = dict(_points(distill, anatomy, self.teacher_anatomy))
+        self.compared: dict[str, int] = {}  # by term, how many tensors of the last batch were compared
 
     def _check_depth(self) -> None:
         depths = [[len(list(blocks)) for _, blocks in groupby(a.blocks, key=lambda b: b.stack)]
@@ -190,6 +191,7 @@ class Lesson:
         for term, group in self.points.items():
             found = [loss for point in group for loss in self._of_layers(term, point, taught, shown, masks)]
             terms[term] = torch.stack(found).sum()  # sums over layers [KD]
+            self.compared[term] = len(found)
         return out, terms
 
     def release(self) -> None:
@@ -249,17 +251,26 @@ class Lesson:
         return losses.squared_loss(x, y, rows)
 
 
-def balanced(terms: Mapping[str, Tensor], distill: Distill, means: Mapping[str, float] | None = None) -> Tensor:
+def balanced(
+    terms: Mapping[str, Tensor],
+    distill: Distill,
+    compared: Mapping[str, int],
+    means: Mapping[str, float] | None = None,
+) -> Tensor:
     """The loss of a step: the terms times their weights.
 
-    `auto` first divides each term by its present value: the gradient is that of Σ weight · log(term), which is what
-    uncertainty weighting (Kendall et al. 2018) comes to when its σ are at their minimum. It has no units, no state and
+    `auto` first divides each term by its present mean over the tensors that it compares (`Lesson.compared`; 1 if not
+    there): the gradient is that of Σ weight · compared · log(term), which is what uncertainty weighting (Kendall et al.
+    2018) of single tensors comes to when its σ are at their minimum, alike in each term. It has no units, no state and
     nothing to learn. means: the values on all processes; the terms' own if not given.
     """
     parts = []
     for name, term in terms.items():
-        size = 1.0 if distill.balance == "fixed" else means[name] if means else float(term.detach())
-        parts.append(term * (distill.terms[name] / max(size, 1e-12)))
+        factor = distill.terms[name]
+        if distill.balance == "auto":
+            size = means[name] if means else float(term.detach())
+            factor *= compared.get(name, 1) / max(size, 1e-12)
+        parts.append(term * factor)
     return torch.stack(parts).sum()
 
 

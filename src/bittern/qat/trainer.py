@@ -102,7 +102,7 @@ class QATTrainer(Trainer):
                 raise ModelError(f"step {self.state.global_step + 1}: {self._diverged(name)}")
         self._sums.update(means)
         self._count += 1
-        loss = balanced(terms, self.lesson.distill, means)
+        loss = balanced(terms, self.lesson.distill, self.lesson.compared, means)
         return (loss, out) if return_outputs else loss
 
     def _diverged(self, term: str) -> str:
