@@ -121,7 +121,7 @@ def qat(
         ),
     ] = "unified",
     balance: Annotated[
-        str, typer.Option(help="auto gives all terms the same pull; fixed adds them as they are.")
+        str, typer.Option(help="auto lets all compared tensors pull alike; fixed adds the terms.")
     ] = "auto",
     layers: Annotated[str, typer.Option(help="Blocks whose attention is compared, such as 0,-1; all by default.")] = "",
     mapping: Annotated[str, typer.Option(help="Block of the student:block of the teacher, such as 0:1,1:3.")] = "",
