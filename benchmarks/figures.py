@@ -200,14 +200,24 @@ def tables(known: dict[str, Any]) -> str:
 
 
 def draw(known: dict[str, Any], folder: Path) -> None:
-    """The plots that the docs show: cover length by head of each student, errors by depth, loss surfaces."""
+    """The plots that the docs show: cover length and ranking loss by head of each student, errors by depth, the range
+    of Y by layer on each task, loss surfaces."""
     found = known["recovery"]
-    top = max(v for student in found.values() for a in student["attentions"] for v in a["cover"])
-    for name, student in found.items():
-        rows = [a["cover"] for a in student["attentions"]]
-        floor = min(v for a in student["attentions"] for v in a["cover_floor"])
-        plot = heat_map(rows, [f"layer {i}" for i in range(len(rows))], "cover length ratio", low=floor, top=top)
-        write_plot(Figure(f"{known['data']}-cover-{name}", f"Cover length ratio, {name}", "", plot), folder)
+    for key, title in (("cover", "cover length ratio"), ("ranking_sum", "ranking loss")):
+        top = max(v for student in found.values() for a in student["attentions"] for v in a[key])
+        for name, student in found.items():
+            rows = [a[key] for a in student["attentions"]]
+            low = min(v for a in student["attentions"] for v in a["cover_floor"]) if key == "cover" else 0.0
+            plot = heat_map(rows, [f"layer {i}" for i in range(len(rows))], title, low=low, top=top)
+            file = f"{known['data']}-{title.split()[0]}-{name}"
+            write_plot(Figure(file, f"{title.capitalize()}, {name}", "", plot), folder)
+    tasks = {}
+    for task, units in known.get("tasks", {}).items():
+        for side in ("low", "high"):
+            tasks[f"{task}, {side}est unit"] = list(enumerate(v for k, v in units.items() if k.endswith(side)))
+    if tasks:
+        plot = lines(tasks, x_name="layer", y_name="attention output")
+        write_plot(Figure(f"{known['data']}-tasks", "Range of the attention output by layer", "", plot), folder)
     curves = {name: list(enumerate(student["depth"]["plain"])) for name, student in found.items()}
     places = next(iter(found.values()))["places"]
     plot = lines(curves, x_name="", y_name="relative error", labels=places)
