@@ -139,9 +139,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells = ["float", score, score, score, "", "", "", "", f"{row['onnx_bytes'] / 1e3:,.0f}", "1.00", "1.00"]
         else:
             packed, file = row["packed_difference"], row["onnx_difference"]
+            largest = packed["largest"]
             cells = [
                 row["recipe"], *(number(row[kind]) for kind in ("simulated", "packed", "onnx")),
-                f"{packed['largest']:{'.3f' if packed['largest'] >= 1e-3 else '.1g'}}", f"{file['largest']:.3f}", f"{file['error']:.4f}",
+                f"{largest:{'.3f' if largest >= 1e-3 else '.1g'}}", f"{file['largest']:.3f}", f"{file['error']:.4f}",
                 *(f"{row[kind] / 1e3:,.0f}" for kind in ("packed_bytes", "onnx_bytes")),
                 *(f"{row[kind]:.2f}" for kind in ("packed_speed", "onnx_speed")),
             ]  # fmt: skip
