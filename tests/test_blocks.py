@@ -102,3 +102,17 @@ def test_changes_are_seen(calls: list[Any]) -> None:
         for either in (model, copied, copied):
             assert same(outputs(either, batch), expected)
         assert calls
+
+
+def test_other_modules_are_seen(calls: list[Any]) -> None:
+    """A block into which somebody put another module runs as it is written, with that module."""
+    model, batch = quantized("bert", "w8a8")
+    before = outputs(model, batch)
+    attending = model.bert.encoder.layer[0].attention.self
+    width = model.config.hidden_size
+    attending.query = nn.Linear(width, width).eval()
+    calls.clear()
+    found = outputs(model, batch)
+    assert len(calls) == model.config.num_hidden_layers - 1
+    assert not same(found, before)
+    assert same(found, in_parts(model, batch))

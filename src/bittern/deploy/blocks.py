@@ -55,13 +55,17 @@ def _kind(module: nn.Module) -> str:
     return "f" if type(module) in accelerate.SERVED.values() else ""
 
 
+def _made_of(block: nn.Module) -> tuple[tuple[nn.Module, type], ...]:
+    return tuple((module, type(module)) for module in block.modules())[1:]
+
+
 @dataclass(frozen=True)
 class Parts:
     """What a block is made of."""
 
     steps: Mapping[nn.Module, str]  # the modules that compute, and their kinds
     site: attention.Site
-    inside: tuple[nn.Module, ...]
+    made_of: tuple[tuple[nn.Module, type], ...]
 
     @staticmethod
     def of(block: nn.Module) -> Parts | None:
@@ -72,14 +76,14 @@ class Parts:
         if len(sites) != 1 or sorted(steps.values()) != sorted("nnllllllf"):
             return None
         known = {id(p) for module in steps for p in module.parameters(recurse=False)}
-        return Parts(steps, sites[0], inside) if all(id(p) in known for p in block.parameters()) else None
+        return Parts(steps, sites[0], _made_of(block)) if all(id(p) in known for p in block.parameters()) else None
 
     def hooks(self) -> list[Any]:
-        return [hook for m in self.inside for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+        return [hook for m, _ in self.made_of for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
 
     def state(self) -> tuple[Any, ...]:
         """What a plan takes for granted; things compare by identity."""
-        watching = sum(m.training + len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.inside)
+        watching = sum(m.training + len(m._forward_hooks) + len(m._forward_pre_hooks) for m, _ in self.made_of)
         found: list[Any] = [self.site.integer(None), watching]
         for module, kind in self.steps.items():
             if kind == "n":
@@ -146,11 +150,15 @@ def _run(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any]) -> An
     """The block's output by its plan, or as it is written if that is still to be made; None if there is none."""
     plans: _Plans = block.__dict__.setdefault("_plans", _Plans())
     way = tuple((key, "tensor" if isinstance(value, Tensor) else value) for key, value in call.items())
-    plan = plans.get(way)
-    if plan is None or plan.state != plan.parts.state():
+    plan, made_of = plans.get(way), _made_of(block)
+    if plan is None or plan.parts.made_of != made_of or plan.state != plan.parts.state():
+        parts = Parts.of(block)
+        if parts is None:  # somebody put other modules in
+            plans.clear()
+            return None
         if len(plans) > 8:  # an argument that is another number each time
             plans.clear()
-        plans[way], out = _make(block, kind, call)
+        plans[way], out = _make(block, kind, call, parts)
         return out
     mask = None if plan.mask is None else call[plan.mask]
     if plan.block is None or not plan.parts.site.integer(mask):
@@ -158,10 +166,8 @@ def _run(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any]) -> An
     return plan.block(call[plan.input].contiguous(), mask)
 
 
-def _make(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any]) -> tuple[_Plan, Any]:
+def _make(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any], parts: Parts) -> tuple[_Plan, Any]:
     """A plan, and what the block gives as it is written."""
-    parts = Parts.of(block)
-    assert parts is not None
     harmless = all(attention.only_watches(hook) for hook in parts.hooks())
     ran: list[nn.Module] = []
     attended: list[tuple[Tensor, Tensor, Tensor | None, float]] = []
