@@ -56,6 +56,7 @@ def _kind(module: nn.Module) -> str:
 
 
 def _made_of(block: nn.Module) -> tuple[tuple[nn.Module, type], ...]:
+    """All modules inside, with their classes, which are exchanged where models are packed or made trainable."""
     return tuple((module, type(module)) for module in block.modules())[1:]
 
 
@@ -70,13 +71,13 @@ class Parts:
     @staticmethod
     def of(block: nn.Module) -> Parts | None:
         """None if the module holds other parts than those of one block, or other parameters."""
-        inside = tuple(block.modules())[1:]
-        steps = {module: kind for module in inside if (kind := _kind(module))}
-        sites = [module for module in inside if isinstance(module, attention.Site)]
+        made_of = _made_of(block)
+        steps = {module: kind for module, _ in made_of if (kind := _kind(module))}
+        sites = [module for module, _ in made_of if isinstance(module, attention.Site)]
         if len(sites) != 1 or sorted(steps.values()) != sorted("nnllllllf"):
             return None
         known = {id(p) for module in steps for p in module.parameters(recurse=False)}
-        return Parts(steps, sites[0], _made_of(block)) if all(id(p) in known for p in block.parameters()) else None
+        return Parts(steps, sites[0], made_of) if all(id(p) in known for p in block.parameters()) else None
 
     def hooks(self) -> list[Any]:
         return [hook for m, _ in self.made_of for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
