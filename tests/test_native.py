@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bittern.deploy import native
-from bittern.deploy.accelerate import _coding
 from bittern.deploy.native import Coding, Panels, linear, padded_bias, quantize
 from bittern.deploy.native.block import Block, Layer, Norm
-from bittern.quantizers import encode, find_scale
+from bittern.quantizers import encode, find_scale, kernel_coding
 from bittern.recipe import Format
 
 pytestmark = pytest.mark.kernels
@@ -55,7 +54,7 @@ def kind(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def coding_of(x: Tensor, fmt: Format) -> Coding:
-    found = _coding(fmt, *(find_scale(x, fmt) if fmt.range == "static" else (None, None)))
+    found = kernel_coding(fmt, *(find_scale(x, fmt) if fmt.range == "static" else (None, None)))
     assert found is not None
     return found
 
@@ -103,7 +102,7 @@ def test_ties(kind: str) -> None:
         x = torch.cat([halves, torch.nextafter(halves, away), torch.nextafter(halves, -away)])[None]
         for fmt, offset in ((Format(range="static"), None), (Format(scheme="asymmetric", range="static"), -1.7)):
             unit = torch.tensor(scale), None if offset is None else torch.tensor(offset)
-            q = quantize(x, _coding(fmt, *unit))
+            q = quantize(x, kernel_coding(fmt, *unit))
             assert q is not None
             assert (integers(q) == encode(x, fmt, *unit).numpy()).all()
 
@@ -114,11 +113,24 @@ def test_extremes_do_not_overflow(kind: str, inputs: int) -> None:
     for bits, low, high in WEIGHTS.values():
         for weight in (low, high):
             for value in (-128.0, 127.0):
-                x = torch.full((5, inputs), value)
-                q = quantize(x, Coding(-128, 127, scale=1.0))
                 panels = Panels(torch.full((17, inputs), weight), torch.ones(()), bits, -low)
-                assert q is not None
-                assert (linear(q, panels, padded_bias(None, panels)) == float(weight * value * inputs)).all()
+                for rows in (1, 2, 5):
+                    q = quantize(torch.full((rows, inputs), value), Coding(-128, 127, scale=1.0))
+                    assert q is not None
+                    assert (linear(q, panels, padded_bias(None, panels)) == float(weight * value * inputs)).all()
+
+
+def test_large_outputs(kind: str) -> None:
+    """Outputs that are written past the caches, and those whose rows do not begin at a cache line."""
+    for outputs in (1024, 1040, 1000):
+        panels = Panels(torch.randint(-1, 2, (outputs, 70)), torch.ones(()), 2, 1)
+        q, bias = quantize(torch.randn(600, 70), SIGNED), padded_bias(torch.randn(outputs), panels)
+        assert q is not None
+        pieces = [
+            native.Quantized(q.codes[i : i + 20], q.numbers[:, i : i + 20].contiguous(), 20, 70, SIGNED)
+            for i in range(0, 600, 20)
+        ]
+        assert torch.equal(linear(q, panels, bias), torch.cat([linear(p, panels, bias) for p in pieces]))
 
 
 @pytest.mark.parametrize(

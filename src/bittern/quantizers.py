@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from bittern.deploy import native
+from bittern.deploy.native import rounding
 from bittern.errors import ModelError
 from bittern.recipe import Format
 
@@ -52,9 +54,8 @@ def _dims(x: Tensor, fmt: Format) -> tuple[int, ...]:
 
 
 def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Row by row, and over rows in float64: so the result does not depend on how many threads share the work."""
-    rows = x.sum(-1, keepdim=True)
-    return rows if dims == (-1,) else rows.sum(dims, keepdim=True, dtype=torch.float64).float()
+    """In float64, so that the result does not depend on the order of the sum: on threads, or on who makes it."""
+    return x.sum(dims, keepdim=True, dtype=torch.float64).float()
 
 
 def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -183,9 +184,40 @@ def decode(codes: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None = No
     return _decode(_units(codes.float(), fmt), fmt, scale, offset).view(codes.shape)
 
 
+def has_kernel_coding(fmt: Format) -> bool:
+    """Whether the kernels round to this format."""
+    return fmt.kind == "uniform" and fmt.bits <= 8 and fmt.granularity in ("tensor", "token")
+
+
+def kernel_coding(fmt: Format, scale: Tensor | None, offset: Tensor | None) -> native.Coding | None:
+    """How the kernels round to a format, with its scale if that is static; None if they cannot."""
+    if not has_kernel_coding(fmt) or (scale is None and fmt.range == "static"):
+        return None
+    low, high = code_range(fmt)
+    if scale is None:
+        return native.Coding(low, high, fmt.scheme, clip=fmt.clip, by_row=fmt.granularity == "token")
+    if scale.numel() != 1 or (value := float(scale)) < torch.finfo(torch.float32).tiny:
+        return None
+    return native.Coding(low, high, fmt.scheme, value, 0.0 if offset is None else float(offset), fmt.clip)
+
+
+def _fused(x: Tensor, fmt: Format, scale: Tensor | None, offset: Tensor | None) -> Tensor | None:
+    """`_quantize` by the kernels: the same bits in fewer passes. None if they do not serve."""
+    if not native.serves(x):
+        return None
+    if fmt.kind == "ternary" and scale is None and fmt.granularity in ("tensor", "row", "group"):
+        units = _units(x, fmt)
+        values = rounding.ternary(units, TERNARY_THRESHOLD, fmt.clip, fmt.granularity != "tensor")
+        return None if values is None else values.view(x.shape)
+    coding = kernel_coding(fmt, scale, offset)
+    return None if coding is None else rounding.uniform(x, coding)
+
+
 def _quantize(x: Tensor, fmt: Format, scale: Tensor | None, offset: Tensor | None) -> Tensor:
     if not x.numel():  # has no extremes
         return x.clone()
+    if (fused := _fused(x.detach().float(), fmt, scale, offset)) is not None:
+        return fused.to(x.dtype)
     own = scale is None
     # Where extremes and codes, or magnitudes, are clipped in place, x needs no clipped copy.
     copied = not own or fmt.kind not in ("uniform", "ternary")

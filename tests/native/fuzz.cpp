@@ -107,6 +107,19 @@ void attention(int threads) {
   }
 }
 
+void rounding(int threads) {
+  const int count = pick(0, 60), columns = pick(1, 900);
+  const Format f = any_format(false, false);
+  const std::vector<float> x = floats(size_t(count) * columns);
+  std::vector<float> out(x.size());
+  if (bittern_round(x.data(), int64_t(x.size()), columns, &f, threads, out.data())) fail("finite values are not finite");
+  if (x.empty()) return;
+  const int64_t together = pick(0, 1) ? columns : int64_t(x.size());
+  if (bittern_round_ternary(x.data(), int64_t(x.size()), together, 0.7f, INFINITY, threads, out.data())) fail("ternary");
+  for (size_t i = 0; i < x.size(); ++i)
+    if (out[i] != 0 && (out[i] < 0) != (x[i] < 0)) fail("sign of a ternary value");
+}
+
 void rows(int threads) {
   const int count = pick(0, 40), columns = pick(1, 300);
   const std::vector<float> x = floats(size_t(count) * columns), weight = floats(columns), bias = floats(columns);
@@ -166,6 +179,7 @@ int main(int, char** arguments) {
     linear(pick(1, pick(0, 3) ? 20 : 300), pick(1, pick(0, 3) ? 150 : 1700), pick(1, 80), pick(1, 4));
     attention(pick(1, 4));
     rows(pick(1, 4));
+    rounding(pick(1, 4));
     block(pick(1, 4));
   }
   std::vector<std::thread> callers;  // several at once

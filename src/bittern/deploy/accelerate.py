@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
 from bittern.deploy import native
-from bittern.quantizers import FakeQuant, code_range
+from bittern.quantizers import FakeQuant, code_range, has_kernel_coding, kernel_coding
 from bittern.recipe import Format
 
 
@@ -25,30 +25,15 @@ def input_coding(quantizer: FakeQuant | None) -> native.Coding | None:
     state = (fmt, *((t.data_ptr(), t._version) for t in (scale, offset) if t is not None))
     kept: tuple[object, native.Coding | None] | None = quantizer.__dict__.get("_coding")
     if kept is None or kept[0] != state:  # reading a scale and checking it takes longer than a small product
-        kept = quantizer.__dict__["_coding"] = (state, _coding(fmt, scale, offset))
+        kept = quantizer.__dict__["_coding"] = (state, kernel_coding(fmt, scale, offset))
     return kept[1]
-
-
-def _coding(fmt: Format, scale: Tensor | None, offset: Tensor | None) -> native.Coding | None:
-    if not has_kernel(input_format=fmt) or (fmt.range == "static" and (scale is None or scale.numel() != 1)):
-        return None
-    low, high = code_range(fmt)
-    if fmt.range == "dynamic":
-        return native.Coding(low, high, fmt.scheme, clip=fmt.clip, by_row=fmt.granularity == "token")
-    assert scale is not None
-    if (value := float(scale)) < torch.finfo(torch.float32).tiny:
-        return None
-    return native.Coding(low, high, fmt.scheme, value, 0.0 if offset is None else float(offset), fmt.clip)
 
 
 def has_kernel(weight: Format | None = None, input_format: Format | None = None) -> bool:
     """Whether the kernels know these formats of a layer, or of the two operands of a product in attention."""
-    known = True
+    known = input_format is None or has_kernel_coding(input_format)
     if weight is not None:
         known &= weight.bits <= 8 and weight.scheme != "asymmetric" and weight.granularity in ("tensor", "row")
-    if input_format is not None:
-        known &= input_format.kind == "uniform" and input_format.bits <= 8
-        known &= input_format.granularity in ("tensor", "token")
     return known
 
 

@@ -87,6 +87,8 @@ def _declare(library: ctypes.CDLL) -> None:
         "pack": (p, i, i, i, p),
         "unpack": (p, i, i, i, p),
         "quantize": (p, i, i, ctypes.POINTER(c.Format), i, p, p, p, p),
+        "round": (p, n, i, ctypes.POINTER(c.Format), i, p),
+        "round_ternary": (p, n, n, f, f, i, p),
         "linear": (p, p, p, p, i, i, p, p, p, p, *(i,) * 8, p),
         "norm": (p, i, i, p, p, f, i, p),
         "activate": (p, n, i, i, p),

@@ -21,6 +21,7 @@ constexpr int kPanel = 16;    // outputs of a panel
 constexpr int kAlign = 64;    // rows of inputs are padded with zeros to a multiple of this
 constexpr int kBlock = 384;   // inputs of a panel that are unpacked at a time: the rows' own should stay in the first cache
 constexpr int kRows = 256;    // rows of inputs in one piece of work
+constexpr int kFew = 2;       // rows for which weights are not unpacked, where that is possible
 constexpr int kTile = 32;     // rows whose sums are made together, and still in the first cache when they are finished
 #if defined(__AVX512VNNI__)
 constexpr int kPlanes = 1;    // byte products and 32-bit sums in one instruction
@@ -136,6 +137,50 @@ void rows_vnni(const uint8_t* panel, size_t next, const int8_t* a, size_t stride
   for (; r + 4 <= rows; r += 4)
     tile<4, P>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add);
   for (; r < rows; ++r) tile<1, P>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add);
+}
+
+// Sums (R, 16) of packed panels, for so few rows that unpacking would cost more than the product: each field of the
+// bytes is multiplied where it lies, and the power of two that it counts too much is shifted out of its sums.
+template <int R, int P, int bits>
+inline void tile_packed(const uint8_t* packed, size_t next, const int8_t* a, size_t stride, int lines, int32_t* sums,
+                        size_t next_sums) {
+  constexpr int fields = 8 / bits;
+  __m512i sum[R][P][fields], mask[fields];
+  for (int f = 0; f < fields; ++f) {
+    mask[f] = _mm512_set1_epi8(char(((1 << bits) - 1) << (bits * f)));
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p) sum[r][p][f] = _mm512_setzero_si512();
+  }
+  for (int line = 0; line < lines; ++line)
+    for (int p = 0; p < P; ++p) {
+      const __m512i w = _mm512_loadu_si512(packed + p * next + line * 64);
+#pragma GCC unroll 4
+      for (int f = 0; f < fields; ++f) {
+        const __m512i field = bits == 8 ? w : _mm512_and_si512(w, mask[f]);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+          int32_t four;
+          memcpy(&four, a + r * stride + (line * fields + f) * 4, 4);
+          sum[r][p][f] = _mm512_dpbusd_epi32(sum[r][p][f], field, _mm512_set1_epi32(four));
+        }
+      }
+    }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) {
+      __m512i total = sum[r][p][0];
+      for (int f = 1; f < fields; ++f)
+        total = _mm512_add_epi32(total, _mm512_maskz_sra_epi32(0xffff, sum[r][p][f], _mm_cvtsi32_si128(bits * f)));
+      _mm512_storeu_si512(sums + p * next_sums + r * kPanel, total);
+    }
+}
+
+template <int bits>
+void rows_packed(const uint8_t* packed, size_t next, int count, const int8_t* a, size_t stride, int rows, int32_t* sums,
+                 size_t next_sums) {
+  const int lines = int(next / 64);
+  if (rows == 1 && count == 2) return tile_packed<1, 2, bits>(packed, next, a, stride, lines, sums, next_sums);
+  for (int p = 0; p < count; ++p, packed += next, sums += next_sums)
+    (rows == 1 ? tile_packed<1, 1, bits> : tile_packed<2, 1, bits>)(packed, next, a, stride, lines, sums, next_sums);
 }
 #else
 // Sums of products stay in 16 bits for `late` groups, then are widened; `weight` is what this plane counts.
@@ -255,7 +300,7 @@ inline void multiply(const uint8_t* panel, size_t next, int count, const int8_t*
 #if defined(__AVX512VNNI__)
   (void)bits, (void)top;
 #if defined(__AMX_INT8__)
-  if (rows > 4) {
+  if (rows > kFew) {
     if (count == 2) rows_amx<2>(panel, next, a, stride, rows, groups, sums, next_sums, add);
     else rows_amx<1>(panel, next, a, stride, rows, groups, sums, next_sums, add);
     return;

@@ -5,6 +5,7 @@
 // Floats must be finite: functions that read unchecked ones return 1 if they are not, and the caller does without us.
 
 #include "block.h"
+#include "rounding.h"
 
 extern "C" {
 
@@ -35,6 +36,16 @@ int bittern_quantize(const float* x, int rows, int columns, const Format* format
   return quantize_rows(x, rows, columns, *format, threads, out, scale, offset, sums);
 }
 
+// n values, in rows of `columns` if each has its scale, to what their codes stand for.
+int bittern_round(const float* x, int64_t n, int columns, const Format* format, int threads, float* out) {
+  return round_values(x, n, columns, *format, threads, out);
+}
+
+// The same for ternary codes; columns: n for one scale. A magnitude above `factor` times their mean is kept.
+int bittern_round_ternary(const float* x, int64_t n, int64_t columns, float factor, float clip, int threads, float* out) {
+  return round_ternary(x, n, columns, factor, clip, threads, out);
+}
+
 // out (rows, outputs) = quantized rows x packed weights + bias, then the activation. top: the largest code; zero: the
 // code that stands for 0; weight_sums: of the weights' codes less zero, for each output; shift: what was taken from the
 // rows' codes. weight_scale, bias and weight_sums are padded to a multiple of 16.
@@ -43,7 +54,7 @@ int bittern_linear(const int8_t* a, const float* scale, const float* offset, con
                    int outputs, int bits, int top, int zero, int shift, int offsets, int activation, int threads,
                    float* out) {
   const Linear l{a, scale, offset, sums, panels, weight_scale, bias, weight_sums, out, rows, columns, outputs, bits,
-                 top, zero, shift, activation, offsets != 0};
+                 top, zero, shift, activation, offsets != 0, true};
   return multiply_all(l, threads);
 }
 

@@ -32,8 +32,19 @@ struct Linear {
   const int32_t* weight_sums;
   float* out;
   int rows, columns, outputs, bits, top, zero, shift, activation;
-  bool offsets;
+  bool offsets, stream;  // stream: write past the caches, if the output is too large for them
 };
+
+constexpr size_t kStream = 2 << 20;  // bytes of an output beyond which no core's cache holds it
+
+// Values of a pair of panels past the caches: a line that is written as a whole need not be fetched first.
+inline void stream_out(const float* values, float* out) {
+#if defined(__AVX512F__)
+  for (int i = 0; i < kPair * kPanel; i += 16) _mm512_stream_ps(out + i, _mm512_loadu_ps(values + i));
+#else
+  for (int i = 0; i < kPair * kPanel; i += 8) _mm256_stream_ps(out + i, _mm256_loadu_ps(values + i));
+#endif
+}
 
 // Outputs of some rows and of `count` panels from their integer sums, with the activation. A row of the output is
 // written in one go: rows lie far apart, and each visit costs a look-up of its page.
@@ -63,7 +74,8 @@ inline void finish(const Linear& l, int row0, int rows, int output, int count, c
     }
     if (l.activation != kNone) activate(values, wide, l.activation);
     float* out = l.out + size_t(row0 + r) * l.outputs + output;
-    if (real == kPair * kPanel) memcpy(out, values, sizeof(values));
+    if (l.stream && real == kPair * kPanel) stream_out(values, out);
+    else if (real == kPair * kPanel) memcpy(out, values, sizeof(values));
     else memcpy(out, values, sizeof(float) * size_t(real));
   }
 }
@@ -73,6 +85,14 @@ void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* pan
   const int all = up(l.outputs, kPanel) / kPanel, count = all - first < kPair ? all - first : kPair;
   const size_t packed = size_t(width) * kPanel * l.bits / 8, next = size_t(kBlock) * kPanel * planes(l.bits);
   const size_t next_sums = size_t(kTile) * kPanel;
+#if defined(__AVX512VNNI__)
+  if (rows <= kFew) {
+    const auto product = l.bits == 2 ? rows_packed<2> : l.bits == 4 ? rows_packed<4> : rows_packed<8>;
+    product(l.panels + first * packed, packed, count, l.a + size_t(row0) * width, size_t(width), rows, sums, next_sums);
+    (l.offsets ? finish<true> : finish<false>)(l, row0, rows, first * kPanel, count, sums, next_sums);
+    return;
+  }
+#endif
   for (int at = 0; at < width; at += kBlock) {
     const int groups = (width - at < kBlock ? width - at : kBlock) / 4;
     for (int p = 0; p < count; ++p)
@@ -89,8 +109,10 @@ void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* pan
 }
 
 // All of the product; memory for the threads comes from `scratch`.
-inline int multiply_all(const Linear& l, int threads) {
+inline int multiply_all(Linear l, int threads) {
   if (l.rows == 0 || l.outputs == 0) return kOk;
+  const bool lines = l.outputs % kPanel == 0 && reinterpret_cast<uintptr_t>(l.out) % 64 == 0;
+  l.stream = l.stream && lines && size_t(l.rows) * size_t(l.outputs) * sizeof(float) > kStream;
   const int pairs = up(up(l.outputs, kPanel) / kPanel, kPair) / kPair;
   const int pieces = up(l.rows, kRows) / kRows, each = up(up(l.rows, pieces) / pieces, 16);
   threads = worth(double(l.rows) * l.columns * l.outputs / 64, threads);
@@ -105,6 +127,7 @@ inline int multiply_all(const Linear& l, int threads) {
     const Tiles tiles;
     for (int pair = chunk % steps * step; pair < pairs && pair < (chunk % steps + 1) * step && count > 0; ++pair)
       multiply_panels(l, pair, row0, count, mine, reinterpret_cast<int32_t*>(mine + panel));
+    if (l.stream) _mm_sfence();
   });
   return kOk;
 }

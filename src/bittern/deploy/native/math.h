@@ -51,26 +51,36 @@ struct Coding {
   int low = -128, high = 127, shift = 0;
 };
 
-// Codes of n values (padded with zeros to `width`) and their sum. The arithmetic is the quantizers': a division. A product
-// with the inverse takes its place, except where that comes near a tie and could round the other way.
+// Codes as whole floats. The arithmetic is the quantizers': a division. A product with the inverse takes its place,
+// except where that comes near a tie and could round the other way.
 #if defined(__AVX512F__)
-inline int32_t to_codes(const float* x, int n, Coding c, int8_t* out, int width) {
-  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  const __m512 clip = _mm512_set1_ps(c.clip), offset = _mm512_set1_ps(c.offset), scale = _mm512_set1_ps(c.scale);
-  const __m512 inverse = _mm512_set1_ps(1 / c.scale), tie = _mm512_set1_ps(0.4999f);
-  const __m512 low = _mm512_set1_ps(float(c.low)), high = _mm512_set1_ps(float(c.high));
+struct Rounder {
+  static constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  __m512 least, clip, offset, scale, inverse, low, high;
+  explicit Rounder(const Coding& c)
+      : least(_mm512_set1_ps(-c.clip)), clip(_mm512_set1_ps(c.clip)), offset(_mm512_set1_ps(c.offset)),
+        scale(_mm512_set1_ps(c.scale)), inverse(_mm512_set1_ps(1 / c.scale)), low(_mm512_set1_ps(float(c.low))),
+        high(_mm512_set1_ps(float(c.high))) {}
+  __m512 operator()(__m512 x) const {
+    const __m512 v = _mm512_sub_ps(_mm512_max_ps(_mm512_min_ps(x, clip), least), offset);
+    const __m512 ratio = _mm512_mul_ps(v, inverse);
+    __m512 whole = _mm512_roundscale_ps(ratio, nearest);
+    if (_mm512_cmp_ps_mask(_mm512_abs_ps(_mm512_sub_ps(ratio, whole)), _mm512_set1_ps(0.4999f), _CMP_GT_OQ))
+      whole = _mm512_roundscale_ps(_mm512_div_ps(v, scale), nearest);
+    return _mm512_min_ps(_mm512_max_ps(whole, low), high);
+  }
+};
+
+inline __mmask16 first(int n) { return n < 16 ? __mmask16((1 << n) - 1) : __mmask16(0xffff); }
+
+// Codes of n values (padded with zeros to `width`) and their sum.
+inline int32_t to_codes(const float* x, int n, const Coding& c, int8_t* out, int width) {
+  const Rounder round(c);
   const __m512i shift = _mm512_set1_epi32(c.shift);
   __m512i sum = _mm512_setzero_si512();
   for (int at = 0; at < n; at += 16) {
-    const __mmask16 real = n - at < 16 ? __mmask16((1 << (n - at)) - 1) : __mmask16(0xffff);
-    __m512 v = _mm512_maskz_loadu_ps(real, x + at);
-    v = _mm512_sub_ps(_mm512_max_ps(_mm512_min_ps(v, clip), _mm512_sub_ps(_mm512_setzero_ps(), clip)), offset);
-    const __m512 ratio = _mm512_mul_ps(v, inverse);
-    __m512 whole = _mm512_roundscale_ps(ratio, nearest);
-    if (_mm512_cmp_ps_mask(_mm512_abs_ps(_mm512_sub_ps(ratio, whole)), tie, _CMP_GT_OQ))
-      whole = _mm512_roundscale_ps(_mm512_div_ps(v, scale), nearest);
-    whole = _mm512_min_ps(_mm512_max_ps(whole, low), high);
-    const __m512i code = _mm512_sub_epi32(_mm512_cvtps_epi32(whole), shift);
+    const __mmask16 real = first(n - at);
+    const __m512i code = _mm512_sub_epi32(_mm512_cvtps_epi32(round(_mm512_maskz_loadu_ps(real, x + at))), shift);
     if (n - at >= 16) {
       sum = _mm512_add_epi32(sum, code);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out + at), _mm512_cvtepi32_epi8(code));
@@ -82,26 +92,51 @@ inline int32_t to_codes(const float* x, int n, Coding c, int8_t* out, int width)
   if (width > n) memset(out + n, 0, size_t(width - n));
   return _mm512_reduce_add_epi32(sum);
 }
+
+// What the codes of n values stand for: code x scale + offset, rounded twice.
+inline void to_values(const float* x, int n, const Coding& c, float* out) {
+  const Rounder round(c);
+  for (int at = 0; at < n; at += 16) {
+    const __mmask16 real = first(n - at);
+    __m512 value = _mm512_mul_ps(round(_mm512_maskz_loadu_ps(real, x + at)), round.scale);
+    asm("" : "+v"(value));  // or the compiler makes one operation of product and sum
+    if (c.offset != 0) value = _mm512_add_ps(value, round.offset);
+    if (n - at >= 16) _mm512_storeu_ps(out + at, value);
+    else _mm512_mask_storeu_ps(out + at, real, value);
+  }
+}
 #else
-inline int32_t to_codes(const float* x, int n, Coding c, int8_t* out, int width) {
-  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  const __m256 clip = _mm256_set1_ps(c.clip), offset = _mm256_set1_ps(c.offset), scale = _mm256_set1_ps(c.scale);
-  const __m256 inverse = _mm256_set1_ps(1 / c.scale), tie = _mm256_set1_ps(0.4999f), sign = _mm256_set1_ps(-0.0f);
-  const __m256 low = _mm256_set1_ps(float(c.low)), high = _mm256_set1_ps(float(c.high));
+struct Rounder {
+  static constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  __m256 least, clip, offset, scale, inverse, low, high;
+  explicit Rounder(const Coding& c)
+      : least(_mm256_set1_ps(-c.clip)), clip(_mm256_set1_ps(c.clip)), offset(_mm256_set1_ps(c.offset)),
+        scale(_mm256_set1_ps(c.scale)), inverse(_mm256_set1_ps(1 / c.scale)), low(_mm256_set1_ps(float(c.low))),
+        high(_mm256_set1_ps(float(c.high))) {}
+  __m256 operator()(__m256 x) const {
+    const __m256 v = _mm256_sub_ps(_mm256_max_ps(_mm256_min_ps(x, clip), least), offset);
+    const __m256 ratio = _mm256_mul_ps(v, inverse);
+    __m256 whole = _mm256_round_ps(ratio, nearest);
+    const __m256 distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_sub_ps(ratio, whole));
+    if (_mm256_movemask_ps(_mm256_cmp_ps(distance, _mm256_set1_ps(0.4999f), _CMP_GT_OQ)))
+      whole = _mm256_round_ps(_mm256_div_ps(v, scale), nearest);
+    return _mm256_min_ps(_mm256_max_ps(whole, low), high);
+  }
+};
+
+inline __m256i first(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// Codes of n values (padded with zeros to `width`) and their sum.
+inline int32_t to_codes(const float* x, int n, const Coding& c, int8_t* out, int width) {
+  const Rounder round(c);
   const __m256i shift = _mm256_set1_epi32(c.shift);
   __m256i sum = _mm256_setzero_si256();
   for (int at = 0; at < n; at += 8) {
     const int real = n - at < 8 ? n - at : 8;
-    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(real), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    __m256 v = _mm256_maskload_ps(x + at, mask);
-    v = _mm256_sub_ps(_mm256_max_ps(_mm256_min_ps(v, clip), _mm256_xor_ps(clip, sign)), offset);
-    const __m256 ratio = _mm256_mul_ps(v, inverse);
-    __m256 whole = _mm256_round_ps(ratio, nearest);
-    const __m256 distance = _mm256_andnot_ps(sign, _mm256_sub_ps(ratio, whole));
-    if (_mm256_movemask_ps(_mm256_cmp_ps(distance, tie, _CMP_GT_OQ)))
-      whole = _mm256_round_ps(_mm256_div_ps(v, scale), nearest);
-    whole = _mm256_min_ps(_mm256_max_ps(whole, low), high);
-    const __m256i code = _mm256_and_si256(_mm256_sub_epi32(_mm256_cvtps_epi32(whole), shift), mask);
+    const __m256 whole = round(_mm256_maskload_ps(x + at, first(real)));
+    const __m256i code = _mm256_and_si256(_mm256_sub_epi32(_mm256_cvtps_epi32(whole), shift), first(real));
     sum = _mm256_add_epi32(sum, code);
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
     const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(words, words));
@@ -113,6 +148,18 @@ inline int32_t to_codes(const float* x, int n, Coding c, int8_t* out, int width)
   int32_t total = 0;
   for (const int32_t part : parts) total += part;
   return total;
+}
+
+// What the codes of n values stand for: code x scale + offset, rounded twice.
+inline void to_values(const float* x, int n, const Coding& c, float* out) {
+  const Rounder round(c);
+  for (int at = 0; at < n; at += 8) {
+    __m256 value = _mm256_mul_ps(round(_mm256_maskload_ps(x + at, first(n - at))), round.scale);
+    asm("" : "+x"(value));  // or the compiler makes one operation of product and sum
+    if (c.offset != 0) value = _mm256_add_ps(value, round.offset);
+    if (n - at >= 8) _mm256_storeu_ps(out + at, value);
+    else _mm256_maskstore_ps(out + at, first(n - at), value);
+  }
 }
 #endif
 

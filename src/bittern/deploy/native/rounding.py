@@ -1,0 +1,43 @@
+"""Tensors rounded to a format and back to floats, in one call: `quantizers.fake_quantize` with the same bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bittern.deploy.native import Coding, _check, _required
+
+
+def uniform(x: Tensor, coding: Coding) -> Tensor | None:
+    """What the codes of x stand for: same shape and strides. None if x holds NaN or infinity."""
+    x, out = _dense(x, coding.by_row)
+    failed = _required().bittern_round(
+        _address(x), x.numel(), x.shape[-1] if coding.by_row else 1, coding.structure, torch.get_num_threads(),
+        out.data_ptr(),
+    )  # fmt: skip
+    return None if failed else out
+
+
+def ternary(x: Tensor, factor: float, clip: float | None, by_row: bool) -> Tensor | None:
+    """-scale, 0 or scale for each value, with one scale or one for each row. None if x holds NaN or infinity."""
+    x, out = _dense(x, by_row)
+    failed = _required().bittern_round_ternary(
+        _address(x), x.numel(), x.shape[-1] if by_row else x.numel(), factor, torch.inf if clip is None else clip,
+        torch.get_num_threads(), out.data_ptr(),
+    )  # fmt: skip
+    return None if failed else out
+
+
+def _dense(x: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
+    """x and a tensor like it, both without gaps in memory; its rows in order if that matters."""
+    if by_row:
+        x = x.contiguous()
+    out = torch.empty_like(x)
+    return (x, out) if out.stride() == x.stride() else (x.contiguous(), torch.empty_like(x.contiguous()))
+
+
+def _address(x: Tensor) -> int:
+    """Of a tensor without gaps. Raises ValueError."""
+    if not x.numel():
+        raise ValueError("x is empty; it has no scale")
+    return _check(x.as_strided((x.numel(),), (1,)), "x", (x.numel(),))

@@ -1,0 +1,102 @@
+"""Rounding by the kernels has the bits of the quantizers' own arithmetic, and steps aside where it does not serve."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from bittern.deploy import native
+from bittern.deploy.native import rounding
+from bittern.quantizers import _fused, fake_quantize, find_scale
+from bittern.recipe import Format
+
+pytestmark = pytest.mark.kernels
+FORMATS = {
+    "8 bits": Format(),
+    "clipped": Format(clip=2.5),
+    "3 bits": Format(bits=3),
+    "token": Format(granularity="token"),
+    "asymmetric": Format(scheme="asymmetric"),
+    "asymmetric token": Format(scheme="asymmetric", granularity="token", clip=1.0),
+    "unsigned": Format(scheme="unsigned"),
+    "static": Format(range="static", clip=1.5),
+    "static asymmetric": Format(bits=6, scheme="asymmetric", range="static"),
+    "ternary": Format(kind="ternary"),
+    "ternary, clipped": Format(kind="ternary", clip=0.5),
+    "ternary rows": Format(kind="ternary", granularity="row", clip=2.5),
+    "ternary groups": Format(kind="ternary", granularity="group", group_size=16),
+}
+
+
+@pytest.fixture(params=native.kinds())
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    native.use(request.param)
+    yield request.param
+    native.use()
+
+
+def tensors() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    large = torch.randn(70, 33, 48)
+    return {
+        "large": large, "one row": large[0, :1], "views": large.transpose(0, 1), "with gaps": large[:, ::2],
+        "heads": large.view(70, 33, 3, 16).transpose(1, 2), "wide": large * torch.logspace(-20, 3, 48),
+        "zeros": torch.zeros(5, 16), "small": torch.randn(3, 16) * 1e-39, "bfloat16": large.bfloat16(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_same_bits(kind: str, name: str, threads: int) -> None:
+    fmt, before = FORMATS[name], torch.get_num_threads()
+    for what, x in tensors().items():
+        scale, offset = find_scale(x, fmt) if fmt.range == "static" else (None, None)
+        with native.disabled():
+            expected = fake_quantize(x, fmt, scale, offset)
+        torch.set_num_threads(threads)
+        found = _fused(x.float(), fmt, scale, offset)
+        torch.set_num_threads(before)
+        assert found is not None, what
+        assert torch.equal(found.to(x.dtype), expected), what
+        assert torch.equal(fake_quantize(x, fmt, scale, offset), expected), what
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_not_finite(kind: str, name: str, value: float) -> None:
+    """What is not finite is left to the quantizers."""
+    fmt, x = FORMATS[name], torch.randn(40, 960)
+    scale, offset = find_scale(x, fmt) if fmt.range == "static" else (None, None)
+    for at in (0, 20_000, -1):
+        y = x.clone()
+        y.view(-1)[at] = value
+        with native.disabled():
+            expected = fake_quantize(y, fmt, scale, offset)
+        assert torch.equal(fake_quantize(y, fmt, scale, offset).nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_threads_do_not_change_sums(kind: str) -> None:
+    x, before = torch.randn(3_000_000) ** 3, torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            found.append(rounding.ternary(x, 0.7, None, False))
+    finally:
+        torch.set_num_threads(before)
+    assert all(y is not None and torch.equal(y, found[0]) for y in found)  # type: ignore[arg-type]
+
+
+def test_does_not_serve() -> None:
+    """More bits, scales of their own for channels or heads, float64: quantized all the same, not by the kernels."""
+    x = torch.randn(2, 3, 4, 5)
+    for fmt in (Format(bits=10), Format(granularity="head"), Format(kind="log2"), Format(kind="binary")):
+        assert _fused(x, fmt, None, None) is None
+        assert fake_quantize(x, fmt).shape == x.shape
+    assert _fused(x.double(), Format(), None, None) is None
+    assert _fused(x, Format(range="static", granularity="row"), torch.ones(2, 1, 1, 1), None) is None
+    with pytest.raises(ValueError, match="x is empty"):
+        rounding.ternary(x[:0], 0.7, None, False)
+    with pytest.raises(ValueError, match="float64"):
+        rounding.uniform(x.double(), native.Coding(-1, 1))
