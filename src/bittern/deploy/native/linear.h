@@ -37,47 +37,57 @@ struct Linear {
 
 constexpr size_t kStream = 2 << 20;  // bytes of an output beyond which no core's cache holds it
 
-// Values of a pair of panels past the caches: a line that is written as a whole need not be fetched first.
-inline void stream_out(const float* values, float* out) {
+// Values of whole panels past the caches: a line that is written as a whole need not be fetched first.
+inline void stream_out(const float* values, int n, float* out) {
 #if defined(__AVX512F__)
-  for (int i = 0; i < kPair * kPanel; i += 16) _mm512_stream_ps(out + i, _mm512_loadu_ps(values + i));
+  for (int i = 0; i < n; i += 16) _mm512_stream_ps(out + i, _mm512_loadu_ps(values + i));
 #else
-  for (int i = 0; i < kPair * kPanel; i += 8) _mm256_stream_ps(out + i, _mm256_loadu_ps(values + i));
+  for (int i = 0; i < n; i += 8) _mm256_stream_ps(out + i, _mm256_loadu_ps(values + i));
 #endif
 }
 
-// Outputs of some rows and of `count` panels from their integer sums, with the activation. A row of the output is
-// written in one go: rows lie far apart, and each visit costs a look-up of its page.
-template <bool offsets>
-inline void finish(const Linear& l, int row0, int rows, int output, int count, const int32_t* sums, size_t next_sums) {
-  const int wide = count * kPanel, real = l.outputs - output < wide ? l.outputs - output : wide;
-  float weight_scale[kPair * kPanel], bias[kPair * kPanel], values[kPair * kPanel];
-  int32_t weight_sums[kPair * kPanel];
-  memcpy(weight_scale, l.weight_scale + output, sizeof(float) * size_t(wide));
-  memcpy(bias, l.bias + output, sizeof(float) * size_t(wide));
-  memcpy(weight_sums, l.weight_sums + output, sizeof(int32_t) * size_t(wide));
+using Floats = float __attribute__((vector_size(64)));
+using Ints = int32_t __attribute__((vector_size(64)));
+
+// Outputs of some rows and of P panels from their integer sums, with the activation. A row of the output is written in
+// one go: rows lie far apart, and each visit costs a look-up of its page.
+template <int P, bool offsets>
+inline void finish(const Linear& l, int row0, int rows, int output, const int32_t* sums, size_t next_sums) {
+  const int real = l.outputs - output < P * kPanel ? l.outputs - output : P * kPanel;
+  Floats weight_scale[P], bias[P];
+  Ints weight_sums[P];
+  for (int p = 0; p < P; ++p) {
+    memcpy(&weight_scale[p], l.weight_scale + output + p * kPanel, sizeof(Floats));
+    memcpy(&bias[p], l.bias + output + p * kPanel, sizeof(Floats));
+    memcpy(&weight_sums[p], l.weight_sums + output + p * kPanel, sizeof(Ints));
+  }
   for (int r = 0; r < rows; ++r, sums += kPanel) {
     const float scale = l.scale[row0 + r], offset = l.offset[row0 + r];
     const int32_t zero = l.zero * l.sums[row0 + r];
-    for (int p = 0; p < count; ++p) {
-      const int32_t* sum = sums + p * next_sums;
-#pragma omp simd
-      for (int i = 0; i < kPanel; ++i) {
-        const int at = p * kPanel + i;
-        if (offsets) {
-          const int32_t exact = sum[i] - zero + l.shift * weight_sums[at];
-          values[at] = weight_scale[at] * (scale * float(exact) + offset * float(weight_sums[at])) + bias[at];
-        } else {
-          values[at] = weight_scale[at] * scale * float(sum[i] - zero) + bias[at];
-        }
+    Floats value[P];
+    for (int p = 0; p < P; ++p) {
+      Ints sum;
+      memcpy(&sum, sums + p * next_sums, sizeof(sum));
+      sum -= zero;
+      if (offsets) {
+        const Floats exact = __builtin_convertvector(sum + l.shift * weight_sums[p], Floats);
+        value[p] = weight_scale[p] * (scale * exact + offset * __builtin_convertvector(weight_sums[p], Floats)) + bias[p];
+      } else {
+        value[p] = weight_scale[p] * scale * __builtin_convertvector(sum, Floats) + bias[p];
       }
     }
-    if (l.activation != kNone) activate(values, wide, l.activation);
     float* out = l.out + size_t(row0 + r) * l.outputs + output;
-    if (l.stream && real == kPair * kPanel) stream_out(values, out);
-    else if (real == kPair * kPanel) memcpy(out, values, sizeof(values));
-    else memcpy(out, values, sizeof(float) * size_t(real));
+    if (l.activation != kNone) activate(reinterpret_cast<float*>(value), P * kPanel, l.activation);
+    if (real < P * kPanel) memcpy(out, value, sizeof(float) * size_t(real));
+    else if (l.stream) stream_out(reinterpret_cast<const float*>(value), P * kPanel, out);
+    else memcpy(out, value, sizeof(value));
   }
+}
+
+inline void finish(const Linear& l, int row0, int rows, int output, int count, const int32_t* sums, size_t next_sums) {
+  const auto with = [&](auto one, auto pair) { (count == kPair ? pair : one)(l, row0, rows, output, sums, next_sums); };
+  if (l.offsets) with(finish<1, true>, finish<kPair, true>);
+  else with(finish<1, false>, finish<kPair, false>);
 }
 
 void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* panel, int32_t* sums) {
@@ -89,7 +99,7 @@ void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* pan
   if (rows <= kFew) {
     const auto product = l.bits == 2 ? rows_packed<2> : l.bits == 4 ? rows_packed<4> : rows_packed<8>;
     product(l.panels + first * packed, packed, count, l.a + size_t(row0) * width, size_t(width), rows, sums, next_sums);
-    (l.offsets ? finish<true> : finish<false>)(l, row0, rows, first * kPanel, count, sums, next_sums);
+    finish(l, row0, rows, first * kPanel, count, sums, next_sums);
     return;
   }
 #endif
@@ -103,7 +113,7 @@ void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* pan
       multiply(panel, next, count, l.a + size_t(row0 + r) * width + at, size_t(width), some, groups, l.bits, l.top, mine,
                next_sums, at > 0);
       if (at + kBlock >= width)
-        (l.offsets ? finish<true> : finish<false>)(l, row0 + r, some, first * kPanel, count, mine, next_sums);
+        finish(l, row0 + r, some, first * kPanel, count, mine, next_sums);
     }
   }
 }
