@@ -2,6 +2,7 @@
 
     python benchmarks/inference.py --json benchmarks/results/inference.json
     python benchmarks/inference.py --quick --json      # two minutes; the last line is one JSON object
+    python benchmarks/inference.py --table benchmarks/results/inference.json
 
 Layers: one linear layer with ternary weights and int8 activations, quantized on the way, against onnxruntime in float32
 and in int8 (the faster of its dynamic and its static form) and PyTorch. Models: BERT-base, MiniLM-L6, ViT-B/16 and
@@ -179,7 +180,11 @@ def main() -> None:
     parser.add_argument("--no-layers", action="store_true", help="models only")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="measure nothing new after so many seconds")
     parser.add_argument("--cache", type=Path, help="folder for exported models; by default they are made anew")
+    parser.add_argument("--table", type=Path, help="print the tables of a file and do nothing else")
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
     started = time.monotonic()
     models = args.models if args.models is not None else list(MODELS)[: 2 if args.quick else None]
     native.use(args.kind)
@@ -232,6 +237,30 @@ def _summary(results: dict[str, Any]) -> dict[str, Any]:
         "model_vs_fp32": min((r["vs_fp32"] for r in results["models"] if not r["busy"]), default=None),
         "roofline_share": middle["roofline_share"],
     }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Models, then layers: a row for each shape and number of threads; the last columns are with a busy core."""
+    ratios_shown = {"vs_fp32": "onnxruntime float32", "vs_int8": "onnxruntime int8"}
+    others = {"vs_ctranslate2": "CTranslate2 int8", "vs_torch": "PyTorch float32"}
+
+    def grid(part: str, keys: list[str], more: dict[str, str]) -> list[str]:
+        columns = [(False, "ms", "ms")] + [(False, *pair) for pair in (ratios_shown | more).items()]
+        columns += [(True, name, f"busy: {text}") for name, text in ratios_shown.items()]
+        rows: dict[tuple[Any, ...], dict[bool, dict[str, Any]]] = {}
+        for found in results[part]:
+            rows.setdefault(tuple(found[k] for k in keys), {})[found["busy"]] = found
+        head = [*keys, *(text for _, _, text in columns)]
+        lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+        for key, cells in rows.items():
+            values = (cells.get(busy, {}).get(name) for busy, name, _ in columns)
+            lines.append(f"| {' | '.join([*map(str, key), *('' if v is None else f'{v:.3g}' for v in values)])} |")
+        return lines
+
+    models = grid("models", ["model", "batch", "threads"], others)
+    return "\n".join(
+        [*models, "", *grid("layers", ["inputs", "outputs", "rows", "threads"], {"roofline_share": "roofline"})]
+    )
 
 
 def _load(file: str | None) -> dict[str, Any]:
