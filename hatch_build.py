@@ -1,4 +1,4 @@
-"""Build hook: compiles the kernels of deploy/native into the package, for wheels and editable installs.
+"""Build hook: compiles the kernels of src/bittern/native into the package, for wheels and editable installs.
 
 One library for each kind of CPU. Without a C++ compiler, or elsewhere than on x86-64 Linux, the build goes on without
 them, as a pure wheel: packed models then take a slower path, and say so.
@@ -15,7 +15,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-NATIVE = "src/bittern/deploy/native"
+NATIVE = "src/bittern/native"
 # GCC 12 takes undefined registers in its own AVX-512 header for mistakes.
 FLAGS = (
     "-std=c++17 -O3 -Wall -Wextra -Wno-maybe-uninitialized -fopenmp-simd -fno-math-errno -fno-trapping-math -pthread"

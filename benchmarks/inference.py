@@ -42,8 +42,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 from transformers import BertConfig, BertModel, DeiTConfig, DeiTModel, PreTrainedModel, ViTConfig, ViTModel
 
-from bittern import calibrate, pack, simulate
-from bittern.deploy import native
+from bittern import calibrate, native, pack, simulate
 from bittern.deploy.bench import FLOAT, OURS, onnxruntime_engines, sample_batch, using_threads
 from bittern.deploy.engines import ctranslate2_engine
 from bittern.deploy.timing import alternate, ratios

@@ -6,7 +6,7 @@
 
 Each cell is written as soon as it is measured, and cells that are there are not run again; two processes may share a
 file. A recipe such as `w6a6@6` is mixed precision with a target of 6 bits a weight (candidates 4 to 8; at 8: 6 to 10).
-Outputs of the simulated model are measured, which equal those of the packed file (see the tests).
+What is measured is the packed model, on the kernels where they serve its formats.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bittern import load
+from bittern import load, pack
 from bittern.data import Data, load_data
 from bittern.evaluate import metrics, predict
 from bittern.ptq import METHODS, quantize
@@ -50,6 +50,7 @@ def cell(model_path: str, train: Data, test: Data, reference: Any, options: Any,
     start = time.perf_counter()
     result = quantize(model, recipe, calibration, method=key["method"], mixed=mixed, seed=key["seed"])
     seconds = time.perf_counter() - start
+    pack(model)
     found = metrics(model, test, predict(model, test), reference)
     losses = [s.after for s in result.solved]
     return (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from bittern.deploy import native
+from bittern import native
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()  # its lock is shared with forked processes, and a killed one would keep it

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import bittern
-from bittern import attention
-from bittern.deploy import accelerate, native
+from bittern import attention, native
+from bittern.deploy import accelerate
 from bittern.deploy.packed import PackedLayer, pack_layers
 from bittern.layers import swap
 from bittern.quantizers import find_scale

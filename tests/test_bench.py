@@ -9,9 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 import bittern
+from bittern import native
 from bittern.cli import app
 from bittern.deploy import bench as benches
-from bittern.deploy import engines, native
+from bittern.deploy import engines
 from bittern.deploy.timing import alternate, ratios
 from bittern.errors import InputError, ModelError
 from families import SUPPORTED

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from bittern import attention
 from bittern.deploy import blocks
-from bittern.deploy.native.block import Block
 from bittern.layers import fake_quants
+from bittern.native.block import Block
 from families import SUPPORTED
 from helpers import outputs, quantized, same
 

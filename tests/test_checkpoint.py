@@ -313,7 +313,7 @@ def load(task, folder):
 folders = dict(zip((AutoModelForSequenceClassification, AutoModelForImageClassification), sys.argv[1:]))
 print("bittern" in sys.modules, *(load(*pair) for pair in folders.items()))
 import bittern
-from bittern.deploy import native
+from bittern import native
 with native.disabled():
     print(*(load(*pair) for pair in folders.items()))
 """

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bittern.deploy import native
-from bittern.deploy.native import Coding, Panels, linear, padded_bias, quantize
-from bittern.deploy.native.block import Block, Layer, Norm
+from bittern import native
+from bittern.native import Coding, Panels, linear, padded_bias, quantize
+from bittern.native.block import Block, Layer, Norm
 from bittern.quantizers import encode, find_scale, kernel_coding
 from bittern.recipe import Format
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bittern.deploy import native
-from bittern.deploy.native import rounding
+from bittern import native
+from bittern.native import rounding
 from bittern.quantizers import _fused, fake_quantize, find_scale
 from bittern.recipe import Format
 

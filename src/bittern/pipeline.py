@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bittern import native
 from bittern.data import check_same_inputs, load_data
-from bittern.deploy import native
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.checksum import digest
 from bittern.deploy.journal import Journal

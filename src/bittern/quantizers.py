@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bittern.deploy import native
-from bittern.deploy.native import rounding
+from bittern import native
 from bittern.errors import ModelError
+from bittern.native import rounding
 from bittern.recipe import Format
 
 TERNARY_THRESHOLD = 0.7  # times the mean of |w| (Ternary Weight Networks; TernaryBERT)

@@ -1,4 +1,4 @@
-"""Where packed models meet the integer kernels of `deploy.native`.
+"""Where packed models meet the integer kernels of `native`.
 
 Functions return None where the kernels do not serve: a format that they lack, gradients, another device or type, values
 that are not finite. The caller then computes as the simulated model does.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
-from bittern.deploy import native
+from bittern import native
 from bittern.quantizers import FakeQuant, code_range, has_kernel_coding, kernel_coding
 from bittern.recipe import Format
 

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bittern import attention
+from bittern import attention, native
 from bittern.anatomy import dummy_batch
-from bittern.deploy import native
 from bittern.deploy.accelerate import has_kernel
 from bittern.deploy.checkpoint import is_packed, module_formats
 from bittern.deploy.engines import ctranslate2_engine

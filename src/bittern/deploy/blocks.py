@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from bittern import attention
-from bittern.deploy import accelerate, native
-from bittern.deploy.native.block import PARTS, Block, Layer, Norm
+from bittern import attention, native
+from bittern.deploy import accelerate
+from bittern.native.block import PARTS, Block, Layer, Norm
 
 # Whether norms come first, by the order of norms (n), linear layers (l), attention (a) and activation (f).
 ORDERS: dict[str, bool] = {"nlllalnlfl": True, "lllalnlfln": False}

@@ -16,9 +16,9 @@ from typing import Any, get_args
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bittern import native
 from bittern.anatomy import LAYERS
 from bittern.data import load_data
-from bittern.deploy import native
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.onnx_parity import check, compare, complete, made_up, run, run_file
 from bittern.deploy.onnx_plan import Form, Plan, integer_codes, may_saturate, plan, rounding

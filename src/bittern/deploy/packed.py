@@ -1,6 +1,6 @@
 """Packed layers: integer codes in bytes and their scales instead of a float weight.
 
-Where the kernels of `deploy.native` serve, a layer multiplies in integers and holds its codes in their order; elsewhere
+Where the kernels of `native` serve, a layer multiplies in integers and holds its codes in their order; elsewhere
 it unpacks them and multiplies in float, bit for bit as the simulated layer does.
 
 A packed layer holds `weight_codes` (uint8, rows × bytes), `weight_scale` and, if asymmetric, `weight_offset` (float32).
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bittern.deploy import native
+from bittern import native
 from bittern.deploy.accelerate import input_coding, make_panels
 from bittern.deploy.blocks import use_kernels
 from bittern.errors import ModelError

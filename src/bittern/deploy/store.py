@@ -17,8 +17,8 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
+from bittern import native
 from bittern.anatomy import check_model
-from bittern.deploy import native
 from bittern.deploy.checkpoint import BitternConfig, is_packed, mark_simulated, module_formats
 from bittern.deploy.checksum import METHOD, read_json, read_metadata, verify
 from bittern.deploy.packed import PackedLayer

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bittern.deploy.native import structures as c
+from bittern.native import structures as c
 
 PANEL, ALIGN = 16, 64  # outputs of a panel; rows of inputs are padded to a multiple of ALIGN
 SWITCHED_OFF = "the kernels are switched off"  # see `disabled`

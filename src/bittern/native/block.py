@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bittern.deploy.native import (
+from bittern.native import (
     _ACTIVATIONS,
     Activation,
     Coding,
@@ -21,7 +21,7 @@ from bittern.deploy.native import (
     strided_mask,
     strides,
 )
-from bittern.deploy.native import structures as c
+from bittern.native import structures as c
 
 Part = Literal["query", "key", "value", "output", "up", "down"]
 PARTS: tuple[Part, ...] = Part.__args__  # type: ignore[attr-defined]

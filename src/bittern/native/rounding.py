@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bittern.deploy.native import Coding, _check, _required
+from bittern.native import Coding, _check, _required
 
 
 def uniform(x: Tensor, coding: Coding) -> Tensor | None:
