@@ -127,11 +127,14 @@ def main() -> None:
         parser.error(f"{options.data} needs a train and a test split")
     if options.test:
         test = test.subset(options.test)
+    if (known := read(options.out))["rows"] and known.get("measured") != "packed":
+        parser.error(f"{options.out} holds figures of simulated models, which packed ones should not be mixed with")
     reference = predict(model, test)
     head = {
         "model": Path(options.model).name,
         "samples": options.samples,
         "test": len(test),
+        "measured": "packed",
         "float": {k: round(v, 5) for k, v in metrics(model, test, reference, reference).items()},
     }
     print(json.dumps(head["float"]), flush=True)

@@ -127,8 +127,8 @@ def test_large_outputs(kind: str) -> None:
         q, bias = quantize(torch.randn(600, 70), SIGNED), padded_bias(torch.randn(outputs), panels)
         assert q is not None
         pieces = [
-            native.Quantized(q.codes[i : i + 20], q.numbers[:, i : i + 20].contiguous(), 20, 70, SIGNED)
-            for i in range(0, 600, 20)
+            native.Quantized(q.codes[i : i + 30], q.numbers[:, i : i + 30].contiguous(), 30, 70, SIGNED)
+            for i in range(0, 600, 30)
         ]
         assert torch.equal(linear(q, panels, bias), torch.cat([linear(p, panels, bias) for p in pieces]))
 

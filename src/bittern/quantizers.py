@@ -54,8 +54,8 @@ def _dims(x: Tensor, fmt: Format) -> tuple[int, ...]:
 
 
 def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """In float64, so that the result does not depend on the order of the sum: on threads, or on who makes it."""
-    return x.sum(dims, keepdim=True, dtype=torch.float64).float()
+    """On CPUs in float64, where the order of a sum, which threads and kernels choose, leaves practically no trace."""
+    return x.sum(dims, keepdim=True, dtype=torch.float64 if x.is_cpu else None).float()
 
 
 def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -196,14 +196,14 @@ def kernel_coding(fmt: Format, scale: Tensor | None, offset: Tensor | None) -> n
     low, high = code_range(fmt)
     if scale is None:
         return native.Coding(low, high, fmt.scheme, clip=fmt.clip, by_row=fmt.granularity == "token")
-    if scale.numel() != 1 or (value := float(scale)) < torch.finfo(torch.float32).tiny:
+    if scale.numel() != 1 or not (value := float(scale.detach())) >= torch.finfo(torch.float32).tiny:
         return None
     return native.Coding(low, high, fmt.scheme, value, 0.0 if offset is None else float(offset), fmt.clip)
 
 
 def _fused(x: Tensor, fmt: Format, scale: Tensor | None, offset: Tensor | None) -> Tensor | None:
-    """`_quantize` by the kernels: the same bits in fewer passes. None if they do not serve."""
-    if not native.serves(x):
+    """`_quantize` of float32 by the kernels: the same bits in fewer passes. None if they do not serve."""
+    if not x.dim() or not native.serves(x):
         return None
     if fmt.kind == "ternary" and scale is None and fmt.granularity in ("tensor", "row", "group"):
         units = _units(x, fmt)
@@ -216,12 +216,13 @@ def _fused(x: Tensor, fmt: Format, scale: Tensor | None, offset: Tensor | None) 
 def _quantize(x: Tensor, fmt: Format, scale: Tensor | None, offset: Tensor | None) -> Tensor:
     if not x.numel():  # has no extremes
         return x.clone()
-    if (fused := _fused(x.detach().float(), fmt, scale, offset)) is not None:
+    values = x.detach().float()
+    if (fused := _fused(values, fmt, scale, offset)) is not None:
         return fused.to(x.dtype)
     own = scale is None
     # Where extremes and codes, or magnitudes, are clipped in place, x needs no clipped copy.
     copied = not own or fmt.kind not in ("uniform", "ternary")
-    units = _prepare(x, fmt) if copied else _units(x.detach().float(), fmt)
+    units = _prepare(values, fmt) if copied else _units(values, fmt)
     if own and fmt.kind == "ternary":
         codes, scale = _ternary(units, fmt)
         return codes.mul_(scale).view(x.shape).to(x.dtype)

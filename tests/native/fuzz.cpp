@@ -114,6 +114,15 @@ void rounding(int threads) {
   std::vector<float> out(x.size());
   if (bittern_round(x.data(), int64_t(x.size()), columns, &f, threads, out.data())) fail("finite values are not finite");
   if (x.empty()) return;
+  std::vector<int8_t> codes(size_t(up(count, 16)) * up(columns, 64));
+  std::vector<float> scale(count), offset(count);
+  std::vector<int32_t> sums(count);
+  bittern_quantize(x.data(), count, columns, &f, threads, codes.data(), scale.data(), offset.data(), sums.data());
+  for (int r = 0; r < count; ++r)
+    for (int k = 0; k < columns; ++k) {
+      volatile float value = float(codes[size_t(r) * up(columns, 64) + k] + f.shift) * scale[r];  // rounded here
+      if (value + offset[r] != out[size_t(r) * columns + k]) fail("value of a code");
+    }
   const int64_t together = pick(0, 1) ? columns : int64_t(x.size());
   if (bittern_round_ternary(x.data(), int64_t(x.size()), together, 0.7f, INFINITY, threads, out.data())) fail("ternary");
   for (size_t i = 0; i < x.size(); ++i)
@@ -174,7 +183,7 @@ void block(int threads) {
 int main(int, char** arguments) {
   generator.seed(unsigned(std::stoi(arguments[1])));
   if (bittern_start()) fail("the system does not grant AMX");
-  linear(0, 5, 7, 1), linear(1, 1, 1, 1), linear(300, 800, 40, 2);
+  linear(0, 5, 7, 1), linear(1, 1, 1, 1), linear(300, 800, 40, 2), linear(600, 70, 1024, 3);
   for (int i = 0; i < std::stoi(arguments[2]); ++i) {
     linear(pick(1, pick(0, 3) ? 20 : 300), pick(1, pick(0, 3) ? 150 : 1700), pick(1, 80), pick(1, 4));
     attention(pick(1, 4));

@@ -1,4 +1,4 @@
-"""Integer kernels for CPUs: packed weights times quantized activations, attention, and what stands between them.
+"""Kernels for CPUs: packed weights times quantized activations, attention, what stands between them, and rounding.
 
 The C++ beside this file is compiled when the package is built, once for each kind of x86-64 CPU; the library that suits
 the machine is loaded on first use. `engine()` names it, or says why there is none: then packed layers unpack their
@@ -118,7 +118,8 @@ def engine() -> tuple[str, str]:
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Inside the block packed models compute as the simulated model does: unpacked weights, float products."""
+    """Inside the block packed models compute as the simulated model does: unpacked weights, float products, and PyTorch
+    alone rounds."""
     was, _State.allowed = _State.allowed, False
     try:
         yield
@@ -128,12 +129,12 @@ def disabled() -> Iterator[None]:
 
 def serves(*tensors: Tensor | None) -> bool:
     """Whether kernels may work on these tensors now: float32 on the CPU, no gradients, nothing that traces."""
-    if _library() is None or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _library() is None:
         return False
     grad = torch.is_grad_enabled()
     for t in tensors:
         if t is not None:
-            plain = type(t) is Tensor or type(t) is torch.nn.Parameter
+            plain = type(t) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
             if not plain or t.dtype is not torch.float32 or not t.is_cpu or (grad and t.requires_grad):
                 return False
     return True

@@ -67,6 +67,9 @@ inline void add_and_norm(const float* x, const float* y, int rows, int columns, 
   });
 }
 
+// Where a large output goes. What the next layer reads at once, twice if it has to find a range, stays in the caches.
+enum Output { kCached, kPastCaches };
+
 // Codes of rows, and what belongs to them.
 struct Codes {
   int8_t* codes;
@@ -77,11 +80,11 @@ struct Codes {
   int read(const float* x, const Layer& layer, int threads) const {
     return quantize_rows(x, rows, layer.inputs, layer.input, threads, codes, scale, offset, sums);
   }
-  int multiply(const Layer& layer, int activation, bool stream, int threads, float* out) const {
+  int multiply(const Layer& layer, int activation, Output where, int threads, float* out) const {
     const Format& f = layer.input;
     return multiply_all(Linear{codes, scale, offset, sums, layer.panels, layer.scale, layer.bias, layer.sums, out, rows,
                                layer.inputs, layer.outputs, layer.bits, layer.top, layer.zero, f.shift, activation,
-                               f.scheme == 2 || f.shift > 0, stream},
+                               f.scheme == 2 || f.shift > 0, where == kPastCaches},
                         threads);
   }
 };
@@ -118,7 +121,7 @@ inline int run_block(const Block& b, const float* x, int batch, int tokens, cons
     if (before == nullptr || !same(before->input, layer->input))
       if (const int failed = codes.read(read, *layer, threads)) return failed;
     before = layer;
-    if (const int failed = codes.multiply(*layer, kNone, true, threads, floats(at))) return failed;
+    if (const int failed = codes.multiply(*layer, kNone, kPastCaches, threads, floats(at))) return failed;
   }
   Attention a{floats(at_query), floats(at_key), floats(at_value), mask, floats(at_inner), floats(at_context),
               {int64_t(tokens) * queries, b.dim, queries}, {int64_t(tokens) * keys, b.dim, keys},
@@ -127,12 +130,12 @@ inline int run_block(const Block& b, const float* x, int batch, int tokens, cons
   if (mask != nullptr) memcpy(a.mask_strides, mask_strides, sizeof(a.mask_strides));
   if (const int failed = attend(a, threads)) return failed;
   if (const int failed = codes.read(floats(at_context), b.output, threads)) return failed;
-  if (const int failed = codes.multiply(b.output, kNone, true, threads, sum)) return failed;
+  if (const int failed = codes.multiply(b.output, kNone, kPastCaches, threads, sum)) return failed;
   add_and_norm(sum, x, rows, hidden, sum, &b.norms[b.pre_norm ? 1 : 0], threads, normed);
   if (const int failed = codes.read(normed, b.up, threads)) return failed;
-  if (const int failed = codes.multiply(b.up, b.activation, false, threads, floats(at_inner))) return failed;
+  if (const int failed = codes.multiply(b.up, b.activation, kCached, threads, floats(at_inner))) return failed;
   if (const int failed = codes.read(floats(at_inner), b.down, threads)) return failed;
-  if (const int failed = codes.multiply(b.down, kNone, true, threads, out)) return failed;
+  if (const int failed = codes.multiply(b.down, kNone, kPastCaches, threads, out)) return failed;
   if (b.pre_norm) add_and_norm(out, sum, rows, hidden, out, nullptr, threads, nullptr);
   else add_and_norm(out, normed, rows, hidden, out, &b.norms[1], threads, out);
   return kOk;

@@ -2,7 +2,8 @@
 //
 // A panel holds, for each 4 inputs, 16 outputs x 4 bytes: 64 bytes, which is what two AVX2 registers, one AVX-512
 // register and a row of an AMX tile want alike. In memory codes have 2, 4 or 8 bits: a 64-byte line holds 4, 2 or 1
-// such groups at bit 0, 2, .. of each byte. A panel is unpacked into the first cache for as many rows as share it.
+// such groups at bit 0, 2, .. of each byte. A panel is unpacked into the first cache for as many rows as share it, if they
+// are more than two.
 #pragma once
 #include <immintrin.h>
 
@@ -21,7 +22,8 @@ constexpr int kPanel = 16;    // outputs of a panel
 constexpr int kAlign = 64;    // rows of inputs are padded with zeros to a multiple of this
 constexpr int kBlock = 384;   // inputs of a panel that are unpacked at a time: the rows' own should stay in the first cache
 constexpr int kRows = 256;    // rows of inputs in one piece of work
-constexpr int kFew = 2;       // rows for which weights are not unpacked, where that is possible
+constexpr int kFew = 2;       // rows that multiply packed weights as they lie, where that is possible
+constexpr int kVectors = 4;   // rows that are better multiplied without AMX tiles
 constexpr int kTile = 32;     // rows whose sums are made together, and still in the first cache when they are finished
 #if defined(__AVX512VNNI__)
 constexpr int kPlanes = 1;    // byte products and 32-bit sums in one instruction
@@ -300,7 +302,7 @@ inline void multiply(const uint8_t* panel, size_t next, int count, const int8_t*
 #if defined(__AVX512VNNI__)
   (void)bits, (void)top;
 #if defined(__AMX_INT8__)
-  if (rows > kFew) {
+  if (rows > kVectors) {
     if (count == 2) rows_amx<2>(panel, next, a, stride, rows, groups, sums, next_sums, add);
     else rows_amx<1>(panel, next, a, stride, rows, groups, sums, next_sums, add);
     return;

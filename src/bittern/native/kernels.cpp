@@ -2,7 +2,8 @@
 //
 // A plain C interface without any framework: the caller owns all memory and has checked sizes (see __init__.py).
 // The file is compiled once for each kind of CPU; the library that suits the machine is chosen when it is loaded.
-// Floats must be finite: functions that read unchecked ones return 1 if they are not, and the caller does without us.
+// Floats must be finite (or be clipped to finite ones): functions that read unchecked ones return 1 if they are not, and
+// the caller does without us.
 
 #include "block.h"
 #include "rounding.h"

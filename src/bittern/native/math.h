@@ -67,7 +67,7 @@ struct Rounder {
     __m512 whole = _mm512_roundscale_ps(ratio, nearest);
     if (_mm512_cmp_ps_mask(_mm512_abs_ps(_mm512_sub_ps(ratio, whole)), _mm512_set1_ps(0.4999f), _CMP_GT_OQ))
       whole = _mm512_roundscale_ps(_mm512_div_ps(v, scale), nearest);
-    return _mm512_min_ps(_mm512_max_ps(whole, low), high);
+    return _mm512_min_ps(_mm512_max_ps(low, whole), high);
   }
 };
 
@@ -120,7 +120,7 @@ struct Rounder {
     const __m256 distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_sub_ps(ratio, whole));
     if (_mm256_movemask_ps(_mm256_cmp_ps(distance, _mm256_set1_ps(0.4999f), _CMP_GT_OQ)))
       whole = _mm256_round_ps(_mm256_div_ps(v, scale), nearest);
-    return _mm256_min_ps(_mm256_max_ps(whole, low), high);
+    return _mm256_min_ps(_mm256_max_ps(low, whole), high);
   }
 };
 

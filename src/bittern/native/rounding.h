@@ -44,7 +44,7 @@ inline int round_values(const float* x, int64_t n, int columns, const Format& f,
   return finite.load() ? kOk : kNotFinite;
 }
 
-// Sums are made in double, where their order leaves no trace in the float that becomes of them.
+// Sums are made in double, where their order leaves practically no trace in the float that becomes of them.
 inline double magnitude(const float* x, int64_t n, float clip) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)

@@ -9,7 +9,7 @@ from bittern.native import Coding, _check, _required
 
 
 def uniform(x: Tensor, coding: Coding) -> Tensor | None:
-    """What the codes of x stand for: same shape and strides. None if x holds NaN or infinity."""
+    """What the codes of x stand for, in its shape. None if x holds NaN or infinity."""
     x, out = _dense(x, coding.by_row)
     failed = _required().bittern_round(
         _address(x), x.numel(), x.shape[-1] if coding.by_row else 1, coding.structure, torch.get_num_threads(),
@@ -19,7 +19,7 @@ def uniform(x: Tensor, coding: Coding) -> Tensor | None:
 
 
 def ternary(x: Tensor, factor: float, clip: float | None, by_row: bool) -> Tensor | None:
-    """-scale, 0 or scale for each value, with one scale or one for each row. None if x holds NaN or infinity."""
+    """-scale, 0 or scale for each value, with one scale or one for each row. None if x, clipped, is not finite."""
     x, out = _dense(x, by_row)
     failed = _required().bittern_round_ternary(
         _address(x), x.numel(), x.shape[-1] if by_row else x.numel(), factor, torch.inf if clip is None else clip,
@@ -33,7 +33,10 @@ def _dense(x: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
     if by_row:
         x = x.contiguous()
     out = torch.empty_like(x)
-    return (x, out) if out.stride() == x.stride() else (x.contiguous(), torch.empty_like(x.contiguous()))
+    if out.stride() != x.stride():
+        x = x.contiguous()
+        out = torch.empty_like(x)
+    return x, out
 
 
 def _address(x: Tensor) -> int:
