@@ -43,7 +43,8 @@ def tensors() -> dict[str, Tensor]:
         "large": large, "one row": large[0, :1], "views": large.transpose(0, 1), "with gaps": large[:, ::2],
         "heads": large.view(70, 33, 3, 16).transpose(1, 2), "wide": large * torch.logspace(-20, 3, 48),
         "zeros": torch.zeros(5, 16),
-        "no negative codes": torch.linspace(-1e-3, 1, 4000).view(-1, 16), "small": torch.randn(3, 16) * 1e-39, "bfloat16": large.bfloat16(),
+        "no negative codes": torch.linspace(-1e-3, 1, 4000).view(-1, 16),
+        "small": torch.randn(3, 16) * 1e-39, "bfloat16": large.bfloat16(),
     }  # fmt: skip
 
 
