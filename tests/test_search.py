@@ -212,7 +212,7 @@ def test_inputs(group: str, scheme: str, bits: int) -> None:
             for layer, right in products
         ]
         for start in (None, 71):
-            found = search_left(inputs.x, fmt, pairs, options_of(inputs.x, fmt), start)
+            found = search_left(inputs.x, fmt, pairs)(options_of(inputs.x, fmt), start)
             assert is_best(own, found), (objective, found, own.argmin(), own[found] - own.min())
 
 
@@ -343,9 +343,9 @@ def test_attention(left: str, right: str, bits: int) -> None:
             formats = [as_format(bits, schemes.get(name, "symmetric")) for name in (left, right)]
             near = [fake_quantize(t, fmt, *find_scale(t, fmt)) for t, fmt in zip((x, y), formats, strict=True)]
             if searched == left:
-                found = search_left(x, formats[0], [(product, near[1])], options_of(x, formats[0]), None)
+                found = search_left(x, formats[0], [(product, near[1])])(options_of(x, formats[0]), None)
             else:
-                found = search_right(y, formats[1], product, near[0], options_of(y, formats[1]), None)
+                found = search_right(y, formats[1], product, near[0])(options_of(y, formats[1]), None)
             assert is_best(own, found), (searched, objective, found, own.argmin(), own[found] / own.min())
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from bittern.layers import QuantLayer, weight_matrix
 from bittern.ptq.methods import Method
 from bittern.ptq.product import Product
-from bittern.ptq.search import Scale, Space, scales
+from bittern.ptq.search import Scale, Search, Space, scales
 from bittern.quantizers import FakeQuant, fake_quantize, find_scale
 from bittern.recipe import Format
 
@@ -58,11 +56,8 @@ class Operand:
             return fake_quantize(self.x, self.quantizer.format)
         return fake_quantize(self.x, self.format, *(scale or self.scale))
 
-    def search(self, best: Callable[[list[Scale], int | None], int]) -> bool:
-        """Take the best candidates for both extremes by one factor, then for each alone; whether any is another.
-
-        best: index of the best of some scales, given that of the present one.
-        """
+    def search(self, best: Search) -> bool:
+        """Take the best candidates for both extremes by one factor, then for each alone; whether any is another."""
         before, count = self.ends, len(self.factors)
         if self.ends is None or not self.two_ended:
             index = best(scales(*self.extremes, self.format, self.factors), self.ends and self.ends[0])

@@ -26,6 +26,7 @@ from bittern.quantizers import fake_quantize, find_scale
 from bittern.recipe import Format
 
 Scale = tuple[Tensor, Tensor | None]  # and offset
+Search = Callable[[Sequence[Scale], int | None], int]  # index of the best of some scales, given that of the present
 
 BINS = 1 << 14  # 32 or more to a step of 8 bits
 CROSS_ROWS = 160  # rows on which cross terms are estimated
@@ -109,24 +110,12 @@ def choose(
 
 
 def search_left(
-    x: Tensor,
-    fmt: Format,
-    products: Sequence[tuple[Product, Tensor]],
-    options: Sequence[Scale],
-    start: int | None,
-    penalty: Callable[[Tensor], float] | None = None,
-) -> int:
-    """Index of the best scale for x, the left side of every product, whose right sides B̂ are given.
+    x: Tensor, fmt: Format, products: Sequence[tuple[Product, Tensor]], penalty: Callable[[Tensor], float] | None = None
+) -> Search:
+    """Searches for the scale of x, the left side of every product, whose right sides B̂ are given.
 
     penalty: of an output error, added to the exact loss (the ranking loss).
     """
-
-    def exact(candidate: int) -> float:
-        def left(part: slice) -> Tensor:
-            return fake_quantize(x[part], fmt, *options[candidate])
-
-        return sum(product.loss(left, right, penalty) for product, right in products) / len(products)
-
     slack = products[0][0].slack
     wanted = ESTIMATE_ROWS if x.dim() == 2 else ESTIMATE_ROWS // x.shape[1] + 1
     some = random_rows(len(x), wanted if slack else len(x)).to(x.device)
@@ -136,7 +125,7 @@ def search_left(
     part = part if x.dim() == 2 else part[:, lines]
     square, linear, gain = torch.zeros(1, device=x.device), torch.zeros_like(x[some]), torch.zeros_like(x[some])
     diagonal, powers = torch.zeros(1, device=x.device), []
-    p = q = torch.zeros(len(options), device=x.device)
+    p = q = torch.zeros((), device=x.device)
     for product, right in products:
         weighted, centred, p0, q0 = product.first_order(x[some], right, some)
         near = right if right.dim() == 2 else right[some]
@@ -156,26 +145,27 @@ def search_left(
     def power(error: Tensor) -> Tensor:
         return torch.stack([one(error) for one in powers]).sum()
 
-    cross = _cross_terms(part, fmt, options, diagonal, power, slack)
-    p1, q1 = _elements(x, x[some], fmt, options, square, linear, gain, scale_up)
-    estimate = products[0][0].pooled(p + p1, q + q1 + cross, len(products))
-    return choose(estimate, exact, start, slack, penalty is not None)
+    elements = _elements(x, x[some], square, linear, gain, scale_up)
+
+    def search(options: Sequence[Scale], start: int | None) -> int:
+        def exact(candidate: int) -> float:
+            def left(part: slice) -> Tensor:
+                return fake_quantize(x[part], fmt, *options[candidate])
+
+            return sum(product.loss(left, right, penalty) for product, right in products) / len(products)
+
+        cross = _cross_terms(part, fmt, options, diagonal, power, slack)
+        p1, q1 = elements(fmt, options)
+        estimate = products[0][0].pooled(p + p1, q + q1 + cross, len(products))
+        return choose(estimate, exact, start, slack, penalty is not None)
+
+    return search
 
 
 def search_right(
-    x: Tensor,
-    fmt: Format,
-    product: Product,
-    left: Tensor,
-    options: Sequence[Scale],
-    start: int | None,
-    penalty: Callable[[Tensor], float] | None = None,
-) -> int:
-    """Index of the best scale for x (groups, inner, columns), the right side of a product; its left side is Â."""
-
-    def exact(candidate: int) -> float:
-        return product.loss(left.__getitem__, fake_quantize(x, fmt, *options[candidate]), penalty)
-
+    x: Tensor, fmt: Format, product: Product, left: Tensor, penalty: Callable[[Tensor], float] | None = None
+) -> Search:
+    """Searches for the scale of x (groups, inner, columns), the right side of a product; its left side is Â."""
     some = random_rows(len(x), ESTIMATE_ROWS // left.shape[1] + 1 if product.slack else len(x)).to(x.device)
     few = some[:8]
     lines = slice(0, None, max(1, x.shape[2] * len(few) // CROSS_ROWS))
@@ -183,13 +173,19 @@ def search_right(
     near = left[some].mT
     square = torch.matmul(left.square().mT, product.row_weight)
     scale_up, part = len(x) / len(some), x[few][:, :, lines]
-    weight = product.row_weight[few]
-    power = partial(_power, left=left[few], weight=weight)
-    cross = _cross_terms(part, fmt, options, square[few], power, product.slack) * (x.numel() / part.numel())
-    linear, gain = torch.matmul(near, weighted), torch.matmul(near, centred)
-    p, q = _elements(x, x[some], fmt, options, square, linear, gain, scale_up)
-    estimate = product.pooled(p + p0 * scale_up, q + q0 * scale_up + cross)
-    return choose(estimate, exact, start, product.slack, penalty is not None)
+    power = partial(_power, left=left[few], weight=product.row_weight[few])
+    elements = _elements(x, x[some], square, torch.matmul(near, weighted), torch.matmul(near, centred), scale_up)
+
+    def search(options: Sequence[Scale], start: int | None) -> int:
+        def exact(candidate: int) -> float:
+            return product.loss(left.__getitem__, fake_quantize(x, fmt, *options[candidate]), penalty)
+
+        cross = _cross_terms(part, fmt, options, square[few], power, product.slack) * (x.numel() / part.numel())
+        p, q = elements(fmt, options)
+        estimate = product.pooled(p + p0 * scale_up, q + q0 * scale_up + cross)
+        return choose(estimate, exact, start, product.slack, penalty is not None)
+
+    return search
 
 
 def _cross_rows(x: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,16 +222,9 @@ def _gram_power(error: Tensor, gram: Tensor, weight: Tensor) -> Tensor:
 
 
 def _elements(
-    x: Tensor,
-    part: Tensor,
-    fmt: Format,
-    options: Sequence[Scale],
-    square: Tensor,
-    linear: Tensor,
-    gain: Tensor,
-    scale_up: float,
-) -> tuple[Tensor, Tensor]:
-    """Σ gain·e and Σ square·e² + 2·linear·e for the errors e of every candidate, through histograms of x.
+    x: Tensor, part: Tensor, square: Tensor, linear: Tensor, gain: Tensor, scale_up: float
+) -> Callable[[Format, Sequence[Scale]], tuple[Tensor, Tensor]]:
+    """Σ gain·e and Σ square·e² + 2·linear·e for the errors e of candidates, through histograms of x.
 
     square broadcasts against x; linear and gain belong to a part of it, and are scaled up.
     """
@@ -247,9 +236,15 @@ def _elements(
         return torch.bincount(index, weights.expand_as(values).flatten(), BINS)
 
     centres = low + (torch.arange(BINS, device=x.device) + 0.5) * width
-    errors = torch.stack([error_of(centres, fmt, scale) for scale in options])
-    first_order = errors @ torch.stack([histogram(part, gain), histogram(part, linear)], 1) * scale_up
-    return first_order[:, 0], errors.square() @ histogram(x, square) + 2 * first_order[:, 1]
+    first = torch.stack([histogram(part, gain), histogram(part, linear)], 1) * scale_up
+    second = histogram(x, square)
+
+    def sums(fmt: Format, options: Sequence[Scale]) -> tuple[Tensor, Tensor]:
+        errors = torch.stack([error_of(centres, fmt, scale) for scale in options])
+        along = errors @ first
+        return along[:, 0], errors.square() @ second + 2 * along[:, 1]
+
+    return sums
 
 
 def _cross_terms(
@@ -286,7 +281,8 @@ def search_weight(
     scale_up = len(inputs) / len(some)
     part = inputs[some]
     weighted, centred, p0, q0 = product.first_order(part, product.right, some)
-    linear, gain = weighted.T @ part * scale_up, centred.T @ part * scale_up
+    linear = weighted.T @ part * scale_up
+    gain = torch.zeros_like(linear) if product.objective == "mse" else centred.T @ part * scale_up
     part = part * product.row_weight[some].sqrt()
     gram = part.T @ part * scale_up
 
@@ -298,11 +294,15 @@ def search_weight(
 
     if whole:
         options = [scale(factor) for factor in factors]
-        p, q = _elements(weight, weight, fmt, options, gram.diagonal(), linear, gain, 1.0)
+        p, q = _elements(weight, weight, gram.diagonal(), linear, gain, 1.0)(fmt, options)
         p, q = p + p0 * scale_up, q + q0 * scale_up
         # On all rows: what a small scale clips sits in few of them, and there p² is nearly q.
         few, times = _cross_rows(weight, random_rows(len(weight), len(weight)).to(weight.device))
-        power = _low_rank(gram, times[:, 0])
+        low_rank = _low_rank(gram, torch.zeros(1, device=gram.device))
+
+        def power(error: Tensor) -> Tensor:
+            return low_rank(error) * times[:, 0]
+
         cross = _cross_terms(weight[few], fmt, options, gram.diagonal() * times, power, product.slack)
         q += cross
         if len(inputs) > 2 * len(gram):  # else exact scores cost as little
@@ -331,11 +331,9 @@ def search_weight(
     return _best_rows(error, factors, present, gram, linear)
 
 
-def _low_rank(gram: Tensor, times: Tensor | float = 1.0) -> Callable[[Tensor], Tensor]:
-    """eᵀGe of each row e, nearly: G's leading eigenvectors, which what is clipped has in common, and a diagonal.
-
-    times: what each row counts for.
-    """
+def _low_rank(gram: Tensor, linear: Tensor) -> Callable[[Tensor], Tensor]:
+    """eᵀGe + ⟨linear, e⟩ of each row e, nearly: G's leading eigenvectors, which what is clipped has in common, and a
+    diagonal."""
     start = torch.randn(len(gram), min(RANK, len(gram)), generator=torch.Generator().manual_seed(0)).to(gram.device)
     basis = torch.linalg.qr(gram @ (gram @ start))[0]
     values, vectors = torch.linalg.eigh(basis.mT @ gram @ basis)
@@ -343,7 +341,7 @@ def _low_rank(gram: Tensor, times: Tensor | float = 1.0) -> Callable[[Tensor], T
     rest = (gram.diagonal() - factor.square().sum(-1)).clamp(min=0)
 
     def power(error: Tensor) -> Tensor:
-        total: Tensor = ((error @ factor).square().sum(-1) + (error.square() * rest).sum(-1)) * times
+        total: Tensor = (error @ factor).square_().sum(-1) + torch.addcmul(linear, error, rest).mul_(error).sum(-1)
         return total
 
     return power
@@ -353,10 +351,8 @@ def _best_rows(
     error: Callable[[Tensor], Tensor], factors: Tensor, present: Tensor, gram: Tensor, linear: Tensor
 ) -> Tensor:
     """The factor of each scale that minimises eᵀGe + ⟨linear, e⟩ over its row."""
-    power, rough = _low_rank(gram), []
-    for factor in factors:
-        e = error(torch.full_like(present, float(factor)))
-        rough.append(power(e) + (e * linear).sum(-1))
+    power = _low_rank(gram, linear)
+    rough = [power(error(torch.full_like(present, float(factor)))) for factor in factors]
     ranked = torch.stack(rough).topk(min(ROW_CANDIDATES, len(factors)), 0, largest=False).indices
     tried = [factors[index].unsqueeze(-1) for index in ranked] + [present]
     exact = torch.stack([(e @ gram).add_(linear).mul_(e).sum(-1) for e in map(error, tried)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +143,7 @@ def _solve_group(
                 changed |= w.take(search_weight(w.format, w.largest, factors, w.product, inputs, w.factor))
         if not operand.fixed and is_news(operand, *(w.state for w in weights)):
             products = [(w.product, w.values.T) for w in weights]
-            changed |= operand.search(partial(search_left, x, operand.format, products))
+            changed |= operand.search(search_left(x, operand.format, products))
             inputs = operand.quantized()
         if method.correct_bias:
             for w in weights:
@@ -260,10 +259,10 @@ def _solve_product(
         rounds, changed = rounds + 1, False
         if not a.fixed and is_news(a, b.state):
             sides = [(product, matrix(b.quantized()))]
-            changed |= a.search(partial(search_left, a.x, a.format, sides, penalty=penalty))
+            changed |= a.search(search_left(a.x, a.format, sides, penalty))
         if not b.fixed and is_news(b, a.state):
             left = a.quantized()
-            changed |= b.search(partial(search_right, matrix(b.x), b.format, product, left, penalty=penalty))
+            changed |= b.search(search_right(matrix(b.x), b.format, product, left, penalty))
         if not changed:
             break
     after = product.loss(a.quantized().__getitem__, matrix(b.quantized()))
