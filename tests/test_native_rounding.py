@@ -1,4 +1,7 @@
-"""Rounding by the kernels has the bits of the quantizers' own arithmetic, and steps aside where it does not serve."""
+"""Rounding by the kernels has the bits of the quantizers' own arithmetic, and steps aside where it does not serve.
+
+What candidates for scales lose is what their errors say.
+"""
 
 from collections.abc import Iterator
 
@@ -9,7 +12,7 @@ from torch import Tensor
 from bittern import native
 from bittern.deploy.bench import using_threads
 from bittern.native import rounding
-from bittern.quantizers import TERNARY_THRESHOLD, _fused, fake_quantize, find_scale
+from bittern.quantizers import TERNARY_THRESHOLD, _fused, code_range, fake_quantize, find_scale
 from bittern.recipe import Format
 
 pytestmark = pytest.mark.kernels
@@ -113,3 +116,25 @@ def test_does_not_serve() -> None:
         rounding.ternary(x[:0], 0.7, None, False)
     with pytest.raises(ValueError, match="float64"):
         rounding.uniform(x.double(), native.Coding(-1, 1))
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize(("columns", "rank", "threads"), [(33, 16, 3), (384, 5, 1), (3, 3, 1)])
+def test_losses(kind: str, scheme: str, columns: int, rank: int, threads: int) -> None:
+    """Losses of candidates are those of the errors that `fake_quantize` makes, summed in double precision."""
+    torch.manual_seed(0)
+    fmt = Format(bits=4, scheme=scheme, range="static", granularity="row")
+    x, linear = torch.randn(2, 37, columns)
+    rest, factor = torch.rand(columns), torch.randn(columns, rank)
+    scale, offset = find_scale(x, fmt)
+    options = [(scale * f, None if offset is None else offset * f) for f in (0.3, 0.8, 1.0)]
+    scales = torch.stack([s[:, 0] for s, _ in options])
+    offsets = None if offset is None else torch.stack([o[:, 0] for _, o in options if o is not None])
+    for slope in (linear, None):
+        with using_threads(threads):
+            found = rounding.losses(x, code_range(fmt), scales, offsets, factor, rest, slope)
+        for got, (s, o) in zip(found, options, strict=True):
+            e = fake_quantize(x, fmt, s, o).double() - x
+            expected = (e @ factor.double()).square().sum(-1) + (rest * e * e).sum(-1)
+            expected += 0 if slope is None else (slope * e).sum(-1)
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)

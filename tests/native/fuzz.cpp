@@ -129,6 +129,19 @@ void rounding(int threads) {
     if (out[i] != 0 && (out[i] < 0) != (x[i] < 0)) fail("sign of a ternary value");
 }
 
+void losses(int threads) {
+  const int rows = pick(1, 30), columns = pick(1, 200), candidates = pick(1, 9), rank = 4 * pick(0, 4);
+  const std::vector<float> x = floats(size_t(rows) * columns), linear = floats(x.size()), rest = floats(columns);
+  const std::vector<float> factors = floats(size_t(rank) * columns), offsets = floats(size_t(candidates) * rows);
+  const std::vector<float> scales(offsets.size(), 0.25f);
+  std::vector<float> out(offsets.size(), NAN);
+  const Losses l{x.data(), scales.data(), pick(0, 1) ? offsets.data() : nullptr, factors.data(), rest.data(),
+                 pick(0, 1) ? linear.data() : nullptr, out.data(), rows, columns, candidates, rank, -8, 7};
+  bittern_losses(&l, threads);
+  for (const float loss : out)
+    if (!std::isfinite(loss)) fail("a loss is not finite");
+}
+
 void rows(int threads) {
   const int count = pick(0, 40), columns = pick(1, 300);
   const std::vector<float> x = floats(size_t(count) * columns), weight = floats(columns), bias = floats(columns);
@@ -189,6 +202,7 @@ int main(int, char** arguments) {
     attention(pick(1, 4));
     rows(pick(1, 4));
     rounding(pick(1, 4));
+    losses(pick(1, 4));
     block(pick(1, 4));
   }
   std::vector<std::thread> callers;  // several at once

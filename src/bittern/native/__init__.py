@@ -89,6 +89,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "quantize": (p, i, i, ctypes.POINTER(c.Format), i, p, p, p, p),
         "round": (p, n, i, ctypes.POINTER(c.Format), i, p),
         "round_ternary": (p, n, n, f, f, i, p),
+        "losses": (ctypes.POINTER(c.Losses), i),
         "linear": (p, p, p, p, i, i, p, p, p, p, *(i,) * 8, p),
         "norm": (p, i, i, p, p, f, i, p),
         "activate": (p, n, i, i, p),

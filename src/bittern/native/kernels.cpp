@@ -6,6 +6,7 @@
 // the caller does without us.
 
 #include "block.h"
+#include "losses.h"
 #include "rounding.h"
 
 extern "C" {
@@ -46,6 +47,9 @@ int bittern_round(const float* x, int64_t n, int columns, const Format* format, 
 int bittern_round_ternary(const float* x, int64_t n, int64_t columns, float factor, float clip, int threads, float* out) {
   return round_ternary(x, n, columns, factor, clip, threads, out);
 }
+
+// What each candidate for the scales of each row loses.
+void bittern_losses(const Losses* losses, int threads) { row_losses(*losses, threads); }
 
 // out (rows, outputs) = quantized rows x packed weights + bias, then the activation. top: the largest code; zero: the
 // code that stands for 0; weight_sums: of the weights' codes less zero, for each output; shift: what was taken from the

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bittern.native import Coding, _check, _required
+from bittern.native import structures as c
 
 
 def uniform(x: Tensor, coding: Coding) -> Tensor | None:
@@ -26,6 +27,36 @@ def ternary(x: Tensor, factor: float, clip: float | None, by_row: bool) -> Tenso
         torch.get_num_threads(), out.data_ptr(),
     )  # fmt: skip
     return None if failed else out
+
+
+def losses(
+    x: Tensor,
+    codes: tuple[int, int],
+    scales: Tensor,
+    offsets: Tensor | None,
+    factor: Tensor,
+    rest: Tensor,
+    linear: Tensor | None = None,
+) -> Tensor:
+    """‖e·factor‖² + Σ (linear + rest·e)·e for the rounding errors e of each row of x, by each candidate.
+
+    x, linear: (rows, columns). codes: the least and the largest. scales, offsets: (candidates, rows). factor: (columns,
+    rank), rest: (columns). Returns (candidates, rows), near to what PyTorch computes: sums are made in another order.
+    """
+    rows, columns = x.shape
+    factors = torch.nn.functional.pad(factor.T, (0, 0, 0, -factor.shape[1] % 4)).contiguous()
+    x, scales, rest = x.contiguous(), scales.contiguous(), rest.contiguous()
+    offsets, linear = (None if t is None else t.contiguous() for t in (offsets, linear))
+    out = torch.empty_like(scales)
+    found = c.Losses(
+        _check(x, "x", (rows, columns)), _check(scales, "scales", (len(scales), rows)),
+        offsets if offsets is None else _check(offsets, "offsets", scales.shape),
+        _check(factors, "factor", (len(factors), columns)), _check(rest, "rest", (columns,)),
+        linear if linear is None else _check(linear, "linear", (rows, columns)),
+        out.data_ptr(), rows, columns, len(scales), len(factors), *codes,
+    )  # fmt: skip
+    _required().bittern_losses(found, torch.get_num_threads())
+    return out
 
 
 def _dense(x: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,14 @@ class Format(ctypes.Structure):
     )  # fmt: skip
 
 
+class Losses(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "scales", "offsets", "factors", "rest", "linear", "out")),
+        *((name, ctypes.c_int32) for name in ("rows", "columns", "candidates", "rank")),
+        *((name, ctypes.c_float) for name in ("low", "high")),
+    )  # fmt: skip
+
+
 class Attention(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "mask", "map", "context")),

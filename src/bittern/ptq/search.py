@@ -15,18 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bittern import native
+from bittern.native import rounding
 from bittern.ptq.product import Objective, Product
-from bittern.quantizers import fake_quantize, find_scale
+from bittern.quantizers import code_range, fake_quantize, find_scale
 from bittern.recipe import Format
 
 Scale = tuple[Tensor, Tensor | None]  # and offset
 Search = Callable[[Sequence[Scale], int | None], int]  # index of the best of some scales, given that of the present
+CrossTerms = Callable[[Sequence[Scale]], Tensor]  # of each of some scales
 
 BINS = 1 << 14  # 32 or more to a step of 8 bits
 CROSS_ROWS = 160  # rows on which cross terms are estimated
@@ -124,7 +126,7 @@ def search_left(
     scale_up, part = len(x) / len(some), x[few]
     part = part if x.dim() == 2 else part[:, lines]
     square, linear, gain = torch.zeros(1, device=x.device), torch.zeros_like(x[some]), torch.zeros_like(x[some])
-    diagonal, powers = torch.zeros(1, device=x.device), []
+    crosses: list[CrossTerms] = []
     p = q = torch.zeros((), device=x.device)
     for product, right in products:
         weighted, centred, p0, q0 = product.first_order(x[some], right, some)
@@ -135,15 +137,10 @@ def search_left(
         square = square + product.row_weight * columns
         weight = product.row_weight[few] * times
         weight = weight if x.dim() == 2 else weight[:, lines] * (x.shape[1] / part.shape[1])
-        near, columns = (right, columns) if right.dim() == 2 else (right[few], columns[few])
-        diagonal = diagonal + weight * columns
-        if right.dim() == 2 and right.shape[1] > right.shape[0]:
-            powers.append(partial(_gram_power, gram=right @ right.T, weight=weight))
+        if right.dim() == 2:
+            crosses.append(_row_cross(part, fmt, right @ right.T, weight[:, 0]))
         else:
-            powers.append(partial(_power, right=near, weight=weight))
-
-    def power(error: Tensor) -> Tensor:
-        return torch.stack([one(error) for one in powers]).sum()
+            crosses.append(_cross(part, fmt, right[few], weight, weight * columns[few], True))
 
     elements = _elements(x, x[some], square, linear, gain, scale_up)
 
@@ -154,7 +151,7 @@ def search_left(
 
             return sum(product.loss(left, right, penalty) for product, right in products) / len(products)
 
-        cross = _cross_terms(part, fmt, options, diagonal, power, slack)
+        cross = torch.stack([_interpolated(one, options, slack) for one in crosses]).sum(0)
         p1, q1 = elements(fmt, options)
         estimate = products[0][0].pooled(p + p1, q + q1 + cross, len(products))
         return choose(estimate, exact, start, slack, penalty is not None)
@@ -173,14 +170,14 @@ def search_right(
     near = left[some].mT
     square = torch.matmul(left.square().mT, product.row_weight)
     scale_up, part = len(x) / len(some), x[few][:, :, lines]
-    power = partial(_power, left=left[few], weight=product.row_weight[few])
+    cross_terms = _cross(part, fmt, left[few], product.row_weight[few], square[few], False)
     elements = _elements(x, x[some], square, torch.matmul(near, weighted), torch.matmul(near, centred), scale_up)
 
     def search(options: Sequence[Scale], start: int | None) -> int:
         def exact(candidate: int) -> float:
             return product.loss(left.__getitem__, fake_quantize(x, fmt, *options[candidate]), penalty)
 
-        cross = _cross_terms(part, fmt, options, square[few], power, product.slack) * (x.numel() / part.numel())
+        cross = _interpolated(cross_terms, options, product.slack) * (x.numel() / part.numel())
         p, q = elements(fmt, options)
         estimate = product.pooled(p + p0 * scale_up, q + q0 * scale_up + cross)
         return choose(estimate, exact, start, product.slack, penalty is not None)
@@ -206,19 +203,6 @@ def _cross_rows(x: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
 def random_rows(count: int, wanted: int) -> Tensor:
     """The same random part of `count` indices in every call."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted]
-
-
-def _power(error: Tensor, weight: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
-    """Weighted ‖E·right‖² or ‖left·E‖²."""
-    error = torch.matmul(error, right) if right is not None else torch.matmul(left, error)  # type: ignore[arg-type]
-    power: Tensor = (torch.linalg.vector_norm(error, dim=-1, keepdim=True).square() * weight).sum()
-    return power
-
-
-def _gram_power(error: Tensor, gram: Tensor, weight: Tensor) -> Tensor:
-    """Weighted ‖E·right‖² for gram = right·rightᵀ, where that is less work."""
-    power: Tensor = ((error @ gram).mul_(error).sum(-1, keepdim=True) * weight).sum()
-    return power
 
 
 def _elements(
@@ -247,24 +231,33 @@ def _elements(
     return sums
 
 
-def _cross_terms(
-    part: Tensor,
-    fmt: Format,
-    options: Sequence[Scale],
-    square: Tensor,
-    power: Callable[[Tensor], Tensor],
-    slack: float,
-) -> Tensor:
-    """Σ ‖E·B̂‖² less its diagonal, on a part of x; with slack, straight lines between every `CROSS_STEP`-th one."""
+def _cross(part: Tensor, fmt: Format, other: Tensor, weight: Tensor, diagonal: Tensor, is_left: bool) -> CrossTerms:
+    """The weighted ‖E·other‖² less its diagonal, or ‖other·E‖² if part is the right side."""
+
+    def of(scale: Scale) -> Tensor:
+        error = error_of(part, fmt, scale)
+        out = error @ other if is_left else other @ error
+        power: Tensor = (torch.linalg.vector_norm(out, dim=-1, keepdim=True).square() * weight).sum()
+        return power - error.square_().mul_(diagonal).sum()
+
+    return lambda options: torch.stack([of(scale) for scale in options])
+
+
+def _row_cross(rows: Tensor, fmt: Format, gram: Tensor, weight: Tensor) -> CrossTerms:
+    """The weighted eᵀGe of rows less its diagonal, nearly."""
+    factor = _leading(gram)
+    diagonal = -factor.square().sum(-1)
+    return lambda options: _row_losses(rows, fmt, options, factor, diagonal) @ weight
+
+
+def _interpolated(cross_terms: CrossTerms, options: Sequence[Scale], slack: float) -> Tensor:
+    """Cross terms of all candidates; with slack, straight lines between every `CROSS_STEP`-th one."""
     knots = [*range(0, len(options) - 1, CROSS_STEP if slack else 1), len(options) - 1]
-    values = []
-    for i in knots:
-        error = error_of(part, fmt, options[i])
-        values.append(power(error).sum() - (error.square_().mul_(square)).sum())
-    at, position = torch.tensor(knots, device=part.device), torch.arange(len(options), device=part.device)
+    y = cross_terms([options[i] for i in knots])
+    at, position = torch.tensor(knots, device=y.device), torch.arange(len(options), device=y.device)
     right = torch.searchsorted(at, position).clamp(min=1)
-    y, step = torch.stack(values), (at[right] - at[right - 1])
-    return y[right - 1] + (y[right] - y[right - 1]) * (position - at[right - 1]) / step
+    between: Tensor = (position - at[right - 1]) / (at[right] - at[right - 1])
+    return y[right - 1].lerp(y[right], between)
 
 
 def search_weight(
@@ -298,12 +291,7 @@ def search_weight(
         p, q = p + p0 * scale_up, q + q0 * scale_up
         # On all rows: what a small scale clips sits in few of them, and there p² is nearly q.
         few, times = _cross_rows(weight, random_rows(len(weight), len(weight)).to(weight.device))
-        low_rank = _low_rank(gram, torch.zeros(1, device=gram.device))
-
-        def power(error: Tensor) -> Tensor:
-            return low_rank(error) * times[:, 0]
-
-        cross = _cross_terms(weight[few], fmt, options, gram.diagonal() * times, power, product.slack)
+        cross = _interpolated(_row_cross(weight[few], fmt, gram, times[:, 0]), options, product.slack)
         q += cross
         if len(inputs) > 2 * len(gram):  # else exact scores cost as little
             at = product.pooled(p, q).argsort()[:GRAM_CANDIDATES].sort().values
@@ -328,32 +316,43 @@ def search_weight(
     linear = 2 * linear - slope * gain
     if present.dim() == 3:
         return _best_groups(weight, fmt, largest, factors, present, gram, linear)
-    return _best_rows(error, factors, present, gram, linear)
+    leading = _leading(gram)
+    diagonal = (gram.diagonal() - leading.square().sum(-1)).clamp(min=0)
+    rough = _row_losses(weight, fmt, [scale(factor) for factor in factors], leading, diagonal, linear)
+    return _best_rows(error, factors, present, rough, gram, linear)
 
 
-def _low_rank(gram: Tensor, linear: Tensor) -> Callable[[Tensor], Tensor]:
-    """eᵀGe + ⟨linear, e⟩ of each row e, nearly: G's leading eigenvectors, which what is clipped has in common, and a
-    diagonal."""
+def _leading(gram: Tensor) -> Tensor:
+    """F (columns, rank) with FFᵀ near to G: its leading eigenvectors, which what is clipped has in common."""
     start = torch.randn(len(gram), min(RANK, len(gram)), generator=torch.Generator().manual_seed(0)).to(gram.device)
     basis = torch.linalg.qr(gram @ (gram @ start))[0]
     values, vectors = torch.linalg.eigh(basis.mT @ gram @ basis)
-    factor = (basis @ vectors) * values.clamp(min=0).sqrt()
-    rest = (gram.diagonal() - factor.square().sum(-1)).clamp(min=0)
+    factor: Tensor = (basis @ vectors) * values.clamp(min=0).sqrt()
+    return factor
 
-    def power(error: Tensor) -> Tensor:
-        total: Tensor = (error @ factor).square_().sum(-1) + torch.addcmul(linear, error, rest).mul_(error).sum(-1)
-        return total
 
-    return power
+def _row_losses(
+    x: Tensor, fmt: Format, options: Sequence[Scale], factor: Tensor, rest: Tensor, linear: Tensor | None = None
+) -> Tensor:
+    """‖e·factor‖² + Σ (linear + rest·e)·e for the errors e of x's rows by each candidate: (candidates, rows)."""
+    if fmt.kind == "uniform" and fmt.clip is None and native.serves(x):
+        scales = torch.stack([scale.expand(len(x), 1)[:, 0] for scale, _ in options])
+        offsets = [offset.expand(len(x), 1)[:, 0] for _, offset in options if offset is not None]
+        shifts = torch.stack(offsets) if offsets else None
+        return rounding.losses(x, code_range(fmt), scales, shifts, factor, rest, linear)
+    losses = []
+    for scale in options:
+        error = error_of(x, fmt, scale)
+        slope = error * rest if linear is None else torch.addcmul(linear, error, rest)
+        losses.append((error @ factor).square_().sum(-1) + slope.mul_(error).sum(-1))
+    return torch.stack(losses)
 
 
 def _best_rows(
-    error: Callable[[Tensor], Tensor], factors: Tensor, present: Tensor, gram: Tensor, linear: Tensor
+    error: Callable[[Tensor], Tensor], factors: Tensor, present: Tensor, rough: Tensor, gram: Tensor, linear: Tensor
 ) -> Tensor:
-    """The factor of each scale that minimises eᵀGe + ⟨linear, e⟩ over its row."""
-    power = _low_rank(gram, linear)
-    rough = [power(error(torch.full_like(present, float(factor)))) for factor in factors]
-    ranked = torch.stack(rough).topk(min(ROW_CANDIDATES, len(factors)), 0, largest=False).indices
+    """The factor of each scale that minimises eᵀGe + ⟨linear, e⟩ over its row; rough: that of each factor, nearly."""
+    ranked = rough.topk(min(ROW_CANDIDATES, len(factors)), 0, largest=False).indices
     tried = [factors[index].unsqueeze(-1) for index in ranked] + [present]
     exact = torch.stack([(e @ gram).add_(linear).mul_(e).sum(-1) for e in map(error, tried)])
     return torch.stack(tried).gather(0, exact.argmin(0)[None, :, None])[0]
