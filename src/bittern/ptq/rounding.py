@@ -269,7 +269,7 @@ def _split_outputs(
                     if diagonal[i + n] > 0:
                         new = (before[n] - local[n] / curve).round_().clamp_(-1, 1)
                         plane[i + n] = new
-                        local.addr_(near[n], (new - before[n]).mul_(step))
+                        local[n + 1 :].addr_(near[n, n + 1 :], (new - before[n]).mul_(step))
                 moved = (plane[block] - before) * step
                 if moved.any():
                     slope.addmm_(gram[:, block], moved)
