@@ -120,10 +120,10 @@ def search_left(
     """
     slack = products[0][0].slack
     wanted = ESTIMATE_ROWS if x.dim() == 2 else ESTIMATE_ROWS // x.shape[1] + 1
-    some = random_rows(len(x), wanted if slack else len(x)).to(x.device)
-    few, times = _cross_rows(x, some)
+    order = random_rows(len(x), wanted if slack else len(x)).to(x.device)
+    some, (few, times) = _which(order, len(x)), _cross_rows(x, order)
     lines = slice(None) if x.dim() == 2 else slice(0, None, max(1, x.shape[1] * len(few) // CROSS_ROWS))
-    scale_up, part = len(x) / len(some), x[few]
+    scale_up, part = len(x) / len(order), x[few]
     part = part if x.dim() == 2 else part[:, lines]
     square, linear, gain = torch.zeros(1, device=x.device), torch.zeros_like(x[some]), torch.zeros_like(x[some])
     crosses: list[CrossTerms] = []
@@ -138,7 +138,7 @@ def search_left(
         weight = product.row_weight[few] * times
         weight = weight if x.dim() == 2 else weight[:, lines] * (x.shape[1] / part.shape[1])
         if right.dim() == 2:
-            crosses.append(_row_cross(part, fmt, right @ right.T, weight[:, 0]))
+            crosses.append(_row_cross(part, fmt, _leading(right.T), weight[:, 0]))
         else:
             crosses.append(_cross(part, fmt, right[few], weight, weight * columns[few], True))
 
@@ -163,13 +163,13 @@ def search_right(
     x: Tensor, fmt: Format, product: Product, left: Tensor, penalty: Callable[[Tensor], float] | None = None
 ) -> Search:
     """Searches for the scale of x (groups, inner, columns), the right side of a product; its left side is Â."""
-    some = random_rows(len(x), ESTIMATE_ROWS // left.shape[1] + 1 if product.slack else len(x)).to(x.device)
-    few = some[:8]
+    order = random_rows(len(x), ESTIMATE_ROWS // left.shape[1] + 1 if product.slack else len(x)).to(x.device)
+    some, few = _which(order, len(x)), order[:8]
     lines = slice(0, None, max(1, x.shape[2] * len(few) // CROSS_ROWS))
     weighted, centred, p0, q0 = product.first_order(left[some], x, some)
     near = left[some].mT
     square = torch.matmul(left.square().mT, product.row_weight)
-    scale_up, part = len(x) / len(some), x[few][:, :, lines]
+    scale_up, part = len(x) / len(order), x[few][:, :, lines]
     cross_terms = _cross(part, fmt, left[few], product.row_weight[few], square[few], False)
     elements = _elements(x, x[some], square, torch.matmul(near, weighted), torch.matmul(near, centred), scale_up)
 
@@ -205,6 +205,11 @@ def random_rows(count: int, wanted: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted]
 
 
+def _which(order: Tensor, count: int) -> Tensor | slice:
+    """Indices, or a slice, which copies nothing, if these are all there are."""
+    return slice(None) if len(order) == count else order
+
+
 def _elements(
     x: Tensor, part: Tensor, square: Tensor, linear: Tensor, gain: Tensor, scale_up: float
 ) -> Callable[[Format, Sequence[Scale]], tuple[Tensor, Tensor]]:
@@ -219,14 +224,14 @@ def _elements(
         index = values.sub(low).div_(width).int().clamp_(0, BINS - 1).flatten()
         return torch.bincount(index, weights.expand_as(values).flatten(), BINS)
 
-    centres = low + (torch.arange(BINS, device=x.device) + 0.5) * width
-    first = torch.stack([histogram(part, gain), histogram(part, linear)], 1) * scale_up
-    second = histogram(x, square)
+    centres = (low + (torch.arange(BINS, device=x.device) + 0.5) * width).unsqueeze(0)
+    first, along = (histogram(part, t).unsqueeze(0) * scale_up for t in (linear, gain))
+    second, none = histogram(x, square), centres.new_zeros(BINS, 0)
 
     def sums(fmt: Format, options: Sequence[Scale]) -> tuple[Tensor, Tensor]:
-        errors = torch.stack([error_of(centres, fmt, scale) for scale in options])
-        along = errors @ first
-        return along[:, 0], errors.square() @ second + 2 * along[:, 1]
+        p = _row_losses(centres, fmt, options, none, torch.zeros_like(second), along)
+        q = _row_losses(centres, fmt, options, none, second, 2 * first)
+        return p[:, 0], q[:, 0]
 
     return sums
 
@@ -243,11 +248,10 @@ def _cross(part: Tensor, fmt: Format, other: Tensor, weight: Tensor, diagonal: T
     return lambda options: torch.stack([of(scale) for scale in options])
 
 
-def _row_cross(rows: Tensor, fmt: Format, gram: Tensor, weight: Tensor) -> CrossTerms:
-    """The weighted eᵀGe of rows less its diagonal, nearly."""
-    factor = _leading(gram)
-    diagonal = -factor.square().sum(-1)
-    return lambda options: _row_losses(rows, fmt, options, factor, diagonal) @ weight
+def _row_cross(rows: Tensor, fmt: Format, leading: Tensor, weight: Tensor) -> CrossTerms:
+    """The weighted eᵀGe of rows e less its diagonal, nearly."""
+    diagonal = -leading.square().sum(-1)
+    return lambda options: _row_losses(rows, fmt, options, leading, diagonal) @ weight
 
 
 def _interpolated(cross_terms: CrossTerms, options: Sequence[Scale], slack: float) -> Tensor:
@@ -270,14 +274,14 @@ def search_weight(
     weight = product.right.T.contiguous()
     whole = fmt.granularity == "tensor"
     wanted = ESTIMATE_ROWS if whole else 2 * ESTIMATE_ROWS
-    some = random_rows(len(inputs), wanted if product.slack else len(inputs)).to(inputs.device)
-    scale_up = len(inputs) / len(some)
+    order = random_rows(len(inputs), wanted if product.slack else len(inputs)).to(inputs.device)
+    scale_up, some = len(inputs) / len(order), _which(order, len(inputs))
     part = inputs[some]
     weighted, centred, p0, q0 = product.first_order(part, product.right, some)
     linear = weighted.T @ part * scale_up
     gain = torch.zeros_like(linear) if product.objective == "mse" else centred.T @ part * scale_up
-    part = part * product.row_weight[some].sqrt()
-    gram = part.T @ part * scale_up
+    part = part * (product.row_weight[some] * scale_up).sqrt()
+    leading = _leading(part)
 
     def scale(factor: Tensor) -> Scale:
         return largest[0] * factor, None if largest[1] is None else largest[1] * factor
@@ -287,13 +291,14 @@ def search_weight(
 
     if whole:
         options = [scale(factor) for factor in factors]
-        p, q = _elements(weight, weight, gram.diagonal(), linear, gain, 1.0)(fmt, options)
+        p, q = _elements(weight, weight, part.square().sum(0), linear, gain, 1.0)(fmt, options)
         p, q = p + p0 * scale_up, q + q0 * scale_up
         # On all rows: what a small scale clips sits in few of them, and there p² is nearly q.
         few, times = _cross_rows(weight, random_rows(len(weight), len(weight)).to(weight.device))
-        cross = _interpolated(_row_cross(weight[few], fmt, gram, times[:, 0]), options, product.slack)
+        cross = _interpolated(_row_cross(weight[few], fmt, leading, times[:, 0]), options, product.slack)
         q += cross
-        if len(inputs) > 2 * len(gram):  # else exact scores cost as little
+        if len(inputs) > 2 * part.shape[1]:  # else exact scores cost as little
+            gram = part.T @ part
             at = product.pooled(p, q).argsort()[:GRAM_CANDIDATES].sort().values
             missing = []  # of the cross terms; of candidates between these, about as much
             for i in at:
@@ -314,19 +319,22 @@ def search_weight(
         samples = max(int(product.live.sum()), 1)
         slope = 2 * float(p0 * scale_up + (gain * error(present)).sum()) / samples
     linear = 2 * linear - slope * gain
+    gram = part.T @ part
     if present.dim() == 3:
         return _best_groups(weight, fmt, largest, factors, present, gram, linear)
-    leading = _leading(gram)
     diagonal = (gram.diagonal() - leading.square().sum(-1)).clamp(min=0)
     rough = _row_losses(weight, fmt, [scale(factor) for factor in factors], leading, diagonal, linear)
     return _best_rows(error, factors, present, rough, gram, linear)
 
 
-def _leading(gram: Tensor) -> Tensor:
-    """F (columns, rank) with FFᵀ near to G: its leading eigenvectors, which what is clipped has in common."""
-    start = torch.randn(len(gram), min(RANK, len(gram)), generator=torch.Generator().manual_seed(0)).to(gram.device)
-    basis = torch.linalg.qr(gram @ (gram @ start))[0]
-    values, vectors = torch.linalg.eigh(basis.mT @ gram @ basis)
+def _leading(x: Tensor) -> Tensor:
+    """F (columns, rank) with FFᵀ near to xᵀx of x (rows, columns): what the clipped has in common lies along these."""
+    start = torch.randn(x.shape[1], min(RANK, *x.shape), generator=torch.Generator().manual_seed(0)).to(x.device)
+    for _ in range(2):
+        start = x.T @ (x @ start)
+    basis = torch.linalg.qr(start)[0]
+    projected = x @ basis
+    values, vectors = torch.linalg.eigh(projected.T @ projected)
     factor: Tensor = (basis @ vectors) * values.clamp(min=0).sqrt()
     return factor
 
