@@ -12,6 +12,7 @@ from torch import Tensor
 from bittern import native
 from bittern.deploy.bench import using_threads
 from bittern.native import rounding
+from bittern.ptq.search import _row_losses
 from bittern.quantizers import TERNARY_THRESHOLD, _fused, code_range, fake_quantize, find_scale
 from bittern.recipe import Format
 
@@ -133,6 +134,9 @@ def test_losses(kind: str, scheme: str, columns: int, rank: int, threads: int) -
     for slope in (linear, None):
         with using_threads(threads):
             found = rounding.losses(x, code_range(fmt), scales, offsets, factor, rest, slope)
+        with native.disabled():
+            without = _row_losses(x, fmt, options, factor, rest, slope)
+        torch.testing.assert_close(found, without, rtol=1e-4, atol=1e-4)
         for got, (s, o) in zip(found, options, strict=True):
             e = fake_quantize(x, fmt, s, o).double() - x
             expected = (e @ factor.double()).square().sum(-1) + (rest * e * e).sum(-1)

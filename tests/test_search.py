@@ -190,6 +190,7 @@ def test_candidates() -> None:
     assert [len(Space(candidates=n).factors(Format())) for n in (3, 100)] == [3, 100]
 
 
+@pytest.mark.kernels
 @each_width
 @pytest.mark.parametrize(("group", "scheme"), [("query", "asymmetric"), ("output", "symmetric"),
                                                ("ffn out", "asymmetric")])  # fmt: skip
@@ -245,6 +246,7 @@ def row_losses(layer: Layer, given: np.ndarray, changed: np.ndarray) -> np.ndarr
     return (error**2 / power[layer.sample][:, None]).sum(0)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weights_by_row(bits: int) -> None:
     """With scales per row nine rows in ten have the best of all candidates, and together they lose 0.5% at most."""

@@ -5,7 +5,8 @@ scored without its matrix product. With p = ⟨O,δ⟩, q = ‖δ‖², σ² = �
 1 - Γ = r/(1 + √(1-r)), r = (qσ² - p²)/(σ²(σ² + 2p + q)). Pooled over samples with weights 1/σ², q is
 
 * for an element-wise side (activations) a sum over elements of a function of their value, but for the cross terms of
-  ‖E·B̂‖²: so one weighted histogram serves all candidates, and cross terms are estimated on a few rows;
+  ‖E·B̂‖²: so one weighted histogram serves all candidates, and cross terms are estimated on a few rows,
+  for layers along the leading directions of B̂;
 * for weights the same with the diagonal of the inputs' pooled Gram matrix G, and tr(E·G·Eᵀ) for those that come near.
 
 The best few are then scored exactly, until no other can be better by what the exact scores say of the estimate's error.
@@ -35,7 +36,7 @@ CROSS_ROWS = 160  # rows on which cross terms are estimated
 ESTIMATE_ROWS = 2048  # with slack: rows from which first-order terms and Gram matrices of estimates come
 CROSS_STEP = 4  # with slack: cross terms are estimated for every so-many-th candidate
 GRAM_CANDIDATES = 12  # candidates of a weight that are scored through the Gram matrix
-RANK = 16  # of the Gram matrix, in estimates for weights
+RANK = 16  # directions in which errors of rows add up, in estimates
 ROW_CANDIDATES = 8  # the same for scales per row, where each row has its own best
 TOLERANCE = 1e-7  # of the loss, by which another candidate may be better than the one that is chosen
 
