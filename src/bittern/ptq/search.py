@@ -38,6 +38,7 @@ CROSS_STEP = 4  # with slack: cross terms are estimated for every so-many-th can
 GRAM_CANDIDATES = 12  # candidates of a weight that are scored through the Gram matrix
 RANK = 16  # directions in which errors of rows add up, in estimates
 ROW_CANDIDATES = 8  # the same for scales per row, where each row has its own best
+ROUGH_SCORES = 8  # candidates that are scored at once if an estimate leaves out a part of the loss
 TOLERANCE = 1e-7  # of the loss, by which another candidate may be better than the one that is chosen
 
 
@@ -64,8 +65,9 @@ class Space:
 
 def scales(low: Tensor, high: Tensor, fmt: Format, factors: Tensor) -> list[Scale]:
     """Scales and offsets of a format for its extremes times each factor, or times each pair of factors (n, 2)."""
-    extremes = torch.stack([low.reshape(()), high.reshape(())])
-    return [find_scale(extremes * factor, fmt) for factor in factors]
+    extremes = torch.stack([low.reshape(()), high.reshape(())]) * factors.view(len(factors), -1)
+    scale, offset = find_scale(extremes, fmt.model_copy(update={"granularity": "row"}))
+    return list(zip(scale[:, 0], [None] * len(scale) if offset is None else offset[:, 0], strict=True))
 
 
 def error_of(x: Tensor, fmt: Format, scale: Scale) -> Tensor:
@@ -78,26 +80,28 @@ def choose(
     """The candidate of least exact loss, of those that the estimate and its error, as far as it is known, call best.
 
     The error is smooth but for a rest: it is interpolated between the candidates that were scored, and scoring goes on
-    while another candidate could be the best if that missed as much as it did lately. start: the present candidate; if
-    the estimate would keep it, nothing is scored. slack: what may be lost, relative to the loss, for fewer scores.
-    rough: the estimate leaves out a part of the loss.
+    while another candidate could be the best if that missed by more than it did lately, the more the less is known.
+    start: the present candidate; if the estimate would keep it, nothing is scored. slack: what may be lost, relative to
+    the loss, for fewer scores. rough: the estimate leaves out a part of the loss.
     """
     estimates = estimate.double().cpu().numpy()
     count, best_one = len(estimates), int(estimates.argmin())
     if best_one == start:
         return start
-    far = np.where(abs(np.arange(count) - best_one) >= count // 4, estimates, np.inf)
-    wanted = dict.fromkeys([best_one, int(far.argmin()), *([] if start is None else [start])])
+    spread = np.linspace(0, count - 1, ROUGH_SCORES).astype(int).tolist() if rough else []
+    wanted = dict.fromkeys([best_one, *spread, *([] if start is None else [start])])
     tried: dict[int, float] = {c: exact(c) for c in wanted}
     missed: list[float] = []
-    least, most = (4, count) if slack == 0 else (6, 24) if rough else (1, 12)
-    while len(tried) < min(most, count):
+    while len(tried) < count:
         at = sorted(tried)
-        likely = estimates + np.interp(np.arange(count), at, [tried[c] - estimates[c] for c in at])
+        errors = [tried[c] - estimates[c] for c in at]
+        likely = estimates + np.interp(np.arange(count), at, errors)
         likely[at] = np.inf
         candidate, best = int(likely.argmin()), min(tried.values())
-        if len(missed) >= least:
-            doubt = missed[-1] if slack else 1.5 * max(missed[-least:])
+        if missed:
+            doubt = 1.5 * max(missed[-4:])
+            if len(missed) < 4:
+                doubt = max(8 / len(missed) * max(missed), 2 * max(map(abs, errors)))
             if likely[candidate] - doubt > best - max(TOLERANCE, slack * best):
                 break
         tried[candidate] = exact(candidate)
@@ -139,9 +143,10 @@ def search_left(
         weight = product.row_weight[few] * times
         weight = weight if x.dim() == 2 else weight[:, lines] * (x.shape[1] / part.shape[1])
         if right.dim() == 2:
-            crosses.append(_row_cross(part, fmt, _leading(right.T), weight[:, 0]))
+            crosses.append(_cross(part, fmt, _leading(right.T), weight[:, 0]))
         else:
-            crosses.append(_cross(part, fmt, right[few], weight, weight * columns[few], True))
+            groups = zip(part, right[few], weight, strict=True)
+            crosses += [_cross(rows, fmt, _leading(r.T), w[:, 0]) for rows, r, w in groups]
 
     elements = _elements(x, x[some], square, linear, gain, scale_up)
 
@@ -166,19 +171,19 @@ def search_right(
     """Searches for the scale of x (groups, inner, columns), the right side of a product; its left side is Â."""
     order = random_rows(len(x), ESTIMATE_ROWS // left.shape[1] + 1 if product.slack else len(x)).to(x.device)
     some, few = _which(order, len(x)), order[:8]
-    lines = slice(0, None, max(1, x.shape[2] * len(few) // CROSS_ROWS))
     weighted, centred, p0, q0 = product.first_order(left[some], x, some)
     near = left[some].mT
     square = torch.matmul(left.square().mT, product.row_weight)
-    scale_up, part = len(x) / len(order), x[few][:, :, lines]
-    cross_terms = _cross(part, fmt, left[few], product.row_weight[few], square[few], False)
+    scale_up, each = len(x) / len(order), torch.full(x.shape[-1:], len(x) / len(few), device=x.device)
+    weighted_left = left[few] * product.row_weight[few].sqrt()
+    crosses = [_cross(p.T.contiguous(), fmt, _leading(w), each) for p, w in zip(x[few], weighted_left, strict=True)]
     elements = _elements(x, x[some], square, torch.matmul(near, weighted), torch.matmul(near, centred), scale_up)
 
     def search(options: Sequence[Scale], start: int | None) -> int:
         def exact(candidate: int) -> float:
             return product.loss(left.__getitem__, fake_quantize(x, fmt, *options[candidate]), penalty)
 
-        cross = _interpolated(cross_terms, options, product.slack) * (x.numel() / part.numel())
+        cross = torch.stack([_interpolated(one, options, product.slack) for one in crosses]).sum(0)
         p, q = elements(fmt, options)
         estimate = product.pooled(p + p0 * scale_up, q + q0 * scale_up + cross)
         return choose(estimate, exact, start, product.slack, penalty is not None)
@@ -237,19 +242,7 @@ def _elements(
     return sums
 
 
-def _cross(part: Tensor, fmt: Format, other: Tensor, weight: Tensor, diagonal: Tensor, is_left: bool) -> CrossTerms:
-    """The weighted ‖E·other‖² less its diagonal, or ‖other·E‖² if part is the right side."""
-
-    def of(scale: Scale) -> Tensor:
-        error = error_of(part, fmt, scale)
-        out = error @ other if is_left else other @ error
-        power: Tensor = (torch.linalg.vector_norm(out, dim=-1, keepdim=True).square() * weight).sum()
-        return power - error.square_().mul_(diagonal).sum()
-
-    return lambda options: torch.stack([of(scale) for scale in options])
-
-
-def _row_cross(rows: Tensor, fmt: Format, leading: Tensor, weight: Tensor) -> CrossTerms:
+def _cross(rows: Tensor, fmt: Format, leading: Tensor, weight: Tensor) -> CrossTerms:
     """The weighted eᵀGe of rows e less its diagonal, nearly."""
     diagonal = -leading.square().sum(-1)
     return lambda options: _row_losses(rows, fmt, options, leading, diagonal) @ weight
@@ -296,7 +289,7 @@ def search_weight(
         p, q = p + p0 * scale_up, q + q0 * scale_up
         # On all rows: what a small scale clips sits in few of them, and there p² is nearly q.
         few, times = _cross_rows(weight, random_rows(len(weight), len(weight)).to(weight.device))
-        cross = _interpolated(_row_cross(weight[few], fmt, leading, times[:, 0]), options, product.slack)
+        cross = _interpolated(_cross(weight[few], fmt, leading, times[:, 0]), options, product.slack)
         q += cross
         if len(inputs) > 2 * part.shape[1]:  # else exact scores cost as little
             gram = part.T @ part

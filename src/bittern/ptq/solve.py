@@ -257,12 +257,12 @@ def _solve_product(
     before, rounds = product.loss(extremes(a).__getitem__, matrix(extremes(b))), 0
     while method.space is not None and rounds < method.space.rounds:
         rounds, changed = rounds + 1, False
-        if not a.fixed and is_news(a, b.state):
-            sides = [(product, matrix(b.quantized()))]
-            changed |= a.search(search_left(a.x, a.format, sides, penalty))
         if not b.fixed and is_news(b, a.state):
             left = a.quantized()
             changed |= b.search(search_right(matrix(b.x), b.format, product, left, penalty))
+        if not a.fixed and is_news(a, b.state):
+            sides = [(product, matrix(b.quantized()))]
+            changed |= a.search(search_left(a.x, a.format, sides, penalty))
         if not changed:
             break
     after = product.loss(a.quantized().__getitem__, matrix(b.quantized()))
