@@ -38,7 +38,7 @@ CROSS_STEP = 4  # with slack: cross terms are estimated for every so-many-th can
 GRAM_CANDIDATES = 12  # candidates of a weight that are scored through the Gram matrix
 RANK = 16  # directions in which errors of rows add up, in estimates
 ROW_CANDIDATES = 8  # the same for scales per row, where each row has its own best
-ROUGH_SCORES = 8  # candidates that are scored at once if an estimate leaves out a part of the loss
+ROUGH_SCORES = 5  # candidates that are scored at once if an estimate leaves out a part of the loss
 TOLERANCE = 1e-7  # of the loss, by which another candidate may be better than the one that is chosen
 
 
@@ -99,7 +99,7 @@ def choose(
         likely[at] = np.inf
         candidate, best = int(likely.argmin()), min(tried.values())
         if missed:
-            doubt = 1.5 * max(missed[-4:])
+            doubt = 1.5 * max(missed[-8:])
             if len(missed) < 4:
                 doubt = max(8 / len(missed) * max(missed), 2 * max(map(abs, errors)))
             if likely[candidate] - doubt > best - max(TOLERANCE, slack * best):
@@ -148,7 +148,7 @@ def search_left(
             groups = zip(part, right[few], weight, strict=True)
             crosses += [_cross(rows, fmt, _leading(r.T), w[:, 0]) for rows, r, w in groups]
 
-    elements = _elements(x, x[some], square, linear, gain, scale_up)
+    elements = _elements(x, fmt, x[some], square, linear, gain, scale_up)
 
     def search(options: Sequence[Scale], start: int | None) -> int:
         def exact(candidate: int) -> float:
@@ -158,7 +158,7 @@ def search_left(
             return sum(product.loss(left, right, penalty) for product, right in products) / len(products)
 
         cross = torch.stack([_interpolated(one, options, slack) for one in crosses]).sum(0)
-        p1, q1 = elements(fmt, options)
+        p1, q1 = elements(options)
         estimate = products[0][0].pooled(p + p1, q + q1 + cross, len(products))
         return choose(estimate, exact, start, slack, penalty is not None)
 
@@ -177,14 +177,14 @@ def search_right(
     scale_up, each = len(x) / len(order), torch.full(x.shape[-1:], len(x) / len(few), device=x.device)
     weighted_left = left[few] * product.row_weight[few].sqrt()
     crosses = [_cross(p.T.contiguous(), fmt, _leading(w), each) for p, w in zip(x[few], weighted_left, strict=True)]
-    elements = _elements(x, x[some], square, torch.matmul(near, weighted), torch.matmul(near, centred), scale_up)
+    elements = _elements(x, fmt, x[some], square, torch.matmul(near, weighted), torch.matmul(near, centred), scale_up)
 
     def search(options: Sequence[Scale], start: int | None) -> int:
         def exact(candidate: int) -> float:
             return product.loss(left.__getitem__, fake_quantize(x, fmt, *options[candidate]), penalty)
 
         cross = torch.stack([_interpolated(one, options, product.slack) for one in crosses]).sum(0)
-        p, q = elements(fmt, options)
+        p, q = elements(options)
         estimate = product.pooled(p + p0 * scale_up, q + q0 * scale_up + cross)
         return choose(estimate, exact, start, product.slack, penalty is not None)
 
@@ -217,8 +217,8 @@ def _which(order: Tensor, count: int) -> Tensor | slice:
 
 
 def _elements(
-    x: Tensor, part: Tensor, square: Tensor, linear: Tensor, gain: Tensor, scale_up: float
-) -> Callable[[Format, Sequence[Scale]], tuple[Tensor, Tensor]]:
+    x: Tensor, fmt: Format, part: Tensor, square: Tensor, linear: Tensor, gain: Tensor, scale_up: float
+) -> Callable[[Sequence[Scale]], tuple[Tensor, Tensor]]:
     """Σ gain·e and Σ square·e² + 2·linear·e for the errors e of candidates, through histograms of x.
 
     square broadcasts against x; linear and gain belong to a part of it, and are scaled up.
@@ -234,7 +234,7 @@ def _elements(
     first, along = (histogram(part, t).unsqueeze(0) * scale_up for t in (linear, gain))
     second, none = histogram(x, square), centres.new_zeros(BINS, 0)
 
-    def sums(fmt: Format, options: Sequence[Scale]) -> tuple[Tensor, Tensor]:
+    def sums(options: Sequence[Scale]) -> tuple[Tensor, Tensor]:
         p = _row_losses(centres, fmt, options, none, torch.zeros_like(second), along)
         q = _row_losses(centres, fmt, options, none, second, 2 * first)
         return p[:, 0], q[:, 0]
@@ -285,7 +285,7 @@ def search_weight(
 
     if whole:
         options = [scale(factor) for factor in factors]
-        p, q = _elements(weight, weight, part.square().sum(0), linear, gain, 1.0)(fmt, options)
+        p, q = _elements(weight, fmt, weight, part.square().sum(0), linear, gain, 1.0)(options)
         p, q = p + p0 * scale_up, q + q0 * scale_up
         # On all rows: what a small scale clips sits in few of them, and there p² is nearly q.
         few, times = _cross_rows(weight, random_rows(len(weight), len(weight)).to(weight.device))
