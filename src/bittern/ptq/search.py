@@ -6,7 +6,7 @@ scored without its matrix product. With p = ⟨O,δ⟩, q = ‖δ‖², σ² = �
 
 * for an element-wise side (activations) a sum over elements of a function of their value, but for the cross terms of
   ‖E·B̂‖²: so one weighted histogram serves all candidates, and cross terms are estimated on a few rows,
-  for layers along the leading directions of B̂;
+  along the leading directions of B̂;
 * for weights the same with the diagonal of the inputs' pooled Gram matrix G, and tr(E·G·Eᵀ) for those that come near.
 
 The best few are then scored exactly, until no other can be better by what the exact scores say of the estimate's error.
@@ -157,7 +157,7 @@ def search_left(
 
             return sum(product.loss(left, right, penalty) for product, right in products) / len(products)
 
-        cross = torch.stack([_interpolated(one, options, slack) for one in crosses]).sum(0)
+        cross = _interpolated(crosses, options, slack)
         p1, q1 = elements(options)
         estimate = products[0][0].pooled(p + p1, q + q1 + cross, len(products))
         return choose(estimate, exact, start, slack, penalty is not None)
@@ -183,7 +183,7 @@ def search_right(
         def exact(candidate: int) -> float:
             return product.loss(left.__getitem__, fake_quantize(x, fmt, *options[candidate]), penalty)
 
-        cross = torch.stack([_interpolated(one, options, product.slack) for one in crosses]).sum(0)
+        cross = _interpolated(crosses, options, product.slack)
         p, q = elements(options)
         estimate = product.pooled(p + p0 * scale_up, q + q0 * scale_up + cross)
         return choose(estimate, exact, start, product.slack, penalty is not None)
@@ -248,10 +248,11 @@ def _cross(rows: Tensor, fmt: Format, leading: Tensor, weight: Tensor) -> CrossT
     return lambda options: _row_losses(rows, fmt, options, leading, diagonal) @ weight
 
 
-def _interpolated(cross_terms: CrossTerms, options: Sequence[Scale], slack: float) -> Tensor:
-    """Cross terms of all candidates; with slack, straight lines between every `CROSS_STEP`-th one."""
+def _interpolated(crosses: Sequence[CrossTerms], options: Sequence[Scale], slack: float) -> Tensor:
+    """Sums of the cross terms of all candidates; with slack, straight lines between every `CROSS_STEP`-th one."""
     knots = [*range(0, len(options) - 1, CROSS_STEP if slack else 1), len(options) - 1]
-    y = cross_terms([options[i] for i in knots])
+    some = [options[i] for i in knots]
+    y = torch.stack([cross_terms(some) for cross_terms in crosses]).sum(0)
     at, position = torch.tensor(knots, device=y.device), torch.arange(len(options), device=y.device)
     right = torch.searchsorted(at, position).clamp(min=1)
     between: Tensor = (position - at[right - 1]) / (at[right] - at[right - 1])
@@ -289,7 +290,7 @@ def search_weight(
         p, q = p + p0 * scale_up, q + q0 * scale_up
         # On all rows: what a small scale clips sits in few of them, and there p² is nearly q.
         few, times = _cross_rows(weight, random_rows(len(weight), len(weight)).to(weight.device))
-        cross = _interpolated(_cross(weight[few], fmt, leading, times[:, 0]), options, product.slack)
+        cross = _interpolated([_cross(weight[few], fmt, leading, times[:, 0])], options, product.slack)
         q += cross
         if len(inputs) > 2 * part.shape[1]:  # else exact scores cost as little
             gram = part.T @ part
