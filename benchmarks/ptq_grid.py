@@ -5,7 +5,7 @@
     python benchmarks/ptq_grid.py --table benchmarks/results/ptq_cifar10.json
 
 Each cell is written as soon as it is measured, and cells that are there are not run again; two processes may share a
-file. A recipe such as `w6a6@6` is mixed precision with a target of 6 bits a weight (candidates 4 to 8; at 8: 6 to 10).
+file. A recipe such as `w6a6@6` is mixed precision with a target of 6 bits a weight, from two fewer to two more.
 What is measured is the packed model, on the kernels where they serve its formats.
 """
 
@@ -38,8 +38,7 @@ def mixed_of(recipe: str) -> tuple[str, Mixed | None]:
     name, _, target = recipe.partition("@")
     if not target:
         return name, None
-    bits = (6, 7, 8, 9, 10) if float(target) >= 8 else (4, 5, 6, 7, 8)
-    return name, Mixed(float(target), bits)
+    return name, Mixed(int(target), tuple(range(int(target) - 2, int(target) + 3)))
 
 
 def cell(model_path: str, train: Data, test: Data, reference: Any, options: Any, key: dict[str, Any]) -> dict[str, Any]:

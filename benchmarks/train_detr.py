@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scenes", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--steps", type=int, default=14000)
     parser.add_argument("--stop", type=int, help="end after so many steps of the schedule, to try settings")
     parser.add_argument("--rate", type=float, default=5e-4)
     options = parser.parse_args()
