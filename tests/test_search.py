@@ -441,3 +441,15 @@ def test_choose(losses: list[int], constant: int, start: int | None) -> None:
     estimate = torch.tensor(exact, dtype=torch.float64) + constant
     found = choose(estimate, exact.__getitem__, None if start is None else start % len(exact))
     assert exact[found] == min(exact)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(
+    shape=st.tuples(st.integers(1, 80), st.integers(1, 80)), rank=st.integers(0, search.RANK), size=st.floats(-15, 12)
+)
+def test_leading(shape: tuple[int, int], rank: int, size: float) -> None:
+    """Of few directions none is lost, whatever the values' size and however many of them are equal."""
+    random = np.random.default_rng((*shape, rank))
+    x = random.integers(-1, 2, (shape[0], rank)) @ random.integers(-1, 2, (rank, shape[1])) * 10**size
+    factor = search._leading(torch.tensor(x, dtype=torch.float32)).double().numpy()
+    assert np.abs(factor @ factor.T - x.T @ x).max() <= 1e-5 * np.abs(x.T @ x).max()

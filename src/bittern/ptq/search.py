@@ -324,13 +324,12 @@ def search_weight(
 
 def _leading(x: Tensor) -> Tensor:
     """F (columns, rank) with FFᵀ near to xᵀx of x (rows, columns): what the clipped has in common lies along these."""
-    start = torch.randn(x.shape[1], min(RANK, *x.shape), generator=torch.Generator().manual_seed(0)).to(x.device)
+    size = x.abs().amax().clamp(min=1e-30)
+    x = x / size
+    basis = torch.randn(x.shape[1], min(RANK, *x.shape), generator=torch.Generator().manual_seed(0)).to(x.device)
     for _ in range(2):
-        start = x.T @ (x @ start)
-    basis = torch.linalg.qr(start)[0]
-    projected = x @ basis
-    values, vectors = torch.linalg.eigh(projected.T @ projected)
-    factor: Tensor = (basis @ vectors) * values.clamp(min=0).sqrt()
+        basis = torch.linalg.qr(x.T @ (x @ basis))[0]
+    factor: Tensor = basis @ torch.linalg.qr(x @ basis)[1].T * size
     return factor
 
 
