@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from assets import photographs, vit_s14
-from ptq_grid import RECIPES, add, mixed_of, read
+from ptq_grid import RECIPES, add, read
 from torch import Tensor
 
 from bittern import read_anatomy
@@ -52,9 +52,7 @@ def main() -> None:
             if any(key.items() <= row.items() for row in read(options.out)["rows"]):
                 continue
             model = vit_s14()
-            name, mixed = mixed_of(recipe)
-            batches = [{"pixel_values": b} for b in train.split(10)]
-            result = quantize(model, name, batches, method=method, mixed=mixed)
+            result = quantize(model, recipe, [{"pixel_values": b} for b in train.split(10)], method=method)
             states = hidden(model, test)
             error = [float((a - b).norm() / b.norm()) for a, b in zip(states, floats, strict=True)]
             cosine = [float(F.cosine_similarity(a, b, dim=-1).mean()) for a, b in zip(states, floats, strict=True)]

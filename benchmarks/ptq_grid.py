@@ -5,7 +5,7 @@
     python benchmarks/ptq_grid.py --table benchmarks/results/ptq_cifar10.json
 
 Each cell is written as soon as it is measured, and cells that are there are not run again; two processes may share a
-file. A recipe such as `w6a6@6` is mixed precision with a target of 6 bits a weight, from two fewer to two more.
+file. A recipe such as `w6a6@6` is mixed precision with a target of 6 bits a weight (candidates 4 to 8).
 What is measured is the packed model, on the kernels where they serve its formats.
 """
 

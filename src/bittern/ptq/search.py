@@ -324,7 +324,7 @@ def search_weight(
 
 def _leading(x: Tensor) -> Tensor:
     """F (columns, rank) with FFᵀ near to xᵀx of x (rows, columns): what the clipped has in common lies along these."""
-    size = x.abs().amax().clamp(min=1e-30)
+    size = x.abs().amax().clamp(min=1e-30)  # the fourth power of large values would overflow
     x = x / size
     basis = torch.randn(x.shape[1], min(RANK, *x.shape), generator=torch.Generator().manual_seed(0)).to(x.device)
     for _ in range(2):
