@@ -46,10 +46,14 @@ def vit_s14() -> Dinov2Model:
         state = {name.replace(old, new): a for name, a in state.items()}
     model = Dinov2Model(
         Dinov2Config(
-            hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14,
+            hidden_size=384,
+            num_hidden_layers=12,
+            num_attention_heads=6,
+            image_size=518,
+            patch_size=14,
             use_mask_token=False,  # serves pretraining only, and was not exported
         )
-    )  # fmt: skip
+    )
     model.load_state_dict({name: torch.tensor(a) for name, a in state.items()})
     return model.eval()
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from bittern import calibrate, load, pipeline, save, simulate
+from bittern import calibrate, jobs, load, save, simulate
 from bittern.analysis.charts import heat_map, lines, surface
 from bittern.analysis.compare import compare
 from bittern.analysis.curvature import (
@@ -65,8 +65,16 @@ def train(options: argparse.Namespace, name: str) -> Path:
         kind, more = STUDENTS[name]
         training = Training(steps=options.steps, batch_size=32, learning_rate=options.lr, evaluations=3)
         distill = parse_distill(kind, balance="fixed", **more)
-        pipeline.qat(options.teacher, "ternary-2-2-8", folder, data=options.data, distill=distill, training=training,
-                     max_length=64, resume=True)  # fmt: skip
+        jobs.qat(
+            options.teacher,
+            "ternary-2-2-8",
+            folder,
+            data=options.data,
+            distill=distill,
+            training=training,
+            max_length=64,
+            resume=True,
+        )
     return folder
 
 
@@ -102,8 +110,11 @@ def batches_of(model: PreTrainedModel, path: str | Path, data: str, samples: int
 def recovery(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     teacher = load(options.teacher)
     pair = Pair(load(folder), teacher)
-    found = compare(pair, batches_of(teacher, options.teacher, options.data, options.samples, 32),
-                    token_kinds(teacher, options.teacher))  # fmt: skip
+    found = compare(
+        pair,
+        batches_of(teacher, options.teacher, options.data, options.samples, 32),
+        token_kinds(teacher, options.teacher),
+    )
     run = json.loads((folder / "bittern.json").read_text())
     return {"packed": run.get("packed"), "qat": {k: run["qat"][k] for k in ("steps", "best", "metric")}} | found
 
@@ -170,8 +181,10 @@ def tables(known: dict[str, Any]) -> str:
     kinds = list(next(iter(known["recovery"].values()))["attentions"][0]["gen"])
     for key, title in (("gen", "SA-GEN"), ("prop", "SA-PROP")):
         lines += ["", f"| {title} distance | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
-        lines += [f"| {name} | {' | '.join(f'{mean(found, key, kind):.4f}' for kind in kinds)} |"
-                  for name, found in known["recovery"].items()]  # fmt: skip
+        lines += [
+            f"| {name} | {' | '.join(f'{mean(found, key, kind):.4f}' for kind in kinds)} |"
+            for name, found in known["recovery"].items()
+        ]
     if known.get("curvature"):
         lines += [
             "",
@@ -183,8 +196,10 @@ def tables(known: dict[str, Any]) -> str:
             grid = found["surface"]["loss"]
             edge = [*grid[0], *grid[-1], *(row[i] for row in grid[1:-1] for i in (0, -1))]
             middle = grid[len(grid) // 2][len(grid) // 2]
-            lines.append(f"| {name} | {values} | {found['trace'][0]:.0f} ± {found['trace'][1]:.0f} | {middle:.3f}; "
-                         f"{fmean(edge):.3f} |")  # fmt: skip
+            lines.append(
+                f"| {name} | {values} | {found['trace'][0]:.0f} ± {found['trace'][1]:.0f} | {middle:.3f}; "
+                f"{fmean(edge):.3f} |"
+            )
     if known.get("tasks"):
         lines += ["", "| task | smallest and largest unit of Y by layer, mean over tokens |", "|---|---|"]
         for name, found in known["tasks"].items():

@@ -90,8 +90,10 @@ def graph(form: str, codes: Tensor) -> bytes:
         nodes = [helper.make_node("DynamicQuantizeMatMul", ["x", "w", "s", "z", "b"], ["y"], domain="com.microsoft")]
     else:
         product = ["q", "w", "xs", "s", "xz", "z", "b"]
-        nodes = [helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["q"]),
-                 helper.make_node("MatMulIntegerToFloat", product, ["y"], domain="com.microsoft")]  # fmt: skip
+        nodes = [
+            helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["q"]),
+            helper.make_node("MatMulIntegerToFloat", product, ["y"], domain="com.microsoft"),
+        ]
     used = {name for node in nodes for name in node.input}
     tensors = [numpy_helper.from_array(value, name) for name, value in constants.items() if name in used]
     ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["m", k]) for n, k in (("x", inputs), ("y", outputs))]
@@ -113,8 +115,10 @@ def time_layer(rows: int, inputs: int, outputs: int, rounds: int, most: float) -
         return native.linear(native.quantize(x, coding), panels, bias)  # type: ignore[arg-type]
 
     contenders: dict[str, Callable[[], object]] = {
-        OURS: ours, "product": lambda: native.linear(quantized, panels, bias), FLOAT: lambda: F.linear(x, weight),
-    }  # fmt: skip
+        OURS: ours,
+        "product": lambda: native.linear(quantized, panels, bias),
+        FLOAT: lambda: F.linear(x, weight),
+    }
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     for form in ("float32", "dynamic", "static"):
@@ -125,9 +129,12 @@ def time_layer(rows: int, inputs: int, outputs: int, rounds: int, most: float) -
     rate = 2 * rows * inputs * outputs / statistics.median(times["product"]) / 1e9
     return {
         "ms": 1e3 * statistics.median(times[OURS]),
-        "vs_fp32": found["float32"], "vs_int8": min(found["dynamic"], found["static"]), "vs_torch": found[FLOAT],
-        "gops": rate, "roofline_share": rate / (most * torch.get_num_threads()),
-    }  # fmt: skip
+        "vs_fp32": found["float32"],
+        "vs_int8": min(found["dynamic"], found["static"]),
+        "vs_torch": found[FLOAT],
+        "gops": rate,
+        "roofline_share": rate / (most * torch.get_num_threads()),
+    }
 
 
 @dataclass
@@ -152,16 +159,19 @@ class Contenders:
     @torch.no_grad()
     def time(self, rounds: int) -> dict[str, Any]:
         contenders: dict[str, Callable[[], object]] = {
-            OURS: lambda: self.packed(**self.batch), FLOAT: lambda: self.model(**self.batch),
-        }  # fmt: skip
+            OURS: lambda: self.packed(**self.batch),
+            FLOAT: lambda: self.model(**self.batch),
+        }
         contenders |= onnxruntime_engines(self.model, self.batch, self.folder)
         contenders |= ctranslate2_engine(self.model, self.batch, self.folder)
         times = alternate(contenders, rounds)
         found = ratios(times, OURS)
         made = {
-            "ms": 1e3 * statistics.median(times[OURS]), "vs_fp32": found["onnxruntime float32"],
-            "vs_int8": found["onnxruntime int8"], "vs_torch": found[FLOAT],
-        }  # fmt: skip
+            "ms": 1e3 * statistics.median(times[OURS]),
+            "vs_fp32": found["onnxruntime float32"],
+            "vs_int8": found["onnxruntime int8"],
+            "vs_torch": found[FLOAT],
+        }
         other = found.get("ctranslate2 int8")
         return made if other is None else made | {"vs_ctranslate2": other}
 
@@ -228,8 +238,10 @@ def main() -> None:
 
 def _summary(results: dict[str, Any]) -> dict[str, Any]:
     large = [r for r in results["layers"] if r["rows"] >= 128 and not r["busy"]]
-    middle = {key: statistics.median(r[key] for r in large) if large else None
-              for key in ("vs_fp32", "vs_int8", "roofline_share")}  # fmt: skip
+    middle = {
+        key: statistics.median(r[key] for r in large) if large else None
+        for key in ("vs_fp32", "vs_int8", "roofline_share")
+    }
     return {
         "linear_vs_fp32": middle["vs_fp32"],
         "linear_vs_int8": middle["vs_int8"],

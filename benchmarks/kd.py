@@ -27,15 +27,28 @@ from ptq_grid import add, read
 
 from bittern import load, simulate
 from bittern.data import load_data
-from bittern.evaluate import LOWER_IS_BETTER, headline, metrics, predict
+from bittern.data.evaluate import LOWER_IS_BETTER, headline, metrics, predict
 from bittern.qat.distill import Distill, parse_distill
 from bittern.qat.intervention import Intervention
 from bittern.qat.run import Training, train
 
 VARIANTS = [
-    "none", "prediction", "hidden", "ternarybert", "map", "output", "auto-unified", "gamma-0.1", "gamma-0.3",
-    "gamma-0.5", "gamma-0.7", "gamma-0.9", "auto-map", "auto-output", "auto-ternarybert",
-]  # fmt: skip
+    "none",
+    "prediction",
+    "hidden",
+    "ternarybert",
+    "map",
+    "output",
+    "auto-unified",
+    "gamma-0.1",
+    "gamma-0.3",
+    "gamma-0.5",
+    "gamma-0.7",
+    "gamma-0.9",
+    "auto-map",
+    "auto-output",
+    "auto-ternarybert",
+]
 
 
 def distill_of(variant: str) -> Distill:
@@ -77,9 +90,14 @@ def cell(
     simulate(student, options.recipe)
     data, test = parts
     training = Training(
-        steps=options.steps, batch_size=options.batch_size, learning_rate=key["lr"], seed=key["seed"],
-        evaluations=options.evaluations, metric=options.metric, arguments={"bf16": True} if options.bf16 else {},
-    )  # fmt: skip
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=key["lr"],
+        seed=key["seed"],
+        evaluations=options.evaluations,
+        metric=options.metric,
+        arguments={"bf16": True} if options.bf16 else {},
+    )
     distill, intervention = lesson
 
     def measure() -> dict[str, float]:
@@ -95,11 +113,15 @@ def cell(
     )
     losses = next(e for e in reversed(done.history) if "loss" in e)
     return key | {
-        "best": round(done.best, 5), "last": curve[-1][1], "best_step": done.best_step, "curve": curve,
-        "divergence": fidelity[-1][1], "divergence_curve": fidelity,
+        "best": round(done.best, 5),
+        "last": curve[-1][1],
+        "best_step": done.best_step,
+        "curve": curve,
+        "divergence": fidelity[-1][1],
+        "divergence_curve": fidelity,
         "losses": {k: float(f"{v:.4g}") for k, v in losses.items() if k.startswith("loss_")},
         "seconds": round(done.seconds, 1),
-    }  # fmt: skip
+    }
 
 
 def title(known: dict[str, Any]) -> str:
@@ -164,10 +186,17 @@ def run(options: argparse.Namespace, lesson_of: Callable[[str, int], Lesson]) ->
     found = metrics(teacher, test, reference, reference)
     options.metric = headline(options.data, found)
     head = {
-        "model": Path(options.teacher).name, "data": Path(options.data).name, "samples": len(data), "test": len(test),
-        "recipe": options.recipe, "steps": options.steps, "batch_size": options.batch_size, "metric": options.metric,
-        "teacher": round(found[options.metric], 5), **({"bf16": True} if options.bf16 else {}),
-    }  # fmt: skip
+        "model": Path(options.teacher).name,
+        "data": Path(options.data).name,
+        "samples": len(data),
+        "test": len(test),
+        "recipe": options.recipe,
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "metric": options.metric,
+        "teacher": round(found[options.metric], 5),
+        **({"bf16": True} if options.bf16 else {}),
+    }
     for seed in options.seeds:
         for lr in options.lr:
             for variant in options.variants:

@@ -38,8 +38,8 @@ from transformers import DeiTConfig, DeiTForImageClassification, PreTrainedModel
 
 from bittern import calibrate, load, pack, save, simulate
 from bittern.data import load_data
-from bittern.deploy.onnx import export
-from bittern.deploy.onnx_parity import complete, session
+from bittern.deploy.onnx.export import export
+from bittern.deploy.onnx.parity import complete, session
 
 Feed = dict[str, np.ndarray]
 
@@ -61,9 +61,15 @@ def theirs(source: Path, folder: Path, feeds: list[Feed]) -> None:
     weights: dict[str, Any] = {"per_channel": True, "weight_type": QuantType.QInt8}
     for name, reduced in (("ort static", False), ("ort static reduced", True)):
         quantize_static(
-            ready, folder / f"{name}.onnx", Samples(feeds), quant_format=QuantFormat.QDQ, reduce_range=reduced,
-            activation_type=QuantType.QUInt8, calibrate_method=CalibrationMethod.MinMax, **weights,
-        )  # fmt: skip
+            ready,
+            folder / f"{name}.onnx",
+            Samples(feeds),
+            quant_format=QuantFormat.QDQ,
+            reduce_range=reduced,
+            activation_type=QuantType.QUInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+            **weights,
+        )
     for name, reduced in (("ort dynamic", False), ("ort dynamic reduced", True)):
         model = onnx.load(ready)
         model.graph.ClearField("value_info")  # of Gemm's weights, which it transposes
@@ -102,8 +108,9 @@ def prepare(
     return files
 
 
-def measure(files: dict[str, Path], test: list[Feed], timed: list[Feed], labels: np.ndarray | None, rounds: int,
-            threads: int) -> dict[str, Any]:  # fmt: skip
+def measure(
+    files: dict[str, Path], test: list[Feed], timed: list[Feed], labels: np.ndarray | None, rounds: int, threads: int
+) -> dict[str, Any]:
     running = {name: session(file, threads) for name, file in files.items()}
     result: dict[str, Any] = {name: {"speed": [], "best_ms": []} for name in running}
     for feed in timed:
@@ -131,8 +138,15 @@ def fused(file: Path) -> dict[str, int]:
     optimized = file.with_suffix(".optimized")
     session(file, 1, optimized)
     kinds = [node.op_type for node in onnx.load(optimized).graph.node]
-    wanted = ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MatMulInteger", "QLinearConv",
-              "ConvInteger")  # fmt: skip
+    wanted = (
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+        "QLinearMatMul",
+        "QGemm",
+        "MatMulInteger",
+        "QLinearConv",
+        "ConvInteger",
+    )
     return {kind: kinds.count(kind) for kind in wanted if kind in kinds}
 
 
@@ -155,8 +169,9 @@ def random_text(model: PreTrainedModel, batch: int, length: int) -> Feed:
 
 def images(work: Path, rounds: int, threads: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    config = DeiTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536,
-                        num_labels=1000)  # fmt: skip
+    config = DeiTConfig(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, num_labels=1000
+    )
     pictures = torch.randn(48, 3, 224, 224)
     if not (work / "float").exists():
         save(DeiTForImageClassification(config).eval(), work / "float")
@@ -191,9 +206,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     results = {
-        "processor": processor(), "threads": options.threads, "rounds": options.rounds,
+        "processor": processor(),
+        "threads": options.threads,
+        "rounds": options.rounds,
         "shapes": {"MiniLM-L6": ["1 × 128", "8 × 128", "1 × 16"], "DeiT-S": ["1 × 197", "8 × 197"]},
-    }  # fmt: skip
+    }
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         for name in ("MiniLM-L6", "DeiT-S"):

@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 from bittern import calibrate, load, pack, save, simulate
 from bittern.data import has_classes, load_data
 from bittern.demo import DIGITS
-from bittern.deploy.onnx import export
-from bittern.deploy.onnx_parity import Outputs, complete, made_up, run, run_file, session
+from bittern.deploy.onnx.export import export
+from bittern.deploy.onnx.parity import Outputs, complete, made_up, run, run_file, session
 from bittern.errors import BitternError
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -100,12 +100,17 @@ def study(name: str, folder: Path | None, data: str | None, most: int, rounds: i
             found = {"packed": run(models[recipe], test)}
             onnx_bytes = export(work / recipe, files[recipe], samples=16)["bytes"]
             found["onnx"] = run_file(files[recipe], list(simulated), test)
-            rows.append({
-                "model": name, "recipe": recipe, "simulated": quality(simulated, reference, labels),
-                **{kind: quality(outputs, reference, labels) for kind, outputs in found.items()},
-                **{f"{kind}_difference": difference(outputs, simulated) for kind, outputs in found.items()},
-                "packed_bytes": (work / recipe / "model.safetensors").stat().st_size, "onnx_bytes": onnx_bytes,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "model": name,
+                    "recipe": recipe,
+                    "simulated": quality(simulated, reference, labels),
+                    **{kind: quality(outputs, reference, labels) for kind, outputs in found.items()},
+                    **{f"{kind}_difference": difference(outputs, simulated) for kind, outputs in found.items()},
+                    "packed_bytes": (work / recipe / "model.safetensors").stat().st_size,
+                    "onnx_bytes": onnx_bytes,
+                }
+            )
         yield from (row | speeds for row, speeds in zip(rows, measure(models, files, test[0], rounds), strict=True))
 
 
@@ -126,8 +131,20 @@ def measure(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    heads = ("model", "recipe", "quality: simulated", "packed", "ONNX", "largest difference: packed", "ONNX",
-             "error: ONNX", "kB: packed", "ONNX", "speed: packed", "ONNX")  # fmt: skip
+    heads = (
+        "model",
+        "recipe",
+        "quality: simulated",
+        "packed",
+        "ONNX",
+        "largest difference: packed",
+        "ONNX",
+        "error: ONNX",
+        "kB: packed",
+        "ONNX",
+        "speed: packed",
+        "ONNX",
+    )
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
 
     def number(value: float | None) -> str:
@@ -141,11 +158,14 @@ def table(rows: list[dict[str, Any]]) -> str:
             packed, file = row["packed_difference"], row["onnx_difference"]
             largest = packed["largest"]
             cells = [
-                row["recipe"], *(number(row[kind]) for kind in ("simulated", "packed", "onnx")),
-                f"{largest:{'.3f' if largest >= 1e-3 else '.1g'}}", f"{file['largest']:.3f}", f"{file['error']:.4f}",
+                row["recipe"],
+                *(number(row[kind]) for kind in ("simulated", "packed", "onnx")),
+                f"{largest:{'.3f' if largest >= 1e-3 else '.1g'}}",
+                f"{file['largest']:.3f}",
+                f"{file['error']:.4f}",
                 *(f"{row[kind] / 1e3:,.0f}" for kind in ("packed_bytes", "onnx_bytes")),
                 *(f"{row[kind]:.2f}" for kind in ("packed_speed", "onnx_speed")),
-            ]  # fmt: skip
+            ]
         lines.append("| " + " | ".join([row["model"], *cells]) + " |")
     return "\n".join(lines)
 

@@ -25,7 +25,7 @@ import torch
 
 from bittern import load, pack
 from bittern.data import Data, load_data
-from bittern.evaluate import metrics, predict
+from bittern.data.evaluate import metrics, predict
 from bittern.ptq import METHODS, quantize
 from bittern.ptq.run import Mixed
 

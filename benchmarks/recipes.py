@@ -13,7 +13,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from bittern.pipeline import quantize
+from bittern.jobs import quantize
 from bittern.recipe import recipe_names
 
 SEEDS = (0, 1, 2)

@@ -26,7 +26,7 @@ from bittern import load, simulate
 from bittern.anatomy import read_anatomy
 from bittern.attention import recording
 from bittern.data import load_data
-from bittern.evaluate import LOWER_IS_BETTER
+from bittern.data.evaluate import LOWER_IS_BETTER
 from bittern.qat.distill import Lesson, parse_distill
 from bittern.qat.intervention import POINTS, Act, Intervention
 
@@ -102,9 +102,12 @@ def errors(options: Any) -> dict[str, list[float]]:
 
 def main() -> None:
     options = kd.parse(
-        __doc__, VARIANTS, distill={"default": "ternarybert"}, balance={"default": "fixed"},
+        __doc__,
+        VARIANTS,
+        distill={"default": "ternarybert"},
+        balance={"default": "fixed"},
         errors={"action": "store_true"},
-    )  # fmt: skip
+    )
     if options.table:
         print(table(options.table))
     elif options.errors:

@@ -74,8 +74,9 @@ def build() -> Dinov2ForImageClassification:
         tokens = (SIZE // 14) ** 2 + 1
         positions = backbone.embeddings.interpolate_pos_encoding(torch.empty(1, tokens, 384), SIZE, SIZE)
     config = copy.deepcopy(backbone.config)
-    config.update({"image_size": SIZE, "id2label": dict(enumerate(CLASSES)),
-                   "label2id": {c: i for i, c in enumerate(CLASSES)}})  # fmt: skip
+    config.update(
+        {"image_size": SIZE, "id2label": dict(enumerate(CLASSES)), "label2id": {c: i for i, c in enumerate(CLASSES)}}
+    )
     config._attn_implementation = "eager"  # faster than sdpa for 17 tokens on a CPU
     torch.manual_seed(0)
     model = Dinov2ForImageClassification(config)
@@ -99,8 +100,10 @@ def groups(model: Dinov2ForImageClassification, rate: float, layer_decay: float)
 @torch.no_grad()
 def accuracy(model: Dinov2ForImageClassification, images: Tensor, labels: Tensor) -> float:
     """Top-1 in float32."""
-    hits = [(model(prepare(x)).logits.argmax(-1) == y).sum().item() for x, y in
-            zip(images.split(250), labels.split(250), strict=True)]  # fmt: skip
+    hits = [
+        (model(prepare(x)).logits.argmax(-1) == y).sum().item()
+        for x, y in zip(images.split(250), labels.split(250), strict=True)
+    ]
     return sum(hits) / len(labels)
 
 

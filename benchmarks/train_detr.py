@@ -25,7 +25,7 @@ from training import load_state, publish, save_state
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ResNetConfig
 from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
-from bittern.pipeline import evaluate
+from bittern.jobs import evaluate
 
 SIZE, BATCH, WARMUP, DECAY = 96, 16, 500, 0.999
 LOGGED = ("loss", "dense", "loss_ce", "loss_bbox", "loss_giou")
@@ -37,10 +37,20 @@ def config() -> DetrConfig:
         embedding_size=32, hidden_sizes=[32, 96], depths=[1, 3], layer_type="basic", out_features=["stage2"]
     )  # a grid of 12×12
     return DetrConfig(
-        backbone_config=backbone, num_queries=12, d_model=128, encoder_layers=2, decoder_layers=3,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256, dropout=0.0,
-        auxiliary_loss=True, id2label=dict(enumerate(FASHION)), label2id={c: i for i, c in enumerate(FASHION)},
-    )  # fmt: skip
+        backbone_config=backbone,
+        num_queries=12,
+        d_model=128,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=256,
+        decoder_ffn_dim=256,
+        dropout=0.0,
+        auxiliary_loss=True,
+        id2label=dict(enumerate(FASHION)),
+        label2id={c: i for i, c in enumerate(FASHION)},
+    )
 
 
 def trainable() -> DetrForObjectDetection:
@@ -119,8 +129,16 @@ def write_scenes(folder: Path, split: str, count: int) -> None:
         Image.fromarray(pixels).save(folder / images[-1]["file_name"])
         for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist(), strict=True):
             box = [x0, y0, x1 - x0, y1 - y0]
-            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": label, "bbox": box,
-                                "area": box[2] * box[3], "iscrowd": 0})  # fmt: skip
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i,
+                    "category_id": label,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                }
+            )
     categories = [{"id": i, "name": name} for i, name in enumerate(FASHION)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "annotations.json").write_text(json.dumps(content))

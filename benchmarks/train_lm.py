@@ -19,7 +19,7 @@ from training import publish
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
 from bittern.data import load_data
-from bittern.evaluate import metrics, predict
+from bittern.data.evaluate import metrics, predict
 
 
 def tokenizer_of(text: str) -> PreTrainedTokenizerFast:

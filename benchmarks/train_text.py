@@ -21,8 +21,8 @@ from training import publish
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
 from bittern.data import load_data
+from bittern.data.evaluate import metrics, predict
 from bittern.demo import minilm_folder
-from bittern.evaluate import metrics, predict
 
 
 def main() -> None:

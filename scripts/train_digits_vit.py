@@ -30,10 +30,18 @@ def main(epochs: int, seed: int, out: Path) -> None:
     torch.set_num_threads(1)  # a model this small only loses by more, and one thread gives the same bits everywhere
     torch.manual_seed(seed)
     config = ViTConfig(
-        image_size=8, patch_size=2, num_channels=1, hidden_size=48, num_hidden_layers=4, num_attention_heads=4,
-        intermediate_size=96, num_labels=10, hidden_dropout_prob=0.1,
-        id2label={i: str(i) for i in range(10)}, label2id={str(i): i for i in range(10)},
-    )  # fmt: skip
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=96,
+        num_labels=10,
+        hidden_dropout_prob=0.1,
+        id2label={i: str(i) for i in range(10)},
+        label2id={str(i): i for i in range(10)},
+    )
     model = ViTForImageClassification(config)
     (images, labels), (test_images, test_labels) = digits("train"), digits("test")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)

@@ -96,16 +96,26 @@ def main() -> None:
     trainer = QATTrainer(
         student,
         hf.TrainingArguments(
-            options.out, max_steps=6, per_device_train_batch_size=options.batch, learning_rate=1e-3, logging_steps=1,
-            save_steps=2, gradient_accumulation_steps=options.accumulate, report_to=[], disable_tqdm=True,
-            use_cpu=True, seed=3, dataloader_pin_memory=False, gradient_checkpointing=options.checkpointing,
+            options.out,
+            max_steps=6,
+            per_device_train_batch_size=options.batch,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_steps=2,
+            gradient_accumulation_steps=options.accumulate,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=3,
+            dataloader_pin_memory=False,
+            gradient_checkpointing=options.checkpointing,
         ),
         train_dataset=Samples(options.family),
         teacher=teacher,
         distill=parse_distill("prediction,hidden,map=0.5,output,score=0.1", balance=options.balance),
         intervention=Intervention(options.intervene, steps=3) if options.intervene else None,
         callbacks=[Kill(options.kill)] if options.kill else [],
-    )  # fmt: skip
+    )
     trainer.train(resume_from_checkpoint=True if options.resume else None)
     if trainer.is_world_process_zero():
         weights = torch.cat([p.detach().flatten().double() for p in student.parameters()])
@@ -113,10 +123,16 @@ def main() -> None:
             {k: v for k, v in entry.items() if k.startswith("loss") or k == "grad_norm"}
             for entry in trainer.state.log_history
         ]
-        print(json.dumps({
-            "world": trainer.args.world_size, "losses": [entry for entry in logs if entry],
-            "norm": weights.norm().item(), "digest": weights.sum().item(),
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "world": trainer.args.world_size,
+                    "losses": [entry for entry in logs if entry],
+                    "norm": weights.norm().item(),
+                    "digest": weights.sum().item(),
+                }
+            )
+        )
     leave_processes()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers as hf
 
-from bittern import load, pipeline, save, simulate
+from bittern import jobs, load, save, simulate
 from bittern.analysis import run
 from bittern.analysis.findings import worst_blocks
 from bittern.analysis.run import Curvature, analyze
@@ -25,9 +25,9 @@ FAST = {"samples": 12, "few": 4}
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed image model, text models packed and simulated, a decoder, and texts."""
     place = tmp_path_factory.mktemp("analysis")
-    pipeline.quantize(DIGITS, "ternary-2-2-8", place / "vit")
+    jobs.quantize(DIGITS, "ternary-2-2-8", place / "vit")
     save_text_model(place / "bert")
-    pipeline.quantize(place / "bert", "ternary-2-2-8", place / "packed")
+    jobs.quantize(place / "bert", "ternary-2-2-8", place / "packed")
     simulated = load(place / "bert")
     simulate(simulated, "ternary-2-2-8")
     save(simulated, place / "simulated", processors_from=place / "bert")
@@ -35,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     decoder.save_pretrained(place / "llama")
     words = hf.AutoTokenizer.from_pretrained(place / "bert").backend_tokenizer  # as of GPT-2, which has no [CLS]
     hf.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[PAD]").save_pretrained(place / "llama")
-    pipeline.quantize(place / "llama", "ternary-2-2-8", place / "small-llama")
+    jobs.quantize(place / "llama", "ternary-2-2-8", place / "small-llama")
     write_tables(place / "texts", sentence=[" ".join(WORDS[4 : 6 + i % 9]) for i in range(12)], label=[0, 1, 2] * 4)
     return place
 
@@ -67,8 +67,15 @@ def test_texts(place: Path, tmp_path: Path, student: str) -> None:
 
 def test_decoder(place: Path, tmp_path: Path) -> None:
     """A language model is analyzed too: its blocks of tokens, its perplexity, causal maps, the first token's class."""
-    result = analyze(place / "small-llama", place / "llama", str(place / "texts"), tmp_path / "out", max_length=10,
-                     curvature=Curvature(1, 1, 2, 3), **FAST)  # fmt: skip
+    result = analyze(
+        place / "small-llama",
+        place / "llama",
+        str(place / "texts"),
+        tmp_path / "out",
+        max_length=10,
+        curvature=Curvature(1, 1, 2, 3),
+        **FAST,
+    )
     student = result["students"][0]
     assert "perplexity" in student["metrics"]
     assert "first" in student["compare"]["attentions"][0]["gen"]
@@ -115,8 +122,15 @@ def test_other_job(place: Path, tmp_path: Path) -> None:
 def test_estimate(place: Path, tmp_path: Path) -> None:
     """Before it starts the job tells about how long each part will take."""
     told: list[dict[str, float]] = []
-    analyze(place / "vit", DIGITS, "digits", tmp_path / "out", announce=lambda s: told.append(dict(s)),
-            curvature=Curvature(1, 1, 2, 3), **FAST)  # fmt: skip
+    analyze(
+        place / "vit",
+        DIGITS,
+        "digits",
+        tmp_path / "out",
+        announce=lambda s: told.append(dict(s)),
+        curvature=Curvature(1, 1, 2, 3),
+        **FAST,
+    )
     assert len(told) == 1
     assert list(told[0]) == ["comparing", "sensitivity", "curvature"]
     assert min(told[0].values()) > 0
@@ -177,12 +191,16 @@ def test_command(place: Path, tmp_path: Path) -> None:
 def test_findings(how: str) -> None:
     """The worst blocks come by their own error, with the head that diverges most, and advice that names the block."""
     student = {
-        "how": how, "learned": ["prediction", "map"],
+        "how": how,
+        "learned": ["prediction", "map"],
         "blocks": [{"name": f"b.{i}", "error": e} for i, e in enumerate((0.1, 0.4, 0.0, 0.2))]
         + [{"name": "rest", "error": 9.0}, {"name": "all", "error": 9.0}],
-        "compare": {"attentions": [{"block": i, "divergence": d} for i, d in enumerate(
-            ([0.12, 0.1], [0.1, 0.9], [0.1, 0.1], [0.1, 0.11]))]},
-    }  # fmt: skip
+        "compare": {
+            "attentions": [
+                {"block": i, "divergence": d} for i, d in enumerate(([0.12, 0.1], [0.1, 0.9], [0.1, 0.1], [0.1, 0.11]))
+            ]
+        },
+    }
     worst = worst_blocks(student)
     assert [(b["name"], b["block"], b["head"]) for b in worst] == [("b.1", 1, 1), ("b.3", 3, 1), ("b.0", 0, 0)]
     assert worst[0]["times"] > 8

@@ -642,9 +642,17 @@ def test_models_without_attention() -> None:
 def test_unusual_inputs() -> None:
     """A model whose inputs cannot be made up asks for a real batch."""
     config = hf.Wav2Vec2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[8], conv_kernel=[3],
-        conv_stride=[2], num_feat_extract_layers=1, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=[8],
+        conv_kernel=[3],
+        conv_stride=[2],
+        num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
     model = hf.Wav2Vec2Model(config).eval()
     with pytest.raises(ModelError, match="Wav2Vec2Model takes 'input_values'; give one real batch"):
         read_anatomy(model)

@@ -37,8 +37,12 @@ def test_bench_compares_all_engines(folders: tuple[Path, Path]) -> None:
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert set(result["engines"]) == {
-        benches.OURS, benches.FLOAT, "onnxruntime float32", "onnxruntime int8", "ctranslate2 int8"
-    }  # fmt: skip
+        benches.OURS,
+        benches.FLOAT,
+        "onnxruntime float32",
+        "onnxruntime int8",
+        "ctranslate2 int8",
+    }
     ours, other = result["engines"][benches.OURS], result["engines"][benches.FLOAT]
     assert all(e["latency_ms"] > 0 and e["times_ours"] > 0 for e in result["engines"].values())
     assert all(e["file"] > 0 for name, e in result["engines"].items() if name != "ctranslate2 int8")

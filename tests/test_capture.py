@@ -116,15 +116,38 @@ def test_scores_are_the_models_own(family: str) -> None:
 
 
 GROUPS: dict[str, tuple[str, list[set[str]]]] = {
-    "bert": ("bert.encoder.layer.0", [{"attention.self.query", "attention.self.key", "attention.self.value"},
-             {"attention.output.dense"}, {"intermediate.dense"}, {"output.dense"}]),
-    "llama": ("model.layers.0", [{"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, {"self_attn.o_proj"},
-              {"mlp.gate_proj", "mlp.up_proj"}, {"mlp.down_proj"}]),
+    "bert": (
+        "bert.encoder.layer.0",
+        [
+            {"attention.self.query", "attention.self.key", "attention.self.value"},
+            {"attention.output.dense"},
+            {"intermediate.dense"},
+            {"output.dense"},
+        ],
+    ),
+    "llama": (
+        "model.layers.0",
+        [
+            {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
+            {"self_attn.o_proj"},
+            {"mlp.gate_proj", "mlp.up_proj"},
+            {"mlp.down_proj"},
+        ],
+    ),
     "gpt2": ("transformer.h.0", [{"attn.c_attn"}, {"attn.c_proj"}, {"mlp.c_fc"}, {"mlp.c_proj"}]),
-    "bart": ("model.decoder.layers.0", [{"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
-             {"self_attn.out_proj"}, {"encoder_attn.q_proj"}, {"encoder_attn.k_proj", "encoder_attn.v_proj"},
-             {"encoder_attn.out_proj"}, {"fc1"}, {"fc2"}]),
-}  # fmt: skip
+    "bart": (
+        "model.decoder.layers.0",
+        [
+            {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
+            {"self_attn.out_proj"},
+            {"encoder_attn.q_proj"},
+            {"encoder_attn.k_proj", "encoder_attn.v_proj"},
+            {"encoder_attn.out_proj"},
+            {"fc1"},
+            {"fc2"},
+        ],
+    ),
+}
 
 
 @pytest.mark.parametrize("family", GROUPS)

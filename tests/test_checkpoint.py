@@ -335,9 +335,14 @@ def test_fresh_process(tmp_path: Path) -> None:
 # Refusals
 
 CONFIG = hf.BertConfig(
-    hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=16,
-    max_position_embeddings=8, num_labels=3,
-)  # fmt: skip
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=8,
+    vocab_size=16,
+    max_position_embeddings=8,
+    num_labels=3,
+)
 TINY_BATCH = {"input_ids": torch.arange(8).view(2, 4)}
 
 

@@ -20,7 +20,7 @@ import transformers as hf
 from PIL import Image
 
 import bittern
-from bittern import pipeline
+from bittern import jobs
 from bittern.data import load_data
 from bittern.demo import DIGITS
 from bittern.deploy.journal import Journal
@@ -58,7 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_text_model(place / "bert")
     save_text_model(place / "encoder", head=False)
     damage(bittern.load(DIGITS)).save_pretrained(place / "nan")
-    pipeline.quantize(DIGITS, "ternary-2-2-8", place / "packed")
+    jobs.quantize(DIGITS, "ternary-2-2-8", place / "packed")
     (place / "empty").mkdir()
     for folder, file, text in (("foreign", "config.json", '{"layers": 3}'), ("notes", "todo.txt", "water the reeds")):
         (place / folder).mkdir()
@@ -102,7 +102,7 @@ def one_object(text: str) -> dict[str, Any]:
 
 def test_quantize_json(place: Path, job: dict[str, Any], tmp_path: Path) -> None:
     """`quantize --json` prints what the library returns for the same arguments, and the file gives the same outputs."""
-    result = pipeline.quantize(place / "vit", "w8a8", tmp_path / "same", data="digits")
+    result = jobs.quantize(place / "vit", "w8a8", tmp_path / "same", data="digits")
     assert job == result | {"out": f"{place}/w8a8"}
     assert job["float"]["accuracy"] > 0.97
     assert job["packed"]["agreement"] > 0.98
@@ -296,7 +296,7 @@ def test_refused(inside: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
     line, *parts = BAD[name]
     before = tree(inside)
     for step in ("predict", "calibrate", "pack", "save"):
-        monkeypatch.setattr(pipeline, step, lambda *_, step=step, **__: pytest.fail(f"{step} ran first"))
+        monkeypatch.setattr(jobs, step, lambda *_, step=step, **__: pytest.fail(f"{step} ran first"))
     ran = command(f"bittern {line}")
     assert (ran.code, ran.out) == (1, "")
     assert ran.err.startswith("error: ")
@@ -309,7 +309,7 @@ def test_refused(inside: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
 @pytest.mark.parametrize("name", [name for name in BAD if name.startswith("output")])
 def test_output_is_checked_first(inside: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """An output that cannot be written is refused before the model is even loaded."""
-    monkeypatch.setattr(pipeline, "load", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(jobs, "load", lambda *_: pytest.fail("the model was loaded first"))
     assert command(f"bittern {BAD[name][0]}").code == 1
 
 
@@ -415,8 +415,9 @@ def test_ptq_goes_on(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # Ctrl-C
 
 
-@pytest.mark.parametrize("step", ["pipeline.load", "pipeline.calibrate", "pipeline.pack",
-                                  "deploy.store.copy_processors", "deploy.store._replace"])  # fmt: skip
+@pytest.mark.parametrize(
+    "step", ["jobs.load", "jobs.calibrate", "jobs.pack", "deploy.store.copy_processors", "deploy.store._replace"]
+)
 @pytest.mark.parametrize("out", ["out", "packed"])
 def test_interrupted(inside: Path, monkeypatch: pytest.MonkeyPatch, step: str, out: str) -> None:
     """Ctrl-C at any step exits with 130, leaves nothing behind, and an output to replace stays as it was."""
@@ -446,9 +447,13 @@ def test_a_real_interruption(place: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     arguments = ["quantize", f"{place}/bert", "-r", "w8a8", "--data", data, "-o", "out", "--batch-size", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "bittern", *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, text=True,
+        [sys.executable, "-m", "bittern", *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (background jobs ignore it)
-    )  # fmt: skip
+    )
     os.close(theirs)
     seen = b""
     while not re.search(rb"[1-9]/4000", seen):  # the float model runs on 4,000 samples one by one

@@ -112,8 +112,14 @@ def test_text_kinds(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert of.tolist() == [[0, 3, 3, 1, 2 if is_punctuation("[PAD]") else 3]]
     assert kinds.of({"input_ids": ids}, 6) is None
     assert [is_punctuation(t) for t in (",", "##.", "Ġ(", "▁", "word", "$", "a.b")] == [
-        True, True, True, False, False, True, False,
-    ]  # fmt: skip
+        True,
+        True,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_image_kinds() -> None:

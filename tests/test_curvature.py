@@ -87,14 +87,23 @@ def test_small_network() -> None:
 def tiny() -> tuple[hf.PreTrainedModel, dict[str, Tensor]]:
     """A BERT of few parameters, and a batch."""
     torch.manual_seed(0)
-    config = hf.BertConfig(hidden_size=4, num_hidden_layers=1, num_attention_heads=2, intermediate_size=6, vocab_size=9,
-                           max_position_embeddings=16, num_labels=3)  # fmt: skip
+    config = hf.BertConfig(
+        hidden_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=6,
+        vocab_size=9,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
     model = hf.BertForSequenceClassification(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.3)
-    return model, {"input_ids": torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]]),
-                   "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}  # fmt: skip
+    return model, {
+        "input_ids": torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+    }
 
 
 def test_attention_is_twice_differentiable(tiny: tuple[hf.PreTrainedModel, dict[str, Tensor]]) -> None:

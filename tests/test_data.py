@@ -15,8 +15,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from bittern.data import Data, digits, has_classes, load_data
+from bittern.data.texts import load_tokenizer, sentences
 from bittern.errors import BitternError, InputError
-from bittern.texts import load_tokenizer, sentences
 from families import SUPPORTED
 from helpers import refused
 from material import WORDS, save_text_model, write_tables

@@ -10,9 +10,9 @@ import torch
 import bittern
 from bittern import demo
 from bittern.data import load_data
+from bittern.data.evaluate import predict, similarity_agreement
 from bittern.demo import Row, minilm_folder, run_digits, run_minilm
 from bittern.errors import InputError
-from bittern.evaluate import predict, similarity_agreement
 from material import command, succeed, tree
 
 FORMATS = ["float", "w8a8", "w4a8", "ternary", "ternary, 10 epochs of training"]

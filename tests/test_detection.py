@@ -13,11 +13,11 @@ import transformers as hf
 from PIL import Image
 
 import bittern
-from bittern import pipeline
+from bittern import jobs
 from bittern.data import load_data
-from bittern.detection import Box, Scene, has_boxes, mean_average_precision, read_scenes
+from bittern.data.detection import Box, Scene, has_boxes, mean_average_precision, read_scenes
+from bittern.data.evaluate import metrics, predict
 from bittern.errors import InputError
-from bittern.evaluate import metrics, predict
 from families import SUPPORTED
 from helpers import refused
 from material import command, succeed
@@ -204,7 +204,7 @@ BAD: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "no annotations": (lambda c: c["annotations"].clear(), ("has no annotations",)),
     "no categories": (lambda c: c.pop("categories"), ("an entry has no 'categories'",)),
     "another structure": (lambda c: c.update(images=3), ("is not in COCO format",)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -308,10 +308,10 @@ def test_eval(place: Path) -> None:
     assert {"AP", "AP50", "AP75"} < alone.keys()
     assert 0 <= alone["AP"] <= 1
     assert "accuracy" not in alone
-    same = pipeline.evaluate(place / "detr", str(place / "scenes"), against=place / "detr")
+    same = jobs.evaluate(place / "detr", str(place / "scenes"), against=place / "detr")
     assert same["logits_error"] == same["boxes_error"] == same["max_difference"] == 0
     assert same["AP"] == alone["AP"]
-    other = pipeline.evaluate(place / "detr", str(place / "scenes"), against=place / "other")
+    other = jobs.evaluate(place / "detr", str(place / "scenes"), against=place / "other")
     models = [bittern.load(place / name) for name in ("detr", "other")]
     (batch,) = load_data(str(place / "scenes"), models[0], place / "detr", split="test")
     with torch.no_grad():

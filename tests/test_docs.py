@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bittern import demo, pipeline
+from bittern import demo, jobs
 from bittern.recipe import Recipe, load_recipe, recipe_names
 from material import command
 
@@ -55,7 +55,7 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The demo's own test measures; here it only has to leave its files: no training, no fresh processes.
     monkeypatch.setattr(demo, "train", lambda *_, **__: None)
     monkeypatch.setattr(demo, "_start_check", lambda packed, data, other: (packed, data, other))
-    monkeypatch.setattr(demo, "_finish_check", lambda job: pipeline.evaluate(job[0], job[1], against=job[2]))
+    monkeypatch.setattr(demo, "_finish_check", lambda job: jobs.evaluate(job[0], job[1], against=job[2]))
     assert {block.language for block in shown} == {"sh", "python"}
     for block in shown:
         if block.language == "sh":

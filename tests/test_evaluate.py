@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from bittern.data import Data
+from bittern.data.evaluate import accuracy, agreement, headline, metrics, of_labels, predict, similarity_agreement, top5
 from bittern.errors import InputError
-from bittern.evaluate import accuracy, agreement, headline, metrics, of_labels, predict, similarity_agreement, top5
 from families import SUPPORTED, Batch
 from helpers import refused
 
@@ -151,8 +151,12 @@ def test_headline() -> None:
     """Checkpoints are chosen by GLUE's own metric for its tasks, else by the first one."""
     found = {"accuracy": 0.9, "f1": 0.8, "mcc": 0.7}
     assert [headline(s, found) for s in ("glue/cola", "data/CoLA", "glue/mrpc", "glue/sst2", "my.parquet")] == [
-        "mcc", "mcc", "f1", "accuracy", "accuracy",
-    ]  # fmt: skip
+        "mcc",
+        "mcc",
+        "f1",
+        "accuracy",
+        "accuracy",
+    ]
     assert headline("glue/stsb", {"pearson": 0.5, "spearman": 0.4}) == "pearson"
 
 

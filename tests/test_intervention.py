@@ -386,13 +386,24 @@ def trainer(folder: Path, intervention: Intervention, **arguments: Any) -> QATTr
     student, teacher, batch = pair("bert", "ternary-2-2-8")
     rows = [{k: v[i % 2] for k, v in batch.items()} | {"labels": torch.tensor(i % 3)} for i in range(8)]
     settings: dict[str, Any] = {
-        "max_steps": 10, "per_device_train_batch_size": 4, "report_to": [], "disable_tqdm": True, "use_cpu": True,
-        "save_strategy": "no", "learning_rate": 1e-3, "logging_steps": 1, "warmup_steps": 0.5,
-    }  # fmt: skip
+        "max_steps": 10,
+        "per_device_train_batch_size": 4,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "warmup_steps": 0.5,
+    }
     return QATTrainer(
-        student, hf.TrainingArguments(str(folder), **settings | arguments), train_dataset=rows, eval_dataset=rows,
-        teacher=teacher, intervention=intervention,
-    )  # fmt: skip
+        student,
+        hf.TrainingArguments(str(folder), **settings | arguments),
+        train_dataset=rows,
+        eval_dataset=rows,
+        teacher=teacher,
+        intervention=intervention,
+    )
 
 
 class Watch(hf.TrainerCallback):
@@ -436,8 +447,11 @@ def test_refused(tmp_path: Path) -> None:
         trainer(tmp_path, Intervention("map", steps=10)).train()
     with refused(InputError, "reduce_lr_on_plateau"):
         trainer(
-            tmp_path, Intervention("map", steps=4), lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps",
-        ).train()  # fmt: skip
+            tmp_path,
+            Intervention("map", steps=4),
+            lr_scheduler_type="reduce_lr_on_plateau",
+            eval_strategy="steps",
+        ).train()
     student, teacher, batch = pair("bert")
     anatomy = read_anatomy(teacher, batch)
     with refused(InputError, "the intervention needs a teacher"):

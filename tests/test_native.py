@@ -136,10 +136,12 @@ def test_large_outputs(kind: str) -> None:
 @pytest.mark.parametrize(
     ("name", "reference", "tolerance"),
     [
-        ("gelu", F.gelu, 4e-7), ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh"), 4e-7),
-        ("silu", F.silu, 4e-7), ("relu", F.relu, 0),
+        ("gelu", F.gelu, 4e-7),
+        ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh"), 4e-7),
+        ("silu", F.silu, 4e-7),
+        ("relu", F.relu, 0),
     ],
-)  # fmt: skip
+)
 def test_activations(kind: str, name: native.Activation, reference: Any, tolerance: float) -> None:
     """Activations are the exact functions but for rounding, alone and behind a product."""
     x = torch.cat([torch.linspace(-12, 12, 5001), torch.tensor([0.0, -0.0, 1e-30, -80.0, 300.0])])
@@ -162,8 +164,12 @@ def test_norm(kind: str) -> None:
 
 
 SHAPES = [
-    (1, 1, 1, 1, 1, 1), (1, 12, 12, 64, 64, 64), (2, 4, 2, 33, 50, 24), (1, 3, 3, 197, 197, 64), (3, 2, 1, 1, 77, 80),
-]  # fmt: skip
+    (1, 1, 1, 1, 1, 1),
+    (1, 12, 12, 64, 64, 64),
+    (2, 4, 2, 33, 50, 24),
+    (1, 3, 3, 197, 197, 64),
+    (3, 2, 1, 1, 77, 80),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -172,8 +178,10 @@ def test_attention(kind: str, shape: tuple[int, ...], static: bool) -> None:
     """The map is the softmax of quantized Q and K, the context that of the map's own codes, with a mask or not."""
     torch.manual_seed(0)
     batch, heads, key_heads, queries, keys, dim = shape
-    q, k, v = (torch.randn(batch, n, h, dim).transpose(1, 2)
-               for n, h in ((queries, heads), (keys, key_heads), (keys, key_heads)))  # fmt: skip
+    q, k, v = (
+        torch.randn(batch, n, h, dim).transpose(1, 2)
+        for n, h in ((queries, heads), (keys, key_heads), (keys, key_heads))
+    )
     hidden = torch.zeros(batch, 1, queries, keys)
     hidden[..., keys // 2 + 1 :] = torch.finfo(torch.float32).min
     fmt = Format(range="static") if static else Format(clip=2.5)
@@ -200,8 +208,14 @@ def test_block(kind: str, shape: tuple[int, int], pre_norm: bool) -> None:
     """A block gives the bits of its parts one after the other, with a mask or not, on one thread or two."""
     torch.manual_seed(0)
     (batch, tokens), hidden, wide, heads, dim = shape, 100, 70, 4, 12
-    sizes = {"query": (hidden, heads * dim), "key": (hidden, 2 * dim), "value": (hidden, 2 * dim),
-             "output": (heads * dim, hidden), "up": (hidden, wide), "down": (wide, hidden)}  # fmt: skip
+    sizes = {
+        "query": (hidden, heads * dim),
+        "key": (hidden, 2 * dim),
+        "value": (hidden, 2 * dim),
+        "output": (heads * dim, hidden),
+        "up": (hidden, wide),
+        "down": (wide, hidden),
+    }
     layers = {}
     for i, (part, (inputs, outputs)) in enumerate(sizes.items()):
         panels = Panels(torch.randint(-1, 2, (outputs, inputs)), torch.rand(outputs) * 0.1, 2, 1)
@@ -244,14 +258,16 @@ def test_block(kind: str, shape: tuple[int, int], pre_norm: bool) -> None:
     broken[0, 0, 0] = torch.inf
     assert block(broken, None) is None
     wrong: list[Any] = [
-        lambda: block(x[..., :-1], None), lambda: block(x[0], None), lambda: block(x.double(), None),
+        lambda: block(x[..., :-1], None),
+        lambda: block(x[0], None),
+        lambda: block(x.double(), None),
         lambda: block(torch.randn(2, hidden, 3).transpose(1, 2), None),
         lambda: block(x, torch.zeros(1, 1, 1, tokens, dtype=torch.float64)),
         lambda: Block(layers | {"up": layers["down"]}, norms, codings, **rest),
         lambda: Block(layers, norms, codings | {"key": UNSIGNED}, **rest),
         lambda: Block(layers, norms, codings, **rest | {"key_heads": 3}),
         lambda: Block(layers, (norms[0], Norm(torch.ones(99), norms[0].bias, 1e-5)), codings, **rest),
-    ]  # fmt: skip
+    ]
     for call in wrong:
         with pytest.raises(ValueError, match=r"block|kernels|heads|mask|expected|contiguous"):
             call()
@@ -328,10 +344,13 @@ def test_refused() -> None:
     four = torch.randn(2, 4, 5, 6)
     codings = dict.fromkeys(("query", "key", "value", "map"), SIGNED)
     for args in (
-        (four, four[:, :3], four[:, :3], None), (four, four[..., :5], four, None), (four, four, four[:, :, :4], None),
-        (four.double(), four, four, None), (four, four, four, torch.zeros(1, 1, 5, 5).double()),
+        (four, four[:, :3], four[:, :3], None),
+        (four, four[..., :5], four, None),
+        (four, four, four[:, :, :4], None),
+        (four.double(), four, four, None),
+        (four, four, four, torch.zeros(1, 1, 5, 5).double()),
         (four, four, four, torch.zeros(1, 1, 5, 4)),
-    ):  # fmt: skip
+    ):
         wrong.append(lambda args=args: native.attention(*args, 1.0, codings))
     wrong.append(lambda: native.attention(four, four, four, None, 1.0, codings | {"key": UNSIGNED}))
     for call in wrong:

@@ -45,12 +45,17 @@ def tensors() -> dict[str, Tensor]:
     torch.manual_seed(0)
     large = torch.randn(70, 33, 48)
     return {
-        "large": large, "one row": large[0, :1], "views": large.transpose(0, 1), "with gaps": large[:, ::2],
-        "heads": large.view(70, 33, 3, 16).transpose(1, 2), "wide": large * torch.logspace(-20, 3, 48),
+        "large": large,
+        "one row": large[0, :1],
+        "views": large.transpose(0, 1),
+        "with gaps": large[:, ::2],
+        "heads": large.view(70, 33, 3, 16).transpose(1, 2),
+        "wide": large * torch.logspace(-20, 3, 48),
         "zeros": torch.zeros(5, 16),
         "no negative codes": torch.linspace(-1e-3, 1, 4000).view(-1, 16),
-        "small": torch.randn(3, 16) * 1e-39, "bfloat16": large.bfloat16(),
-    }  # fmt: skip
+        "small": torch.randn(3, 16) * 1e-39,
+        "bfloat16": large.bfloat16(),
+    }
 
 
 def bits(x: Tensor) -> Tensor:

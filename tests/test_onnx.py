@@ -15,11 +15,11 @@ import torch
 from onnx import numpy_helper
 
 from bittern import Format, load, save
-from bittern.deploy import onnx as exporter
-from bittern.deploy import onnx_graph
-from bittern.deploy.onnx import export
-from bittern.deploy.onnx_parity import Parity, check, compare, complete, made_up, run, session
-from bittern.deploy.onnx_plan import clamp, may_saturate, pack_blocks
+from bittern.deploy.onnx import export as exporter
+from bittern.deploy.onnx import graph
+from bittern.deploy.onnx.export import export
+from bittern.deploy.onnx.parity import Parity, check, compare, complete, made_up, run, session
+from bittern.deploy.onnx.plan import clamp, may_saturate, pack_blocks
 from bittern.deploy.packed import PackedConv1D, PackedLayer, PackedLinear
 from bittern.errors import CheckpointError, InputError, ModelError
 from bittern.quantizers import FakeQuant
@@ -110,7 +110,7 @@ def test_codes_are_our_own(tmp_path: Path) -> None:
 def test_float_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A float model's file gives its outputs, in a folder with tokenizer and configuration, large weights beside."""
     source, out = save_text_model(tmp_path / "model"), tmp_path / "out"
-    monkeypatch.setattr(onnx_graph, "LARGEST", 1000)
+    monkeypatch.setattr(graph, "LARGEST", 1000)
     result = export(source, out, samples=8)
     assert result["parity"]["error"] < 1e-5
     assert result["parity"]["agreement"] == 1
@@ -134,11 +134,11 @@ def test_wrong_files_are_not_kept(wrong: str, tmp_path: Path, monkeypatch: pytes
     source = saved("vit", "w8a8", tmp_path / "model")
     before = tree(tmp_path)
     if wrong == "scale":
-        scales = onnx_graph.scales
-        monkeypatch.setattr(onnx_graph, "scales", lambda layer, blocks=1: 1.05 * scales(layer, blocks))
+        scales = graph.scales
+        monkeypatch.setattr(graph, "scales", lambda layer, blocks=1: 1.05 * scales(layer, blocks))
     else:
-        codes = onnx_graph.integer_codes
-        monkeypatch.setattr(onnx_graph, "integer_codes", lambda layer: np.roll(codes(layer), 1, 1))
+        codes = graph.integer_codes
+        monkeypatch.setattr(graph, "integer_codes", lambda layer: np.roll(codes(layer), 1, 1))
     with refused(ModelError, "relative error", "its arithmetic explains", "not kept"):
         export(source, tmp_path / "out.onnx", samples=16)
     assert tree(tmp_path) == before

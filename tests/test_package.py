@@ -67,10 +67,19 @@ def test_sources_never(pattern: str) -> None:
     assert not [path.name for path in SOURCES if re.search(pattern, path.read_text())]
 
 
-@pytest.mark.parametrize("path", [*(f"recipes/{name}.yaml" for name in recipe_names()), "py.typed",
-                                  "assets/digits-vit/config.json", "assets/digits-vit/model.safetensors",
-                                  "analysis/templates/report.html.j2", "analysis/templates/report.css",
-                                  "analysis/templates/report.js", "analysis/templates/plot.svg.j2"])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(f"recipes/{name}.yaml" for name in recipe_names()),
+        "py.typed",
+        "assets/digits-vit/config.json",
+        "assets/digits-vit/model.safetensors",
+        "analysis/templates/report.html.j2",
+        "analysis/templates/report.css",
+        "analysis/templates/report.js",
+        "analysis/templates/plot.svg.j2",
+    ],
+)
 def test_package_data(path: str) -> None:
     """Recipes, the model of the demo and the marker of types come with the package."""
     assert files("bittern").joinpath(path).read_bytes() or path == "py.typed"

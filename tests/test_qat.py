@@ -17,7 +17,7 @@ import transformers as hf
 from scipy.stats import spearmanr
 
 import bittern
-from bittern import pipeline
+from bittern import jobs
 from bittern.data import load_data
 from bittern.demo import DIGITS
 from bittern.errors import InputError, ModelError
@@ -33,7 +33,7 @@ BERT = "prediction,hidden,map,output"
 
 def teach(source: Path, out: Path, data: Any, terms: str = BERT, **options: Any) -> dict[str, Any]:
     training = options.pop("training", QUICK)
-    return pipeline.qat(
+    return jobs.qat(
         source, "ternary-2-2-8", out, data=str(data), distill=parse_distill(terms), training=training, **options
     )
 
@@ -164,10 +164,16 @@ def test_shallow_student(tmp_path: Path, bert: Path, texts: Path) -> None:
     hf.AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "student")
     with refused(ModelError, "the student has 1 blocks", "mapping="):
         teach(bert, tmp_path / "out", texts, student=tmp_path / "student")
-    result = pipeline.qat(
-        bert, "ternary-2-2-8", tmp_path / "out", data=str(texts), distill=parse_distill("unified", mapping={0: 1}),
-        training=QUICK, student=tmp_path / "student", force=True,
-    )  # fmt: skip
+    result = jobs.qat(
+        bert,
+        "ternary-2-2-8",
+        tmp_path / "out",
+        data=str(texts),
+        distill=parse_distill("unified", mapping={0: 1}),
+        training=QUICK,
+        student=tmp_path / "student",
+        force=True,
+    )
     assert result["qat"]["steps"] == 6
 
 

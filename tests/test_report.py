@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bittern import pipeline
+from bittern import jobs
 from bittern.analysis.charts import contour, heat_map, lines, styles, surface
 from bittern.analysis.report import write_report
 from bittern.analysis.run import Curvature, analyze
@@ -29,15 +29,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Reports of a trained image model, beside one with mixed precision, and of a text model on hostile texts."""
     place = tmp_path_factory.mktemp("reports")
     training = Training(steps=6, batch_size=32, learning_rate=1e-3, evaluations=2)
-    pipeline.qat(DIGITS, "ternary-2-2-8", place / "taught", data="digits", distill=Distill(), training=training)
-    pipeline.ptq(DIGITS, "w8a8", place / "mixed", data="digits", samples=16, method="omse",
-                 mixed=pipeline.Mixed(5.0, (4, 6)))  # fmt: skip
-    analyze(place / "taught", DIGITS, "digits", place / "images", against=place / "mixed", samples=24, few=8,
-            curvature=Curvature(2, 2, 2, 3))  # fmt: skip
+    jobs.qat(DIGITS, "ternary-2-2-8", place / "taught", data="digits", distill=Distill(), training=training)
+    jobs.ptq(DIGITS, "w8a8", place / "mixed", data="digits", samples=16, method="omse", mixed=jobs.Mixed(5.0, (4, 6)))
+    analyze(
+        place / "taught",
+        DIGITS,
+        "digits",
+        place / "images",
+        against=place / "mixed",
+        samples=24,
+        few=8,
+        curvature=Curvature(2, 2, 2, 3),
+    )
     save_text_model(place / "bert")
     texts = ["a bittern booms", f"a {HOSTILE} bittern", "in the reeds of still water", "a day"] * 3
     tables = write_tables(place / HOSTILE.replace("/", "_")[:40], sentence=texts, label=[0, 1, 2, 0] * 3)
-    pipeline.quantize(place / "bert", "ternary-2-2-8", place / "small")
+    jobs.quantize(place / "bert", "ternary-2-2-8", place / "small")
     analyze(place / "small", place / "bert", str(tables), place / "texts", samples=12, few=4)
     return place
 
@@ -51,8 +58,21 @@ def test_complete(place: Path) -> None:
     """One page, its numbers, and each of its plots as SVG that an XML parser reads and that needs no style sheet."""
     page = (place / "images" / "report.html").read_text()
     figures = re.findall(r'<figure id="([^"]+)"', page)
-    wanted = {"divergence-taught", "cover-mixed", "sa-gen-classes", "depth", "min-max", "blocks", "classes", "spectrum",
-              "nuclear-map", "losses-taught", "metric-taught", "frontier-mixed", "surface-taught"}  # fmt: skip
+    wanted = {
+        "divergence-taught",
+        "cover-mixed",
+        "sa-gen-classes",
+        "depth",
+        "min-max",
+        "blocks",
+        "classes",
+        "spectrum",
+        "nuclear-map",
+        "losses-taught",
+        "metric-taught",
+        "frontier-mixed",
+        "surface-taught",
+    }
     assert wanted <= set(figures)
     files = list((place / "images" / "plots").iterdir())
     assert sorted(f"{name}.svg" for name in figures) == sorted(file.name for file in files)
@@ -70,8 +90,15 @@ def test_summary(place: Path) -> None:
         json.loads((place / "taught" / "bittern.json").read_text()),
     )
     summary = page[page.index('id="summary"') : page.index("</table>")]
-    for text in ("accuracy (360 samples)", f"{run['packed']['accuracy']:.4f}", "smaller)", "bits per quantized weight",
-                 "stayed float", "classifier", "ms ("):  # fmt: skip
+    for text in (
+        "accuracy (360 samples)",
+        f"{run['packed']['accuracy']:.4f}",
+        "smaller)",
+        "bits per quantized weight",
+        "stayed float",
+        "classifier",
+        "ms (",
+    ):
         assert text in summary
     worst = result_of(place / "images")["students"][0]["worst"]
     assert len(worst) == 3

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from bittern.texts import sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -25,7 +26,6 @@ from bittern.ptq.search import Space, choose, scales, search_left, search_right,
 from bittern.ptq.stream import stream
 from bittern.quantizers import fake_quantize, find_scale
 from bittern.recipe import Format
-from bittern.texts import sentences
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "golden.safetensors")
 BLOCK, HEADS, CANDIDATES = "encoder.layer.2", 12, 100
@@ -193,8 +193,9 @@ def test_candidates() -> None:
 
 @pytest.mark.kernels
 @each_width
-@pytest.mark.parametrize(("group", "scheme"), [("query", "asymmetric"), ("output", "symmetric"),
-                                               ("ffn out", "asymmetric")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("group", "scheme"), [("query", "asymmetric"), ("output", "symmetric"), ("ffn out", "asymmetric")]
+)
 def test_inputs(group: str, scheme: str, bits: int) -> None:
     """Of all scales for a layer's input, that of layers which share it included, the search finds the best."""
     b, fmt = block(), as_format(bits, scheme)

@@ -41,8 +41,10 @@ def captured_outputs(model: hf.PreTrainedModel, units: list[str], batches: list[
     """What the model's forward gives for each batch inside a stream."""
     found: list[dict[str, object]] = [{} for _ in batches]
     plain = type(model).forward
-    lock = {id(batch.get("input_ids", batch.get("pixel_values", batch.get("input_features")))): i
-            for i, batch in enumerate(batches)}  # fmt: skip
+    lock = {
+        id(batch.get("input_ids", batch.get("pixel_values", batch.get("input_features")))): i
+        for i, batch in enumerate(batches)
+    }
 
     def forward(**batch: object) -> object:
         out = plain(model, **batch)

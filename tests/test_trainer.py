@@ -64,9 +64,14 @@ def test_accumulation(tmp_path: Path, options: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "intervene", "kill"), [("bert", [], 3), ("vit", [], 3), ("bert", ["--intervene", "stochastic"], 3),
-                                      ("vit", ["--intervene", "gradual"], 5)],
-)  # fmt: skip
+    ("family", "intervene", "kill"),
+    [
+        ("bert", [], 3),
+        ("vit", [], 3),
+        ("bert", ["--intervene", "stochastic"], 3),
+        ("vit", ["--intervene", "gradual"], 5),
+    ],
+)
 def test_crash(tmp_path: Path, family: str, intervene: list[str], kill: int) -> None:
     """Killed in training and resumed, with dropout, the run ends with the very bits of one that was not; with a teacher
     that intervenes too, whether killed while it does or after that."""
@@ -130,12 +135,14 @@ def test_against_output_attentions() -> None:
         for x, y in zip(a.hidden_states, b.hidden_states, strict=True)
     )
     maps = sum(
-        torch.stack([
-            F.kl_div(x[i, :, :n, :n].log(), y[i, :, :n, :n], reduction="none").sum(-1).mean()
-            for i, n in enumerate(length)
-        ]).mean()
+        torch.stack(
+            [
+                F.kl_div(x[i, :, :n, :n].log(), y[i, :, :n, :n], reduction="none").sum(-1).mean()
+                for i, n in enumerate(length)
+            ]
+        ).mean()
         for x, y in zip(a.attentions, b.attentions, strict=True)
-    )  # fmt: skip
+    )
     torch.testing.assert_close(terms["hidden"], hidden, rtol=1e-5, atol=0)
     torch.testing.assert_close(terms["map"], maps, rtol=1e-4, atol=0)
 
@@ -227,14 +234,24 @@ def trainer(folder: Path, family: str = "bert", distill: Distill | None = None, 
     student, teacher, batch = pair(family)
     rows = [{k: v[i % 2] for k, v in batch.items()} | {"labels": torch.tensor(i % 3)} for i in range(8)]
     settings: dict[str, Any] = {
-        "max_steps": 2, "per_device_train_batch_size": 4, "report_to": [], "disable_tqdm": True, "use_cpu": True,
-        "save_strategy": "no", "learning_rate": 1e-3,
-    }  # fmt: skip
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+    }
     falling = iter(range(9, 0, -1))  # the first checkpoint is the best
     return QATTrainer(
-        student, hf.TrainingArguments(str(folder), **settings | arguments), train_dataset=rows, eval_dataset=rows,
-        teacher=teacher, distill=distill, compute_metrics=lambda _: {"falling": next(falling)},
-    )  # fmt: skip
+        student,
+        hf.TrainingArguments(str(folder), **settings | arguments),
+        train_dataset=rows,
+        eval_dataset=rows,
+        teacher=teacher,
+        distill=distill,
+        compute_metrics=lambda _: {"falling": next(falling)},
+    )
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])
@@ -254,9 +271,16 @@ def test_checkpoint(tmp_path: Path, family: str) -> None:
 def test_best(tmp_path: Path, family: str) -> None:
     """The best checkpoint is loaded at the end, weights and all."""
     running = trainer(
-        tmp_path / "run", family, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
-        max_steps=3, load_best_model_at_end=True, metric_for_best_model="falling",
-    )  # fmt: skip
+        tmp_path / "run",
+        family,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="falling",
+    )
     running.train()
     best = load(running.state.best_model_checkpoint)
     _, batch = SUPPORTED[family]()

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import eager_mask
 from transformers.utils.output_capturing import _active_collector
 
-from bittern.deploy import accelerate
+from bittern import kernels
 from bittern.errors import ModelError
 from bittern.quantizers import FakeQuant
 from bittern.recipe import Format
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 NAME = "bittern"
 
 Point = Literal[
-    "query", "key", "value",  # (batch, heads, tokens, head dim), before quantization; key and value heads may be fewer
+    "query",
+    "key",
+    "value",  # (batch, heads, tokens, head dim), before quantization; key and value heads may be fewer
     "score",  # AS = QKᵀ·scaling + bias + mask (batch, heads, queries, keys); masked places hold the type's minimum
     "map",  # SA = softmax(AS), before dropout and quantization
     "context",  # AC = SA·V (batch, heads, queries, head dim)
@@ -39,7 +41,7 @@ Point = Literal[
     "ffn",  # output of the second FFN linear
     "hidden",  # output of the block
     "embedding",  # what the first block of a stack reads
-]  # fmt: skip
+]
 POINTS: tuple[Point, ...] = Point.__args__  # type: ignore[attr-defined]
 
 
@@ -172,7 +174,7 @@ def attention_forward(
         plain = position_bias is None and softcap is None and s_aux is None and getattr(module, "sinks", None) is None
         if plain and site.integer(attention_mask) and not (dropout and module.training):
             quantizers = {point: site.quantizer(point) for point in ("query", "key", "value", "map")}
-            found = accelerate.attend(quantizers, query, key, value, attention_mask, scaling)
+            found = kernels.attend(quantizers, query, key, value, attention_mask, scaling)
             if found is not None:
                 return found
         query, key, value = site.tap("query", query), site.tap("key", key), site.tap("value", value)

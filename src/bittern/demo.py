@@ -15,10 +15,10 @@ import torch
 from transformers import PreTrainedModel
 
 from bittern.data import Data, has_classes, load_data
+from bittern.data.evaluate import accuracy, agreement, metrics, predict, similarity_agreement
 from bittern.deploy.checkpoint import pack
 from bittern.deploy.store import check_output, load, measure, save
 from bittern.errors import InputError
-from bittern.evaluate import accuracy, agreement, metrics, predict, similarity_agreement
 from bittern.layers import simulate
 from bittern.progress import Tell, Track, silent, unseen
 from bittern.ptq.calibrate import calibrate

@@ -46,17 +46,22 @@ def print_losses(solved: list[dict[str, Any]]) -> None:
 def print_rows(title: str, rows: list[Any]) -> None:
     table = Table(title=title, title_justify="left")
     with_accuracy = rows[0].accuracy is not None
-    add_columns(table, "format", "bits", "kB", "×", *(["accuracy"] if with_accuracy else []),
-             "agreement", "max error")  # fmt: skip
+    add_columns(table, "format", "bits", "kB", "×", *(["accuracy"] if with_accuracy else []), "agreement", "max error")
     for row in rows:
         table.add_row(
-            row.format, f"{row.bits:.2f}", f"{row.bytes / 1e3:,.0f}", f"{rows[0].bytes / row.bytes:.1f}",
-            *([f"{row.accuracy:.4f}"] if with_accuracy else []), f"{row.agreement:.4f}",
+            row.format,
+            f"{row.bits:.2f}",
+            f"{row.bytes / 1e3:,.0f}",
+            f"{rows[0].bytes / row.bytes:.1f}",
+            *([f"{row.accuracy:.4f}"] if with_accuracy else []),
+            f"{row.agreement:.4f}",
             "" if row.max_error is None else f"{row.max_error:g}",
-        )  # fmt: skip
+        )
     out_console.print(table)
-    out_console.print("bits: per quantized weight, with scales · kB: whole file · agreement: with float · max error: "
-                      "simulated against packed, loaded in a fresh process")  # fmt: skip
+    out_console.print(
+        "bits: per quantized weight, with scales · kB: whole file · agreement: with float · max error: "
+        "simulated against packed, loaded in a fresh process"
+    )
 
 
 def print_trained(result: dict[str, Any], title: str) -> None:
@@ -65,8 +70,10 @@ def print_trained(result: dict[str, Any], title: str) -> None:
     kept_step = f"step {run['best_step']}" if run["best_step"] else "the last step"
     out_console.print(
         f"{run['steps']} steps in {run['seconds'] / 60:.1f} minutes; {kept_step} is kept: {run['metric']} "
-        f"{run['best']:.4f}; peak memory {megabytes(result['peak_memory'])}", highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"{run['best']:.4f}; peak memory {megabytes(result['peak_memory'])}",
+        highlight=False,
+        soft_wrap=True,
+    )
     if run["phases"]:
         out_console.print(_intervened(run["phases"], result.get("plain")), highlight=False, soft_wrap=True)
     print_quantized(result, title)
@@ -147,7 +154,8 @@ class TrainingBar:
             minutes = (time.monotonic() - self.started) / 60
             self.bar.console.print(
                 f"step {step} of {total}{what.removeprefix('training')}, {minutes:.1f} min: {', '.join(texts)}",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+                highlight=False,
+                soft_wrap=True,
+            )
         if step == total and not logs:
             self.bar.stop()

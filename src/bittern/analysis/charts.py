@@ -181,8 +181,9 @@ def lines(
         if joined and len(kept) > 1:
             at = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" if (x, y) in kept else "M" for x, y in curve)
             path = "".join(f"M{piece.strip()}" for piece in at.split("M") if piece.strip())
-            parts.append(f'<path d="{path}" fill="none" stroke="var(--s{n})" stroke-width="2" '
-                         f'stroke-dasharray="{DASHES[n]}"/>')  # fmt: skip
+            parts.append(
+                f'<path d="{path}" fill="none" stroke="var(--s{n})" stroke-width="2" stroke-dasharray="{DASHES[n]}"/>'
+            )
         if len(kept) <= 400:
             for x, y in kept:
                 where = labels[int(x)] if labels else short(x)
@@ -224,9 +225,21 @@ def _mark(kind: str, x: float, y: float, extra: str, r: float = 3.5) -> str:
         "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
         "triangle": ((0, -1.3), (1.2, 1), (-1.2, 1)),
         "diamond": ((0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)),
-        "cross": ((-1.3, -0.4), (-0.4, -0.4), (-0.4, -1.3), (0.4, -1.3), (0.4, -0.4), (1.3, -0.4), (1.3, 0.4),
-                  (0.4, 0.4), (0.4, 1.3), (-0.4, 1.3), (-0.4, 0.4), (-1.3, 0.4)),
-    }[kind]  # fmt: skip
+        "cross": (
+            (-1.3, -0.4),
+            (-0.4, -0.4),
+            (-0.4, -1.3),
+            (0.4, -1.3),
+            (0.4, -0.4),
+            (1.3, -0.4),
+            (1.3, 0.4),
+            (0.4, 0.4),
+            (0.4, 1.3),
+            (-0.4, 1.3),
+            (-0.4, 0.4),
+            (-1.3, 0.4),
+        ),
+    }[kind]
     return f'<polygon points="{" ".join(f"{x + r * a:.1f},{y + r * b:.1f}" for a, b in corners)}" {extra}/>'
 
 
@@ -239,8 +252,10 @@ def _key(names: Sequence[str], y: float) -> tuple[str, float]:
         wide = 40 + 6.6 * len(name)
         if x > 10 and x + wide > WIDTH:
             x, y = 10.0, y + 18
-        parts.append(f'<line x1="{x:.1f}" x2="{x + 22:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--s{n})" '
-                     f'stroke-width="2" stroke-dasharray="{DASHES[n]}"/>')  # fmt: skip
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x + 22:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--s{n})" '
+            f'stroke-width="2" stroke-dasharray="{DASHES[n]}"/>'
+        )
         parts.append(_mark(MARKS[n], x + 11, y, f'fill="var(--s{n})"'))
         parts.append(text(x + 27, y + 4, name, "start", 11))
         x += wide
@@ -259,8 +274,10 @@ def bars(labels: Sequence[str], series: Mapping[str, Sequence[float]], name: str
             wide = values[i] / top * (WIDTH - left - 60)
             link = f' data-layer="{i}"' if i < linked else ""
             tip = f"{who + ', ' if who else ''}{label}: {short(values[i])}"
-            parts.append(f'<rect x="{left:.1f}" y="{y:.1f}" width="{max(wide, 1):.1f}" height="{thick - 2}" '
-                         f'fill="var(--s{n})"{link} data-tip="{escape(tip)}"/>')  # fmt: skip
+            parts.append(
+                f'<rect x="{left:.1f}" y="{y:.1f}" width="{max(wide, 1):.1f}" height="{thick - 2}" '
+                f'fill="var(--s{n})"{link} data-tip="{escape(tip)}"/>'
+            )
             parts.append(text(left + max(wide, 1) + 5, y + thick - 4, short(values[i]), "start", 10))
             y += thick
         y += 6
@@ -281,13 +298,17 @@ def surface(steps: Sequence[float], loss: Sequence[Sequence[float]], top: float 
         for j, value in enumerate(row):
             share = (value - low) / ((high - low) or 1.0)
             tip = f"({short(steps[j])}, {short(steps[i])}): loss {short(loss[i][j])}"
-            parts.append(f'<rect x="{left + j * cell:.1f}" y="{8 + (n - 1 - i) * cell:.1f}" width="{cell + 0.3:.1f}" '
-                         f'height="{cell + 0.3:.1f}" fill="{colour(share)}" data-tip="{escape(tip)}"/>')  # fmt: skip
+            parts.append(
+                f'<rect x="{left + j * cell:.1f}" y="{8 + (n - 1 - i) * cell:.1f}" width="{cell + 0.3:.1f}" '
+                f'height="{cell + 0.3:.1f}" fill="{colour(share)}" data-tip="{escape(tip)}"/>'
+            )
     for k in range(1, 9):
         level = low + (high - low) * k / 9
-        pieces = (f"M{left + (a + 0.5) * cell:.1f},{8 + (n - 0.5 - b) * cell:.1f}"
-                  f"L{left + (c + 0.5) * cell:.1f},{8 + (n - 0.5 - d) * cell:.1f}"
-                  for (a, b), (c, d) in contour(logs, level))  # fmt: skip
+        pieces = (
+            f"M{left + (a + 0.5) * cell:.1f},{8 + (n - 0.5 - b) * cell:.1f}"
+            f"L{left + (c + 0.5) * cell:.1f},{8 + (n - 0.5 - d) * cell:.1f}"
+            for (a, b), (c, d) in contour(logs, level)
+        )
         parts.append(f'<path d="{"".join(pieces)}" fill="none" stroke="#fff" stroke-opacity="0.55"/>')
     middle = left + side / 2, 8 + side / 2
     parts.append(_mark("cross", *middle, 'fill="#fff" stroke="#000"', 6))

@@ -38,8 +38,11 @@ class Means:
     def take(self, *prefix: str) -> dict[str, Any]:
         """Means of the names that begin so, as numbers and lists; None where no sample had a value."""
         start = "/".join(prefix) + "/"
-        return {n.removeprefix(start): numbers(total / count) for n, (total, count) in self.sums.items()
-                if n.startswith(start)}  # fmt: skip
+        return {
+            n.removeprefix(start): numbers(total / count)
+            for n, (total, count) in self.sums.items()
+            if n.startswith(start)
+        }
 
 
 def numbers(x: Tensor) -> Any:
@@ -86,11 +89,13 @@ def compare(
         for i, (call, count) in heads.items()
     ]
     return {
-        "samples": samples, "top": top, "attentions": attentions,
+        "samples": samples,
+        "top": top,
+        "attentions": attentions,
         "depth": {how: list(means.take("depth", how).values()) for how in ("plain", *INTERVENTIONS)},
         "places": list(means.take("depth", "plain")),
         "extremes": {who: means.take("extremes", who) for who in ("student", "teacher")},
-    }  # fmt: skip
+    }
 
 
 def _by_kind(found: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -95,8 +95,14 @@ class Hessian:
 
     def product(self, vector: Tensor) -> Tensor:
         """H · v, by a second backward through the same graph."""
-        found = torch.autograd.grad(self.gradient, self.used, vector.to(self.gradient), retain_graph=True,
-                                    allow_unused=True, materialize_grads=True)  # fmt: skip
+        found = torch.autograd.grad(
+            self.gradient,
+            self.used,
+            vector.to(self.gradient),
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
         return torch.cat([g.flatten() for g in found])
 
 

@@ -59,13 +59,25 @@ def by_name(result: Result) -> Iterator[tuple[str, str, Result]]:
 
 
 HEATS = (
-    ("divergence", "divergence", "KL divergence of attention maps",
-     "Bright cells are heads that no longer attend as the teacher does; 0 is perfect. Choose a cell to see its maps."),
-    ("cover", "cover length ratio", "Cover length ratio",
-     "How deep in the student's ranking the teacher's five most attended tokens lie; near the floor {floor} is good."),
-    ("ranking", "loss per pair", "Ranking loss",
-     "How much the order of tokens within a row changed; bright heads no longer know what matters most."),
-)  # fmt: skip
+    (
+        "divergence",
+        "divergence",
+        "KL divergence of attention maps",
+        "Bright cells are heads that no longer attend as the teacher does; 0 is perfect. Click a cell to see its maps.",
+    ),
+    (
+        "cover",
+        "cover length ratio",
+        "Cover length ratio",
+        "How deep in the student's ranking the teacher's five most attended tokens lie; close to {floor} is good.",
+    ),
+    (
+        "ranking",
+        "loss per pair",
+        "Ranking loss",
+        "How much the order of tokens within a row changed; bright heads no longer know what matters most.",
+    ),
+)
 
 
 def heads(result: Result) -> Iterator[Figure]:
@@ -88,11 +100,16 @@ def heads(result: Result) -> Iterator[Figure]:
 
 def classes(result: Result) -> Iterator[Figure]:
     titles = {
-        "gen": ("SA-GEN distance by class of token", "Long bars are classes of tokens that get a wrong amount of "
-                "attention."),
-        "prop": ("SA-PROP distance by class of token", "The same of ‖αf(x)‖, what attention passes on: long here and "
-                 "short in SA-GEN means that values or W_O are off, not the maps."),
-    }  # fmt: skip
+        "gen": (
+            "SA-GEN distance by class of token",
+            "Long bars are classes of tokens that get a wrong amount of attention.",
+        ),
+        "prop": (
+            "SA-PROP distance by class of token",
+            "The same of ‖αf(x)‖, what attention passes on: long here and "
+            "short in SA-GEN means that values or W_O are off, not the maps.",
+        ),
+    }
     for key, (title, look) in titles.items():
         attentions = result["students"][0]["compare"]["attentions"]
         kinds = list(dict.fromkeys(k for a in attentions for k in a.get(key, {})))
@@ -129,8 +146,12 @@ def depth(result: Result) -> Iterator[Figure]:
     curves = {who: [(i, fmean(a[key])) for i, a in enumerate(s["compare"]["attentions"])] for who, s, key in keys}
     look = "1 means that heads attend most to the first token; students should follow the teacher's curve."
     labels = labels_of(result["students"][0])
-    yield Figure("first-token", "Ranking ratio of the first token", look, lines(
-        curves, x_name="", y_name="mean over heads", labels=labels, layers=True))  # fmt: skip
+    yield Figure(
+        "first-token",
+        "Ranking ratio of the first token",
+        look,
+        lines(curves, x_name="", y_name="mean over heads", labels=labels, layers=True),
+    )
 
 
 def _depth(series: Mapping[str, Any], places: Sequence[str]) -> Plot:
@@ -151,8 +172,12 @@ def extremes(result: Result) -> Iterator[Figure]:
     }
     look = "Mean over tokens of the smallest and largest unit of attention's output; a narrower student clips outliers."
     labels = labels_of(result["students"][0])
-    yield Figure("min-max", "Min–max of the attention output", look, lines(
-        curves, x_name="", y_name="units of Y", labels=labels, layers=True))  # fmt: skip
+    yield Figure(
+        "min-max",
+        "Min–max of the attention output",
+        look,
+        lines(curves, x_name="", y_name="units of Y", labels=labels, layers=True),
+    )
     sample = next((s for s in result["shown"] if "extremes" in s), None)
     if sample is None:
         return
@@ -161,8 +186,12 @@ def extremes(result: Result) -> Iterator[Figure]:
     both = zip(ranges, sample["extremes"], strict=True)
     curves = {who: _two(*found[layer]) for who, found in both}
     look = f"The same token by token, in layer {layer}: outliers at [CLS], [SEP] or punctuation should survive."
-    yield Figure("min-max-tokens", "Min–max by token", look, lines(
-        curves, x_name="", y_name="units of Y", labels=sample["tokens"]))  # fmt: skip
+    yield Figure(
+        "min-max-tokens",
+        "Min–max by token",
+        look,
+        lines(curves, x_name="", y_name="units of Y", labels=sample["tokens"]),
+    )
 
 
 def _two(low: Sequence[float], high: Sequence[float]) -> list[tuple[float, float]]:
@@ -175,23 +204,35 @@ def sensitivity(result: Result) -> Iterator[Figure]:
     names = [*(f"block {i}" for i in range(len(blocks) - 2)), blocks[-2]["name"], "all"]
     series = {n: [b["error"] for b in s["blocks"]] for n, s in students_of(result)}
     look = "The teacher with one block of the student: the longest bar is the block to give more bits first."
-    yield Figure("blocks", "One block quantized at a time", look, bars(
-        names, _named(series), "relative error of the output", linked=len(blocks) - 2))  # fmt: skip
+    yield Figure(
+        "blocks",
+        "One block quantized at a time",
+        look,
+        bars(names, _named(series), "relative error of the output", linked=len(blocks) - 2),
+    )
     first = [c["name"] for c in result["students"][0]["classes"]]
     if all([c["name"] for c in s["classes"]] == first for s in result["students"]):
         names = [n if n in ("weights", "all") else f"weights, {n}" for n in first]
         series = {n: [c["error"] for c in s["classes"]] for n, s in students_of(result)}
         look = "Weights alone, then with one class of activations: longer is its cost, shorter shows training with it."
-        yield Figure("classes", "One class of tensors at a time", look, bars(
-            names, _named(series), "relative error of the output"))  # fmt: skip
+        yield Figure(
+            "classes",
+            "One class of tensors at a time",
+            look,
+            bars(names, _named(series), "relative error of the output"),
+        )
     titles = {"map": "attention maps", "ffn": "FFN outputs", "scores": "QKᵀ"}
     for what, title in titles.items():
         curves = {"teacher": list(enumerate(result["students"][0]["nuclear"][what]["teacher"]))}
         curves |= {n: list(enumerate(s["nuclear"][what]["student"])) for n, s in students_of(result)}
         look = "The sum of singular values: how much variety there is; a student far below has collapsed directions."
         labels = labels_of(result["students"][0]) if what != "ffn" else None
-        yield Figure(f"nuclear-{what}", f"Nuclear norm of {title}", look, lines(
-            curves, x_name="" if labels else "block", y_name="mean over samples", labels=labels))  # fmt: skip
+        yield Figure(
+            f"nuclear-{what}",
+            f"Nuclear norm of {title}",
+            look,
+            lines(curves, x_name="" if labels else "block", y_name="mean over samples", labels=labels),
+        )
 
 
 def training(result: Result) -> Iterator[Figure]:
@@ -227,17 +268,24 @@ def frontier(result: Result) -> Iterator[Figure]:
         marked = [] if chosen is None else [(chosen["size"] / 8e6, chosen["sensitivity"], "chosen")]
         look = "Every point is the best choice of widths of its size; left of a bend, bytes are saved at a high price."
         positive = all(y > 0 for _, y in curve)
-        yield Figure(f"frontier{suffix}", f"Mixed precision{more}", look, lines(
-            {"": curve}, x_name="megabytes of weights in blocks", y_name="sensitivity", log=positive,
-            marked=marked))  # fmt: skip
+        yield Figure(
+            f"frontier{suffix}",
+            f"Mixed precision{more}",
+            look,
+            lines(
+                {"": curve}, x_name="megabytes of weights in blocks", y_name="sensitivity", log=positive, marked=marked
+            ),
+        )
 
 
 def sharpness(result: Result) -> Iterator[Figure]:
     curved = [(n, s["curvature"]) for n, s in students_of(result) if "curvature" in s]
     if not curved:
         return
-    traces = "; ".join(f"trace {short(c['trace'][0])} ± {short(c['trace'][1])}" + (f" ({n})" if len(curved) > 1 else "")
-                       for n, c in curved)  # fmt: skip
+    traces = "; ".join(
+        f"trace {short(c['trace'][0])} ± {short(c['trace'][1])}" + (f" ({n})" if len(curved) > 1 else "")
+        for n, c in curved
+    )
     look = f"Top eigenvalues of mini-batches: small and close together means a flat, easy minimum. {traces}."
     yield Figure("spectrum", "Hessian spectrum", look, strips({n: c["spectra"] for n, c in curved}, "eigenvalue"))
     top = max(v for _, c in curved for row in c["surface"]["loss"] for v in row)

@@ -19,10 +19,15 @@ def worst_blocks(student: dict[str, Any], count: int = 3) -> list[dict[str, Any]
         inside = [a for a in attentions if a["block"] == block["block"]]
         divergence, head = max(((d, i) for a in inside for i, d in enumerate(a["divergence"])), default=(0.0, 0))
         by_attention = typical > 0 and divergence > STANDS_OUT * typical
-        found.append(block | {
-            "head": head, "divergence": divergence, "times": divergence / typical if typical > 0 else 0.0,
-            "advice": _advice(block["name"], by_attention, student["how"], student["learned"]),
-        })  # fmt: skip
+        found.append(
+            block
+            | {
+                "head": head,
+                "divergence": divergence,
+                "times": divergence / typical if typical > 0 else 0.0,
+                "advice": _advice(block["name"], by_attention, student["how"], student["learned"]),
+            }
+        )
     return found
 
 

@@ -17,7 +17,7 @@ from bittern.analysis.pair import Pair
 from bittern.analysis.recovery import min_max
 from bittern.attention import Taps
 from bittern.data import Data
-from bittern.texts import load_tokenizer
+from bittern.data.texts import load_tokenizer
 
 SAMPLES, TOKENS, BYTES = 6, 40, 3_000_000  # shown at most: samples, tokens of a text, bytes of maps in a report
 
@@ -73,8 +73,13 @@ def _text(pairs: Sequence[Pair], batch: Mapping[str, Any], tokenizer: Any) -> di
     extremes = [[[numbers(side[0, : len(tokens)]) for side in min_max(y)] for y in tap[point]] for tap in taps]
     text = tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
     words = [t.replace("Ġ", "·").replace("▁", "·") for t in tokens]
-    return {"text": text, "tokens": words, "shape": list(maps[0].shape), "maps": [_encoded(m) for m in maps],
-            "extremes": extremes}  # fmt: skip
+    return {
+        "text": text,
+        "tokens": words,
+        "shape": list(maps[0].shape),
+        "maps": [_encoded(m) for m in maps],
+        "extremes": extremes,
+    }
 
 
 def _image(pairs: Sequence[Pair], batch: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -87,9 +92,13 @@ def _image(pairs: Sequence[Pair], batch: Mapping[str, Any]) -> dict[str, Any] | 
     if not 0 <= extra < maps[0].shape[-1]:
         return None
     queries = [torch.stack([m[:, :, 0], m.mean(2)] if extra else [m.mean(2)], 2)[..., extra:] for m in maps]
-    return {"image": _data_uri(batch["pixel_values"][0]), "grid": [height, width], "shape": list(queries[0].shape),
-            "queries": ["from [CLS]", "mean of all tokens"][-queries[0].shape[2] :],
-            "maps": [_encoded(m) for m in queries]}  # fmt: skip
+    return {
+        "image": _data_uri(batch["pixel_values"][0]),
+        "grid": [height, width],
+        "shape": list(queries[0].shape),
+        "queries": ["from [CLS]", "mean of all tokens"][-queries[0].shape[2] :],
+        "maps": [_encoded(m) for m in queries],
+    }
 
 
 def _encoded(maps: Tensor) -> str:

@@ -19,15 +19,25 @@ from bittern.analysis.figures import SECTIONS, Figure, Result, labels_of, names_
 
 REPORT = "report.json"
 PAPER = {  # after Okabe and Ito, whose colours colour-blind people tell apart; the page has brighter ones in the dark
-    "ink": "#1b1f24", "line": "#d5d9df", "band": "#eef0f3",
-    "s0": "#0072b2", "s1": "#d55e00", "s2": "#009e73", "s3": "#b4558b", "s4": "#8a6d00", "s5": "#5f3dc4",
-}  # fmt: skip
+    "ink": "#1b1f24",
+    "line": "#d5d9df",
+    "band": "#eef0f3",
+    "s0": "#0072b2",
+    "s1": "#d55e00",
+    "s2": "#009e73",
+    "s3": "#b4558b",
+    "s4": "#8a6d00",
+    "s5": "#5f3dc4",
+}
 
 
 ENVIRONMENT = Environment(
-    loader=PackageLoader("bittern.analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+    loader=PackageLoader("bittern.analysis"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
     lstrip_blocks=True,
-)  # fmt: skip
+)
 ENVIRONMENT.globals |= {"short": short, "width": WIDTH}
 
 
@@ -36,10 +46,14 @@ def write_report(result: Result, folder: Path) -> None:
     (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n")
     sections = [(title, figures) for title, make in SECTIONS if (figures := list(make(result)))]
     page = ENVIRONMENT.get_template("report.html.j2").render(
-        title=f"{' and '.join(names_of(result))} against {Path(result['teacher']['path']).name}", result=result,
-        sections=sections, summary=summary(result), labels=labels_of(result["students"][0]), data=script_data(result),
+        title=f"{' and '.join(names_of(result))} against {Path(result['teacher']['path']).name}",
+        result=result,
+        sections=sections,
+        summary=summary(result),
+        labels=labels_of(result["students"][0]),
+        data=script_data(result),
         light=PAPER,
-    )  # fmt: skip
+    )
     (folder / "report.html").write_text(page, encoding="utf-8")
     for _, figures in sections:
         for figure in figures:
@@ -58,9 +72,12 @@ def script_data(result: Result) -> Markup:
     """What the page's script needs, as JSON that cannot end the element that it stands in."""
     worst = result["students"][0]["worst"]
     data = {
-        "shown": result["shown"], "names": ["teacher", *names_of(result)], "labels": labels_of(result["students"][0]),
-        "colours": PAPER, "first": {"layer": worst[0]["block"], "head": worst[0]["head"]} if worst else {},
-    }  # fmt: skip
+        "shown": result["shown"],
+        "names": ["teacher", *names_of(result)],
+        "labels": labels_of(result["students"][0]),
+        "colours": PAPER,
+        "first": {"layer": worst[0]["block"], "head": worst[0]["head"]} if worst else {},
+    }
     return Markup(json.dumps(data).replace("<", "\\u003c"))
 
 
@@ -79,12 +96,22 @@ def summary(result: Result) -> list[list[str]]:
             label = f"{name.replace('_', ' ')} ({count:,} samples)"
             rows.append([label, _metric(reference.get(name)), *(_metric(m.get(name)) for m in own)])
     sizes = [s["holds"] for s in students]
-    rows.append(["size of the file", megabytes(sizes[0]["float32"]),
-                 *(f"{megabytes(h['file'])} ({h['float32'] / h['file']:.1f}× smaller)" for h in sizes)])  # fmt: skip
+    rows.append(
+        [
+            "size of the file",
+            megabytes(sizes[0]["float32"]),
+            *(f"{megabytes(h['file'])} ({h['float32'] / h['file']:.1f}× smaller)" for h in sizes),
+        ]
+    )
     rows.append(["bits per quantized weight", "32", *(f"{h['bits']:.2f}" for h in sizes)])
     speeds = [s["speed"] for s in students]
-    rows.append([f"time of {speeds[0]['batch']} samples, threads: {speeds[0]['threads']}",
-                 f"{1e3 * speeds[0]['teacher']:.0f} ms", *(_speed(s) for s in speeds)])  # fmt: skip
+    rows.append(
+        [
+            f"time of {speeds[0]['batch']} samples, threads: {speeds[0]['threads']}",
+            f"{1e3 * speeds[0]['teacher']:.0f} ms",
+            *(_speed(s) for s in speeds),
+        ]
+    )
     rows.append(["made by", "", *(f"{s['how']} {s['holds']['recipe']}" for s in students)])
     rows.append(["stayed float", "everything", *(_kept(h["kept_float"]) for h in sizes)])
     return rows

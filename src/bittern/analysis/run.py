@@ -32,12 +32,12 @@ from bittern.analysis.report import REPORT, write_report
 from bittern.analysis.sensitivity import block_errors, class_errors, nuclear_norms
 from bittern.analysis.tokens import token_kinds
 from bittern.data import Data, check_same_inputs, has_classes, load_data
+from bittern.data.evaluate import metrics, predict
 from bittern.deploy.checksum import digest, read_json
 from bittern.deploy.journal import Journal
 from bittern.deploy.store import REPORT as RUN
 from bittern.deploy.store import atomic_folder, check_output, inspect, load
 from bittern.errors import InputError, ModelError
-from bittern.evaluate import metrics, predict
 from bittern.progress import Track, silent
 
 Announce = Callable[[Mapping[str, float]], None]
@@ -132,10 +132,18 @@ class _Job:
         self.kinds = token_kinds(self.teacher, teacher)
         models = {f"model {i}": m for i, m in enumerate((self.teacher, *self.models))}
         job = {name: digest(sorted(model.state_dict().items())) for name, model in models.items()}
-        self.journal = Journal(f"{Path(out)}.work", job | {
-            "data": self.data.fingerprint(), "batch size": self.data.batch_size, "samples": samples, "few": few,
-            "seed": seed, "curvature": None if curvature is None else vars(curvature),
-        })  # fmt: skip
+        self.journal = Journal(
+            f"{Path(out)}.work",
+            job
+            | {
+                "data": self.data.fingerprint(),
+                "batch size": self.data.batch_size,
+                "samples": samples,
+                "few": few,
+                "seed": seed,
+                "curvature": None if curvature is None else vars(curvature),
+            },
+        )
 
     def part(self, name: str, make: Callable[[], Any]) -> Any:
         """A part of the result: as it was kept by a run before this, or made and kept now."""
@@ -178,30 +186,35 @@ class _Job:
             "bittern": version("bittern"),
             "teacher": {"path": str(self.teacher_path), "model": type(self.teacher).__name__}
             | {"metrics": metrics(self.teacher, self.data, reference)},
-            "data": self.data.name, "samples": len(self.data), "few": sum(_size(b) for b in self.few),
+            "data": self.data.name,
+            "samples": len(self.data),
+            "few": sum(_size(b) for b in self.few),
             "students": students,
             "shown": self.part("shown", lambda: shown_samples(self.pairs, self.data, self.teacher_path, order)),
-        }  # fmt: skip
+        }
 
     def _student(self, i: int, predicted: Tensor, reference: Tensor) -> dict[str, Any]:
         path, pair, track = self.paths[i], self.pairs[i], self.track
         run = read_run(path)
         found: dict[str, Any] = {
-            "path": str(path), "name": Path(path).name,
+            "path": str(path),
+            "name": Path(path).name,
             "how": next((how for how in ("qat", "ptq") if how in run), "quantize" if run else ""),
             "learned": list(run.get("distill", {}).get("terms", ())),
             "metrics": metrics(pair.student, self.data, predicted, reference),
             "run": {key: run[key] for key in ("float", "packed", "samples", "float_bytes") if key in run},
             "holds": inspect(path),
             "speed": self.part(f"{i}-speed", lambda: speed(pair, next(iter(self.data)))),
-            "history": run.get("qat", {}).get("history", []), "phases": run.get("qat", {}).get("phases", []),
+            "history": run.get("qat", {}).get("history", []),
+            "phases": run.get("qat", {}).get("phases", []),
             "metric": run.get("qat", {}).get("metric"),
-            "frontier": run.get("ptq", {}).get("frontier", []), "bits": run.get("ptq", {}).get("bits", {}),
+            "frontier": run.get("ptq", {}).get("frontier", []),
+            "bits": run.get("ptq", {}).get("bits", {}),
             "compare": self.part(f"{i}-compare", lambda: compare(pair, self.data, self.kinds, track=track)),
             "blocks": self.part(f"{i}-blocks", lambda: block_errors(pair, self.few, track)),
             "classes": self.part(f"{i}-classes", lambda: class_errors(pair, self.few, track)),
             "nuclear": self.part(f"{i}-nuclear", lambda: nuclear_norms(pair, self.few, track)),
-        }  # fmt: skip
+        }
         if self.curvature is not None:
             found["curvature"] = self._curvature(i, pair, self.curvature)
         return found | {"worst": worst_blocks(found)}
@@ -229,8 +242,11 @@ class _Job:
             self.part(f"{i}-surface-{n}", partial(surface_row, losses, parameters_of(model), b, steps, self.seed))
             for n, b in self.track(list(enumerate(steps)), "loss surface")
         ]
-        return {"spectra": [s["eigenvalues"] for s in spectra], "trace": spectra[0]["trace"],
-                "surface": {"steps": steps, "loss": rows}}  # fmt: skip
+        return {
+            "spectra": [s["eigenvalues"] for s in spectra],
+            "trace": spectra[0]["trace"],
+            "surface": {"steps": steps, "loss": rows},
+        }
 
 
 def read_run(path: str | Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from bittern.analysis.compare import Means
 from bittern.analysis.pair import Pair
 from bittern.analysis.recovery import relative_error
 from bittern.data import is_language_model
-from bittern.evaluate import predict
+from bittern.data.evaluate import predict
 from bittern.layers import fake_quants
 from bittern.progress import Track, silent
 from bittern.ptq.allocate import nuclear_norm
@@ -114,5 +114,7 @@ def nuclear_norms(pair: Pair, batches: Sequence[Mapping[str, Any]], track: Track
                 x = x.unflatten(0, (len(rows[name]), -1)).flatten(1, -2) if x.dim() != 3 else x
                 real = rows[name] if rows[name].shape == x.shape[:2] else torch.ones_like(x[..., 0])
                 means.add(f"ffn/{who}/{i}", nuclear_norm(x * real[..., None]))
-    return {what: {who: list(means.take(what, who).values()) for who in ("student", "teacher")}
-            for what in ("map", "scores", "ffn")}  # fmt: skip
+    return {
+        what: {who: list(means.take(what, who).values()) for who in ("student", "teacher")}
+        for what in ("map", "scores", "ffn")
+    }

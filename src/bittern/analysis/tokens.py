@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bittern.texts import load_tokenizer
+from bittern.data.texts import load_tokenizer
 
 MOST_EXTRA = 16  # tokens of a ViT that are no patches: CLS, distillation, registers
 

@@ -18,9 +18,12 @@ from bittern.errors import BitternError
 from bittern.show import err_console
 
 app = typer.Typer(
-    help="Make Transformers small and fast without losing what they know.", no_args_is_help=True, add_completion=False,
-    pretty_exceptions_enable=False, rich_markup_mode=None,
-)  # fmt: skip
+    help="Make Transformers small and fast without losing what they know.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 for command in (
     *(look.demo, compress.quantize, compress.ptq, compress.qat, look.evaluate, look.inspect),
     *(analyze.analyze, export.export, deploy.bench),

@@ -47,10 +47,23 @@ def analyze(
         raise InputError(f"grid is {grid}; expected an odd number, so that the student itself is in the middle")
     curvature = Curvature(hessians, eigenvalues, grid=grid) if with_curvature else None
     result = run(
-        student, teacher, data, out, against=against, samples=samples, few=few, seed=seed, curvature=curvature,
-        force=force, announce=lambda seconds: None if as_json else tell(seconds), track=track(as_json),
-        columns=split(columns), label_column=label_column, max_length=max_length, batch_size=batch_size,
-    )  # fmt: skip
+        student,
+        teacher,
+        data,
+        out,
+        against=against,
+        samples=samples,
+        few=few,
+        seed=seed,
+        curvature=curvature,
+        force=force,
+        announce=lambda seconds: None if as_json else tell(seconds),
+        track=track(as_json),
+        columns=split(columns),
+        label_column=label_column,
+        max_length=max_length,
+        batch_size=batch_size,
+    )
     if as_json:
         print(json.dumps(result))
         return
@@ -60,8 +73,10 @@ def analyze(
             out_console.print(
                 f"{i}. {block['name']}: alone it changes the output by {100 * block['error']:.2g} %; head "
                 f"{block['head']} diverges most, {block['times']:.1f}× the median. {block['advice']}",
-                highlight=False, markup=False, soft_wrap=True,
-            )  # fmt: skip
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
     out_console.print(f"Wrote {out}. Next: open [bold]{out / 'report.html'}[/] in a browser", soft_wrap=True)
 
 

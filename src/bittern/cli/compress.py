@@ -41,12 +41,21 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a model by a recipe and write it packed: the file is really smaller."""
-    from bittern import pipeline
+    from bittern import jobs
 
-    result = pipeline.quantize(
-        model, recipe, out, data=data, samples=samples, seed=seed, force=force, track=track(as_json),
-        columns=split(columns), label_column=label_column, batch_size=batch_size,
-    )  # fmt: skip
+    result = jobs.quantize(
+        model,
+        recipe,
+        out,
+        data=data,
+        samples=samples,
+        seed=seed,
+        force=force,
+        track=track(as_json),
+        columns=split(columns),
+        label_column=label_column,
+        batch_size=batch_size,
+    )
     if as_json:
         print(json.dumps(result))
         return
@@ -83,13 +92,23 @@ def ptq(
 
     Interrupted, the same command goes on where it was.
     """
-    from bittern import pipeline
+    from bittern import jobs
 
-    result = pipeline.ptq(
-        model, recipe, out, data=data, method=method, mixed=parse_mixed(target, bits, sensitivity), samples=samples,
-        seed=seed, force=force, track=track(as_json), columns=split(columns), label_column=label_column,
+    result = jobs.ptq(
+        model,
+        recipe,
+        out,
+        data=data,
+        method=method,
+        mixed=parse_mixed(target, bits, sensitivity),
+        samples=samples,
+        seed=seed,
+        force=force,
+        track=track(as_json),
+        columns=split(columns),
+        label_column=label_column,
         batch_size=batch_size,
-    )  # fmt: skip
+    )
     if as_json:
         print(json.dumps(result))
         return
@@ -167,30 +186,56 @@ def qat(
 
     On several GPUs: torchrun --nproc_per_node N -m bittern qat …
     """
-    from bittern import pipeline
+    from bittern import jobs
     from bittern.qat.distill import parse_distill
     from bittern.qat.intervention import Intervention
     from bittern.qat.run import Training, leave_processes
 
     lesson = parse_distill(
-        distill, balance=balance, layers=parse_numbers(layers, "layers") or None, mapping=parse_mapping(mapping),
-        temperature=temperature, map_temperature=map_temperature,
-    )  # fmt: skip
+        distill,
+        balance=balance,
+        layers=parse_numbers(layers, "layers") or None,
+        mapping=parse_mapping(mapping),
+        temperature=temperature,
+        map_temperature=map_temperature,
+    )
     training = Training(
-        epochs=epochs, steps=steps, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
-        weight_decay=weight_decay, seed=seed, evaluations=evaluations, patience=patience, metric=metric,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        seed=seed,
+        evaluations=evaluations,
+        patience=patience,
+        metric=metric,
         arguments=parse_settings(options or []),
-    )  # fmt: skip
+    )
     intervention = None
     if intervene:
         intervention = Intervention(intervene, intervene_steps, intervene_scope, seed)  # type: ignore[arg-type]
     leads = os.environ.get("RANK", "0") == "0"  # of several processes
     quiet = as_json or not leads
-    result = pipeline.qat(
-        teacher, recipe, out, data=data, distill=lesson, training=training, intervention=intervention, plain=plain,
-        student=student, samples=samples, resume=resume, force=force, track=track(quiet), columns=split(columns),
-        label_column=label_column, max_length=max_length, **training_bar(quiet, intervention),
-    )  # fmt: skip
+    result = jobs.qat(
+        teacher,
+        recipe,
+        out,
+        data=data,
+        distill=lesson,
+        training=training,
+        intervention=intervention,
+        plain=plain,
+        student=student,
+        samples=samples,
+        resume=resume,
+        force=force,
+        track=track(quiet),
+        columns=split(columns),
+        label_column=label_column,
+        max_length=max_length,
+        **training_bar(quiet, intervention),
+    )
     if as_json and leads:
         print(json.dumps(result))
     elif leads:

@@ -26,9 +26,14 @@ def bench(
     from bittern.deploy import bench as benches
 
     result = benches.bench(
-        model, against=against, batch_size=batch_size, length=length, threads=threads, rounds=rounds,
+        model,
+        against=against,
+        batch_size=batch_size,
+        length=length,
+        threads=threads,
+        rounds=rounds,
         track=track(as_json),
-    )  # fmt: skip
+    )
     if as_json:
         print(json.dumps(result))
         return
@@ -37,20 +42,28 @@ def bench(
 
 def _print(result: dict[str, Any]) -> None:
     kernels = result["kernels"] or "none"
-    table = Table(title=f"batch {result['batch_size']}, {result['threads']} threads, kernels: {kernels}",
-                  title_justify="left")  # fmt: skip
+    table = Table(
+        title=f"batch {result['batch_size']}, {result['threads']} threads, kernels: {kernels}", title_justify="left"
+    )
     add_columns(table, "engine", "ms", "samples/s", "time / ours", "weights in memory", "file")
     for name, engine in result["engines"].items():
         sizes = (engine["weights_in_memory"], engine["file"])
         table.add_row(
-            name, f"{engine['latency_ms']:.2f}", f"{engine['samples_per_second']:.1f}", f"{engine['times_ours']:.2f}",
+            name,
+            f"{engine['latency_ms']:.2f}",
+            f"{engine['samples_per_second']:.1f}",
+            f"{engine['times_ours']:.2f}",
             *("" if size is None else megabytes(size) for size in sizes),
-        )  # fmt: skip
+        )
     out_console.print(table)
-    out_console.print(f"medians of runs in turn; kernels and simulated model differ by "
-                      f"{result['difference_kernels_simulated']:.1e}", highlight=False, soft_wrap=True)  # fmt: skip
+    out_console.print(
+        f"medians of runs in turn; kernels and simulated model differ by {result['difference_kernels_simulated']:.1e}",
+        highlight=False,
+        soft_wrap=True,
+    )
     if not result["kernels"]:
-        err_console.print(f"no kernels here: {result['why_none']}; packed layers unpack their weights, which is slow",
-                          soft_wrap=True)  # fmt: skip
+        err_console.print(
+            f"no kernels here: {result['why_none']}; packed layers unpack their weights, which is slow", soft_wrap=True
+        )
     for formats, count in Counter(result["without_kernel"].values()).items():
         err_console.print(f"no fast path for {formats} ({count} modules): they compute in float", soft_wrap=True)

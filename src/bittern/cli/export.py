@@ -46,12 +46,23 @@ def export(
     """Write a model for another runtime, run the file and compare it with the simulated model."""
     if to != "onnx":
         raise InputError(f"cannot export to {to!r}; give onnx")
-    from bittern.deploy import onnx
+    from bittern.deploy.onnx import export as onnx
 
     result = onnx.export(
-        model, out, form=form, dynamic=dynamic, safe=safe, data=data, samples=samples, seed=seed, force=force,  # type: ignore[arg-type]
-        track=track(as_json), columns=split(columns), label_column=label_column, batch_size=batch_size,
-    )  # fmt: skip
+        model,
+        out,
+        form=form,  # type: ignore[arg-type]
+        dynamic=dynamic,
+        safe=safe,
+        data=data,
+        samples=samples,
+        seed=seed,
+        force=force,
+        track=track(as_json),
+        columns=split(columns),
+        label_column=label_column,
+        batch_size=batch_size,
+    )
     print(json.dumps(result)) if as_json else _print(result)
 
 
@@ -64,8 +75,10 @@ def _print(result: dict[str, Any]) -> None:
     nodes = ", ".join(f"{count} {kind}" for kind, count in result["float_nodes"].items())
     line(f"in float: {kept(result['kept_float'])}; of all operators {nodes}")
     if result["may_saturate"]:
-        line(f"{len(result['may_saturate'])} layers have 8-bit weights that may saturate on x86 without VNNI: there "
-             "set session.x64quantprecision=1, or export with --safe")  # fmt: skip
+        line(
+            f"{len(result['may_saturate'])} layers have 8-bit weights that may saturate on x86 without VNNI: there "
+            "set session.x64quantprecision=1, or export with --safe"
+        )
     parity = result["parity"]
     same = "" if parity["agreement"] is None else f"agreement {parity['agreement']:.4f}, "
     line(

@@ -50,8 +50,11 @@ def demo(
         print(json.dumps(results))
         return
     best = rows[1].path
-    out_console.print(f"Next: [bold]bittern inspect {best}[/]    your own model: [bold]bittern quantize MODEL "
-                      "--recipe w8a8 --data DATA -o OUT[/]", soft_wrap=True)  # fmt: skip
+    out_console.print(
+        f"Next: [bold]bittern inspect {best}[/]    your own model: [bold]bittern quantize MODEL "
+        "--recipe w8a8 --data DATA -o OUT[/]",
+        soft_wrap=True,
+    )
 
 
 def evaluate(
@@ -68,12 +71,18 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a float, simulated or packed model on data."""
-    from bittern import pipeline
+    from bittern import jobs
 
-    result = pipeline.evaluate(
-        model, data, against=against, kernels=kernels, track=track(as_json), columns=split(columns),
-        label_column=label_column, batch_size=batch_size,
-    )  # fmt: skip
+    result = jobs.evaluate(
+        model,
+        data,
+        against=against,
+        kernels=kernels,
+        track=track(as_json),
+        columns=split(columns),
+        label_column=label_column,
+        batch_size=batch_size,
+    )
     if as_json:
         print(json.dumps(result))
         return
@@ -93,10 +102,13 @@ def inspect(model: Model, as_json: Json = False) -> None:
         print(json.dumps(result))
         return
     out_console.print(
-        f"{result['model']}, {result['state']}" + (f" by {result['recipe']}" if result["recipe"] else "")
+        f"{result['model']}, {result['state']}"
+        + (f" by {result['recipe']}" if result["recipe"] else "")
         + f": {megabytes(result['file'])} on disk ({megabytes(result['float32'])} in float32), "
-        f"{result['bits']:.2f} bits per quantized weight, {result['tensors']} tensors", highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"{result['bits']:.2f} bits per quantized weight, {result['tensors']} tensors",
+        highlight=False,
+        soft_wrap=True,
+    )
     if result["state"] == "packed":
         kernels = result["kernels"] or "none: weights are unpacked in each forward, which is slow"
         out_console.print(f"integer kernels on this machine: {kernels}", soft_wrap=True)

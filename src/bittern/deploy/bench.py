@@ -21,13 +21,13 @@ from transformers import PreTrainedModel
 
 from bittern import attention, native
 from bittern.anatomy import dummy_batch
-from bittern.deploy.accelerate import has_kernel
 from bittern.deploy.checkpoint import is_packed, module_formats
 from bittern.deploy.engines import ctranslate2_engine
 from bittern.deploy.packed import PackedLayer
 from bittern.deploy.store import REPORT, load, measure
 from bittern.deploy.timing import alternate, ratios
 from bittern.errors import InputError, ModelError
+from bittern.kernels import has_kernel
 from bittern.progress import Track, silent
 from bittern.recipe import Rule
 
@@ -191,9 +191,14 @@ def export_float(model: PreTrainedModel, batch: Mapping[str, Tensor], file: Path
         model.config.use_cache = False
     try:
         torch.onnx.export(
-            _Tensors(model, tuple(batch)).eval(), tuple(batch.values()), file, input_names=list(batch), dynamo=True,
-            external_data=False, verbose=False,
-        )  # fmt: skip
+            _Tensors(model, tuple(batch)).eval(),
+            tuple(batch.values()),
+            file,
+            input_names=list(batch),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
     finally:
         for config, name in zip(attention.attention_configs(model), was, strict=True):
             config._attn_implementation_internal = name

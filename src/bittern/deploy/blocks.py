@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from bittern import attention, native
-from bittern.deploy import accelerate
+from bittern import attention, kernels, native
 from bittern.native.block import PARTS, Block, Layer, Norm
 
 # Whether norms come first, by the order of norms (n), linear layers (l), attention (a) and activation (f).
@@ -37,9 +36,9 @@ def use_kernels(model: nn.Module) -> None:
         warnings.warn(f"packed models are slow here, slower than float ones: {why}", stacklevel=2)
     for module in model.modules():
         if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.bias is not None:
-            module.__class__ = accelerate.LayerNorm
-        elif type(module) in accelerate.SERVED and getattr(module, "approximate", "none") == "none":
-            module.__class__ = accelerate.SERVED[type(module)]
+            module.__class__ = kernels.LayerNorm
+        elif type(module) in kernels.SERVED and getattr(module, "approximate", "none") == "none":
+            module.__class__ = kernels.SERVED[type(module)]
         elif isinstance(module, attention.Site):
             module.on_kernels = True
     for module in list(model.modules()):
@@ -48,11 +47,11 @@ def use_kernels(model: nn.Module) -> None:
 
 
 def _kind(module: nn.Module) -> str:
-    if isinstance(module, accelerate.LayerNorm):
+    if isinstance(module, kernels.LayerNorm):
         return "n"
     if hasattr(module, "integer_product"):
         return "l"
-    return "f" if type(module) in accelerate.SERVED.values() else ""
+    return "f" if type(module) in kernels.SERVED.values() else ""
 
 
 def _made_of(block: nn.Module) -> tuple[tuple[nn.Module, type], ...]:
@@ -90,11 +89,11 @@ class Parts:
             if kind == "n":
                 found.append(module.eps)
             if kind == "l":
-                found += module._panels, accelerate.input_coding(module.input_quantizer)  # type: ignore[arg-type]
+                found += module._panels, kernels.input_coding(module.input_quantizer)  # type: ignore[arg-type]
             for parameter in module._parameters.values():
                 if parameter is not None:
                     found += parameter.data_ptr(), parameter._version
-        return *found, *(accelerate.input_coding(self.site.quantizer(point)) for point in _POINTS)
+        return *found, *(kernels.input_coding(self.site.quantizer(point)) for point in _POINTS)
 
 
 _POINTS = ("query", "key", "value", "map")
@@ -142,9 +141,14 @@ def _serves(block: nn.Module, call: Mapping[Any, Any]) -> bool:
     tensors = [value for value in call.values() if isinstance(value, Tensor)]
     plain = all(value is None or isinstance(value, Tensor | bool | int | float | str) for value in call.values())
     return bool(
-        plain and len(tensors) in (1, 2) and native.serves(*tensors) and not torch.is_grad_enabled()
-        and not block.training and not _has_any_global_hook() and not attention.collects_maps()
-    )  # fmt: skip
+        plain
+        and len(tensors) in (1, 2)
+        and native.serves(*tensors)
+        and not torch.is_grad_enabled()
+        and not block.training
+        and not _has_any_global_hook()
+        and not attention.collects_maps()
+    )
 
 
 def _run(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any]) -> Any:
@@ -178,12 +182,15 @@ def _make(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any], part
         ran.append(parts.site)
 
     hooks = [m.register_forward_hook(lambda module, *_: ran.append(module)) for m in parts.steps]
-    accelerate.watchers.append(attends)
+    kernels.watchers.append(attends)
     try:
-        out = kind.forward(block, *(v for k, v in call.items() if isinstance(k, int)),
-                           **{k: v for k, v in call.items() if isinstance(k, str)})  # fmt: skip
+        out = kind.forward(
+            block,
+            *(v for k, v in call.items() if isinstance(k, int)),
+            **{k: v for k, v in call.items() if isinstance(k, str)},
+        )
     finally:
-        accelerate.watchers.remove(attends)
+        kernels.watchers.remove(attends)
         for hook in hooks:
             hook.remove()
     none = _Plan(parts, parts.state())
@@ -198,12 +205,12 @@ def _make(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any], part
         return none, out
     activation = next(module for module, kind in parts.steps.items() if kind == "f")
     layers = (module for module in ran if _kind(module) == "l")
-    norms = [Norm(m.weight, m.bias, m.eps) for m in ran if isinstance(m, accelerate.LayerNorm)]
+    norms = [Norm(m.weight, m.bias, m.eps) for m in ran if isinstance(m, kernels.LayerNorm)]
     try:
         whole = Block(
             {part: _layer(module) for part, module in zip(PARTS, layers, strict=True)},
             (norms[0], norms[1]),
-            {point: accelerate.input_coding(parts.site.quantizer(point)) for point in _POINTS},  # type: ignore[misc]
+            {point: kernels.input_coding(parts.site.quantizer(point)) for point in _POINTS},  # type: ignore[misc]
             pre_norm=pre_norm,
             activation=activation.activation,  # type: ignore[arg-type]
             heads=query.shape[1],
@@ -218,4 +225,4 @@ def _make(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any], part
 
 
 def _layer(module: Any) -> Layer:
-    return Layer(module._panels, module.padded_bias(module._panels), accelerate.input_coding(module.input_quantizer))  # type: ignore[arg-type]
+    return Layer(module._panels, module.padded_bias(module._panels), kernels.input_coding(module.input_quantizer))  # type: ignore[arg-type]

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bittern import native
-from bittern.deploy.accelerate import input_coding, make_panels
 from bittern.deploy.blocks import use_kernels
 from bittern.errors import ModelError
+from bittern.kernels import input_coding, make_panels
 from bittern.layers import (
     QuantConv1D,
     QuantConv2d,

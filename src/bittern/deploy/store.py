@@ -19,13 +19,13 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from bittern import native
 from bittern.anatomy import check_model
+from bittern.data.texts import load_tokenizer
 from bittern.deploy.checkpoint import BitternConfig, is_packed, mark_simulated, module_formats
 from bittern.deploy.checksum import METHOD, read_json, read_metadata, verify
 from bittern.deploy.packed import PackedLayer
 from bittern.errors import BitternError, CheckpointError, InputError, ModelError, first_line
 from bittern.layers import is_simulated
 from bittern.quantizers import FakeQuant
-from bittern.texts import load_tokenizer
 
 REPORT = "bittern.json"
 
@@ -201,8 +201,12 @@ def measure(model: PreTrainedModel, folder: str | Path) -> Size:
     """Sizes of a saved model. Packed layers count codes and scales; layers tied to them count once."""
     packed = [m for m in model.modules() if isinstance(m, PackedLayer) and not m.owner]
     weights = sum(rows * columns for rows, columns in (m.weight_shape for m in packed))
-    rest = {p for n, m in model.named_modules() for k, p in m.named_parameters(recurse=False)
-            if not (isinstance(m, PackedLayer) and k == "weight")}  # fmt: skip
+    rest = {
+        p
+        for n, m in model.named_modules()
+        for k, p in m.named_parameters(recurse=False)
+        if not (isinstance(m, PackedLayer) and k == "weight")
+    }
     file = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
     bits = 8 * sum(m.weight_bytes() for m in packed) / weights if weights else 32.0
     return Size(file, 4 * (weights + sum(p.numel() for p in rest)), bits)

@@ -76,9 +76,10 @@ def use(kind: str | None = None) -> None:
             return
     built = [name for name in _KINDS if _file(name).exists()]
     _State.reason = (
-        f"this CPU runs none of the kernels that were built ({', '.join(built)})" if built
+        f"this CPU runs none of the kernels that were built ({', '.join(built)})"
+        if built
         else "the kernels were not compiled when Bittern was installed (no C++ compiler, or not x86-64 Linux)"
-    )  # fmt: skip
+    )
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -179,10 +180,15 @@ class Coding:
     @cached_property
     def structure(self) -> c.Format:
         return c.Format(
-            self.scale or 1.0, self.offset, torch.finfo(torch.float32).max if self.clip is None else self.clip,
-            self.low, self.high, self.shift, ("symmetric", "unsigned", "asymmetric").index(self.scheme),
+            self.scale or 1.0,
+            self.offset,
+            torch.finfo(torch.float32).max if self.clip is None else self.clip,
+            self.low,
+            self.high,
+            self.shift,
+            ("symmetric", "unsigned", "asymmetric").index(self.scheme),
             0 if self.scale is not None else 2 if self.by_row else 1,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -297,12 +303,23 @@ def linear(x: Quantized, panels: Panels, bias: Tensor, activation: Activation = 
         raise ValueError(f"x has {x.columns} columns; the weights take {panels.inputs}")
     out = torch.empty(x.rows, panels.outputs)
     failed = library.bittern_linear(
-        *x.addresses(), x.rows, x.columns,
-        panels.data.data_ptr(), panels.scale.data_ptr(), _check(bias, "bias", tuple(panels.no_bias.shape)),
-        panels.sums.data_ptr(), panels.outputs, panels.bits, panels.top, panels.zero, x.coding.shift,
-        int(x.coding.scheme == "asymmetric" or x.coding.shift > 0), _ACTIVATIONS.index(activation),
-        torch.get_num_threads(), out.data_ptr(),
-    )  # fmt: skip
+        *x.addresses(),
+        x.rows,
+        x.columns,
+        panels.data.data_ptr(),
+        panels.scale.data_ptr(),
+        _check(bias, "bias", tuple(panels.no_bias.shape)),
+        panels.sums.data_ptr(),
+        panels.outputs,
+        panels.bits,
+        panels.top,
+        panels.zero,
+        x.coding.shift,
+        int(x.coding.scheme == "asymmetric" or x.coding.shift > 0),
+        _ACTIVATIONS.index(activation),
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
     if failed:
         raise MemoryError("no memory for the kernels' buffers")
     return out
@@ -314,10 +331,15 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
     rows = x.reshape(-1, columns).contiguous()
     out = torch.empty_like(rows)
     _required().bittern_norm(
-        _check(rows, "x", tuple(rows.shape)), len(rows), columns,
-        _check(weight, "weight", (columns,)), _check(bias, "bias", (columns,)), epsilon,
-        torch.get_num_threads(), out.data_ptr(),
-    )  # fmt: skip
+        _check(rows, "x", tuple(rows.shape)),
+        len(rows),
+        columns,
+        _check(weight, "weight", (columns,)),
+        _check(bias, "bias", (columns,)),
+        epsilon,
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
     return out.view(x.shape)
 
 
@@ -382,11 +404,23 @@ def attention(
     context = torch.empty(batch, queries, heads, value_dim)
 
     call = c.Attention(
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), None if mask is None else mask.data_ptr(),
-        probabilities.data_ptr(), context.data_ptr(), *(strides(t) for t in (query, key, value, mask)),
-        batch, heads, key_heads, queries, keys, dim, value_dim, scaling,
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        None if mask is None else mask.data_ptr(),
+        probabilities.data_ptr(),
+        context.data_ptr(),
+        *(strides(t) for t in (query, key, value, mask)),
+        batch,
+        heads,
+        key_heads,
+        queries,
+        keys,
+        dim,
+        value_dim,
+        scaling,
         *(codings[name].structure for name in ("query", "key", "value", "map")),
-    )  # fmt: skip
+    )
     failed = library.bittern_attention(call, torch.get_num_threads())
     if failed == 2:
         raise MemoryError("no memory for the kernels' buffers")

@@ -38,10 +38,17 @@ class Layer:
     def structure(self) -> c.Layer:
         panels = self.panels
         return c.Layer(
-            panels.data.data_ptr(), panels.scale.data_ptr(), _check(self.bias, "bias", tuple(panels.no_bias.shape)),
-            panels.sums.data_ptr(), panels.inputs, panels.outputs, panels.bits, panels.top, panels.zero,
+            panels.data.data_ptr(),
+            panels.scale.data_ptr(),
+            _check(self.bias, "bias", tuple(panels.no_bias.shape)),
+            panels.sums.data_ptr(),
+            panels.inputs,
+            panels.outputs,
+            panels.bits,
+            panels.top,
+            panels.zero,
             self.coding.structure,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -81,18 +88,28 @@ class Block:
         dim, value_dim = sizes["query"][1] // heads, sizes["value"][1] // key_heads
         self.widest = max(max(size) for size in sizes.values())
         expected = {
-            "query": (self.hidden, heads * dim), "key": (self.hidden, key_heads * dim),
-            "value": (self.hidden, key_heads * value_dim), "output": (heads * value_dim, self.hidden),
-            "up": (self.hidden, sizes["up"][1]), "down": (sizes["up"][1], self.hidden),
-        }  # fmt: skip
+            "query": (self.hidden, heads * dim),
+            "key": (self.hidden, key_heads * dim),
+            "value": (self.hidden, key_heads * value_dim),
+            "output": (heads * value_dim, self.hidden),
+            "up": (self.hidden, sizes["up"][1]),
+            "down": (sizes["up"][1], self.hidden),
+        }
         if sizes != expected:
             raise ValueError(f"layers of sizes {sizes} do not make a block")
         check_codings(codings)
         self._structure = c.Block(
-            *(layers[part].structure() for part in PARTS), (c.Norm * 2)(*(n.structure(self.hidden) for n in norms)),
-            pre_norm, _ACTIVATIONS.index(activation), heads, key_heads, dim, value_dim, scaling,
+            *(layers[part].structure() for part in PARTS),
+            (c.Norm * 2)(*(n.structure(self.hidden) for n in norms)),
+            pre_norm,
+            _ACTIVATIONS.index(activation),
+            heads,
+            key_heads,
+            dim,
+            value_dim,
+            scaling,
             *(codings[name].structure for name in ("query", "key", "value", "map")),
-        )  # fmt: skip
+        )
         self._address = ctypes.addressof(self._structure)
 
     def __call__(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -109,9 +126,15 @@ class Block:
         mask = strided_mask(mask, (batch, self.heads, tokens, tokens))
         out = torch.empty(batch, tokens, self.hidden)
         failed = library.bittern_block(
-            self._address, _check(x, "x", tuple(x.shape)), batch, tokens, None if mask is None else mask.data_ptr(),
-            strides(mask), torch.get_num_threads(), out.data_ptr(),
-        )  # fmt: skip
+            self._address,
+            _check(x, "x", tuple(x.shape)),
+            batch,
+            tokens,
+            None if mask is None else mask.data_ptr(),
+            strides(mask),
+            torch.get_num_threads(),
+            out.data_ptr(),
+        )
         if failed == 2:
             raise MemoryError("no memory for the kernels' buffers")
         return None if failed else out

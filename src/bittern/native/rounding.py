@@ -14,9 +14,13 @@ def uniform(x: Tensor, coding: Coding) -> Tensor | None:
     """What the codes of x stand for, in its shape. None if x holds NaN or infinity."""
     x, out = _dense(x, coding.by_row)
     failed = _required().bittern_round(
-        _address(x), x.numel(), x.shape[-1] if coding.by_row else 1, coding.structure, torch.get_num_threads(),
+        _address(x),
+        x.numel(),
+        x.shape[-1] if coding.by_row else 1,
+        coding.structure,
+        torch.get_num_threads(),
         out.data_ptr(),
-    )  # fmt: skip
+    )
     return None if failed else out
 
 
@@ -24,9 +28,14 @@ def ternary(x: Tensor, factor: float, clip: float | None, by_row: bool) -> Tenso
     """-scale, 0 or scale for each value, with one scale or one for each row. None if x, clipped, is not finite."""
     x, out = _dense(x, by_row)
     failed = _required().bittern_round_ternary(
-        _address(x), x.numel(), x.shape[-1] if by_row else x.numel(), factor, torch.inf if clip is None else clip,
-        torch.get_num_threads(), out.data_ptr(),
-    )  # fmt: skip
+        _address(x),
+        x.numel(),
+        x.shape[-1] if by_row else x.numel(),
+        factor,
+        torch.inf if clip is None else clip,
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
     return None if failed else out
 
 
@@ -50,12 +59,19 @@ def losses(
     offsets, linear = (None if t is None else t.contiguous() for t in (offsets, linear))
     out = torch.empty_like(scales)
     found = c.Losses(
-        _check(x, "x", (rows, columns)), _check(scales, "scales", (len(scales), rows)),
+        _check(x, "x", (rows, columns)),
+        _check(scales, "scales", (len(scales), rows)),
         offsets if offsets is None else _check(offsets, "offsets", scales.shape),
-        _check(factors, "factor", (len(factors), columns)), _check(rest, "rest", (columns,)),
+        _check(factors, "factor", (len(factors), columns)),
+        _check(rest, "rest", (columns,)),
         linear if linear is None else _check(linear, "linear", (rows, columns)),
-        out.data_ptr(), rows, columns, len(scales), len(factors), *codes,
-    )  # fmt: skip
+        out.data_ptr(),
+        rows,
+        columns,
+        len(scales),
+        len(factors),
+        *codes,
+    )
     _required().bittern_losses(found, torch.get_num_threads())
     return out
 

@@ -9,7 +9,7 @@ class Format(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_float) for name in ("scale", "offset", "clip")),
         *((name, ctypes.c_int32) for name in ("low", "high", "shift", "scheme", "mode")),
-    )  # fmt: skip
+    )
 
 
 class Losses(ctypes.Structure):
@@ -17,7 +17,7 @@ class Losses(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "scales", "offsets", "factors", "rest", "linear", "out")),
         *((name, ctypes.c_int32) for name in ("rows", "columns", "candidates", "rank")),
         *((name, ctypes.c_float) for name in ("low", "high")),
-    )  # fmt: skip
+    )
 
 
 class Attention(ctypes.Structure):
@@ -35,7 +35,7 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("panels", "scale", "bias", "sums")),
         *((name, ctypes.c_int32) for name in ("inputs", "outputs", "bits", "top", "zero")),
         ("input", Format),
-    )  # fmt: skip
+    )
 
 
 class Norm(ctypes.Structure):

@@ -259,9 +259,14 @@ def _heads(
         return (x * valid[:, None, :, None])[some].detach().float()
 
     return (
-        chosen(query, valid_rows), chosen(key, valid_keys), chosen(value, valid_keys), chosen(map_, valid_rows),
-        _samples(items, size, device)[some] + first, valid_rows[some], valid_keys[some],
-    )  # fmt: skip
+        chosen(query, valid_rows),
+        chosen(key, valid_keys),
+        chosen(value, valid_keys),
+        chosen(map_, valid_rows),
+        _samples(items, size, device)[some] + first,
+        valid_rows[some],
+        valid_keys[some],
+    )
 
 
 def _pad_and_join(parts: tuple[Tensor, ...]) -> Tensor:

@@ -34,9 +34,7 @@ from bittern.ptq.baselines import omse_scale
 from bittern.ptq.calibrate import calibrate
 from bittern.ptq.capture import Captured, capture, unit_layers
 from bittern.ptq.methods import Method, find_method
-from bittern.ptq.operands import searchable
-from bittern.ptq.search import Space
-from bittern.ptq.sensitivity import (
+from bittern.ptq.mixed import (
     Part,
     Sensitivity,
     block_parts,
@@ -44,6 +42,8 @@ from bittern.ptq.sensitivity import (
     weights_of,
     widen,
 )
+from bittern.ptq.operands import searchable
+from bittern.ptq.search import Space
 from bittern.ptq.solution import Found, Solution, from_tensors, named_quantizers, put, to_tensors
 from bittern.ptq.solve import Solved, solve_attention, solve_layers
 from bittern.ptq.stream import Call, stream

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bittern.layers import QuantLayer
-from bittern.ptq.sensitivity import Part, part_of
+from bittern.ptq.mixed import Part, part_of
 from bittern.ptq.solve import Solved
 from bittern.quantizers import FakeQuant
 from bittern.recipe import Format

@@ -141,8 +141,10 @@ class Lesson:
         self.compared: dict[str, int] = {}  # by term, how many tensors of the last batch were compared
 
     def _check_depth(self) -> None:
-        depths = [[len(list(blocks)) for _, blocks in groupby(a.blocks, key=lambda b: b.stack)]
-                  for a in (self.anatomy, self.teacher_anatomy)]  # fmt: skip
+        depths = [
+            [len(list(blocks)) for _, blocks in groupby(a.blocks, key=lambda b: b.stack)]
+            for a in (self.anatomy, self.teacher_anatomy)
+        ]
         mapping = self.distill.mapping
         if mapping is None and depths[0] != depths[1] and (self.distill.layerwise or self.intervention):
             mine, theirs = (" + ".join(map(str, d)) for d in depths)

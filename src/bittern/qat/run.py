@@ -27,8 +27,8 @@ from transformers import (
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from bittern.data import Data, has_classes, is_language_model, is_regression
+from bittern.data.evaluate import LOWER_IS_BETTER
 from bittern.errors import InputError, first_line
-from bittern.evaluate import LOWER_IS_BETTER
 from bittern.progress import Tell, unseen
 from bittern.qat.distill import Distill
 from bittern.qat.intervention import Intervention
@@ -293,8 +293,13 @@ def _are_texts(row: Any) -> bool:
     return isinstance(row, tuple) and all(isinstance(part, str) for part in row)
 
 
-DECIDED = {"eval_steps": "evaluations", "save_steps": "evaluations", "logging_steps": "evaluations",
-           "metric_for_best_model": "metric", "output_dir": "out"}  # fmt: skip
+DECIDED = {
+    "eval_steps": "evaluations",
+    "save_steps": "evaluations",
+    "logging_steps": "evaluations",
+    "metric_for_best_model": "metric",
+    "output_dir": "out",
+}
 
 
 def _arguments(training: Training, folder: Path) -> TrainingArguments:

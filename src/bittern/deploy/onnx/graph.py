@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bittern.attention import use_attention
-from bittern.deploy.onnx_plan import (
+from bittern.deploy.onnx.plan import (
     Array,
     Plan,
     clamp,
@@ -77,10 +77,17 @@ def _opaque_layers(model: nn.Module, plans: Mapping[str, Plan]) -> Iterator[None
             return nn.functional.embedding(input, self.unpacked())
         return _opaque("embedding", (input,), names[self], (*input.shape, self.weight_shape[1]))
 
-    with rounding(model, plans, exact=True), swapped({
-        (PackedLayer, "unpacked"): unpacked, (PackedLinear, "forward"): multiply, (PackedConv1D, "forward"): multiply,
-        (PackedEmbedding, "forward"): look_up,
-    }):  # fmt: skip
+    with (
+        rounding(model, plans, exact=True),
+        swapped(
+            {
+                (PackedLayer, "unpacked"): unpacked,
+                (PackedLinear, "forward"): multiply,
+                (PackedConv1D, "forward"): multiply,
+                (PackedEmbedding, "forward"): look_up,
+            }
+        ),
+    ):
         yield
 
 
@@ -119,9 +126,15 @@ def trace(
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
             program = torch.onnx.export(
-                _Positional(model, list(batch), outputs).eval(), tuple(batch.values()), dynamo=True, verbose=False,
-                opset_version=OPSET, input_names=list(batch), output_names=list(outputs), dynamic_shapes=(dynamic,),
-            )  # fmt: skip
+                _Positional(model, list(batch), outputs).eval(),
+                tuple(batch.values()),
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=list(batch),
+                output_names=list(outputs),
+                dynamic_shapes=(dynamic,),
+            )
         finally:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
@@ -218,9 +231,15 @@ class Lowering:
         rows, columns = layer.weight_shape
         factors = self._constant(f"{name}.scales", scales(layer, -(-columns // known.block)))
         return self._op(
-            "MatMulNBits", [x, self._packed(name, layer, known), factors, None, None, bias], MICROSOFT,
-            K=columns, N=rows, bits=known.bits, block_size=known.block, accuracy_level=4,
-        )  # fmt: skip
+            "MatMulNBits",
+            [x, self._packed(name, layer, known), factors, None, None, bias],
+            MICROSOFT,
+            K=columns,
+            N=rows,
+            bits=known.bits,
+            block_size=known.block,
+            accuracy_level=4,
+        )
 
     def _standard(self, x: ir.Value, bias: ir.Value | None, name: str, layer: PackedLayer, known: Plan) -> ir.Value:
         kind = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}[known.bits]

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from bittern.detection import Scene
+from bittern.data.detection import Scene
+from bittern.data.texts import Collate
 from bittern.errors import InputError, first_line
-from bittern.texts import Collate
 
 
 def image_processor(path: str | Path) -> Any:

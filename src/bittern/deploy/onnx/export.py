@@ -20,8 +20,8 @@ from bittern import native
 from bittern.anatomy import LAYERS
 from bittern.data import load_data
 from bittern.deploy.checkpoint import is_packed, pack
-from bittern.deploy.onnx_parity import check, compare, complete, made_up, run, run_file
-from bittern.deploy.onnx_plan import Form, Plan, integer_codes, may_saturate, plan, rounding
+from bittern.deploy.onnx.parity import check, compare, complete, made_up, run, run_file
+from bittern.deploy.onnx.plan import Form, Plan, integer_codes, may_saturate, plan, rounding
 from bittern.deploy.packed import PackedLayer
 from bittern.deploy.store import REPORT, atomic_folder, check_output, copy_processors, load
 from bittern.errors import InputError, ModelError, first_line
@@ -58,7 +58,7 @@ def export(
     """
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise InputError(f"export to ONNX needs {', '.join(missing)}: pip install bittern[onnx]")
-    from bittern.deploy import onnx_graph
+    from bittern.deploy.onnx import graph as onnx_graph
 
     if form not in get_args(Form):
         raise InputError(f"no form {form!r}; give one of {', '.join(get_args(Form))}")

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from bittern import native
 from bittern.data import check_same_inputs, load_data
+from bittern.data.evaluate import headline, is_measurable, metrics, predict
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.checksum import digest
 from bittern.deploy.journal import Journal
 from bittern.deploy.store import check_output, load, measure, save
 from bittern.errors import InputError, ModelError
-from bittern.evaluate import headline, is_measurable, metrics, predict
 from bittern.layers import Simulation, fake_quants, is_simulated, restore, simulate
 from bittern.progress import Tell, Track, peak_memory, silent, unseen
 from bittern.ptq.calibrate import calibrate
@@ -146,14 +146,28 @@ def qat(
         if not resume and last_checkpoint(folder):  # forced, and nothing was found that stops the new run
             shutil.rmtree(folder)
         models = {"teacher": teacher, "student": job.model}
-        Journal(folder, {name: digest(sorted(model.state_dict().items())) for name, model in models.items()} | {
-            "data": job.train.subset(256).fingerprint(), "samples": len(job.train), "recipe": job.recipe.model_dump(),
-            **options,
-        })  # fmt: skip
+        Journal(
+            folder,
+            {name: digest(sorted(model.state_dict().items())) for name, model in models.items()}
+            | {
+                "data": job.train.subset(256).fingerprint(),
+                "samples": len(job.train),
+                "recipe": job.recipe.model_dump(),
+                **options,
+            },
+        )
     trained = train(
-        job.model, teacher if distill.needs_teacher or intervention else None, job.train, job.measure, distill,
-        training, folder, intervention=intervention, resume=resume, tell=tell,
-    )  # fmt: skip
+        job.model,
+        teacher if distill.needs_teacher or intervention else None,
+        job.train,
+        job.measure,
+        distill,
+        training,
+        folder,
+        intervention=intervention,
+        resume=resume,
+        tell=tell,
+    )
     found = options | {"qat": asdict(trained)}
     if not leads:
         return found
@@ -255,8 +269,10 @@ class _Job:
             result["packed"] = metrics(self.model, self.test, packed, self.reference)
             result["max_error_simulated_packed"] = (packed - simulated).abs().max().item()
         calibration = self.calibration and {
-            "data": self.source_of_data, "samples": len(self.calibration), "sha256": self.calibration.fingerprint(),
-        }  # fmt: skip
+            "data": self.source_of_data,
+            "samples": len(self.calibration),
+            "sha256": self.calibration.fingerprint(),
+        }
         provenance = {
             "recipe": self.recipe.model_dump(mode="json", exclude_defaults=True),
             "seed": self.seed,

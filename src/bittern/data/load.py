@@ -19,16 +19,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bittern.detection import Scene, has_boxes, pycocotools, read_scenes
+from bittern.data.detection import Scene, has_boxes, pycocotools, read_scenes
+from bittern.data.images import image_collate, image_processor
+from bittern.data.texts import Collate, blocks, load_tokenizer, longest, sentences, stack_blocks, text_collate
 from bittern.errors import InputError, first_line
-from bittern.images import image_collate, image_processor
-from bittern.texts import Collate, blocks, load_tokenizer, longest, sentences, stack_blocks, text_collate
 
 Split = Literal["train", "test"]
 TEXT_COLUMNS = (
-    ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"),
-    ("sentence",), ("text",),
-)  # fmt: skip
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("sentence",),
+    ("text",),
+)
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels")
 SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "validation", "valid", "dev", "test")}

@@ -101,6 +101,7 @@ def widen(module: nn.Module, unit: str, parts: Mapping[str, Part], bits: int) ->
 def weights_of(module: nn.Module, unit: str, parts: Mapping[str, Part], part: Part) -> int:
     """How many weights a part has."""
     return sum(
-        p.numel() for name, p in module.named_parameters() if name.endswith("weight") and p.dim() > 1
-        and part_of(f"{unit}.{name}", parts) == part
-    )  # fmt: skip
+        p.numel()
+        for name, p in module.named_parameters()
+        if name.endswith("weight") and p.dim() > 1 and part_of(f"{unit}.{name}", parts) == part
+    )

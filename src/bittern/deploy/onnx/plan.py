@@ -180,8 +180,11 @@ def rounding(model: nn.Module, plans: Mapping[str, Plan], exact: bool = False) -
         within = point == "map" and quantizer is not None and (quantizer.format.clip or 1) >= 1  # probabilities
         return x if quantizer is None or within else clamp(x, quantizer, ranged=False)
 
-    with swapped({
-        (PackedLayer, "quantized_input"): quantized_input, (QuantLayer, "quantized_input"): quantized_input,
-        (Site, "quantize"): quantize,
-    }):  # fmt: skip
+    with swapped(
+        {
+            (PackedLayer, "quantized_input"): quantized_input,
+            (QuantLayer, "quantized_input"): quantized_input,
+            (Site, "quantize"): quantize,
+        }
+    ):
         yield

@@ -29,8 +29,15 @@ from bittern.errors import ModelError, first_line
 
 SLACK = 1.5
 FLOAT_NOISE = 1e-4  # relative: float32 sums in another order, through all layers
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask", "input_features",
-          "decoder_input_ids")  # fmt: skip
+INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "pixel_values",
+    "pixel_mask",
+    "input_features",
+    "decoder_input_ids",
+)
 HEADS, BODIES = ("logits", "pred_boxes"), ("last_hidden_state", "pooler_output", "image_embeds", "text_embeds")
 
 Outputs = dict[str, list[Tensor]]  # by name, batch by batch
@@ -151,8 +158,10 @@ def compare(file: Outputs, simulated: Outputs, exact: Outputs, twin: Outputs) ->
         agreement=torch.cat(chosen).float().mean().item() if chosen else None,
         drift=max(apart(file, twin, name) for name in simulated),
         simulated=max(apart(simulated, exact, name) for name in simulated),
-        file=own, twin=twins, limit=slack * twins + FLOAT_NOISE,
-    )  # fmt: skip
+        file=own,
+        twin=twins,
+        limit=slack * twins + FLOAT_NOISE,
+    )
 
 
 def check(parity: Parity) -> None:

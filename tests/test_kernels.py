@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bittern
-from bittern import attention, native
-from bittern.deploy import accelerate
+from bittern import attention, kernels, native
 from bittern.deploy.packed import PackedLayer, pack_layers
 from bittern.layers import swap
 from bittern.quantizers import find_scale
@@ -53,15 +52,20 @@ def linear(weight: Format, given: Format, x: Tensor, name: str = "linear") -> nn
 
 
 SERVED = [
-    (Format(kind="ternary"), Format()), (Format(kind="ternary", storage="base3", granularity="row"), Format(clip=0.5)),
-    (Format(kind="binary"), Format(bits=4)), (Format(bits=3, granularity="row"), Format(granularity="token")),
+    (Format(kind="ternary"), Format()),
+    (Format(kind="ternary", storage="base3", granularity="row"), Format(clip=0.5)),
+    (Format(kind="binary"), Format(bits=4)),
+    (Format(bits=3, granularity="row"), Format(granularity="token")),
     (Format(bits=8, granularity="row"), Format(scheme="asymmetric", range="static")),
     (Format(bits=4, scheme="unsigned"), Format(scheme="asymmetric", granularity="token")),
-]  # fmt: skip
+]
 OTHERS = [
-    (Format(bits=4, scheme="asymmetric"), Format()), (Format(bits=12), Format()), (Format(bits=2), Format(bits=9)),
-    (Format(bits=4, granularity="group", group_size=4), Format()), (Format(bits=4), Format(kind="twin")),
-]  # fmt: skip
+    (Format(bits=4, scheme="asymmetric"), Format()),
+    (Format(bits=12), Format()),
+    (Format(bits=2), Format(bits=9)),
+    (Format(bits=4, granularity="group", group_size=4), Format()),
+    (Format(bits=4), Format(kind="twin")),
+]
 
 
 @pytest.mark.parametrize("name", ["linear", "conv1d"])
@@ -89,7 +93,7 @@ def test_layers_without_kernels(formats: tuple[Format, Format]) -> None:
     with native.disabled():
         expected = layer(x)
     assert torch.equal(layer(x), expected)
-    assert not accelerate.has_kernel(*formats)
+    assert not kernels.has_kernel(*formats)
 
 
 def test_what_kernels_do_not_serve() -> None:

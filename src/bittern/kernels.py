@@ -83,9 +83,14 @@ class LayerNorm(nn.LayerNorm):
 
 
 _ACTIVATIONS: dict[type[nn.Module], native.Activation] = {
-    GELUActivation: "gelu", nn.GELU: "gelu", NewGELUActivation: "gelu_tanh", GELUTanh: "gelu_tanh",
-    SiLUActivation: "silu", nn.SiLU: "silu", nn.ReLU: "relu",
-}  # fmt: skip
+    GELUActivation: "gelu",
+    nn.GELU: "gelu",
+    NewGELUActivation: "gelu_tanh",
+    GELUTanh: "gelu_tanh",
+    SiLUActivation: "silu",
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+}
 
 
 def _served(kind: type[nn.Module], activation: native.Activation) -> type[nn.Module]:

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import bittern
-from bittern import pipeline
+from bittern import jobs
 from bittern.data import digits
 from bittern.demo import DIGITS
 from bittern.recipe import recipe_names
@@ -36,7 +36,7 @@ def image_batches(images: Tensor) -> list[dict[str, Tensor]]:
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, Any]]:
     """A recipe, where the digits model was written packed by it, and what `quantize` returned."""
     out = tmp_path_factory.mktemp("job") / "out"
-    return request.param, out, pipeline.quantize(DIGITS, request.param, out, data="digits", batch_size=BATCH)
+    return request.param, out, jobs.quantize(DIGITS, request.param, out, data="digits", batch_size=BATCH)
 
 
 Job = tuple[str, Path, dict[str, Any]]
@@ -105,7 +105,7 @@ def test_seed(tmp_path: Path) -> None:
     """The same seed writes the same bytes, however often, and another seed draws other samples for calibration."""
     files = []
     for i, seed in enumerate([1] * 8 + [2]):
-        pipeline.quantize(DIGITS, "w8a8", tmp_path / str(i), data="digits", samples=40, seed=seed)
+        jobs.quantize(DIGITS, "w8a8", tmp_path / str(i), data="digits", samples=40, seed=seed)
         files.append(sha256((tmp_path / str(i) / "model.safetensors").read_bytes()).hexdigest())
     assert len(set(files[:8])) == 1
     assert files[8] != files[0]
@@ -130,7 +130,7 @@ def text_batches(folder: Path) -> list[dict[str, Tensor]]:
 def test_text_classifier(tmp_path: Path, texts: str) -> None:
     """A text classifier with its tokenizer goes from folder and table to a packed folder that serves as it stands."""
     source, out = save_text_model(tmp_path / "bert"), tmp_path / "out"
-    result = pipeline.quantize(source, "w8a8", out, data=texts)
+    result = jobs.quantize(source, "w8a8", out, data=texts)
     outputs = [run(bittern.load(folder), text_batches(folder)) for folder in (source, out)]
     classes = [output.argmax(-1) for output in outputs]
     assert result["float"]["accuracy"] == pytest.approx(np.mean(classes[0] == LABELS))
@@ -141,14 +141,14 @@ def test_text_classifier(tmp_path: Path, texts: str) -> None:
     }
     assert result["packed"]["agreement"] > 0.9
     assert result["max_error_simulated_packed"] == 0
-    evaluated = pipeline.evaluate(out, texts, against=source)
+    evaluated = jobs.evaluate(out, texts, against=source)
     assert {key: evaluated[key] for key in result["packed"]} == result["packed"]
 
 
 def test_encoder(tmp_path: Path, texts: str) -> None:
     """An encoder without a head is measured by the rank correlation of its sentences' similarities."""
     source, out = save_text_model(tmp_path / "encoder", head=False), tmp_path / "out"
-    result = pipeline.quantize(source, "w8a8", out, data=texts)
+    result = jobs.quantize(source, "w8a8", out, data=texts)
     pairs = []
     for folder in (source, out):
         model, rows = bittern.load(folder), []
@@ -161,15 +161,15 @@ def test_encoder(tmp_path: Path, texts: str) -> None:
     assert result["packed"]["similarity"] == pytest.approx(spearmanr(*pairs).statistic, abs=1e-4)
     assert result["packed"]["similarity"] > 0.98
     assert result["max_error_simulated_packed"] == 0
-    assert pipeline.evaluate(out, texts, against=source)["similarity"] == result["packed"]["similarity"]
+    assert jobs.evaluate(out, texts, against=source)["similarity"] == result["packed"]["similarity"]
 
 
 def test_one_table(tmp_path: Path, texts: str) -> None:
     """A table that is all there is calibrates, and no accuracy is claimed; `evaluate` uses it whole."""
     source, table = save_text_model(tmp_path / "bert"), f"{texts}/train.parquet"
-    result = pipeline.quantize(source, "w8a8", tmp_path / "out", data=table)
+    result = jobs.quantize(source, "w8a8", tmp_path / "out", data=table)
     assert not result.keys() & {"float", "packed", "samples", "max_error_simulated_packed"}
-    assert pipeline.evaluate(tmp_path / "out", table)["samples"] == len(TEXTS)
+    assert jobs.evaluate(tmp_path / "out", table)["samples"] == len(TEXTS)
 
 
 # A recipe that is no file, progress, and training
@@ -178,7 +178,7 @@ def test_one_table(tmp_path: Path, texts: str) -> None:
 def test_recipe_object(tmp_path: Path) -> None:
     """A Recipe made in Python serves like one by name, and data is not needed where no scale is static."""
     rule = bittern.Rule(roles=("ffn",), weight=bittern.Format(kind="binary"))
-    result = pipeline.quantize(DIGITS, bittern.Recipe(name="made", rules=(rule,)), tmp_path / "out")
+    result = jobs.quantize(DIGITS, bittern.Recipe(name="made", rules=(rule,)), tmp_path / "out")
     assert (result["recipe"], result["quantized"]) == ("made", 8)
     assert 1 < result["bits"] < 1.1
 
@@ -192,15 +192,15 @@ def test_track(tmp_path: Path) -> None:
             seen[description] = seen.get(description, 0) + 1
             yield item
 
-    pipeline.quantize(DIGITS, "w8a8", tmp_path / "out", data="digits", samples=64, batch_size=BATCH, track=track)
+    jobs.quantize(DIGITS, "w8a8", tmp_path / "out", data="digits", samples=64, batch_size=BATCH, track=track)
     assert list(seen.items()) == [("float", 12), ("calibrating", 2), ("simulated", 12), ("packed", 12)]
 
 
 def test_no_split_to_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
     """A source with neither train nor test is refused by name."""
-    monkeypatch.setattr(pipeline, "load_data", lambda *_, **__: None)
+    monkeypatch.setattr(jobs, "load_data", lambda *_, **__: None)
     with pytest.raises(bittern.InputError, match="odd has no train, validation or test split"):
-        pipeline.evaluate(DIGITS, "odd")
+        jobs.evaluate(DIGITS, "odd")
 
 
 def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +209,9 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    pipeline.quantize(DIGITS, "ternary-2-2-8", tmp_path / "out")
+    jobs.quantize(DIGITS, "ternary-2-2-8", tmp_path / "out")
     before = tree(tmp_path)
     monkeypatch.setattr(hf.PreTrainedModel, "save_pretrained", full)
     with pytest.raises(bittern.InputError, match=r"out: No space left on device"):
-        pipeline.quantize(DIGITS, "ternary-2-2-8", tmp_path / "out", force=True)
+        jobs.quantize(DIGITS, "ternary-2-2-8", tmp_path / "out", force=True)
     assert tree(tmp_path) == before
