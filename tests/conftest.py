@@ -18,8 +18,11 @@ logging.disable_progress_bar()  # its lock is shared with forked processes, and 
 
 @pytest.fixture(autouse=True)
 def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Only tests marked `kernels` use them; the others compare packed with simulated models bit for bit."""
+    """Only tests marked `kernels` use them, of the kind that BITTERN_KERNELS names; the others compare packed with
+    simulated models bit for bit."""
     if request.node.get_closest_marker("kernels"):
+        if os.environ.get("BITTERN_KERNELS") == "none":
+            pytest.skip("BITTERN_KERNELS=none")
         yield
     else:
         with native.disabled():

@@ -195,7 +195,8 @@ def test_loading_says_when_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch,
         bittern.load(tmp_path / "model")
     with native.disabled():
         expected = outputs(model, batch)
-    monkeypatch.setattr(native, "_cpu_flags", lambda: frozenset({"sse2"}))
+    monkeypatch.delenv("BITTERN_KERNELS", raising=False)
+    monkeypatch.setattr("bittern.native.library._cpu_flags", lambda: frozenset({"sse2"}))
     native.use()
     try:
         assert native.kinds() == []

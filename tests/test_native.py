@@ -1,7 +1,9 @@
 """The integer kernels against numpy's integers and the quantizers' codes, and what their Python functions refuse."""
 
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bittern import native
+from bittern.errors import InputError
 from bittern.native import Coding, Panels, linear, padded_bias, quantize
 from bittern.native.block import Block, Layer, Norm
 from bittern.quantizers import encode, find_scale, kernel_coding
@@ -43,7 +46,48 @@ def test_there_are_kernels() -> None:
     """The package was built with the kernels that this machine runs, so that the tests below test something."""
     assert KINDS, native.engine()[1]
     assert native.available()
-    assert native.engine() == (KINDS[0], "")
+    assert native.engine() == (os.environ.get("BITTERN_KERNELS") or KINDS[0], "")
+
+
+def test_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BITTERN_KERNELS names the kernels in use, or switches them off; a kind that cannot be is refused in one line."""
+    with monkeypatch.context() as environment:
+        for kind in KINDS:
+            environment.setenv("BITTERN_KERNELS", kind)
+            native.use()
+            assert native.engine() == (kind, "")
+        environment.setenv("BITTERN_KERNELS", "none")
+        native.use()
+        assert native.engine() == ("", native.SWITCHED_OFF)
+        assert not native.available()
+        environment.setenv("BITTERN_KERNELS", "")
+        native.use()
+        assert native.engine() == (KINDS[0], "")
+        environment.setenv("BITTERN_KERNELS", "neon")
+        with pytest.raises(InputError, match=r"^BITTERN_KERNELS is 'neon'; expected amx, avx512, avx2 or none$"):
+            native.use()
+        environment.setattr("bittern.native.library._cpu_flags", lambda: frozenset({"avx2", "fma", "bmi2"}))
+        environment.setenv("BITTERN_KERNELS", "amx")
+        with pytest.raises(InputError, match=r"^BITTERN_KERNELS is 'amx'; this machine runs avx2$"):
+            native.use()
+        assert native.engine() == (KINDS[0], "")
+    native.use()
+
+
+def test_switch_is_read_at_first_use() -> None:
+    """A process that asks for kernels that do not exist is told when it first needs them, each time."""
+    code = """
+from bittern import native
+for _ in range(2):
+    try:
+        print(native.available())
+    except Exception as error:
+        print(type(error).__name__)
+"""
+    for kind, said in (("none", "False\nFalse\n"), ("wrong", "InputError\nInputError\n"), ("avx2", "True\nTrue\n")):
+        environment = os.environ | {"BITTERN_KERNELS": kind}
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+        assert run.stdout == said
 
 
 @pytest.fixture(params=KINDS)

@@ -10,146 +10,29 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bittern.native import structures as c
+from bittern.native.library import SWITCHED_OFF as SWITCHED_OFF
+from bittern.native.library import _loaded, address, required
+from bittern.native.library import available as available
+from bittern.native.library import disabled as disabled
+from bittern.native.library import engine as engine
+from bittern.native.library import kinds as kinds
+from bittern.native.library import serves as serves
+from bittern.native.library import use as use
 
 PANEL, ALIGN = 16, 64  # outputs of a panel; rows of inputs are padded to a multiple of ALIGN
-SWITCHED_OFF = "the kernels are switched off"  # see `disabled`
 MOST_INPUTS = 32768  # of one output, so that sums of products of bytes stay in 32 bits
-
-# Best first: what it is called, and what the CPU must have.
-_KINDS = {
-    "amx": ("avx512vl", "avx512bw", "avx512dq", "avx512_vnni", "amx_tile", "amx_int8"),
-    "avx512": ("avx512vl", "avx512bw", "avx512dq", "avx512_vnni"),
-    "avx2": ("avx2", "fma", "bmi2"),
-}
 
 Activation = Literal["none", "gelu", "gelu_tanh", "silu", "relu"]
 _ACTIVATIONS: tuple[Activation, ...] = Activation.__args__  # type: ignore[attr-defined]
-
-
-@cache
-def _cpu_flags() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
-
-
-def kinds() -> list[str]:
-    """The libraries that were built and that this machine can run, best first."""
-    return [kind for kind, needs in _KINDS.items() if _file(kind).exists() and _cpu_flags().issuperset(needs)]
-
-
-def _file(kind: str) -> Path:
-    return Path(__file__).with_name(f"libbittern-{kind}.so")
-
-
-class _State:
-    """What is loaded, and whether it is to be used."""
-
-    library: ctypes.CDLL | None = None
-    kind, reason, tried, allowed = "", "", False, True
-
-
-def use(kind: str | None = None) -> None:
-    """Load the library of this kind, the best by default. Raises ValueError if this machine cannot run it."""
-    options = kinds() if kind is None else [kind] if kind in kinds() else []
-    if kind is not None and not options:
-        raise ValueError(f"no library {kind!r} for this machine; there are {', '.join(kinds()) or 'none'}")
-    _State.tried, _State.library, _State.kind = True, None, ""
-    for option in options:
-        library = ctypes.CDLL(str(_file(option)))
-        if library.bittern_start() == 0:
-            _declare(library)
-            _State.library, _State.kind, _State.reason = library, option, ""
-            return
-    built = [name for name in _KINDS if _file(name).exists()]
-    _State.reason = (
-        f"this CPU runs none of the kernels that were built ({', '.join(built)})"
-        if built
-        else "the kernels were not compiled when Bittern was installed (no C++ compiler, or not x86-64 Linux)"
-    )
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    p, i, f, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
-    for name, arguments in {
-        "pack": (p, i, i, i, p),
-        "unpack": (p, i, i, i, p),
-        "quantize": (p, i, i, ctypes.POINTER(c.Format), i, p, p, p, p),
-        "round": (p, n, i, ctypes.POINTER(c.Format), i, p),
-        "round_ternary": (p, n, n, f, f, i, p),
-        "losses": (ctypes.POINTER(c.Losses), i),
-        "linear": (p, p, p, p, i, i, p, p, p, p, *(i,) * 8, p),
-        "norm": (p, i, i, p, p, f, i, p),
-        "activate": (p, n, i, i, p),
-        "attention": (ctypes.POINTER(c.Attention), i),
-        "block": (p, p, i, i, p, p, i, p),
-    }.items():
-        getattr(library, f"bittern_{name}").argtypes = arguments
-
-
-def _library() -> ctypes.CDLL | None:
-    if not _State.tried:
-        use()
-    return _State.library if _State.allowed else None
-
-
-def available() -> bool:
-    """Whether integer kernels run here, now."""
-    return _library() is not None
-
-
-def engine() -> tuple[str, str]:
-    """Name of the kernels in use, empty if there are none, and then why."""
-    if _library() is not None:
-        return _State.kind, ""
-    return "", _State.reason if _State.allowed else SWITCHED_OFF
-
-
-@contextmanager
-def disabled() -> Iterator[None]:
-    """Inside the block packed models compute as the simulated model does: unpacked weights, float products, and PyTorch
-    alone rounds."""
-    was, _State.allowed = _State.allowed, False
-    try:
-        yield
-    finally:
-        _State.allowed = was
-
-
-def serves(*tensors: Tensor | None) -> bool:
-    """Whether kernels may work on these tensors now: float32 on the CPU, no gradients, nothing that traces."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _library() is None:
-        return False
-    grad = torch.is_grad_enabled()
-    for t in tensors:
-        if t is not None:
-            plain = type(t) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-            if not plain or t.dtype is not torch.float32 or not t.is_cpu or (grad and t.requires_grad):
-                return False
-    return True
-
-
-def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
-    """Address of a tensor that is what the kernels take it for. Raises ValueError."""
-    if tensor.dtype != dtype or tensor.device.type != "cpu" or tuple(tensor.shape) != shape:
-        found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-        raise ValueError(f"{name} is {found}; expected {dtype} {shape} on cpu")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} is not contiguous")
-    return tensor.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -216,13 +99,13 @@ class Quantized:
 
 def quantize(x: Tensor, coding: Coding) -> Quantized | None:
     """Codes of x (rows, columns). None if x holds NaN or infinity, or its scale would be infinite."""
-    library = _required()
+    library = required()
     if x.dim() != 2 or x.numel() >= 2**31:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected rows and columns, fewer than 2**31 values")
     rows, columns = x.shape
     if columns > MOST_INPUTS:
         raise ValueError(f"rows of {columns} values; the kernels take up to {MOST_INPUTS}")
-    data, padded = _check(x, "x", (rows, columns)), -(-rows // PANEL) * PANEL
+    data, padded = address(x, "x", (rows, columns)), -(-rows // PANEL) * PANEL
     codes = torch.empty(padded, -(-columns // ALIGN) * ALIGN, dtype=torch.int8)
     made = Quantized(codes, torch.empty(3, padded, dtype=torch.int32), rows, columns, coding)
     call = (data, rows, columns, coding.structure, torch.get_num_threads())
@@ -251,7 +134,7 @@ class Panels:
     """
 
     def __init__(self, codes: Tensor, scale: Tensor, bits: int, zero: int):
-        library = _required()
+        library = required()
         self.outputs, self.inputs = codes.shape
         if bits not in (2, 4, 8) or not 0 < self.inputs <= MOST_INPUTS:
             raise ValueError(
@@ -278,8 +161,9 @@ class Panels:
     def codes(self) -> Tensor:
         """The codes (outputs, inputs) as int16."""
         plain = torch.empty(self.outputs, self.inputs, dtype=torch.uint8)
-        assert _State.library is not None  # it made the panels, and is not asked to multiply
-        _State.library.bittern_unpack(self.data.data_ptr(), self.outputs, self.inputs, self.bits, plain.data_ptr())
+        library = _loaded().library  # it made the panels, and is not asked to multiply
+        assert library is not None
+        library.bittern_unpack(self.data.data_ptr(), self.outputs, self.inputs, self.bits, plain.data_ptr())
         return plain.to(torch.int16) - self.zero
 
     @property
@@ -298,7 +182,7 @@ def padded_bias(bias: Tensor | None, panels: Panels) -> Tensor:
 
 def linear(x: Quantized, panels: Panels, bias: Tensor, activation: Activation = "none") -> Tensor:
     """x · weightᵀ + bias, then the activation: float32 (rows, outputs). bias: see `padded_bias`."""
-    library = _required()
+    library = required()
     if x.columns != panels.inputs:
         raise ValueError(f"x has {x.columns} columns; the weights take {panels.inputs}")
     out = torch.empty(x.rows, panels.outputs)
@@ -308,7 +192,7 @@ def linear(x: Quantized, panels: Panels, bias: Tensor, activation: Activation = 
         x.columns,
         panels.data.data_ptr(),
         panels.scale.data_ptr(),
-        _check(bias, "bias", tuple(panels.no_bias.shape)),
+        address(bias, "bias", tuple(panels.no_bias.shape)),
         panels.sums.data_ptr(),
         panels.outputs,
         panels.bits,
@@ -330,12 +214,12 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
     columns = x.shape[-1]
     rows = x.reshape(-1, columns).contiguous()
     out = torch.empty_like(rows)
-    _required().bittern_norm(
-        _check(rows, "x", tuple(rows.shape)),
+    required().bittern_norm(
+        address(rows, "x", tuple(rows.shape)),
         len(rows),
         columns,
-        _check(weight, "weight", (columns,)),
-        _check(bias, "bias", (columns,)),
+        address(weight, "weight", (columns,)),
+        address(bias, "bias", (columns,)),
         epsilon,
         torch.get_num_threads(),
         out.data_ptr(),
@@ -347,8 +231,8 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     """The activation of each value."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    data, kind = _check(x, "x", tuple(x.shape)), _ACTIVATIONS.index(activation)
-    _required().bittern_activate(data, x.numel(), kind, torch.get_num_threads(), out.data_ptr())
+    data, kind = address(x, "x", tuple(x.shape)), _ACTIVATIONS.index(activation)
+    required().bittern_activate(data, x.numel(), kind, torch.get_num_threads(), out.data_ptr())
     return out
 
 
@@ -387,7 +271,7 @@ def attention(
     query (batch, heads, queries, dim), key and value (batch, key heads, keys, dim), mask additive. codings: of `query`,
     `key`, `value` (symmetric) and `map` (symmetric or unsigned). None if a tensor is not finite.
     """
-    library = _required()
+    library = required()
     batch, heads, queries, dim = query.shape
     key_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
     if key.shape != (batch, key_heads, keys, dim) or value.shape[:3] != (batch, key_heads, keys) or heads % key_heads:
@@ -425,10 +309,3 @@ def attention(
     if failed == 2:
         raise MemoryError("no memory for the kernels' buffers")
     return None if failed else (context, probabilities[..., :keys])
-
-
-def _required() -> ctypes.CDLL:
-    library = _library()
-    if library is None:
-        raise RuntimeError(f"no integer kernels: {engine()[1]}")
-    return library

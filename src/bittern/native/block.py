@@ -15,13 +15,12 @@ from bittern.native import (
     Activation,
     Coding,
     Panels,
-    _check,
-    _required,
     check_codings,
     strided_mask,
     strides,
 )
 from bittern.native import structures as c
+from bittern.native.library import address, required
 
 Part = Literal["query", "key", "value", "output", "up", "down"]
 PARTS: tuple[Part, ...] = Part.__args__  # type: ignore[attr-defined]
@@ -40,7 +39,7 @@ class Layer:
         return c.Layer(
             panels.data.data_ptr(),
             panels.scale.data_ptr(),
-            _check(self.bias, "bias", tuple(panels.no_bias.shape)),
+            address(self.bias, "bias", tuple(panels.no_bias.shape)),
             panels.sums.data_ptr(),
             panels.inputs,
             panels.outputs,
@@ -58,7 +57,7 @@ class Norm:
     epsilon: float
 
     def structure(self, columns: int) -> c.Norm:
-        weight, bias = _check(self.weight, "weight", (columns,)), _check(self.bias, "bias", (columns,))
+        weight, bias = address(self.weight, "weight", (columns,)), address(self.bias, "bias", (columns,))
         return c.Norm(weight, bias, self.epsilon)
 
 
@@ -117,7 +116,7 @@ class Block:
 
         None if a value is not finite, or x so large that its parts should run one by one.
         """
-        library = _required()
+        library = required()
         if x.dim() != 3 or x.shape[2] != self.hidden:
             raise ValueError(f"x has shape {tuple(x.shape)}; the block takes (batch, tokens, {self.hidden})")
         batch, tokens, _ = x.shape
@@ -127,7 +126,7 @@ class Block:
         out = torch.empty(batch, tokens, self.hidden)
         failed = library.bittern_block(
             self._address,
-            _check(x, "x", tuple(x.shape)),
+            address(x, "x", tuple(x.shape)),
             batch,
             tokens,
             None if mask is None else mask.data_ptr(),

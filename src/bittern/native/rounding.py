@@ -6,14 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bittern.native import Coding, _check, _required
+from bittern.native import Coding
 from bittern.native import structures as c
+from bittern.native.library import address, required
 
 
 def uniform(x: Tensor, coding: Coding) -> Tensor | None:
     """What the codes of x stand for, in its shape. None if x holds NaN or infinity."""
     x, out = _dense(x, coding.by_row)
-    failed = _required().bittern_round(
+    failed = required().bittern_round(
         _address(x),
         x.numel(),
         x.shape[-1] if coding.by_row else 1,
@@ -27,7 +28,7 @@ def uniform(x: Tensor, coding: Coding) -> Tensor | None:
 def ternary(x: Tensor, factor: float, clip: float | None, by_row: bool) -> Tensor | None:
     """-scale, 0 or scale for each value, with one scale or one for each row. None if x, clipped, is not finite."""
     x, out = _dense(x, by_row)
-    failed = _required().bittern_round_ternary(
+    failed = required().bittern_round_ternary(
         _address(x),
         x.numel(),
         x.shape[-1] if by_row else x.numel(),
@@ -59,12 +60,12 @@ def losses(
     offsets, linear = (None if t is None else t.contiguous() for t in (offsets, linear))
     out = torch.empty_like(scales)
     found = c.Losses(
-        _check(x, "x", (rows, columns)),
-        _check(scales, "scales", (len(scales), rows)),
-        offsets if offsets is None else _check(offsets, "offsets", scales.shape),
-        _check(factors, "factor", (len(factors), columns)),
-        _check(rest, "rest", (columns,)),
-        linear if linear is None else _check(linear, "linear", (rows, columns)),
+        address(x, "x", (rows, columns)),
+        address(scales, "scales", (len(scales), rows)),
+        offsets if offsets is None else address(offsets, "offsets", scales.shape),
+        address(factors, "factor", (len(factors), columns)),
+        address(rest, "rest", (columns,)),
+        linear if linear is None else address(linear, "linear", (rows, columns)),
         out.data_ptr(),
         rows,
         columns,
@@ -72,7 +73,7 @@ def losses(
         len(factors),
         *codes,
     )
-    _required().bittern_losses(found, torch.get_num_threads())
+    required().bittern_losses(found, torch.get_num_threads())
     return out
 
 
@@ -91,4 +92,4 @@ def _address(x: Tensor) -> int:
     """Of a tensor without gaps. Raises ValueError."""
     if not x.numel():
         raise ValueError("x is empty; it has no scale")
-    return _check(x.as_strided((x.numel(),), (1,)), "x", (x.numel(),))
+    return address(x.as_strided((x.numel(),), (1,)), "x", (x.numel(),))

@@ -1,0 +1,171 @@
+"""The compiled kernels: one library for each kind of x86-64 CPU, of which this process loads one.
+
+The best kind that the machine runs is loaded on first use, or the one that the environment variable BITTERN_KERNELS
+names: `amx`, `avx512`, `avx2`, or `none` for a process without kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bittern.errors import InputError
+from bittern.native import structures as c
+
+SWITCH = "BITTERN_KERNELS"
+SWITCHED_OFF = "the kernels are switched off"  # by `disabled` or BITTERN_KERNELS=none
+
+# Best first: what it is called, and what the CPU must have.
+_KINDS = {
+    "amx": ("avx512vl", "avx512bw", "avx512dq", "avx512_vnni", "amx_tile", "amx_int8"),
+    "avx512": ("avx512vl", "avx512bw", "avx512dq", "avx512_vnni"),
+    "avx2": ("avx2", "fma", "bmi2"),
+}
+
+
+class _Engine(NamedTuple):
+    library: ctypes.CDLL | None
+    kind: str = ""
+    why_none: str = ""
+
+
+_engine: _Engine | None = None  # what was loaded, once somebody asked
+_allowed = True
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def kinds() -> list[str]:
+    """The libraries that were built and that this machine can run, best first."""
+    return [kind for kind, needs in _KINDS.items() if _file(kind).exists() and _cpu_flags().issuperset(needs)]
+
+
+def _file(kind: str) -> Path:
+    return Path(__file__).with_name(f"libbittern-{kind}.so")
+
+
+def use(kind: str | None = None) -> None:
+    """Load the kernels of this kind: by default what BITTERN_KERNELS says, else the best.
+
+    Raises ValueError if this machine cannot run them, InputError if BITTERN_KERNELS asks for what cannot be.
+    """
+    global _engine  # noqa: PLW0603
+    asked = os.environ.get(SWITCH) if kind is None else None
+    if asked == "none":
+        _engine = _Engine(None, why_none=SWITCHED_OFF)
+        return
+    if asked and asked not in _KINDS:
+        raise InputError(f"{SWITCH} is {asked!r}; expected {', '.join(_KINDS)} or none")
+    wanted = kind or asked
+    for option in kinds() if not wanted else [wanted] if wanted in kinds() else []:
+        library = ctypes.CDLL(str(_file(option)))
+        if library.bittern_start() == 0:
+            _declare(library)
+            _engine = _Engine(library, option)
+            return
+    runs = f"this machine runs {', '.join(kinds()) or 'none'}"
+    if asked:
+        raise InputError(f"{SWITCH} is {asked!r}; {runs}")
+    if kind is not None:
+        raise ValueError(f"no library {kind!r} for this machine; {runs}")
+    built = [name for name in _KINDS if _file(name).exists()]
+    _engine = _Engine(
+        None,
+        why_none=f"this CPU runs none of the kernels that were built ({', '.join(built)})"
+        if built
+        else "the kernels were not compiled when Bittern was installed (no C++ compiler, or not x86-64 Linux)",
+    )
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    p, i, f, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
+    for name, arguments in {
+        "pack": (p, i, i, i, p),
+        "unpack": (p, i, i, i, p),
+        "quantize": (p, i, i, ctypes.POINTER(c.Format), i, p, p, p, p),
+        "round": (p, n, i, ctypes.POINTER(c.Format), i, p),
+        "round_ternary": (p, n, n, f, f, i, p),
+        "losses": (ctypes.POINTER(c.Losses), i),
+        "linear": (p, p, p, p, i, i, p, p, p, p, *(i,) * 8, p),
+        "norm": (p, i, i, p, p, f, i, p),
+        "activate": (p, n, i, i, p),
+        "attention": (ctypes.POINTER(c.Attention), i),
+        "block": (p, p, i, i, p, p, i, p),
+    }.items():
+        getattr(library, f"bittern_{name}").argtypes = arguments
+
+
+def _loaded() -> _Engine:
+    if _engine is None:
+        use()
+    assert _engine is not None
+    return _engine
+
+
+def engine() -> tuple[str, str]:
+    """Name of the kernels in use, empty if there are none, and then why."""
+    found = _loaded()
+    return (found.kind, found.why_none) if _allowed or found.library is None else ("", SWITCHED_OFF)
+
+
+def available() -> bool:
+    """True if integer kernels run here, now."""
+    return _allowed and _loaded().library is not None
+
+
+def required() -> ctypes.CDLL:
+    """Return the library. Raises RuntimeError if there is none, or it is switched off."""
+    library = _loaded().library
+    if library is None or not _allowed:
+        raise RuntimeError(f"no integer kernels: {engine()[1]}")
+    return library
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Inside the block packed models compute as the simulated model does: unpacked weights, float products, and PyTorch
+    alone rounds."""
+    global _allowed  # noqa: PLW0603
+    was, _allowed = _allowed, False
+    try:
+        yield
+    finally:
+        _allowed = was
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """True if kernels may work on these tensors now: float32 on the CPU, no gradients, nothing that traces."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or not available():
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if t is not None:
+            plain = type(t) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+            if not plain or t.dtype is not torch.float32 or not t.is_cpu or (grad and t.requires_grad):
+                return False
+    return True
+
+
+def address(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+    """Return the address of a tensor that is what the kernels take it for. Raises ValueError if it is not."""
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or tuple(tensor.shape) != shape:
+        found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name} is {found}; expected {dtype} {shape} on cpu")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous")
+    return tensor.data_ptr()
