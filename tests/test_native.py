@@ -20,8 +20,8 @@ from torch import Tensor
 
 from bittern import native
 from bittern.errors import InputError
-from bittern.native import Coding, Panels, linear, padded_bias, quantize
-from bittern.native.block import Block, Layer, Norm
+from bittern.native import Coding, Panels, linear, padded_bias, quantize, rounding
+from bittern.native.block import PARTS, Block, Layer, Norm
 from bittern.quantizers import encode, find_scale, kernel_coding
 from bittern.recipe import Format
 
@@ -88,6 +88,57 @@ for _ in range(2):
         environment = os.environ | {"BITTERN_KERNELS": kind}
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
         assert run.stdout == said
+
+
+def test_libraries_of_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries that were compiled before the interface changed are not called."""
+    with monkeypatch.context() as changed:
+        changed.delenv("BITTERN_KERNELS", raising=False)
+        changed.setattr("bittern.native.library.INTERFACE", 10**6)
+        native.use()
+        assert not native.available()
+        assert "compiled from other sources" in native.engine()[1]
+    native.use()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@torch.no_grad()
+def test_defaults_of_pytorch_do_not_matter(kind: str, dtype: torch.dtype) -> None:
+    """Buffers of the kernels have the type and device that C++ takes them for, whatever PyTorch makes by default."""
+
+    def results() -> list[Tensor]:
+        panels = Panels(codes, scale, 2, 1)
+        rows = quantize(x, SIGNED)
+        assert rows is not None
+        attended = native.attention(
+            four, four, four, None, 0.5, {"query": SIGNED, "key": SIGNED, "value": SIGNED} | top
+        )
+        assert attended is not None
+        layers = dict.fromkeys(PARTS, Layer(square, padded_bias(None, square), SIGNED))
+        norms = (Norm(x[0], x[1], 1e-5),) * 2
+        block = Block(layers, norms, codings, pre_norm=True, activation="gelu", heads=2, key_heads=2, scaling=0.5)(
+            x[None], None
+        )
+        assert block is not None
+        rounded = rounding.uniform(x, SIGNED), rounding.ternary(x, 0.7, None, True)
+        product = linear(rows, panels, padded_bias(bias, panels))
+        loss = rounding.losses(x, (-128, 127), scales, None, x.T[:, :3].contiguous(), x[0])
+        return [product, native.norm(x, x[0], x[1], 1e-5), native.activate(x, "gelu"), loss, block, *attended, *rounded]
+
+    torch.manual_seed(0)
+    codes, scale, bias = torch.randint(-1, 2, (20, 32)), torch.rand(20), torch.randn(20)
+    x, four, scales = torch.randn(5, 32), torch.randn(1, 2, 5, 16), torch.rand(2, 5) + 0.1
+    codings = dict.fromkeys(("query", "key", "value"), SIGNED) | {"map": UNSIGNED}
+    square = Panels(torch.randint(-1, 2, (32, 32)), torch.rand(32), 2, 1)
+    expected = results()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.fixture(params=KINDS)

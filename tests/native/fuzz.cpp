@@ -55,8 +55,8 @@ void linear(int rows, int columns, int outputs, int threads) {
   std::vector<float> scale(rows), offset(rows), out(size_t(rows) * outputs), weight_scale(panel_outputs, 1.0f);
   std::vector<float> bias(panel_outputs, 0.0f);
   std::vector<int32_t> sums(rows), weight_sums(panel_outputs, 0);
-  if (bittern_quantize(x.data(), rows, columns, &f, threads, a.data(), scale.data(), offset.data(), sums.data()))
-    fail("finite values are not finite");
+  const Codes rows_codes{a.data(), scale.data(), offset.data(), sums.data(), rows};
+  if (bittern_quantize(x.data(), columns, &f, threads, &rows_codes)) fail("finite values are not finite");
   for (int r = 0; r < rows; ++r) {
     int sum = 0;
     for (int k = 0; k < width; ++k) sum += a[size_t(r) * width + k];
@@ -72,10 +72,8 @@ void linear(int rows, int columns, int outputs, int threads) {
   }
   for (int n = 0; n < outputs; ++n)
     for (int k = 0; k < columns; ++k) weight_sums[n] += int(codes[size_t(n) * columns + k]) - zero;
-  if (bittern_linear(a.data(), scale.data(), offset.data(), sums.data(), rows, columns, panels.data(),
-                     weight_scale.data(), bias.data(), weight_sums.data(), outputs, bits, top, zero, f.shift, 1, 0,
-                     threads, out.data()))
-    fail("linear failed");
+  const Layer layer{panels.data(), weight_scale.data(), bias.data(), weight_sums.data(), columns, outputs, bits, top, zero, f};
+  if (bittern_linear(&rows_codes, &layer, 0, threads, out.data())) fail("linear failed");
   for (int r = 0; r < rows; ++r)
     for (int n = 0; n < outputs; ++n) {
       int64_t sum = 0;
@@ -117,7 +115,8 @@ void rounding(int threads) {
   std::vector<int8_t> codes(size_t(up(count, 16)) * up(columns, 64));
   std::vector<float> scale(count), offset(count);
   std::vector<int32_t> sums(count);
-  bittern_quantize(x.data(), count, columns, &f, threads, codes.data(), scale.data(), offset.data(), sums.data());
+  const Codes rows{codes.data(), scale.data(), offset.data(), sums.data(), count};
+  bittern_quantize(x.data(), columns, &f, threads, &rows);
   for (int r = 0; r < count; ++r)
     for (int k = 0; k < columns; ++k) {
       volatile float value = float(codes[size_t(r) * up(columns, 64) + k] + f.shift) * scale[r];  // rounded here

@@ -8,7 +8,8 @@
 
 extern "C" {
 
-// A linear layer: packed weights (see bittern_linear) and the format of its input.
+// A linear layer: packed weights, and the format of its input. top: the largest code; zero: the code that stands for 0;
+// sums: of the codes less zero, for each output. scale, bias and sums are padded to a multiple of 16.
 struct Layer {
   const uint8_t* panels;
   const float *scale, *bias;
@@ -31,9 +32,32 @@ struct Block {
   Format query_format, key_format, value_format, map_format;
 };
 
+// Codes of rows (see bittern_quantize), less the shift of their format.
+struct Codes {
+  int8_t* codes;
+  float *scale, *offset;
+  int32_t* sums;
+  int32_t rows;
+};
+
 }
 
 namespace {
+
+// Where a large output goes. What the next layer reads at once, twice if it has to find a range, stays in the caches.
+enum Output { kCached, kPastCaches };
+
+inline int quantize_rows(const float* x, int columns, const Format& format, int threads, const Codes& to) {
+  return quantize_rows(x, to.rows, columns, format, threads, to.codes, to.scale, to.offset, to.sums);
+}
+
+inline int multiply(const Codes& a, const Layer& layer, int activation, Output where, int threads, float* out) {
+  const Format& f = layer.input;
+  return multiply_all(Linear{a.codes, a.scale, a.offset, a.sums, layer.panels, layer.scale, layer.bias, layer.sums, out,
+                             a.rows, layer.inputs, layer.outputs, layer.bits, layer.top, layer.zero, f.shift, activation,
+                             f.scheme == 2 || f.shift > 0, where == kPastCaches},
+                      threads);
+}
 
 thread_local Scratch block_scratch;
 
@@ -67,28 +91,6 @@ inline void add_and_norm(const float* x, const float* y, int rows, int columns, 
   });
 }
 
-// Where a large output goes. What the next layer reads at once, twice if it has to find a range, stays in the caches.
-enum Output { kCached, kPastCaches };
-
-// Codes of rows, and what belongs to them.
-struct Codes {
-  int8_t* codes;
-  float *scale, *offset;
-  int32_t* sums;
-  int rows;
-
-  int read(const float* x, const Layer& layer, int threads) const {
-    return quantize_rows(x, rows, layer.inputs, layer.input, threads, codes, scale, offset, sums);
-  }
-  int multiply(const Layer& layer, int activation, Output where, int threads, float* out) const {
-    const Format& f = layer.input;
-    return multiply_all(Linear{codes, scale, offset, sums, layer.panels, layer.scale, layer.bias, layer.sums, out, rows,
-                               layer.inputs, layer.outputs, layer.bits, layer.top, layer.zero, f.shift, activation,
-                               f.scheme == 2 || f.shift > 0, where == kPastCaches},
-                        threads);
-  }
-};
-
 inline bool same(const Format& a, const Format& b) { return memcmp(&a, &b, sizeof(Format)) == 0; }
 
 inline int run_block(const Block& b, const float* x, int batch, int tokens, const float* mask, const int64_t* mask_strides,
@@ -112,6 +114,9 @@ inline int run_block(const Block& b, const float* x, int batch, int tokens, cons
   float* numbers = floats(at_numbers);
   const Codes codes{reinterpret_cast<int8_t*>(memory + at_codes), numbers, numbers + padded,
                     reinterpret_cast<int32_t*>(numbers + 2 * padded), rows};
+  const auto read_codes = [&](const float* from, const Layer& layer) {
+    return quantize_rows(from, layer.inputs, layer.input, threads, codes);
+  };
   float *sum = floats(at_sum), *normed = floats(at_norm);
 
   const float* read = x;
@@ -119,9 +124,9 @@ inline int run_block(const Block& b, const float* x, int batch, int tokens, cons
   const Layer* before = nullptr;
   for (const auto& [layer, at] : {std::pair{&b.query, at_query}, {&b.key, at_key}, {&b.value, at_value}}) {
     if (before == nullptr || !same(before->input, layer->input))
-      if (const int failed = codes.read(read, *layer, threads)) return failed;
+      if (const int failed = read_codes(read, *layer)) return failed;
     before = layer;
-    if (const int failed = codes.multiply(*layer, kNone, kPastCaches, threads, floats(at))) return failed;
+    if (const int failed = multiply(codes, *layer, kNone, kPastCaches, threads, floats(at))) return failed;
   }
   Attention a{floats(at_query), floats(at_key), floats(at_value), mask, floats(at_inner), floats(at_context),
               {int64_t(tokens) * queries, b.dim, queries}, {int64_t(tokens) * keys, b.dim, keys},
@@ -129,13 +134,13 @@ inline int run_block(const Block& b, const float* x, int batch, int tokens, cons
               b.value_dim, b.scaling, b.query_format, b.key_format, b.value_format, b.map_format};
   if (mask != nullptr) memcpy(a.mask_strides, mask_strides, sizeof(a.mask_strides));
   if (const int failed = attend(a, threads)) return failed;
-  if (const int failed = codes.read(floats(at_context), b.output, threads)) return failed;
-  if (const int failed = codes.multiply(b.output, kNone, kPastCaches, threads, sum)) return failed;
+  if (const int failed = read_codes(floats(at_context), b.output)) return failed;
+  if (const int failed = multiply(codes, b.output, kNone, kPastCaches, threads, sum)) return failed;
   add_and_norm(sum, x, rows, hidden, sum, &b.norms[b.pre_norm ? 1 : 0], threads, normed);
-  if (const int failed = codes.read(normed, b.up, threads)) return failed;
-  if (const int failed = codes.multiply(b.up, b.activation, kCached, threads, floats(at_inner))) return failed;
-  if (const int failed = codes.read(floats(at_inner), b.down, threads)) return failed;
-  if (const int failed = codes.multiply(b.down, kNone, kPastCaches, threads, out)) return failed;
+  if (const int failed = read_codes(normed, b.up)) return failed;
+  if (const int failed = multiply(codes, b.up, b.activation, kCached, threads, floats(at_inner))) return failed;
+  if (const int failed = read_codes(floats(at_inner), b.down)) return failed;
+  if (const int failed = multiply(codes, b.down, kNone, kPastCaches, threads, out)) return failed;
   if (b.pre_norm) add_and_norm(out, sum, rows, hidden, out, nullptr, threads, nullptr);
   else add_and_norm(out, normed, rows, hidden, out, &b.norms[1], threads, out);
   return kOk;

@@ -10,17 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bittern.native import (
-    _ACTIVATIONS,
-    Activation,
-    Coding,
-    Panels,
-    check_codings,
-    strided_mask,
-    strides,
-)
 from bittern.native import structures as c
-from bittern.native.library import address, required
+from bittern.native.codes import Coding
+from bittern.native.library import address, buffer, required
+from bittern.native.products import ACTIVATIONS, Activation, Panels, check_codings, strided_mask, strides
 
 Part = Literal["query", "key", "value", "output", "up", "down"]
 PARTS: tuple[Part, ...] = Part.__args__  # type: ignore[attr-defined]
@@ -35,19 +28,7 @@ class Layer:
     coding: Coding
 
     def structure(self) -> c.Layer:
-        panels = self.panels
-        return c.Layer(
-            panels.data.data_ptr(),
-            panels.scale.data_ptr(),
-            address(self.bias, "bias", tuple(panels.no_bias.shape)),
-            panels.sums.data_ptr(),
-            panels.inputs,
-            panels.outputs,
-            panels.bits,
-            panels.top,
-            panels.zero,
-            self.coding.structure,
-        )
+        return self.panels.structure(self.bias, self.coding)
 
 
 @dataclass(frozen=True)
@@ -101,7 +82,7 @@ class Block:
             *(layers[part].structure() for part in PARTS),
             (c.Norm * 2)(*(n.structure(self.hidden) for n in norms)),
             pre_norm,
-            _ACTIVATIONS.index(activation),
+            ACTIVATIONS.index(activation),
             heads,
             key_heads,
             dim,
@@ -123,7 +104,7 @@ class Block:
         if max(batch * tokens * self.widest, batch * self.heads * tokens * tokens) >= 2**31 or tokens > 2**15:
             return None
         mask = strided_mask(mask, (batch, self.heads, tokens, tokens))
-        out = torch.empty(batch, tokens, self.hidden)
+        out = buffer(batch, tokens, self.hidden)
         failed = library.bittern_block(
             self._address,
             address(x, "x", tuple(x.shape)),

@@ -1,6 +1,6 @@
 // Products of quantized activations and packed weights, and what stands between them in a Transformer, for CPUs.
 //
-// A plain C interface without any framework: the caller owns all memory and has checked sizes (see __init__.py).
+// A plain C interface without any framework: the caller owns all memory and has checked sizes (see products.py).
 // The file is compiled once for each kind of CPU; the library that suits the machine is chosen when it is loaded.
 // Floats must be finite (or be clipped to finite ones): functions that read unchecked ones return 1 if they are not, and
 // the caller does without us.
@@ -10,6 +10,9 @@
 #include "rounding.h"
 
 extern "C" {
+
+// Counts changes of functions and structures below; library.py has the same number.
+int bittern_interface() { return 2; }
 
 // Lets this process use the AMX tiles, which Linux grants on request; 0 if they are granted or not needed.
 int bittern_start() {
@@ -33,9 +36,8 @@ void bittern_unpack(const uint8_t* panels, int rows, int columns, int bits, uint
 }
 
 // Rows of floats to bytes (rows up to a multiple of 16, columns up to one of 64), with scale, offset and sum of each row.
-int bittern_quantize(const float* x, int rows, int columns, const Format* format, int threads, int8_t* out,
-                     float* scale, float* offset, int32_t* sums) {
-  return quantize_rows(x, rows, columns, *format, threads, out, scale, offset, sums);
+int bittern_quantize(const float* x, int columns, const Format* format, int threads, const Codes* out) {
+  return quantize_rows(x, columns, *format, threads, *out);
 }
 
 // n values, in rows of `columns` if each has its scale, to what their codes stand for.
@@ -51,16 +53,9 @@ int bittern_round_ternary(const float* x, int64_t n, int64_t columns, float fact
 // What each candidate for the scales of each row loses.
 void bittern_losses(const Losses* losses, int threads) { row_losses(*losses, threads); }
 
-// out (rows, outputs) = quantized rows x packed weights + bias, then the activation. top: the largest code; zero: the
-// code that stands for 0; weight_sums: of the weights' codes less zero, for each output; shift: what was taken from the
-// rows' codes. weight_scale, bias and weight_sums are padded to a multiple of 16.
-int bittern_linear(const int8_t* a, const float* scale, const float* offset, const int32_t* sums, int rows, int columns,
-                   const uint8_t* panels, const float* weight_scale, const float* bias, const int32_t* weight_sums,
-                   int outputs, int bits, int top, int zero, int shift, int offsets, int activation, int threads,
-                   float* out) {
-  const Linear l{a, scale, offset, sums, panels, weight_scale, bias, weight_sums, out, rows, columns, outputs, bits,
-                 top, zero, shift, activation, offsets != 0, true};
-  return multiply_all(l, threads);
+// out (rows, outputs) = quantized rows x packed weights + bias, then the activation.
+int bittern_linear(const Codes* rows, const Layer* layer, int activation, int threads, float* out) {
+  return multiply(*rows, *layer, activation, kPastCaches, threads, out);
 }
 
 // out = (x - mean) / deviation of each row, times weight, plus bias.

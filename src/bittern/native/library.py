@@ -21,6 +21,7 @@ from bittern.errors import InputError
 from bittern.native import structures as c
 
 SWITCH = "BITTERN_KERNELS"
+INTERFACE = 2  # see bittern_interface in kernels.cpp
 SWITCHED_OFF = "the kernels are switched off"  # by `disabled` or BITTERN_KERNELS=none
 
 # Best first: what it is called, and what the CPU must have.
@@ -71,43 +72,49 @@ def use(kind: str | None = None) -> None:
         return
     if asked and asked not in _KINDS:
         raise InputError(f"{SWITCH} is {asked!r}; expected {', '.join(_KINDS)} or none")
-    wanted = kind or asked
-    for option in kinds() if not wanted else [wanted] if wanted in kinds() else []:
-        library = ctypes.CDLL(str(_file(option)))
-        if library.bittern_start() == 0:
-            _declare(library)
+    wanted, options = kind or asked, kinds()
+    for option in options if not wanted else {wanted} & {*options}:
+        if (library := _load(_file(option))) is not None:
             _engine = _Engine(library, option)
             return
-    runs = f"this machine runs {', '.join(kinds()) or 'none'}"
+    runs = f"this machine runs {', '.join(options) or 'none'}"
     if asked:
         raise InputError(f"{SWITCH} is {asked!r}; {runs}")
     if kind is not None:
         raise ValueError(f"no library {kind!r} for this machine; {runs}")
     built = [name for name in _KINDS if _file(name).exists()]
-    _engine = _Engine(
-        None,
-        why_none=f"this CPU runs none of the kernels that were built ({', '.join(built)})"
-        if built
-        else "the kernels were not compiled when Bittern was installed (no C++ compiler, or not x86-64 Linux)",
-    )
+    if not built:
+        why = "the kernels were not compiled when Bittern was installed (no C++ compiler, or not x86-64 Linux)"
+    elif options:
+        why = "the kernels were compiled from other sources than these; install Bittern again"
+    else:
+        why = f"this CPU runs none of the kernels that were built ({', '.join(built)})"
+    _engine = _Engine(None, why_none=why)
 
 
-def _declare(library: ctypes.CDLL) -> None:
+def _load(file: Path) -> ctypes.CDLL | None:
+    """None if the system grants no AMX, or the library is not of these sources, as after a `git pull`."""
+    library = ctypes.CDLL(str(file))
+    if not hasattr(library, "bittern_interface") or library.bittern_interface() != INTERFACE:
+        return None
+    if library.bittern_start() != 0:
+        return None
     p, i, f, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
     for name, arguments in {
         "pack": (p, i, i, i, p),
         "unpack": (p, i, i, i, p),
-        "quantize": (p, i, i, ctypes.POINTER(c.Format), i, p, p, p, p),
+        "quantize": (p, i, ctypes.POINTER(c.Format), i, ctypes.POINTER(c.Codes)),
         "round": (p, n, i, ctypes.POINTER(c.Format), i, p),
         "round_ternary": (p, n, n, f, f, i, p),
         "losses": (ctypes.POINTER(c.Losses), i),
-        "linear": (p, p, p, p, i, i, p, p, p, p, *(i,) * 8, p),
+        "linear": (ctypes.POINTER(c.Codes), ctypes.POINTER(c.Layer), i, i, p),
         "norm": (p, i, i, p, p, f, i, p),
         "activate": (p, n, i, i, p),
         "attention": (ctypes.POINTER(c.Attention), i),
         "block": (p, p, i, i, p, p, i, p),
     }.items():
         getattr(library, f"bittern_{name}").argtypes = arguments
+    return library
 
 
 def _loaded() -> _Engine:
@@ -128,10 +135,10 @@ def available() -> bool:
     return _allowed and _loaded().library is not None
 
 
-def required() -> ctypes.CDLL:
-    """Return the library. Raises RuntimeError if there is none, or it is switched off."""
+def required(*, even_disabled: bool = False) -> ctypes.CDLL:
+    """Return the library. Raises RuntimeError if there is none, or it is switched off by `disabled`."""
     library = _loaded().library
-    if library is None or not _allowed:
+    if library is None or not (_allowed or even_disabled):
         raise RuntimeError(f"no integer kernels: {engine()[1]}")
     return library
 
@@ -169,3 +176,8 @@ def address(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtyp
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous")
     return tensor.data_ptr()
+
+
+def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return memory for the kernels to write: on the CPU and of this type, whatever PyTorch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")

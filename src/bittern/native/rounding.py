@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bittern.native import Coding
 from bittern.native import structures as c
+from bittern.native.codes import Coding
 from bittern.native.library import address, required
 
 

@@ -30,6 +30,10 @@ class Attention(ctypes.Structure):
     )
 
 
+class Codes(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("codes", "scale", "offset", "sums")), ("rows", ctypes.c_int32))
+
+
 class Layer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("panels", "scale", "bias", "sums")),

@@ -1,0 +1,113 @@
+"""Activations for the kernels: how values become codes of at most 8 bits, and rows of them."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bittern.native import structures as c
+from bittern.native.library import address, buffer, required
+
+PANEL, ALIGN = 16, 64  # outputs of a panel; rows of inputs are padded to a multiple of ALIGN
+MOST_INPUTS = 32768  # of one output, so that sums of products of bytes stay in 32 bits
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How values become codes: what `quantizers.encode` does for a uniform format.
+
+    scale: None for a dynamic one, found for the tensor or, if `by_row`, for each row.
+    """
+
+    low: int
+    high: int
+    scheme: Literal["symmetric", "unsigned", "asymmetric"] = "symmetric"
+    scale: float | None = None
+    offset: float = 0.0
+    clip: float | None = None
+    by_row: bool = False
+
+    def __post_init__(self) -> None:
+        if not -128 <= self.low <= 0 < self.high <= 255 or self.high - self.low > 255:
+            raise ValueError(f"codes from {self.low} to {self.high} do not fit a byte")
+        if self.scale is not None and not self.scale >= torch.finfo(torch.float32).tiny:
+            raise ValueError(f"a scale must be a positive normal number, got {self.scale}")
+
+    @property
+    def shift(self) -> int:
+        """What is taken from codes so that they fit a signed byte."""
+        return 128 if self.high > 127 else 0
+
+    @cached_property
+    def structure(self) -> c.Format:
+        return c.Format(
+            self.scale or 1.0,
+            self.offset,
+            torch.finfo(torch.float32).max if self.clip is None else self.clip,
+            self.low,
+            self.high,
+            self.shift,
+            ("symmetric", "unsigned", "asymmetric").index(self.scheme),
+            0 if self.scale is not None else 2 if self.by_row else 1,
+        )
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Rows of codes from `quantize`, padded, less `coding.shift`.
+
+    codes: int8 (padded rows, padded columns). numbers: int32 (3, padded rows): the bits of each row's scale and offset,
+    which are float32, and the sum of its codes.
+    """
+
+    codes: Tensor
+    numbers: Tensor
+    rows: int
+    columns: int
+    coding: Coding
+
+    @property
+    def scale(self) -> Tensor:
+        return self.numbers[0].view(torch.float32)
+
+    @property
+    def offset(self) -> Tensor:
+        return self.numbers[1].view(torch.float32)
+
+    def structure(self) -> c.Codes:
+        start, size = self.numbers.data_ptr(), 4 * self.numbers.shape[1]
+        return c.Codes(self.codes.data_ptr(), start, start + size, start + 2 * size, self.rows)
+
+
+def quantize(x: Tensor, coding: Coding) -> Quantized | None:
+    """Quantize x (rows, columns). None if x holds NaN or infinity, or its scale would be infinite."""
+    library = required()
+    if x.dim() != 2 or x.numel() >= 2**31:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected rows and columns, fewer than 2**31 values")
+    rows, columns = x.shape
+    if columns > MOST_INPUTS:
+        raise ValueError(f"rows of {columns} values; the kernels take up to {MOST_INPUTS}")
+    data, padded = address(x, "x", (rows, columns)), -(-rows // PANEL) * PANEL
+    codes = buffer(padded, -(-columns // ALIGN) * ALIGN, dtype=torch.int8)
+    made = Quantized(codes, buffer(3, padded, dtype=torch.int32), rows, columns, coding)
+    failed = library.bittern_quantize(data, columns, coding.structure, torch.get_num_threads(), made.structure())
+    return None if failed else made
+
+
+_last: tuple[weakref.ref[Tensor], int, Coding, Quantized] | None = None
+
+
+def quantize_shared(x: Tensor, coding: Coding) -> Quantized | None:
+    """`quantize` of x seen as rows, done once while the same unchanged tensor is given again, as Q, K and V do."""
+    global _last  # noqa: PLW0603
+    last, known = _last, not x.is_inference()  # PyTorch does not count changes of inference tensors
+    if known and last is not None and last[0]() is x and last[1] == x._version and last[2] == coding:
+        return last[3]
+    found = quantize(x.reshape(-1, x.shape[-1]).contiguous(), coding)
+    _last = (weakref.ref(x), x._version, coding, found) if known and found is not None else None
+    return found

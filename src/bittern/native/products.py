@@ -1,0 +1,195 @@
+"""Products of quantized activations and packed weights, attention, and what stands between them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bittern.native import structures as c
+from bittern.native.codes import ALIGN, MOST_INPUTS, PANEL, Coding, Quantized
+from bittern.native.library import address, buffer, required
+
+Activation = Literal["none", "gelu", "gelu_tanh", "silu", "relu"]
+ACTIVATIONS: tuple[Activation, ...] = Activation.__args__  # type: ignore[attr-defined]
+
+
+class Panels:
+    """Weights as the kernels read them: codes of 2, 4 or 8 bits in panels of 16 outputs, and scales of each output.
+
+    codes: (outputs, inputs) whole numbers; scale: one, or one for each output.
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor, bits: int, zero: int):
+        library = required()
+        self.outputs, self.inputs = codes.shape
+        if bits not in (2, 4, 8) or not 0 < self.inputs <= MOST_INPUTS:
+            raise ValueError(
+                f"weights of {bits} bits and {self.inputs} inputs; expected 2, 4 or 8 and 1 to {MOST_INPUTS}"
+            )
+        unsigned = codes.to(torch.int16) + zero
+        top = int(unsigned.max()) if codes.numel() else 0
+        if codes.numel() and (int(unsigned.min()) < 0 or top >= 2**bits):
+            raise ValueError(
+                f"codes from {int(codes.min())} to {int(codes.max())} do not fit {bits} bits with zero {zero}"
+            )
+        if scale.numel() not in (1, self.outputs):
+            raise ValueError(f"{scale.numel()} scales for {self.outputs} outputs")
+        self.bits, self.zero, self.top = bits, zero, max(top, 1)
+        single = unsigned.to(torch.uint8).contiguous()  # a byte each
+        padded = -(-self.outputs // PANEL) * PANEL
+        self.data = buffer(padded * (-(-self.inputs // ALIGN) * ALIGN) * bits // 8, dtype=torch.uint8)
+        self.scale, self.no_bias = buffer(padded).zero_(), buffer(padded).zero_()
+        self.sums = buffer(padded, dtype=torch.int32).zero_()
+        self.scale[: self.outputs] = scale.float().flatten()
+        self.sums[: self.outputs] = codes.sum(1, dtype=torch.int32)
+        library.bittern_pack(single.data_ptr(), self.outputs, self.inputs, bits, self.data.data_ptr())
+
+    def codes(self) -> Tensor:
+        """The codes (outputs, inputs) as int16."""
+        single = buffer(self.outputs, self.inputs, dtype=torch.uint8)
+        library = required(even_disabled=True)  # nothing is multiplied
+        library.bittern_unpack(self.data.data_ptr(), self.outputs, self.inputs, self.bits, single.data_ptr())
+        return single.to(torch.int16) - self.zero
+
+    def structure(self, bias: Tensor, coding: Coding) -> c.Layer:
+        """A linear layer of these weights. bias: see `padded_bias`; coding: of its input."""
+        return c.Layer(
+            self.data.data_ptr(),
+            self.scale.data_ptr(),
+            address(bias, "bias", tuple(self.no_bias.shape)),
+            self.sums.data_ptr(),
+            *(self.inputs, self.outputs, self.bits, self.top, self.zero),
+            coding.structure,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.scale.nbytes + self.sums.nbytes
+
+
+def padded_bias(bias: Tensor | None, panels: Panels) -> Tensor:
+    """A bias as `linear` takes it: zeros up to a whole panel."""
+    if bias is None:
+        return panels.no_bias
+    if len(panels.no_bias) == panels.outputs:
+        return bias.detach().contiguous()
+    return torch.nn.functional.pad(bias.detach(), (0, len(panels.no_bias) - panels.outputs))
+
+
+def linear(x: Quantized, panels: Panels, bias: Tensor, activation: Activation = "none") -> Tensor:
+    """x · weightᵀ + bias, then the activation: float32 (rows, outputs). bias: see `padded_bias`."""
+    library = required()
+    if x.columns != panels.inputs:
+        raise ValueError(f"x has {x.columns} columns; the weights take {panels.inputs}")
+    out, layer = buffer(x.rows, panels.outputs), panels.structure(bias, x.coding)
+    kind, threads = ACTIVATIONS.index(activation), torch.get_num_threads()
+    failed = library.bittern_linear(x.structure(), layer, kind, threads, out.data_ptr())
+    if failed:
+        raise MemoryError("no memory for the kernels' buffers")
+    return out
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Layer normalization over the last dimension."""
+    columns = x.shape[-1]
+    rows = x.reshape(-1, columns).contiguous()
+    out = torch.empty_like(rows)
+    required().bittern_norm(
+        address(rows, "x", tuple(rows.shape)),
+        len(rows),
+        columns,
+        address(weight, "weight", (columns,)),
+        address(bias, "bias", (columns,)),
+        epsilon,
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    return out.view(x.shape)
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The activation of each value."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    data, kind = address(x, "x", tuple(x.shape)), ACTIVATIONS.index(activation)
+    required().bittern_activate(data, x.numel(), kind, torch.get_num_threads(), out.data_ptr())
+    return out
+
+
+def check_codings(codings: Mapping[str, Coding]) -> None:
+    """Raises ValueError for what the kernels cannot do with an operand of attention."""
+    for name, coding in codings.items():
+        if coding.scheme == "asymmetric" or (name != "map" and coding.scheme != "symmetric") or coding.by_row:
+            raise ValueError(f"the kernels have no {coding.scheme} {name}")
+
+
+def _check_type(tensor: Tensor, name: str) -> None:
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; expected torch.float32 on cpu")
+
+
+def strided_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor | None:
+    """An additive mask for maps (batch, heads, queries, keys), of which the kernels read each row in one go."""
+    if mask is None:
+        return None
+    _check_type(mask, "mask")
+    mask = mask.expand(*shape[:3], mask.shape[-1])[..., : shape[3]]
+    if mask.shape[-1] != shape[3]:
+        raise ValueError(f"the mask has {mask.shape[-1]} keys; expected {shape[3]}")
+    return mask if mask.stride(-1) == 1 else mask.contiguous()
+
+
+def strides(tensor: Tensor | None) -> Any:
+    return (ctypes.c_int64 * 3)(*(tensor.stride()[:3] if tensor is not None else (0, 0, 0)))
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, codings: dict[str, Coding]
+) -> tuple[Tensor, Tensor] | None:
+    """Context (batch, queries, heads, dim) and map (batch, heads, queries, keys) of quantized attention.
+
+    query (batch, heads, queries, dim), key and value (batch, key heads, keys, dim), mask additive. codings: of `query`,
+    `key`, `value` (symmetric) and `map` (symmetric or unsigned). None if a tensor is not finite.
+    """
+    library = required()
+    batch, heads, queries, dim = query.shape
+    key_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    if key.shape != (batch, key_heads, keys, dim) or value.shape[:3] != (batch, key_heads, keys) or heads % key_heads:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
+        raise ValueError(f"query, key and value of shapes {shapes} do not belong together")
+    check_codings(codings)
+    if max(keys, dim) > MOST_INPUTS or query.numel() >= 2**31 or batch * heads * queries * keys >= 2**40:
+        raise ValueError(f"{keys} keys of {dim} values are too many for the kernels")
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    mask = strided_mask(mask, (batch, heads, queries, keys))
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check_type(tensor, name)
+    probabilities = buffer(batch, heads, queries, -(-keys // PANEL) * PANEL)
+    context = buffer(batch, queries, heads, value_dim)
+
+    call = c.Attention(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        None if mask is None else mask.data_ptr(),
+        probabilities.data_ptr(),
+        context.data_ptr(),
+        *(strides(t) for t in (query, key, value, mask)),
+        batch,
+        heads,
+        key_heads,
+        queries,
+        keys,
+        dim,
+        value_dim,
+        scaling,
+        *(codings[name].structure for name in ("query", "key", "value", "map")),
+    )
+    failed = library.bittern_attention(call, torch.get_num_threads())
+    if failed == 2:
+        raise MemoryError("no memory for the kernels' buffers")
+    return None if failed else (context, probabilities[..., :keys])
