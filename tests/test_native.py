@@ -110,9 +110,7 @@ def test_defaults_of_pytorch_do_not_matter(kind: str, dtype: torch.dtype) -> Non
         panels = Panels(codes, scale, 2, 1)
         rows = quantize(x, SIGNED)
         assert rows is not None
-        attended = native.attention(
-            four, four, four, None, 0.5, {"query": SIGNED, "key": SIGNED, "value": SIGNED} | top
-        )
+        attended = native.attention(four, four, four, None, 0.5, codings)
         assert attended is not None
         layers = dict.fromkeys(PARTS, Layer(square, padded_bias(None, square), SIGNED))
         norms = (Norm(x[0], x[1], 1e-5),) * 2
