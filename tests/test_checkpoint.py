@@ -22,8 +22,9 @@ from torch import nn
 
 import bittern
 from bittern import is_packed, is_simulated, load, pack, restore, save, simulate
-from bittern.deploy import checksum
-from bittern.deploy.checkpoint import mark_simulated, module_formats
+from bittern.deploy import checkpoint
+from bittern.deploy.checkpoint import config_digest, mark_simulated, module_formats
+from bittern.deploy.files import digest
 from bittern.errors import BitternError, CheckpointError
 from bittern.layers import QuantLayer, fake_quants
 from bittern.recipe import Format, Recipe, Rule
@@ -387,8 +388,8 @@ def forge(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **config
     state = load_file(folder / WEIGHTS) | (tensors or {})
     state = {name: tensor for name, tensor in state.items() if tensor is not None}
     rewrite(folder, **config)
-    digest = checksum.digest(sorted(state.items()))
-    checks = {"format_version": 1, "tensors": [digest], "config": checksum.config_digest(read_config(folder))}
+    config_checksum, tensors = config_digest(read_config(folder)), [digest(sorted(state.items()))]
+    checks = {"format_version": 1, "tensors": tensors, "config": config_checksum}
     save_file(state, folder / WEIGHTS, {"format": "pt", "bittern": json.dumps(checks)})
 
 
@@ -465,10 +466,9 @@ def test_missing_shard(original: Path, tmp_path: Path) -> None:
     for shard in shards:
         folder = Path(shutil.copytree(tmp_path / "shards", tmp_path / shard))
         (folder / shard).unlink()
-        with refused(CheckpointError, "do not match their checksum", "incomplete"):
-            load(folder)
-        with refused(CheckpointError, shard):
-            hf.AutoModelForSequenceClassification.from_pretrained(folder)
+        for way in both(folder):
+            with refused(CheckpointError, shard, "is missing"):
+                way()
 
 
 def test_shards_of_two_models(original: Path, tmp_path: Path) -> None:
@@ -507,6 +507,20 @@ def test_config_changed(folder: Path, key: str, value: Any) -> None:
     for way in both(folder):
         with refused(CheckpointError, "config.json was changed", "restore it"):
             way()
+
+
+def test_tensors_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way to load computes the checksum of the tensors once, also where only transformers is called."""
+    seen: list[str] = []
+
+    def count(tensors: Any) -> str:
+        return digest((seen.append(name) or name, tensor) for name, tensor in tensors)
+
+    monkeypatch.setattr(checkpoint, "digest", count)
+    for way in both(folder):
+        seen.clear()
+        way()
+        assert sorted(seen) == sorted(load_file(folder / WEIGHTS))
 
 
 def test_config_reformatted(folder: Path) -> None:

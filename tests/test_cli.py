@@ -23,7 +23,7 @@ import bittern
 from bittern import jobs
 from bittern.data import load_data
 from bittern.demo import DIGITS
-from bittern.deploy.journal import Journal
+from bittern.deploy.files import Journal
 from bittern.recipe import load_recipe, recipe_names
 from material import LABELS, TEXTS, command, save_text_model, succeed, tree, write_tables
 
@@ -416,7 +416,7 @@ def test_ptq_goes_on(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "step", ["jobs.load", "jobs.calibrate", "jobs.pack", "deploy.store.copy_processors", "deploy.store._replace"]
+    "step", ["jobs.load", "jobs.calibrate", "jobs.pack", "deploy.store.copy_processors", "deploy.files._replace"]
 )
 @pytest.mark.parametrize("out", ["out", "packed"])
 def test_interrupted(inside: Path, monkeypatch: pytest.MonkeyPatch, step: str, out: str) -> None:

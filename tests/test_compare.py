@@ -11,7 +11,7 @@ import transformers as hf
 from bittern.analysis.compare import INTERVENTIONS, compare
 from bittern.analysis.pair import Pair
 from bittern.analysis.tokens import image_kinds, is_punctuation, text_kinds
-from bittern.deploy.checksum import digest
+from bittern.deploy.files import digest
 from bittern.errors import InputError, ModelError
 from bittern.layers import fake_quants
 from bittern.recipe import Recipe

@@ -23,7 +23,7 @@ from bittern.analysis.curvature import (
 )
 from bittern.anatomy import read_anatomy
 from bittern.attention import attach
-from bittern.deploy.checksum import digest
+from bittern.deploy.files import digest
 from bittern.errors import InputError
 from bittern.recipe import Recipe
 from families import SUPPORTED

@@ -8,7 +8,7 @@ import torch
 from bittern import simulate
 from bittern.analysis.pair import Pair
 from bittern.analysis.sensitivity import block_errors, class_errors, nuclear_norm_of_scores, nuclear_norms, outputs
-from bittern.deploy.checksum import digest
+from bittern.deploy.files import digest
 from bittern.layers import as_float, fake_quants
 from bittern.recipe import Recipe
 from families import SUPPORTED

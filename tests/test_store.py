@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from bittern import inspect, is_packed, is_simulated, load, pack, save, simulate
 from bittern.deploy.checkpoint import module_formats
-from bittern.deploy.store import atomic_folder, check_output, measure
+from bittern.deploy.files import atomic_folder, check_output
+from bittern.deploy.store import measure
 from bittern.errors import BitternError, CheckpointError, InputError, ModelError
 from bittern.recipe import Format, Recipe, Rule
 from families import SUPPORTED

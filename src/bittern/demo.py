@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from bittern.data import Data, has_classes, load_data
 from bittern.data.evaluate import accuracy, agreement, metrics, predict, similarity_agreement
 from bittern.deploy.checkpoint import pack
-from bittern.deploy.store import check_output, load, measure, save
+from bittern.deploy.files import check_output
+from bittern.deploy.store import load, measure, save
 from bittern.errors import InputError
 from bittern.layers import simulate
 from bittern.progress import Tell, Track, silent, unseen

@@ -19,9 +19,8 @@ from bittern import native
 from bittern.data import check_same_inputs, load_data
 from bittern.data.evaluate import headline, is_measurable, metrics, predict
 from bittern.deploy.checkpoint import is_packed, pack
-from bittern.deploy.checksum import digest
-from bittern.deploy.journal import Journal
-from bittern.deploy.store import check_output, load, measure, save
+from bittern.deploy.files import Journal, check_output, digest
+from bittern.deploy.store import load, measure, save
 from bittern.errors import InputError, ModelError
 from bittern.layers import Simulation, fake_quants, is_simulated, restore, simulate
 from bittern.progress import Tell, Track, peak_memory, silent, unseen

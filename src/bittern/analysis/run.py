@@ -33,10 +33,9 @@ from bittern.analysis.sensitivity import block_errors, class_errors, nuclear_nor
 from bittern.analysis.tokens import token_kinds
 from bittern.data import Data, check_same_inputs, has_classes, load_data
 from bittern.data.evaluate import metrics, predict
-from bittern.deploy.checksum import digest, read_json
-from bittern.deploy.journal import Journal
+from bittern.deploy.files import Journal, atomic_folder, check_output, digest, read_json
 from bittern.deploy.store import REPORT as RUN
-from bittern.deploy.store import atomic_folder, check_output, inspect, load
+from bittern.deploy.store import inspect, load
 from bittern.errors import InputError, ModelError
 from bittern.progress import Track, silent
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bittern import attention
 from bittern.deploy.blocks import use_kernels
-from bittern.deploy.checksum import FORMAT_VERSION, METHOD, check_version, config_digest, digest, verify
+from bittern.deploy.files import digest, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers
 from bittern.errors import CheckpointError, ModelError
 from bittern.layers import QuantLayer, fake_quants, is_simulated, swap, weight_matrix
 from bittern.recipe import Format, Rule
 
+METHOD = "bittern"
+FORMAT_VERSION = 1
 INDEX = "format_index"
 
 
@@ -72,6 +75,58 @@ class BitternConfig(QuantizationConfigMixin):
             raise CheckpointError(
                 f"config.json: quantization_config.formats is damaged or foreign: {message}"
             ) from None
+
+
+def check_version(given: Any, written_by: Any) -> None:
+    """Raises CheckpointError for a format version that this Bittern cannot read."""
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise CheckpointError(f"config.json: format_version {given!r} is no version; the file is damaged or foreign")
+    if given > FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has format version {given} (written by Bittern {written_by}); this Bittern reads up to "
+            f"{FORMAT_VERSION}: pip install -U bittern"
+        )
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def check_config(files: list[Path]) -> list[str]:
+    """Check the headers of a checkpoint's safetensors files, and config.json beside them; fast, without the tensors.
+
+    Returns the digests that its tensors may have. Raises CheckpointError naming what is damaged, foreign or newer.
+    """
+    for file in files:
+        text = open_tensors(file)[1].get(METHOD)
+        if text is None:
+            raise CheckpointError(f"{file.name} has no Bittern checksums; it was not written by Bittern, or is damaged")
+        try:
+            checks = json.loads(text)
+            check_version(checks["format_version"], "a newer version")
+            tensors, config = list(checks["tensors"]), str(checks["config"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise CheckpointError(f"{file.name} has damaged checksums") from None
+    path = files[0].parent / "config.json"
+    if config_digest(read_json(path)) != config:
+        raise CheckpointError(
+            f"{path} was changed since the weights were packed; restore it, or load with the "
+            "original, change model.config and save again"
+        )
+    return tensors
+
+
+def verify(files: list[Path]) -> None:
+    """Check all checksums of a checkpoint, also those of its tensors. Raises CheckpointError."""
+    allowed = check_config(files)
+    tensors: dict[str, Any] = {}
+    for file in files:
+        handle, _ = open_tensors(file)
+        tensors |= dict.fromkeys(handle.keys(), handle)
+    if digest((name, tensors[name].get_tensor(name)) for name in sorted(tensors)) not in allowed:
+        raise CheckpointError(
+            f"{files[0].parent}: tensors do not match their checksum; the file is damaged or incomplete"
+        )
 
 
 def pack(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,27 +1,30 @@
-"""Folders that hold models: loading with clear errors, saving so that a crash leaves no half file, and their sizes."""
+"""Folders that hold models: loading with clear errors, saving, and their sizes."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from bittern import native
 from bittern.anatomy import check_model
 from bittern.data.texts import load_tokenizer
-from bittern.deploy.checkpoint import BitternConfig, is_packed, mark_simulated, module_formats
-from bittern.deploy.checksum import METHOD, read_json, read_metadata, verify
+from bittern.deploy.checkpoint import (
+    METHOD,
+    BitternConfig,
+    check_config,
+    is_packed,
+    mark_simulated,
+    module_formats,
+)
+from bittern.deploy.files import atomic_folder, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer
 from bittern.errors import BitternError, CheckpointError, InputError, ModelError, first_line
 from bittern.layers import is_simulated
@@ -62,7 +65,10 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMode
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder that holds no model, and one that was written by Bittern and changed since."""
+    """Refuse a folder that holds no model, and one that was written by Bittern and changed since.
+
+    The tensors of a quantized model are verified when they are loaded; see `BitternQuantizer`.
+    """
     if not any(folder.iterdir()):
         raise InputError(f"{folder} is empty; expected a folder with config.json and model.safetensors")
     config = read_json(folder / "config.json")
@@ -73,70 +79,13 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} holds no .safetensors file; Bittern loads nothing else")
     quantization = config.get("quantization_config")
     by_config = isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
-    if by_config or any(METHOD in read_metadata(file) for file in files):
-        verify(files)
+    if by_config or any(METHOD in open_tensors(file)[1] for file in files):
+        check_config(files)
 
 
 def _looks_like_hub_name(path: str) -> bool:
     parts = path.split("/")
     return len(parts) == 2 and all(parts) and not path.startswith((".", "~"))
-
-
-def check_output(out: str | Path, force: bool, holds: str = "config.json") -> None:
-    """Refuse an output that exists (unless forced) or cannot be written, before long work starts.
-
-    holds: the file by which an output of ours is known; nothing else is overwritten.
-    """
-    out = Path(out)
-    if os.path.isfile(out):
-        raise InputError(f"{out} is a file; give a folder to write to")
-    if os.path.exists(out) and any(out.iterdir()):
-        if not force:
-            raise InputError(f"{out} exists; choose another output or overwrite it with --force")
-        if not (out / holds).exists():
-            what = "a model" if holds == "config.json" else "a report"
-            raise InputError(f"{out} holds something other than {what}; choose another output")
-    parent = next(p for p in out.absolute().parents if os.path.exists(p))
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"cannot write to {parent}; choose another output")
-
-
-@contextmanager
-def atomic_folder(out: str | Path, *, force: bool = False, holds: str = "config.json") -> Iterator[Path]:
-    """A new folder under a temporary name beside `out`, renamed to it if the block ends well, removed if not."""
-    out = Path(out).absolute()
-    check_output(out, force, holds)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise InputError(f"cannot write to {out.parent}: {error.strerror}") from error
-    try:
-        yield folder
-        for file in folder.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        folder.chmod(0o755)
-        _replace(out, folder)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {out}: {getattr(error, 'strerror', None) or first_line(error)}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _replace(out: Path, folder: Path) -> None:
-    """Rename `folder` to `out`; if that fails, what was there before is there again."""
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent)) / out.name
-    try:
-        if out.exists():
-            out.rename(old)
-        folder.rename(out)
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def save(
@@ -235,16 +184,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "recipe": config.recipe if config else "",
         "format_version": config.format_version if config else None,
         **asdict(size),
-        "tensors": _tensor_count(Path(path)),
+        "tensors": sum(len(open_tensors(file)[0].keys()) for file in Path(path).glob("*.safetensors")),
         "kernels": native.engine()[0],
         "modules": modules,
         "kept_float": kept,
     }
-
-
-def _tensor_count(folder: Path) -> int:
-    count = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as handle:
-            count += len(handle.keys())
-    return count

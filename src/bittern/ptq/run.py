@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 
 from bittern.anatomy import Anatomy
 from bittern.attention import Site
-from bittern.deploy.checksum import digest
-from bittern.deploy.journal import Journal
+from bittern.deploy.files import Journal, digest
 from bittern.errors import InputError, ModelError
 from bittern.layers import (
     QuantEmbedding,

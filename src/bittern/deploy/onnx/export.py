@@ -20,10 +20,11 @@ from bittern import native
 from bittern.anatomy import LAYERS
 from bittern.data import load_data
 from bittern.deploy.checkpoint import is_packed, pack
+from bittern.deploy.files import atomic_folder, check_output
 from bittern.deploy.onnx.parity import check, compare, complete, made_up, run, run_file
 from bittern.deploy.onnx.plan import Form, Plan, integer_codes, may_saturate, plan, rounding
 from bittern.deploy.packed import PackedLayer
-from bittern.deploy.store import REPORT, atomic_folder, check_output, copy_processors, load
+from bittern.deploy.store import REPORT, copy_processors, load
 from bittern.errors import InputError, ModelError, first_line
 from bittern.layers import is_simulated
 from bittern.progress import Track, silent

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bittern.deploy.journal import JOB, Journal
+from bittern.deploy.files import JOB, Journal
 from bittern.errors import CheckpointError, InputError
 from helpers import refused, same
 from material import tree
