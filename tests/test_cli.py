@@ -218,10 +218,27 @@ def test_force_replaces(inside: Path, tmp_path: Path) -> None:
     assert bittern.inspect(tmp_path / "out")["recipe"] == "w4a8"
 
 
-def test_help() -> None:
-    """`--help` names the commands, and each command's own help its options."""
-    assert all(name in succeed("bittern --help") for name in ("demo", "quantize", "eval", "inspect"))
-    assert all(option in succeed("bittern quantize --help") for option in ("--recipe", "--data", "--out", "--force"))
+def documented(command: str) -> dict[str, str]:
+    """Arguments and options of a command by its help: flags with the kind of value, what is said of default and limits.
+
+    Fails if one of them has no text that says what it is for.
+    """
+    found = {}
+    page = re.split(r"^(?:Arguments|Options):$", succeed(f"bittern {command} --help"), maxsplit=1, flags=re.MULTILINE)[1]
+    for entry in re.findall(r"^  (\S.*(?:\n {4,}.*)*)", page, re.MULTILINE):
+        head, text = (" ".join(part.split()) for part in re.split(r" {2,}", entry, maxsplit=1))
+        facts = re.search(r" ?\[([^]]*)\]$", text)
+        assert len(text) - len(facts[0] if facts else "") > 5, f"{command} {head} has no help"
+        found[head] = facts[1] if facts else ""
+    return found
+
+
+def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--help` names all commands, and of each all arguments and options as they always were."""
+    monkeypatch.setenv("COLUMNS", "80")
+    known = json.loads((Path(__file__).parent / "data" / "command_line.json").read_text())
+    commands = re.findall(r"^  ([a-z]+)  ", succeed("bittern --help").partition("Commands:")[2], re.MULTILINE)
+    assert {name: documented(name) for name in commands} == known
 
 
 # What is refused: one line that names what was given and what to do
