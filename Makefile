@@ -1,20 +1,24 @@
-# make demo: quantize real models on real data.   make test: everything that CI checks.
+# make demo: quantize real models on real data.   make test: everything that CI checks.   make quick: the first minute of it.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test venv lint
+.PHONY: demo test quick venv lint
 
 demo: venv
 	$(BIN)/bittern demo all --out bittern-demo --force
 
 test: venv lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations=20
+
+quick: venv
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" tests
 
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 venv: .venv/ready
 

@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging
 
 from bittern import native
+from test_budget import summary
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()  # its lock is shared with forked processes, and a killed one would keep it
@@ -27,3 +28,8 @@ def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     else:
         with native.disabled():
             yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The size of the source beside its budget, at the end of each run."""
+    terminalreporter.write_line(summary())
