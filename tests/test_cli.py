@@ -224,7 +224,9 @@ def documented(command: str) -> dict[str, str]:
     Fails if one of them has no text that says what it is for.
     """
     found = {}
-    page = re.split(r"^(?:Arguments|Options):$", succeed(f"bittern {command} --help"), maxsplit=1, flags=re.MULTILINE)[1]
+    page = re.split(r"^(?:Arguments|Options):$", succeed(f"bittern {command} --help"), maxsplit=1, flags=re.MULTILINE)[
+        1
+    ]
     for entry in re.findall(r"^  (\S.*(?:\n {4,}.*)*)", page, re.MULTILINE):
         head, text = (" ".join(part.split()) for part in re.split(r" {2,}", entry, maxsplit=1))
         facts = re.search(r" ?\[([^]]*)\]$", text)

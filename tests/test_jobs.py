@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import bittern
-from bittern import jobs
+from bittern import jobs, native
 from bittern.data import digits
 from bittern.demo import DIGITS
 from bittern.recipe import recipe_names
@@ -172,6 +172,27 @@ def test_one_table(tmp_path: Path, texts: str) -> None:
     assert jobs.evaluate(tmp_path / "out", table)["samples"] == len(TEXTS)
 
 
+@pytest.mark.kernels
+def test_packed_as_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packed model is measured with the kernels that serve its users, and the result names them."""
+    measured: list[Tensor] = []
+
+    def metrics(model: Any, data: Any, output: Tensor, reference: Any) -> dict[str, float]:
+        measured.append(output)
+        return {"mean": output.mean().item()}
+
+    monkeypatch.setattr(jobs, "metrics", metrics)
+    result = jobs.quantize(DIGITS, "w8a8", tmp_path / "out", data="digits", batch_size=BATCH)
+    model, batches = bittern.load(tmp_path / "out"), image_batches(digits("test")[0])
+    used = run(model, batches)
+    assert np.array_equal(measured[-1].numpy(), used)
+    assert result["packed"] == {"mean": measured[-1].mean().item()}
+    assert result["kernels"] == (native.engine()[0] or "none")
+    assert result["max_error_simulated_packed"] == 0
+    with native.disabled():
+        assert np.array_equal(run(model, batches), used) == (result["kernels"] == "none")
+
+
 # A recipe that is no file, progress, and training
 
 
@@ -193,7 +214,8 @@ def test_track(tmp_path: Path) -> None:
             yield item
 
     jobs.quantize(DIGITS, "w8a8", tmp_path / "out", data="digits", samples=64, batch_size=BATCH, track=track)
-    assert list(seen.items()) == [("float", 12), ("calibrating", 2), ("simulated", 12), ("packed", 12)]
+    steps = ("float", 12), ("calibrating", 2), ("simulated", 12), ("checking", 12)
+    assert tuple(seen.items()) == steps
 
 
 def test_no_split_to_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,13 +260,9 @@ class _Job:
             "float_bytes": self.float_bytes,
             **found,
         }
-        with native.disabled():  # bit for bit what the simulated model gives, or the codes are wrong
-            packed = self._predict(self.model, "packed")
-        if self.test is not None and packed is not None and self.reference is not None and simulated is not None:
+        if self.test is not None and simulated is not None:
             result["samples"] = len(self.test)
-            result["float"] = metrics(self.float_model, self.test, self.reference, self.reference)
-            result["packed"] = metrics(self.model, self.test, packed, self.reference)
-            result["max_error_simulated_packed"] = (packed - simulated).abs().max().item()
+            result |= self._compare(simulated)
         calibration = self.calibration and {
             "data": self.source_of_data,
             "samples": len(self.calibration),
@@ -283,6 +279,23 @@ class _Job:
         save(self.model, self.out, processors_from=self.source, report=result | provenance, force=self.force)
         summary = {"what": str(simulation)} if found else {}
         return result | summary | {"out": str(self.out), **asdict(measure(self.model, self.out))}
+
+    def _compare(self, simulated: Tensor) -> dict[str, Any]:
+        """Return metrics of the float and of the packed model as its users run it, which kernels those are, and the
+        largest difference between simulated and packed without kernels: 0, or the codes are wrong."""
+        assert self.test is not None
+        assert self.reference is not None
+        with native.disabled():
+            packed = exact = predict(self.model, self.track(self.test, "checking"))
+        kernels = native.engine()[0] if self.model.device.type == "cpu" else ""
+        if kernels:
+            packed = predict(self.model, self.track(self.test, "packed"))
+        return {
+            "float": metrics(self.float_model, self.test, self.reference, self.reference),
+            "packed": metrics(self.model, self.test, packed, self.reference),
+            "kernels": kernels or "none",
+            "max_error_simulated_packed": (exact - simulated).abs().max().item(),
+        }
 
 
 def _load_float(source: str | Path) -> PreTrainedModel:

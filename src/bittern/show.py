@@ -24,8 +24,8 @@ def print_quantized(result: dict[str, Any], title: str) -> None:
     if "packed" in result:
         for name, value in result["packed"].items():
             table.add_row(name.replace("_", " "), f"{result['float'][name]:.4f}", f"{value:.4f}")
-        error = result["max_error_simulated_packed"]
-        table.add_row("max error simulated–packed", "", f"{error:g}")
+        table.add_row("kernels", "", result["kernels"])
+        table.add_row("max error simulated–packed, without kernels", "", f"{result['max_error_simulated_packed']:g}")
     out_console.print(table)
 
 
