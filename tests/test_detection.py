@@ -14,8 +14,8 @@ from PIL import Image
 
 import bittern
 from bittern import jobs
-from bittern.data import load_data
-from bittern.data.detection import Box, Scene, has_boxes, mean_average_precision, read_scenes
+from bittern.data import has_boxes, load_data
+from bittern.data.detection import Box, Scene, mean_average_precision, read_scenes
 from bittern.data.evaluate import metrics, predict
 from bittern.errors import InputError
 from families import SUPPORTED

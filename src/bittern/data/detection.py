@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedModel
 
+from bittern.data.tables import class_numbers
 from bittern.errors import InputError, first_line
 
 SPLITS = {"train": ("train",), "test": ("val", "dev", "test")}  # beginnings of names; COCO's own test has no boxes
@@ -36,11 +37,6 @@ class Scene(NamedTuple):
     height: int
     width: int
     boxes: tuple[Box, ...]
-
-
-def has_boxes(model: PreTrainedModel) -> bool:
-    """Whether the model is a detector: its outputs are logits and boxes of queries."""
-    return type(model).__name__.endswith("ForObjectDetection")
 
 
 def read_scenes(source: str, split: Literal["train", "test"], model: PreTrainedModel) -> list[Scene] | None:
@@ -113,7 +109,7 @@ def _labels(file: Path, names: dict[int, str], used: set[int], model: PreTrained
     unknown = sorted(used - names.keys())
     if unknown:
         raise InputError(f"{file}: annotations are of category {unknown[0]}, which is not among its categories")
-    known = {str(name).lower(): label for name, label in (model.config.label2id or {}).items()}
+    known = class_numbers(model)
     if all(name.lower() in known for name in names.values()):
         return {category: known[name.lower()] for category, name in names.items()}
     bad = next((c for c in sorted(used) if not 0 <= c < model.config.num_labels), None)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bittern.data import Data, has_classes, is_language_model, is_regression
-from bittern.data.detection import has_boxes, mean_average_precision
+from bittern.data import Data, has_boxes, has_classes, is_language_model, is_regression
+from bittern.data.detection import mean_average_precision
 from bittern.errors import InputError
 
 HEADLINES = {"cola": "mcc", "mrpc": "f1", "qqp": "f1", "stsb": "pearson"}  # of GLUE; accuracy of the other tasks

@@ -1,0 +1,64 @@
+"""Samples with their labels, in batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from bittern.data.detection import Scene
+from bittern.data.texts import Collate
+from bittern.errors import InputError
+
+
+@dataclass(frozen=True)
+class Data:
+    """Model inputs in batches, with labels if the source has them.
+
+    rows: raw samples (texts, pairs of texts, images, image paths, scenes with boxes); `collate` makes tensors of a few
+    of them. processor: for scenes, the image processor that makes boxes of a detector's outputs.
+    """
+
+    name: str
+    rows: Sequence[Any]
+    labels: Tensor | None
+    collate: Collate
+    batch_size: int
+    processor: Any = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(self.rows), self.batch_size):
+            yield self.collate([self.rows[i] for i in range(start, min(start + self.batch_size, len(self.rows)))])
+
+    def _take(self, indices: list[int]) -> Data:
+        labels = None if self.labels is None else self.labels[indices]
+        return replace(self, rows=[self.rows[i] for i in indices], labels=labels)
+
+    def subset(self, samples: int, seed: int = 0) -> Data:
+        """Draw at most `samples` random rows; the same for the same seed."""
+        return self._take(np.random.default_rng(seed).permutation(len(self.rows))[:samples].tolist())
+
+    def split(self, samples: int, seed: int = 0) -> tuple[Data, Data]:
+        """All but `samples` random rows, in their order, and these. Raises InputError if there are too few of them."""
+        if not 0 < samples < len(self.rows):
+            raise InputError(f"{self.name} has {len(self.rows)} samples, too few to hold some out; add a test split")
+        held_out = set(np.random.default_rng(seed).permutation(len(self.rows))[:samples].tolist())
+        return self._take([i for i in range(len(self)) if i not in held_out]), self._take(sorted(held_out))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all inputs and labels, to tell whether two results come from the same data, however batched."""
+        sha = hashlib.sha256(b"" if self.labels is None else self.labels.numpy().tobytes())
+        for row in self.rows:
+            batch = self.collate([row])
+            for name in sorted(batch):
+                sha.update(name.encode() + batch[name].numpy().tobytes())
+            if isinstance(row, Scene):
+                sha.update(repr(row[1:]).encode())  # not where it lies
+        return sha.hexdigest()
