@@ -100,6 +100,7 @@ def one_object(text: str) -> dict[str, Any]:
     return value
 
 
+@pytest.mark.kernels
 def test_quantize_json(place: Path, job: dict[str, Any], tmp_path: Path) -> None:
     """`quantize --json` prints what the library returns for the same arguments, and the file gives the same outputs."""
     result = jobs.quantize(place / "vit", "w8a8", tmp_path / "same", data="digits")
@@ -118,6 +119,7 @@ def test_inspect_json(place: Path) -> None:
     assert (result["state"], result["recipe"], result["model"]) == ("packed", "w8a8", "ViTForImageClassification")
 
 
+@pytest.mark.kernels
 def test_eval_json(place: Path, job: dict[str, Any]) -> None:
     """`eval --json`, with and without `--against`, finds the figures that `quantize` measured."""
     alone = one_object(succeed(f"bittern eval {place}/w8a8 --data digits --json"))
@@ -127,6 +129,7 @@ def test_eval_json(place: Path, job: dict[str, Any]) -> None:
     assert both == alone | job["packed"] | {"against": f"{place}/vit"}
 
 
+@pytest.mark.kernels
 def test_printed_figures(inside: Path, job: dict[str, Any]) -> None:
     """Without `--json` each command prints the same figures for people, and the command that comes next."""
     accuracy, agreement = f"{job['packed']['accuracy']:.4f}", f"{job['packed']['agreement']:.4f}"
