@@ -313,6 +313,20 @@ def test_recording_ends_with_its_block() -> None:
     assert taps["map"] == []
 
 
+def test_recording_some_sites() -> None:
+    """Of given sites alone is recorded, and a block around goes on with its own record afterwards."""
+    model, batch, anatomy = load("bert")
+    with torch.no_grad(), recording(model, "map", "query") as outer:
+        with recording(sites(model)[1:], "map") as inner:
+            model(**batch)
+        model(**batch)
+    first, second = (a.name for a in anatomy.attentions)
+    assert (inner.names["map"], outer.names["map"]) == ([second], [first, first, second])
+    with recording([], "map") as nothing:
+        model(**batch)
+    assert nothing["map"] == []
+
+
 @pytest.mark.parametrize("name", ["bert", "swin", "detr", "gemma2", "t5", "clip"])
 def test_detach(name: str) -> None:
     """Without its sites a model has its keys, hooks, attention implementation and outputs back."""

@@ -8,7 +8,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 from bittern import simulate
-from bittern.layers import as_float
+from bittern.attention import sites
+from bittern.layers import as_float, fake_quants
 from bittern.ptq import capture as module
 from bittern.ptq.capture import Captured, capture
 from bittern.ptq.stream import stream
@@ -202,3 +203,19 @@ def test_row_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert same(kept(0), kept(0))
     assert not same(kept(0), kept(1))
+
+
+def test_errors_leave_nothing_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a run of a unit that failed, its sites record nothing and its quantizers are at work again."""
+    model, batch = SUPPORTED["bert"]()
+    simulate(model, "w8a8", batch)
+    unit, before = "bert.encoder.layer.0", [q.bypass for _, q in fake_quants(model)]
+    with torch.no_grad(), as_float(model):
+        for _, calls in stream(model, [unit], [batch]):
+            with monkeypatch.context() as patch:
+                patch.setattr(model.get_submodule(f"{unit}.output"), "forward", None)
+                with pytest.raises(TypeError):
+                    capture(calls, [batch], [2], 0)
+            capture(calls, [batch], [2], 0)
+    assert all(site.taps is None for site in sites(model))
+    assert [q.bypass for _, q in fake_quants(model)] == before

@@ -19,6 +19,7 @@ from bittern.layers import (
     QuantLayer,
     QuantLinear,
     QuantScaledEmbedding,
+    as_float,
     fake_quants,
     is_simulated,
     restore,
@@ -388,6 +389,19 @@ def test_restore_keeps_training() -> None:
     assert all(torch.equal(p, trained[key]) for key, p in model.named_parameters())
     simulate(model, DYNAMIC, batch)
     assert is_simulated(model)
+
+
+def test_as_float_nests() -> None:
+    """What an outer block keeps in float stays so after an inner block, and after an error in it."""
+    model, batch = SUPPORTED["bert"]()
+    simulate(model, DYNAMIC, batch)
+    ffn = model.bert.encoder.layer[0].intermediate.dense.weight_quantizer
+    ffn.bypass = True
+    with as_float(model):
+        with pytest.raises(RuntimeError), as_float(model.bert.encoder):
+            raise RuntimeError
+        assert all(quantizer.bypass for _, quantizer in fake_quants(model))
+    assert [quantizer for _, quantizer in fake_quants(model) if quantizer.bypass] == [ffn]
 
 
 def test_deep_copy() -> None:

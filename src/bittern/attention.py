@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import _active_collector
 from bittern import kernels
 from bittern.errors import ModelError
 from bittern.quantizers import FakeQuant
-from bittern.recipe import Format
+from bittern.recipe import OPERANDS, Format
 
 if TYPE_CHECKING:
     from bittern.anatomy import Anatomy, Attention
@@ -77,7 +77,7 @@ class Site(nn.Module):
 
     def __init__(self, name: str, formats: Mapping[str, Format]):
         super().__init__()
-        self.name, self.formats = name, dict(formats)
+        self.name = name
         # Names that no renaming pattern of a transformers checkpoint conversion touches.
         for point, fmt in formats.items():
             self.add_module(f"quantize_{point}", FakeQuant(fmt, f"{name}.{point}"))
@@ -88,6 +88,11 @@ class Site(nn.Module):
         self.hooks: dict[Point, Any] = {}
         self.on_kernels = False  # set in packed models
         self.shared: list[Any] = []  # the quantized input of Q, K and V, until the attention is computed
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """Formats of the operands that are quantized here."""
+        return {operand: q.format for operand in OPERANDS if (q := self.quantizer(operand)) is not None}
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -173,7 +178,7 @@ def attention_forward(
             site.taps.masks.append((site.name, attention_mask))
         plain = position_bias is None and softcap is None and s_aux is None and getattr(module, "sinks", None) is None
         if plain and site.integer(attention_mask) and not (dropout and module.training):
-            quantizers = {point: site.quantizer(point) for point in ("query", "key", "value", "map")}
+            quantizers: dict[str, FakeQuant | None] = {operand: site.quantizer(operand) for operand in OPERANDS}
             found = kernels.attend(quantizers, query, key, value, attention_mask, scaling)
             if found is not None:
                 return found
@@ -300,8 +305,9 @@ def sites(model: nn.Module) -> list[Site]:
 
 
 @contextmanager
-def recording(model: nn.Module, *points: Point) -> Iterator[Taps]:
-    """Record the named points of every attention module in each forward inside the block.
+def recording(where: nn.Module | Sequence[Site], *points: Point) -> Iterator[Taps]:
+    """Record the named points of every attention module of a model, or of the given sites, in each forward inside the
+    block. A block inside of another one records alone.
 
     The tensors keep their graph, so losses can be built on them; run the backward after the block, since activation
     checkpointing runs the forward again and would record it twice. Raises ModelError for an unknown point.
@@ -309,13 +315,14 @@ def recording(model: nn.Module, *points: Point) -> Iterator[Taps]:
     if unknown := [p for p in points if p not in POINTS]:
         raise ModelError(f"cannot record {unknown[0]!r}; the points are {', '.join(POINTS)}")
     taps = Taps(points)
-    for site in sites(model):
-        site.taps = taps
+    was = {site: site.taps for site in (sites(where) if isinstance(where, nn.Module) else where)}
     try:
+        for site in was:
+            site.taps = taps
         yield taps
     finally:
-        for site in sites(model):
-            site.taps = None
+        for site, before in was.items():
+            site.taps = before
 
 
 def replace(model: nn.Module, given: Mapping[tuple[str, Point], Tensor | Sequence[Tensor]], share: float = 1.0) -> None:

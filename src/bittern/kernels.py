@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
 from bittern import native
-from bittern.quantizers import FakeQuant, code_range, has_kernel_coding, kernel_coding
-from bittern.recipe import Format
+from bittern.quantizers import FakeQuant, code_range, has_kernel_coding, kernel_coding, stamp
+from bittern.recipe import OPERANDS, Format
 
 
 def input_coding(quantizer: FakeQuant | None) -> native.Coding | None:
@@ -22,7 +22,7 @@ def input_coding(quantizer: FakeQuant | None) -> native.Coding | None:
     if quantizer is None or quantizer.bypass or quantizer.observed is not None:
         return None
     fmt, scale, offset = quantizer.format, quantizer.scale, quantizer.offset
-    state = (fmt, *((t.data_ptr(), t._version) for t in (scale, offset) if t is not None))
+    state = fmt, stamp(scale, offset)
     kept: tuple[object, native.Coding | None] | None = quantizer.__dict__.get("_coding")
     if kept is None or kept[0] != state:  # reading a scale and checking it takes longer than a small product
         kept = quantizer.__dict__["_coding"] = (state, kernel_coding(fmt, scale, offset))
@@ -58,7 +58,7 @@ def attend(
         return None
     codings = {point: input_coding(quantizer) for point, quantizer in quantizers.items()}
     known = {point: coding for point, coding in codings.items() if coding is not None and not coding.by_row}
-    if known.keys() != {"query", "key", "value", "map"} or known["map"].scheme == "asymmetric":
+    if known.keys() != set(OPERANDS) or known["map"].scheme == "asymmetric":
         return None
     if any(known[point].scheme != "symmetric" for point in ("query", "key", "value")):
         return None

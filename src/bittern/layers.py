@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from bittern import attention
 from bittern.anatomy import Anatomy, read_anatomy
 from bittern.errors import ModelError
-from bittern.quantizers import FakeQuant, find_scale
-from bittern.recipe import Format, Recipe, Role, Rule, load_recipe
+from bittern.quantizers import FakeQuant, find_scale, stamp
+from bittern.recipe import OPERANDS, Format, Recipe, Role, Rule, load_recipe
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
@@ -50,8 +50,7 @@ class QuantLayer(nn.Module):
         if torch.is_grad_enabled() or weight.grad is not None:  # fused optimizers change weights uncounted
             self._kept = None
             return quantizer(weight_matrix(self).contiguous())  # type: ignore[no-any-return]
-        values = [(t.data_ptr(), t._version, t.dtype) for t in (weight, quantizer.scale) if t is not None]
-        state = (quantizer.format, *values)
+        state = quantizer.format, stamp(weight, quantizer.scale)
         if self._kept is None or self._kept[0] != state:
             self._kept = (state, quantizer(weight_matrix(self).contiguous()))
         return self._kept[1]
@@ -294,19 +293,18 @@ def fake_quants(model: nn.Module) -> Iterator[tuple[str, FakeQuant]]:
 @contextmanager
 def as_float(module: nn.Module) -> Iterator[None]:
     """A simulated module computes in float inside the block; its formats and scales stay."""
-    quantizers = [q for _, q in fake_quants(module)]
+    was = {quantizer: quantizer.bypass for _, quantizer in fake_quants(module)}
     try:
-        for quantizer in quantizers:
+        for quantizer in was:
             quantizer.bypass = True
         yield
     finally:
-        for quantizer in quantizers:
-            quantizer.bypass = False
+        for quantizer, bypass in was.items():
+            quantizer.bypass = bypass
 
 
 def _attention_formats(rule: Rule | None) -> dict[str, Format]:
-    points = ("query", "key", "value", "map")
-    return {} if rule is None else {p: fmt for p in points if (fmt := getattr(rule, p)) is not None}
+    return {} if rule is None else {p: fmt for p in OPERANDS if (fmt := getattr(rule, p)) is not None}
 
 
 def _tied_layers(model: nn.Module, roles: Mapping[str, Role]) -> dict[str, str]:

@@ -8,6 +8,7 @@ code * scale (+ offset), so that a packed file, which stores codes and scales, g
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,12 @@ from bittern.native import rounding
 from bittern.recipe import Format
 
 TERNARY_THRESHOLD = 0.7  # times the mean of |w| (Ternary Weight Networks; TernaryBERT)
+
+
+def stamp(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return what a cache of something made from these tensors depends on: it differs once one of them is another
+    tensor, or was changed in place, but for changes through `tensor.data`, which PyTorch does not count."""
+    return tuple(None if t is None else (t.data_ptr(), t._version, t.dtype) for t in tensors)
 
 
 def code_range(fmt: Format) -> tuple[int, int]:

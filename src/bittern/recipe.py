@@ -18,6 +18,8 @@ from bittern.errors import RecipeError
 Role = Literal[
     "embedding", "position", "stem", "qkv", "attention_output", "ffn", "pooler", "head", "other", "attention"
 ]
+Operand = Literal["query", "key", "value", "map"]
+OPERANDS: tuple[Operand, ...] = Operand.__args__  # type: ignore[attr-defined]  # of the two matmuls of attention
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -151,11 +153,12 @@ class Rule(_Strict):
                 raise ValueError(f"kind: {kind} is for activations; weights take uniform, ternary or binary")
         if self.input is not None and self.input.granularity in ("row", "group", "head"):
             raise ValueError(f"the input of a layer has no {self.input.granularity}s; use tensor or token")
-        for field in ("query", "key", "value", "map"):
-            fmt: Format | None = getattr(self, field)
+        fmt: Format | None
+        for operand in OPERANDS:
+            fmt = getattr(self, operand)
             if fmt is not None and fmt.granularity in ("row", "group"):
-                raise ValueError(f"{field} has no {fmt.granularity}s; use tensor, token or head")
-        for field in ("input", "query", "key", "value", "map"):
+                raise ValueError(f"{operand} has no {fmt.granularity}s; use tensor, token or head")
+        for field in ("input", *OPERANDS):
             fmt = getattr(self, field)
             if fmt is not None and fmt.kind in ("ternary", "binary"):
                 raise ValueError(f"kind: {fmt.kind} is for weights; use uniform for {field}")
@@ -175,7 +178,7 @@ class Rule(_Strict):
 
     @property
     def for_attention(self) -> bool:
-        return any(f is not None for f in (self.query, self.key, self.value, self.map))
+        return any(getattr(self, operand) is not None for operand in OPERANDS)
 
     def selects(self, name: str, role: Role) -> bool:
         """Whether this rule decides over the module: the first rule that does, wins."""

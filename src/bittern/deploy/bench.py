@@ -29,7 +29,7 @@ from bittern.deploy.timing import alternate, ratios
 from bittern.errors import InputError, ModelError
 from bittern.kernels import has_kernel
 from bittern.progress import Track, silent
-from bittern.recipe import Rule
+from bittern.recipe import OPERANDS, Rule
 
 OURS, FLOAT = "bittern", "torch float32"
 
@@ -217,7 +217,7 @@ def without_kernel(model: nn.Module) -> dict[str, str]:
 
 
 def _texts(rule: Rule) -> str:
-    points = ("weight", "input", "query", "key", "value", "map")
+    points = ("weight", "input", *OPERANDS)
     return ", ".join(f"{point} {fmt}" for point in points if (fmt := getattr(rule, point)))
 
 

@@ -21,6 +21,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from bittern import attention, kernels, native
 from bittern.native.block import PARTS, Block, Layer, Norm
+from bittern.quantizers import stamp
+from bittern.recipe import OPERANDS
 
 # Whether norms come first, by the order of norms (n), linear layers (l), attention (a) and activation (f).
 ORDERS: dict[str, bool] = {"nlllalnlfl": True, "lllalnlfln": False}
@@ -90,13 +92,8 @@ class Parts:
                 found.append(module.eps)
             if kind == "l":
                 found += module._panels, kernels.input_coding(module.input_quantizer)  # type: ignore[arg-type]
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    found += parameter.data_ptr(), parameter._version
-        return *found, *(kernels.input_coding(self.site.quantizer(point)) for point in _POINTS)
-
-
-_POINTS = ("query", "key", "value", "map")
+            found.append(stamp(*module._parameters.values()))
+        return *found, *(kernels.input_coding(self.site.quantizer(point)) for point in OPERANDS)
 
 
 @dataclass(frozen=True)
@@ -210,7 +207,7 @@ def _make(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any], part
         whole = Block(
             {part: _layer(module) for part, module in zip(PARTS, layers, strict=True)},
             (norms[0], norms[1]),
-            {point: kernels.input_coding(parts.site.quantizer(point)) for point in _POINTS},  # type: ignore[misc]
+            {point: kernels.input_coding(parts.site.quantizer(point)) for point in OPERANDS},  # type: ignore[misc]
             pre_norm=pre_norm,
             activation=activation.activation,  # type: ignore[arg-type]
             heads=query.shape[1],

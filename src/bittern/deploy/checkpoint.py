@@ -37,7 +37,7 @@ from bittern.deploy.files import digest, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers
 from bittern.errors import CheckpointError, ModelError
 from bittern.layers import QuantLayer, fake_quants, is_simulated, swap, weight_matrix
-from bittern.recipe import Format, Rule
+from bittern.recipe import OPERANDS, Format, Rule
 
 METHOD = "bittern"
 FORMAT_VERSION = 1
@@ -318,7 +318,7 @@ def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str,
     for name, rule in formats.items():
         if rule.for_attention:
             parent = name.removesuffix(f".{attention.NAME}")
-            points = {p: f for p in ("query", "key", "value", "map") if (f := getattr(rule, p))}
+            points: dict[str, Format] = {p: f for p in OPERANDS if (f := getattr(rule, p))}
             modules[parent].add_module(attention.NAME, attention.Site(parent, points))
         else:
             swap(modules[name], name, rule.weight, rule.input)

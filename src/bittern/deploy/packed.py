@@ -34,7 +34,7 @@ from bittern.layers import (
     fake_quants,
     weight_matrix,
 )
-from bittern.quantizers import FakeQuant, code_range, decode, encode, find_scale
+from bittern.quantizers import FakeQuant, code_range, decode, encode, find_scale, stamp
 from bittern.recipe import Format
 
 
@@ -129,7 +129,7 @@ class PackedLayer(nn.Module):
     def padded_bias(self, panels: native.Panels) -> Tensor:
         """The bias as the kernels read it, kept until it changes."""
         bias: Tensor | None = self.bias
-        state = () if bias is None else (bias.data_ptr(), bias._version)
+        state = stamp(bias)
         if self._bias is None or self._bias[0] != state:
             self._bias = state, native.padded_bias(bias, panels)
         return self._bias[1]

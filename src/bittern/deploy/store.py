@@ -29,6 +29,7 @@ from bittern.deploy.packed import PackedLayer
 from bittern.errors import BitternError, CheckpointError, InputError, ModelError, first_line
 from bittern.layers import is_simulated
 from bittern.quantizers import FakeQuant
+from bittern.recipe import OPERANDS
 
 REPORT = "bittern.json"
 
@@ -164,7 +165,7 @@ def measure(model: PreTrainedModel, folder: str | Path) -> Size:
 def inspect(path: str | Path) -> dict[str, Any]:
     """What a folder holds: model class, sizes, each quantized module with its formats, and what stayed float."""
     model = load(path)
-    points = ("weight", "input", "query", "key", "value", "map")
+    points = ("weight", "input", *OPERANDS)
     quantized = dict(module_formats(model))
     modules = [
         {"name": name.removesuffix(f".{METHOD}"), **{p: str(fmt) for p in points if (fmt := getattr(formats, p))}}

@@ -14,6 +14,7 @@ from bittern.native import structures as c
 from bittern.native.codes import Coding
 from bittern.native.library import address, buffer, required
 from bittern.native.products import ACTIVATIONS, Activation, Panels, check_codings, strided_mask, strides
+from bittern.recipe import OPERANDS
 
 Part = Literal["query", "key", "value", "output", "up", "down"]
 PARTS: tuple[Part, ...] = Part.__args__  # type: ignore[attr-defined]
@@ -88,7 +89,7 @@ class Block:
             dim,
             value_dim,
             scaling,
-            *(codings[name].structure for name in ("query", "key", "value", "map")),
+            *(codings[name].structure for name in OPERANDS),
         )
         self._address = ctypes.addressof(self._structure)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from bittern.native import structures as c
 from bittern.native.codes import ALIGN, MOST_INPUTS, PANEL, Coding, Quantized
 from bittern.native.library import address, buffer, required
+from bittern.recipe import OPERANDS
 
 Activation = Literal["none", "gelu", "gelu_tanh", "silu", "relu"]
 ACTIVATIONS: tuple[Activation, ...] = Activation.__args__  # type: ignore[attr-defined]
@@ -187,7 +188,7 @@ def attention(
         dim,
         value_dim,
         scaling,
-        *(codings[name].structure for name in ("query", "key", "value", "map")),
+        *(codings[name].structure for name in OPERANDS),
     )
     failed = library.bittern_attention(call, torch.get_num_threads())
     if failed == 2:

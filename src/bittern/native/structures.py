@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
+from bittern.recipe import OPERANDS
+
 
 class Format(ctypes.Structure):
     _fields_ = (
@@ -26,7 +28,7 @@ class Attention(ctypes.Structure):
         *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("query", "key", "value", "mask")),
         *((n, ctypes.c_int32) for n in ("batch", "heads", "key_heads", "queries", "keys", "dim", "value_dim")),
         ("scaling", ctypes.c_float),
-        *((f"{name}_format", Format) for name in ("query", "key", "value", "map")),
+        *((f"{name}_format", Format) for name in OPERANDS),
     )
 
 
@@ -52,5 +54,5 @@ class Block(ctypes.Structure):
         ("norms", Norm * 2),
         *((n, ctypes.c_int32) for n in ("pre_norm", "activation", "heads", "key_heads", "dim", "value_dim")),
         ("scaling", ctypes.c_float),
-        *((f"{name}_format", Format) for name in ("query", "key", "value", "map")),
+        *((f"{name}_format", Format) for name in OPERANDS),
     )

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bittern.attention import Site, Taps
+from bittern.attention import Site, recording
 from bittern.errors import ModelError
 from bittern.layers import QuantConv2d, QuantEmbedding, QuantLayer, as_float
 from bittern.ptq.stream import Call
+from bittern.quantizers import stamp
+from bittern.recipe import OPERANDS
 
 MAX_ROWS = 1 << 13  # of a layer's input that are kept: more change no scale, and bound memory for any number of samples
 MAX_MAP = 1 << 24  # entries of attention maps that are kept
@@ -118,23 +120,18 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
             if name not in known:
                 known.append(name)
 
-        taps = Taps(("query", "key", "value", "map"))
-        for site in sites:
-            site.taps = taps
-
         def made(name: str, out: Any, norms: dict[tuple[Any, ...], str] = norms, keep: list[Tensor] = keep) -> None:
             if isinstance(out, Tensor):
                 norms[_address(out)] = name
                 keep.append(out)
 
-        with as_float(module), _reading(layers, read), _watching(module, made):
+        recorder = recording(sites, *OPERANDS)
+        with as_float(module), recorder as taps, _reading(layers, read), _watching(module, made):
             if unit in layers:
                 read(unit, layers[unit], call.args[0])
             call.output = call.run()
-        for site in sites:
-            site.taps = None
         for i, name in enumerate(taps.names["map"]):
-            tensors = [taps[point][i] for point in ("query", "key", "value", "map")]
+            tensors = [taps[operand][i] for operand in OPERANDS]
             grouped[name] = tensors[0].shape[1] // tensors[1].shape[1]
             heads[name].append(_heads(tensors, batch, size, first, len(calls), generator))
         first += size
@@ -150,7 +147,7 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
 
 
 def _address(x: Tensor) -> tuple[Any, ...]:
-    return x.data_ptr(), x._version, tuple(x.shape), tuple(x.stride())
+    return stamp(x), tuple(x.shape), tuple(x.stride())
 
 
 def _alone(module: nn.Module, group: Inputs, layers: Mapping[str, QuantLayer], call: Call) -> bool:

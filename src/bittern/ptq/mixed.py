@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from bittern.anatomy import Block
-from bittern.attention import Site, Taps
+from bittern.attention import Site, recording
 from bittern.layers import fake_quants
 from bittern.ptq.allocate import paper_sensitivity, relative_sensitivity
 from bittern.ptq.stream import Call
@@ -67,13 +67,8 @@ def sensitivities(
 
 def _run(call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The block's output, its attention maps, and what its FFN gives."""
-    taps = Taps(("map", "ffn"))
-    sites = [m for m in call.module.modules() if isinstance(m, Site)]
-    for site in sites:
-        site.taps = taps
-    out = call.run()
-    for site in sites:
-        site.taps = None
+    with recording([m for m in call.module.modules() if isinstance(m, Site)], "map", "ffn") as taps:
+        out = call.run()
     return (out[0] if isinstance(out, tuple) else out), taps["map"], taps["ffn"]
 
 
