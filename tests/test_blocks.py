@@ -1,6 +1,8 @@
 """Whole blocks on the kernels against the same blocks part by part."""
 
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from bittern import attention
 from bittern.deploy import blocks
 from bittern.layers import fake_quants
 from bittern.native.block import Block
+from bittern.recipe import Format, Recipe, Rule
 from families import SUPPORTED
 from helpers import outputs, quantized, same
 
@@ -46,6 +49,41 @@ def test_families(name: str, calls: list[Any]) -> None:
         assert same(outputs(model, batch), expected)
         assert bool(calls) == (name in WHOLE)
         calls.clear()
+
+
+@pytest.mark.parametrize(
+    "layer", [{"weight": Format(bits=4, scheme="asymmetric"), "input": Format()}, {"weight": Format()}]
+)
+def test_layers_without_kernels(layer: dict[str, Format], calls: list[Any]) -> None:
+    """A block of which the kernels serve the attention but not the layers runs in parts."""
+    points = dict.fromkeys(("query", "key", "value", "map"), Format())
+    recipe = Recipe(
+        name="mixed",
+        rules=(Rule(roles=("attention",), **points), Rule(roles=("qkv", "attention_output", "ffn"), **layer)),
+    )
+    model, batch = quantized("bert", recipe)
+    expected = in_parts(model, batch)
+    for _ in range(2):
+        assert same(outputs(model, batch), expected)
+    assert not calls
+
+
+def test_first_calls_from_threads() -> None:
+    """Threads that call a packed model at once, the first time, all get what one thread gets."""
+    model, batch = quantized("bert", "ternary-2-2-8")
+    expected = outputs(deepcopy(model), batch)
+    for _ in range(5):
+        fresh = deepcopy(model)
+        gate = Barrier(8)
+
+        def run(fresh: nn.Module = fresh, gate: Barrier = gate) -> dict[str, Tensor]:
+            gate.wait()
+            return outputs(fresh, batch)
+
+        with ThreadPoolExecutor(8) as pool:
+            found = [future.result() for future in [pool.submit(run) for _ in range(8)]]
+        assert all(same(other, expected) for other in found)
+        assert same(outputs(fresh, batch), expected)
 
 
 def test_what_is_watched_runs_in_parts(calls: list[Any]) -> None:

@@ -7,6 +7,7 @@ that are not finite. The caller then computes as the simulated model does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from bittern import native
 from bittern.quantizers import FakeQuant, code_range, has_kernel_coding, kernel_coding, stamp
 from bittern.recipe import OPERANDS, Format
+
+# Told of each attention that kernels compute in this context: query, key, mask and scaling.
+watcher: ContextVar[Callable[[Tensor, Tensor, Tensor | None, float], None] | None] = ContextVar("watcher", default=None)
 
 
 def input_coding(quantizer: FakeQuant | None) -> native.Coding | None:
@@ -30,7 +34,7 @@ def input_coding(quantizer: FakeQuant | None) -> native.Coding | None:
 
 
 def has_kernel(weight: Format | None = None, input_format: Format | None = None) -> bool:
-    """Whether the kernels know these formats of a layer, or of the two operands of a product in attention."""
+    """True if the kernels know these formats of a layer, or of the two operands of a product in attention."""
     known = input_format is None or has_kernel_coding(input_format)
     if weight is not None:
         known &= weight.bits <= 8 and weight.scheme != "asymmetric" and weight.granularity in ("tensor", "row")
@@ -63,14 +67,9 @@ def attend(
     if any(known[point].scheme != "symmetric" for point in ("query", "key", "value")):
         return None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    for watch in watchers:
+    if (watch := watcher.get()) is not None:
         watch(query, key, mask, scaling)
     return native.attention(query, key, value, mask, scaling, known)
-
-
-watchers: list[
-    Callable[[Tensor, Tensor, Tensor | None, float], None]
-] = []  # told of each attention that kernels compute
 
 
 class LayerNorm(nn.LayerNorm):

@@ -9,17 +9,20 @@ maps that are asked for, gradients.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from bittern import attention, kernels, native
+from bittern.deploy.packed import PackedLayer
 from bittern.native.block import PARTS, Block, Layer, Norm
 from bittern.quantizers import stamp
 from bittern.recipe import OPERANDS
@@ -51,7 +54,7 @@ def use_kernels(model: nn.Module) -> None:
 def _kind(module: nn.Module) -> str:
     if isinstance(module, kernels.LayerNorm):
         return "n"
-    if hasattr(module, "integer_product"):
+    if isinstance(module, PackedLayer):
         return "l"
     return "f" if type(module) in kernels.SERVED.values() else ""
 
@@ -107,14 +110,10 @@ class _Plan:
     mask: Any = None
 
 
-class _Plans(dict[Any, _Plan]):
-    """A block's plans by the ways in which it is called. They hold addresses, so a copied block starts anew."""
-
-    def __deepcopy__(self, memo: Any) -> _Plans:
-        return _Plans()
-
-    def __reduce__(self) -> Any:
-        return _Plans, ()
+# Blocks → their plans by the ways in which they are called. Not kept on the block, since plans hold addresses and a
+# copied block starts anew.
+_plans: WeakKeyDictionary[nn.Module, dict[Any, _Plan]] = WeakKeyDictionary()
+_making = threading.RLock()  # one thread at a time hooks the parts of a block, and makes its plan
 
 
 class _Fused(nn.Module):
@@ -150,7 +149,7 @@ def _serves(block: nn.Module, call: Mapping[Any, Any]) -> bool:
 
 def _run(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any]) -> Any:
     """The block's output by its plan, or as it is written if that is still to be made; None if there is none."""
-    plans: _Plans = block.__dict__.setdefault("_plans", _Plans())
+    plans = _plans.setdefault(block, {})
     way = tuple((key, "tensor" if isinstance(value, Tensor) else value) for key, value in call.items())
     plan, made_of = plans.get(way), _made_of(block)
     if plan is None or plan.parts.made_of != made_of or plan.state != plan.parts.state():
@@ -160,7 +159,8 @@ def _run(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any]) -> An
             return None
         if len(plans) > 8:  # an argument that is another number each time
             plans.clear()
-        plans[way], out = _make(block, kind, call, parts)
+        with _making:
+            plans[way], out = _make(block, kind, call, parts)
         return out
     mask = None if plan.mask is None else call[plan.mask]
     if plan.block is None or not plan.parts.site.integer(mask):
@@ -174,12 +174,16 @@ def _make(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any], part
     ran: list[nn.Module] = []
     attended: list[tuple[Tensor, Tensor, Tensor | None, float]] = []
 
+    def runs(module: nn.Module, *_: Any) -> None:
+        if kernels.watcher.get() is attends:  # else it is another thread that runs it
+            ran.append(module)
+
     def attends(*what: Any) -> None:
         attended.append(what)
         ran.append(parts.site)
 
-    hooks = [m.register_forward_hook(lambda module, *_: ran.append(module)) for m in parts.steps]
-    kernels.watchers.append(attends)
+    hooks = [module.register_forward_hook(runs) for module in parts.steps]
+    token = kernels.watcher.set(attends)
     try:
         out = kind.forward(
             block,
@@ -187,7 +191,7 @@ def _make(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any], part
             **{k: v for k, v in call.items() if isinstance(k, str)},
         )
     finally:
-        kernels.watchers.remove(attends)
+        kernels.watcher.reset(token)
         for hook in hooks:
             hook.remove()
     none = _Plan(parts, parts.state())
@@ -222,4 +226,7 @@ def _make(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any], part
 
 
 def _layer(module: Any) -> Layer:
-    return Layer(module._panels, module.padded_bias(module._panels), kernels.input_coding(module.input_quantizer))  # type: ignore[arg-type]
+    panels, coding = module.panels(), kernels.input_coding(module.input_quantizer)
+    if panels is None or coding is None:
+        raise ValueError("the kernels do not serve the formats of this layer")
+    return Layer(panels, module.padded_bias(panels), coding)

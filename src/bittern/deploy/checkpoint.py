@@ -141,6 +141,7 @@ def pack(model: PreTrainedModel) -> PreTrainedModel:
     if not is_simulated(model):
         raise ModelError("the model is not simulated; call simulate(model, recipe) before pack(model)")
     pack_layers(model)
+    use_kernels(model)
     return _mark(model, "packed")
 
 

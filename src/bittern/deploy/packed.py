@@ -1,7 +1,12 @@
 """Packed layers: integer codes in bytes and their scales instead of a float weight.
 
-Where the kernels of `native` serve, a layer multiplies in integers and holds its codes in their order; elsewhere
-it unpacks them and multiplies in float, bit for bit as the simulated layer does.
+Where the kernels of `native` serve, a layer multiplies in integers; elsewhere it unpacks its codes and multiplies in
+float, bit for bit as the simulated layer does.
+
+Codes are in memory once. The kernels read them in an order of their own, in panels, that are made when a layer first
+multiplies and take the place of the codes; whatever then reads, copies, moves, saves or loads the codes gets them
+back, and the panels are dropped until the next product. Only a layer that is tied to another's weight has panels
+beside the other's codes. One lock holds off other threads while the two change places.
 
 A packed layer holds `weight_codes` (uint8, rows × bytes), `weight_scale` and, if asymmetric, `weight_offset` (float32).
 Its `weight` is a placeholder of one number: model code that asks for `weight.dtype` gets the model's type, and loading
@@ -10,6 +15,7 @@ the file without Bittern fails on the shape instead of giving random weights.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,9 +26,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bittern import native
-from bittern.deploy.blocks import use_kernels
 from bittern.errors import ModelError
-from bittern.kernels import input_coding, make_panels
+from bittern.kernels import has_kernel, input_coding, make_panels
 from bittern.layers import (
     QuantConv1D,
     QuantConv2d,
@@ -101,6 +106,9 @@ def _unpack_bits(packed: Tensor, columns: int, bits: int) -> Tensor:
     return codes
 
 
+_exchange = threading.RLock()  # held while codes and panels change places
+
+
 class PackedLayer(nn.Module):
     """What packed layers share. `owner` is another packed layer if this one is tied to its weight."""
 
@@ -115,11 +123,11 @@ class PackedLayer(nn.Module):
     _bias: tuple[tuple[Any, ...], Tensor] | None = None
 
     def integer_product(self, x: Tensor) -> Tensor | None:
-        """What the layer gives for rows of x by the integer kernels; None where they do not serve."""
+        """The product of x (…, inputs) and the weight by the integer kernels; None where they do not serve."""
         bias: Tensor | None = self.bias
         if not native.serves(x, bias) or (coding := input_coding(self.input_quantizer)) is None:
             return None
-        if (panels := self._panels or self._make_panels()) is None or x.shape[-1:] != (panels.inputs,):
+        if (panels := self.panels()) is None or x.shape[-1:] != (panels.inputs,):
             return None
         rows = native.quantize_shared(x, coding)
         if rows is None:
@@ -134,36 +142,45 @@ class PackedLayer(nn.Module):
             self._bias = state, native.padded_bias(bias, panels)
         return self._bias[1]
 
-    def _make_panels(self) -> native.Panels | None:
-        """The weight as kernels read it. It takes the place of the codes, unless another layer shares them."""
-        layer, fmt = self.owner[0] if self.owner else self, self.weight_format
-        codes = unpack_codes(layer.weight_codes, self.weight_shape[1], fmt)
-        self._panels = make_panels(codes, layer.weight_scale, fmt)
-        if self._panels is not None and not self.owner:
-            del self._buffers["weight_codes"]
-        return self._panels
+    def panels(self) -> native.Panels | None:
+        """The weight as kernels read it, in place of the codes; None if they have no such format or size."""
+        if (panels := self._panels) is not None or not has_kernel(weight=self.weight_format):
+            return panels
+        with _exchange:
+            if self._panels is None:
+                layer = self.owner[0] if self.owner else self
+                codes = unpack_codes(layer.weight_codes, self.weight_shape[1], self.weight_format)
+                self._panels = make_panels(codes, layer.weight_scale, self.weight_format)
+                if self._panels is not None and not self.owner:
+                    del self._buffers["weight_codes"]
+            return self._panels
 
-    def _restore_codes(self) -> None:
-        """Codes as they are in a file again, for whatever reads, writes or moves them."""
-        if self._panels is not None and not self.owner:
-            self._buffers["weight_codes"] = pack_codes(self._panels.codes(), self.weight_format)
-        self._panels = None
+    def drop_panels(self) -> None:
+        """Hold the codes as they are in a file again, for whatever reads, writes or moves them."""
+        with _exchange:
+            if self._panels is not None and not self.owner:
+                self._buffers["weight_codes"] = pack_codes(self._panels.codes(), self.weight_format)
+            self._panels = None
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight_codes" and name not in self._buffers:
-            self._restore_codes()
+        if name == "weight_codes":
+            with _exchange:
+                if name not in self._buffers:
+                    self.drop_panels()
+                return super().__getattr__(name)
         return super().__getattr__(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._restore_codes()
+        self.drop_panels()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        self._restore_codes()
-        super()._save_to_state_dict(*args)
+        with _exchange:
+            self.drop_panels()
+            super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._restore_codes()
+        self.drop_panels()
         super()._load_from_state_dict(*args)
 
     def unpacked(self, rows: Tensor | None = None) -> Tensor:
@@ -184,8 +201,11 @@ class PackedLayer(nn.Module):
 
     def weight_bytes(self) -> int:
         """Bytes of codes, scales and offsets in a file; 0 for a tied layer."""
-        names = () if self.owner else ("weight_codes", "weight_scale", "weight_offset")
-        return sum(tensor.nbytes for name in names if (tensor := getattr(self, name)) is not None)
+        if self.owner:
+            return 0
+        rows, columns = self.weight_shape
+        numbers = sum(tensor.nbytes for tensor in (self.weight_scale, self.weight_offset) if tensor is not None)
+        return rows * bytes_per_row(columns, self.weight_format) + numbers
 
 
 class PackedLinear(PackedLayer, nn.Linear):
@@ -279,7 +299,6 @@ def pack_layers(model: PreTrainedModel) -> None:
                 owner = None  # their scales were learned apart
             packed = make_packed(layer, {} if owner else tensors, owner)
             owners.setdefault(weight, packed)
-    use_kernels(model)
 
 
 def _codes_and_scale(layer: QuantLayer) -> dict[str, Tensor]:
