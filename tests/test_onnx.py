@@ -19,7 +19,7 @@ from bittern.deploy.onnx import export as exporter
 from bittern.deploy.onnx import graph
 from bittern.deploy.onnx.export import export
 from bittern.deploy.onnx.parity import Parity, check, compare, complete, made_up, run, session
-from bittern.deploy.onnx.plan import clamp, may_saturate, pack_blocks
+from bittern.deploy.onnx.plan import Clip, may_saturate, pack_blocks
 from bittern.deploy.packed import PackedConv1D, PackedLayer, PackedLinear
 from bittern.errors import CheckpointError, InputError, ModelError
 from bittern.quantizers import FakeQuant
@@ -138,7 +138,7 @@ def test_wrong_files_are_not_kept(wrong: str, tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(graph, "scales", lambda layer, blocks=1: 1.05 * scales(layer, blocks))
     else:
         codes = graph.integer_codes
-        monkeypatch.setattr(graph, "integer_codes", lambda layer: np.roll(codes(layer), 1, 1))
+        monkeypatch.setattr(graph, "integer_codes", lambda layer: codes(layer).roll(1, 1))
     with refused(ModelError, "relative error", "its arithmetic explains", "not kept"):
         export(source, tmp_path / "out.onnx", samples=16)
     assert tree(tmp_path) == before
@@ -189,11 +189,11 @@ def test_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_blocks(bits: int) -> None:
     """Codes come back from their blocks, bit by bit, whatever is left of the last block."""
-    random, half = np.random.default_rng(0), 2 ** (bits - 1)
-    codes = random.integers(-half, half, (3, 37)).astype(np.int16)
+    half = 2 ** (bits - 1)
+    codes = torch.randint(-half, half, (3, 37), generator=torch.Generator().manual_seed(0)).to(torch.int16)
     packed = pack_blocks(codes, bits, 16)
     assert packed.shape == (3, 3, 2 * bits)
-    flat = np.unpackbits(packed.reshape(3, -1), axis=1, bitorder="little").reshape(3, -1, bits)
+    flat = np.unpackbits(packed.numpy().reshape(3, -1), axis=1, bitorder="little").reshape(3, -1, bits)
     values = (flat * 2 ** np.arange(bits)).sum(-1) - half
     assert np.array_equal(values[:, :37], codes)
     assert not values[:, 37:].any()
@@ -208,19 +208,21 @@ def test_saturation() -> None:
         pairs = np.append(row[0], 0).reshape(-1, 2).astype(int)
         sums = [a * x + b * y for a, b in pairs for x in (0, 255) for y in (0, 255)]
         expected = max(sums) > 32767 or min(sums) < -32768
-        assert may_saturate(row) == expected
+        assert may_saturate(torch.from_numpy(row)) == expected
         seen.add(bool(expected))
     assert seen == {True, False}
-    assert not may_saturate(np.full((2, 8), 64, np.int16))
+    assert not may_saturate(torch.full((2, 8), 64, dtype=torch.int16))
 
 
-def test_clamp() -> None:
+def test_clip() -> None:
     """A quantizer without its rounding keeps the clip and the static range, and changes nothing between."""
     quantizer = FakeQuant(Format(bits=4, scheme="asymmetric", range="static", clip=1.5))
     quantizer.set_scale(torch.tensor(0.1), torch.tensor(-0.5))
     x = torch.tensor([-9.0, -0.5, 0.33, 0.99, 1.2, 9.0])
-    assert torch.allclose(clamp(x, quantizer), torch.tensor([-0.5, -0.5, 0.33, 0.99, 1.0, 1.0]))
-    assert torch.allclose(clamp(x, quantizer, ranged=False), torch.tensor([-1.5, -0.5, 0.33, 0.99, 1.2, 1.5]))
+    assert torch.allclose(Clip(quantizer, ranged=True)(x), torch.tensor([-0.5, -0.5, 0.33, 0.99, 1.0, 1.0]))
+    assert torch.allclose(Clip(quantizer, ranged=False)(x), torch.tensor([-1.5, -0.5, 0.33, 0.99, 1.2, 1.5]))
+    free = FakeQuant(Format())
+    assert Clip(free, ranged=True)(x) is x
 
 
 def test_compare() -> None:

@@ -184,17 +184,19 @@ class PackedLayer(nn.Module):
         super()._load_from_state_dict(*args)
 
     def unpacked(self, rows: Tensor | None = None) -> Tensor:
-        """The weight's values (rows, columns), or those of the given rows, in the model's type."""
+        """The weight's values (rows, columns), or those of the given rows (…, columns), in the model's type."""
         layer = self.owner[0] if self.owner else self
         codes, scale, offset = layer.weight_codes, layer.weight_scale, layer.weight_offset
         if rows is not None:
-            codes = codes[rows]
-            scale = scale[rows] if scale.dim() else scale
-            offset = offset[rows] if offset is not None and offset.dim() else offset
+            flat = rows.flatten()
+            codes = codes[flat]
+            scale = scale[flat] if scale.dim() else scale
+            offset = offset[flat] if offset is not None and offset.dim() else offset
         values = decode(
             unpack_codes(codes, layer.weight_shape[1], layer.weight_format), layer.weight_format, scale, offset
         )
-        return values.to(self.weight.dtype)
+        values = values.to(self.weight.dtype)
+        return values if rows is None else values.view(*rows.shape, -1)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         return x if self.input_quantizer is None else self.input_quantizer(x)
@@ -244,7 +246,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
 class PackedEmbedding(PackedLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
-        return self.unpacked(input.flatten()).view(*input.shape, -1)
+        return self.unpacked(input)
 
 
 class PackedScaledEmbedding(ScaledEmbedding, PackedEmbedding):

@@ -22,7 +22,7 @@ from bittern.data import load_data
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.files import atomic_folder, check_output
 from bittern.deploy.onnx.parity import check, compare, complete, made_up, run, run_file
-from bittern.deploy.onnx.plan import Form, Plan, integer_codes, may_saturate, plan, rounding
+from bittern.deploy.onnx.plan import Form, Plan, integer_codes, may_saturate, plan, remove_rounding, round_inputs
 from bittern.deploy.packed import PackedLayer
 from bittern.deploy.store import REPORT, copy_processors, load
 from bittern.errors import InputError, ModelError, first_line
@@ -32,7 +32,7 @@ from bittern.progress import Track, silent
 NEEDED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
-@native.disabled()  # kernels would not see how `rounding` changes the layers
+@native.disabled()  # kernels would not see what is done to the layers
 def export(
     source: str | Path,
     out: str | Path,
@@ -71,18 +71,19 @@ def export(
     layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedLayer)}
     plans = {name: plan(layer, form, dynamic) for name, layer in layers.items()}
     simulated = run(model, track(batches, "simulated"))
-    with rounding(model, plans, exact=True):
-        exact = run(model, track(batches, "exact"))
-    with rounding(model, plans):
-        twin = run(model, track(batches, "twin"))
+    remove_rounding(model)
+    exact = run(model, track(batches, "exact"))
+    round_inputs(layers, plans)
+    reference = run(model, track(batches, "reference"))
+    onnx_graph.use_operators(layers, plans, safe)
     try:
-        graph = onnx_graph.trace(model, made_up(model, 2), list(simulated), plans)
+        graph = onnx_graph.trace(model, made_up(model, 2), list(simulated))
     except Exception as error:  # torch.export raises whatever the model's code meets
         raise ModelError(f"torch.onnx cannot export {type(model).__name__}: {first_line(error)}") from error
-    onnx_graph.lower(graph, layers, plans, safe)
+    onnx_graph.finish(graph, plans)
     with _written(Path(out), force) as (file, report):
         onnx_graph.save(graph, file)
-        parity = compare(run_file(file, list(simulated), track(batches, "file")), simulated, exact, twin)
+        parity = compare(run_file(file, list(simulated), track(batches, "file")), simulated, exact, reference)
         check(parity)
         result = {
             "source": str(source),

@@ -1,7 +1,7 @@
-"""Packed models as ONNX graphs of integer arithmetic: the trace, and the form that each layer gets.
+"""Packed models as ONNX graphs of integer arithmetic.
 
-torch.export sees each packed layer as one opaque node that bears its name; afterwards the node is replaced by integer
-arithmetic with the layer's own codes and scales. So no pattern is searched for, and no float weight is ever exported.
+While torch.export traces the model, each packed layer computes with the operators that the file shall have, on its own
+codes and scales. So no pattern is searched for afterwards, and no float weight is ever exported.
 """
 
 from __future__ import annotations
@@ -12,83 +12,135 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from onnx_ir.passes import common
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bittern.attention import use_attention
-from bittern.deploy.onnx.plan import (
-    Array,
-    Plan,
-    clamp,
-    integer_codes,
-    may_saturate,
-    owner_of,
-    pack_blocks,
-    rounding,
-    scales,
-    swapped,
-    zero_point,
-)
-from bittern.deploy.packed import PackedConv1D, PackedEmbedding, PackedLayer, PackedLinear
+from bittern.deploy.onnx.plan import Plan, integer_codes, may_saturate, pack_blocks, scales, zero_point
+from bittern.deploy.packed import PackedLayer
 
 OPSET, OPSET_INT2 = 21, 25  # INT4 weights came with 21, INT2 with 25
-DOMAIN, MICROSOFT = "bittern", "com.microsoft"
+MICROSOFT = "com.microsoft"
 LARGEST = 1_900_000_000  # bytes of weights in one file, which protobuf limits to 2 GiB
 COMPUTES = ("MatMul", "Gemm", "Conv", "Softmax", "LayerNormalization", "Gelu", "Erf", "Tanh", "Attention")
+INTEGERS = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
+
+
+# ---- the operators of a layer
+
+
+def use_operators(layers: Mapping[str, PackedLayer], plans: Mapping[str, Plan], safe: bool) -> None:
+    """Let packed layers compute with the operators of their plans when they are traced, in place.
+
+    What the operators read becomes buffers, so that it has the layer's name in the file. safe: weights that may
+    saturate as signed bytes are stored unsigned.
+    """
+    for name, layer in layers.items():
+        known = plans[name]
+        for part, tensor in _stored(layer, known, safe).items():
+            layer.register_buffer(part, tensor)
+        # on the instance: other models of this process keep their methods
+        vars(layer)["unpacked"] = partial(_weight, layer, known)
+        if known.input is not None:
+            vars(layer)["integer_product"] = partial(_product, layer, known)
+
+
+def _stored(layer: PackedLayer, known: Plan, safe: bool) -> dict[str, Tensor | None]:
+    """What the operators of a layer read beside its input and bias."""
+    if known.kind == "float":
+        return {"values": layer.unpacked()}
+    codes = integer_codes(layer)
+    blocks = -(-layer.weight_shape[1] // known.block) if known.block else 1
+    if known.kind == "rows":
+        return {"codes": pack_blocks(codes, known.bits, known.block), "scale": scales(layer)}
+    if known.kind == "nbits":
+        return {"codes": pack_blocks(codes, known.bits, known.block), "scales": scales(layer, blocks)}
+    if known.kind == "portable":
+        return {"codes": codes.to(torch.int8).t().contiguous(), "scales": scales(layer, blocks).t().contiguous()}
+    scale = scales(layer)[:, 0].contiguous()
+    if known.kind == "stored":
+        return {"codes": codes.to(torch.int8), "scale": scale}
+    found = {"codes": codes.to(torch.int8).t().contiguous(), "scale": scale, "zero": None}
+    if safe and may_saturate(codes):  # unsigned codes take a kernel that adds in 32 bits
+        unsigned = (codes + 128).to(torch.uint8).t().contiguous()
+        found |= {"codes": unsigned, "zero": torch.full((len(codes),), 128, dtype=torch.uint8)}
+    if known.kind == "static":
+        assert known.input is not None
+        assert known.input.scale is not None
+        assert known.input.offset is not None
+        zero = zero_point(known.input.scale, known.input.offset).to(torch.uint8)
+        found |= {"input_scale": known.input.scale.detach().reshape(()), "input_zero": zero.reshape(())}
+    return found
+
+
+def _op(
+    kind: str, inputs: Sequence[Tensor | None], shape: Sequence[Any], dtype: torch.dtype = torch.float32, **given: Any
+) -> Tensor:
+    """A node of the file: its operator, inputs, attributes, and the shape and type of its output."""
+    version = 1 if kind.startswith(MICROSOFT) else None
+    return torch.onnx.ops.symbolic(kind, inputs, given, dtype=dtype, shape=shape, version=version)
+
+
+def _product(layer: Any, known: Plan, x: Tensor) -> Tensor:
+    """The layer's output for x (…, columns): (…, rows)."""
+    (rows, columns), shape = layer.weight_shape, (*x.shape[:-1], layer.weight_shape[0])
+    x = x if known.clip is None else known.clip(x)
+    if known.kind == "nbits":
+        inputs = (x, layer.codes, layer.scales, None, None, layer.bias)
+        sizes = {"K": columns, "N": rows, "bits": known.bits, "block_size": known.block}
+        return _op(f"{MICROSOFT}::MatMulNBits", inputs, shape, **sizes, accuracy_level=4)
+    if known.kind == "portable":
+        coded = (layer.codes, layer.scales)
+        weight = _op("DequantizeLinear", coded, layer.codes.shape, axis=0, block_size=known.block)
+        out = _op("MatMul", (x, weight), shape)
+        return out if layer.bias is None else out + layer.bias
+    if known.kind == "static":
+        scale, zero = layer.input_scale, layer.input_zero
+        byte = _op("QuantizeLinear", (x, scale, zero), x.shape, torch.uint8)
+    else:
+        types, shapes = (torch.uint8, torch.float32, torch.uint8), (x.shape, (), ())
+        byte, scale, zero = torch.onnx.ops.symbolic_multi_out(
+            "DynamicQuantizeLinear", (x,), dtypes=types, shapes=shapes
+        )
+    inputs = (byte, layer.codes, scale, layer.scale, zero, layer.zero, layer.bias)
+    return _op(f"{MICROSOFT}::MatMulIntegerToFloat", inputs, shape)
+
+
+def _weight(layer: Any, known: Plan, ids: Tensor | None = None) -> Tensor:
+    """A weight (rows, columns) that is computed with in float, or the given rows of an embedding (…, columns)."""
+    if known.kind == "rows":
+        assert ids is not None
+        return _rows(layer, known, ids)
+    coded = known.kind != "float"
+    weight = _op("DequantizeLinear", (layer.codes, layer.scale), layer.weight_shape, axis=0) if coded else layer.values
+    return weight if ids is None else F.embedding(ids, weight)
+
+
+def _rows(layer: Any, known: Plan, ids: Tensor) -> Tensor:
+    """The rows `ids` of an embedding (…, columns): the bytes that are read, split into codes."""
+    columns, per_byte, same = layer.weight_shape[1], 8 // known.bits, [0] * ids.dim()
+    whole, parts = (*ids.shape, columns), (*ids.shape, columns // per_byte, per_byte)
+    byte = partial(torch.tensor, dtype=torch.uint8)
+    codes = _op("Gather", (layer.codes, ids), (*ids.shape, *layer.codes.shape[1:]), torch.uint8, axis=0)
+    if per_byte > 1:
+        codes = _op("Reshape", (codes, torch.tensor([*same, -1, 1])), (*parts[:-1], 1), torch.uint8)
+        shifts = byte(list(range(0, 8, known.bits)))
+        codes = _op("BitShift", (codes, shifts), parts, torch.uint8, direction="RIGHT")
+        codes = _op("BitwiseAnd", (codes, byte(2**known.bits - 1)), parts, torch.uint8)
+    codes = _op("Reshape", (codes, torch.tensor([*same, columns])), whole, torch.uint8)
+    return (codes.float() - 2 ** (known.bits - 1)) * F.embedding(ids, layer.scale)
 
 
 # ---- the trace
-
-
-def _opaque(kind: str, inputs: Sequence[Tensor], layer: str, shape: Sequence[Any]) -> Tensor:
-    """A node of ours with the layer's name."""
-    return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{kind}", inputs, {"layer": layer}, dtype=torch.float32, shape=shape, version=1
-    )
-
-
-@contextmanager
-def _opaque_layers(model: nn.Module, plans: Mapping[str, Plan]) -> Iterator[None]:
-    """Packed layers compute nothing and are one node each; quantizers only clip."""
-    names = {module: name for name, module in model.named_modules()}
-    linear = PackedLinear.forward
-
-    def unpacked(self: PackedLayer) -> Tensor:
-        return _opaque("weight", (self.weight,), names[self], self.weight_shape)
-
-    def multiply(self: Any, x: Tensor) -> Tensor:
-        known, own = plans[names[self]], self.input_quantizer
-        if not known.multiplies:
-            return linear(self, x)
-        if own is not None:
-            x = clamp(x, own, ranged=known.clips(own))
-        inputs = (x,) if self.bias is None else (x, self.bias)
-        return _opaque("linear", inputs, names[self], (*x.shape[:-1], self.weight_shape[0]))
-
-    def look_up(self: Any, input: Tensor) -> Tensor:
-        if plans[names[self]].kind != "rows":
-            return nn.functional.embedding(input, self.unpacked())
-        return _opaque("embedding", (input,), names[self], (*input.shape, self.weight_shape[1]))
-
-    with (
-        rounding(model, plans, exact=True),
-        swapped(
-            {
-                (PackedLayer, "unpacked"): unpacked,
-                (PackedLinear, "forward"): multiply,
-                (PackedConv1D, "forward"): multiply,
-                (PackedEmbedding, "forward"): look_up,
-            }
-        ),
-    ):
-        yield
 
 
 class _Positional(nn.Module):
@@ -105,11 +157,21 @@ class _Positional(nn.Module):
         return tuple(out[name] for name in self.outputs)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's warnings, which tell of much that is no fault."""
+    was = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(was)
+
+
 @torch.no_grad()
-def trace(
-    model: PreTrainedModel, batch: Mapping[str, Tensor], outputs: Sequence[str], plans: Mapping[str, Plan]
-) -> ir.Model:
-    """The model as an ONNX graph with one node `bittern::…` for each packed layer; batch and length are dynamic."""
+def trace(model: PreTrainedModel, batch: Mapping[str, Tensor], outputs: Sequence[str]) -> ir.Model:
+    """Turn a model into an ONNX graph with these outputs, whose batch and lengths may vary."""
     use_attention(model)
     sizes: dict[str, tuple[str | None, ...]]
     sizes = {"pixel_mask": ("height", "width"), "decoder_input_ids": ("decoder_length",)}
@@ -119,168 +181,41 @@ def trace(
         {i: size for i, size in enumerate(("batch", *sizes.get(name, ("length",) * (values.dim() == 2)))) if size}
         for name, values in batch.items()
     )
-    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")}
-    with warnings.catch_warnings(), _opaque_layers(model, plans):
-        warnings.simplefilter("ignore")
-        for name in levels:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            program = torch.onnx.export(
-                _Positional(model, list(batch), outputs).eval(),
-                tuple(batch.values()),
-                dynamo=True,
-                verbose=False,
-                opset_version=OPSET,
-                input_names=list(batch),
-                output_names=list(outputs),
-                dynamic_shapes=(dynamic,),
-            )
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+    with _quiet():
+        program = torch.onnx.export(
+            _Positional(model, list(batch), outputs).eval(),
+            tuple(batch.values()),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=list(batch),
+            output_names=list(outputs),
+            dynamic_shapes=(dynamic,),
+        )
     assert program is not None
     return program.model
 
 
-# ---- the forms
-
-
-class Lowering:
-    """Replaces the opaque nodes of a graph; what layers share (a quantized input, tied codes) is written once."""
-
-    def __init__(self, graph: ir.Graph, layers: Mapping[str, PackedLayer], plans: Mapping[str, Plan], safe: bool):
-        self.graph, self.layers, self.plans, self.safe = graph, layers, plans, safe
-        self.constants: dict[object, ir.Value] = {}
-        self.quantized: dict[object, tuple[ir.Value, ...]] = {}
-
-    def run(self) -> None:
-        for node in list(self.graph):
-            if node.domain == DOMAIN:
-                name = node.attributes["layer"].as_string()
-                self.tape = ir.tape.Tape()
-                old = node.outputs[0]
-                new = getattr(self, f"_{node.op_type}")(node, name, self.layers[name], self.plans[name])
-                new.shape, new.dtype = old.shape, ir.DataType.FLOAT
-                ir.convenience.replace_nodes_and_values(self.graph, node, [node], self.tape.nodes, [old], [new])
-
-    def _op(self, kind: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any) -> ir.Value:
-        return self.tape.op(kind, inputs, attributes, domain=domain)
-
-    def _constant(self, name: str, values: Array | ir.TensorProtocol, key: object = None) -> ir.Value:
-        """An initializer, written once for each key."""
-        key = name if key is None else key
-        if key not in self.constants:
-            tensor = ir.tensor(values, name=name) if isinstance(values, np.ndarray) else values
-            value = ir.Value(
-                name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype)
-            )
-            self.graph.initializers[name] = self.constants[key] = value
-        return self.constants[key]
-
-    def _packed(self, name: str, layer: PackedLayer, known: Plan) -> ir.Value:
-        """Codes in blocks of bytes, which tied layers share."""
-        key = (owner_of(layer), known.bits, known.block)
-        if key in self.constants:
-            return self.constants[key]
-        return self._constant(f"{name}.codes", pack_blocks(integer_codes(layer), known.bits, known.block), key)
-
-    def _embedding(self, node: ir.Node, name: str, layer: PackedLayer, known: Plan) -> ir.Value:
-        """The bytes of the rows that are read, split into codes."""
-        ids, columns = node.inputs[0], layer.weight_shape[1]
-        assert ids is not None
-        rank = len(ids.shape or ())
-        kept, per_byte = [0] * rank, 8 // known.bits
-        codes = self._op("Gather", [self._packed(name, layer, known), ids], axis=0)
-        if per_byte > 1:
-            shape = self._constant(f"bytes.{rank}", np.array([*kept, -1, 1]))
-            shifts = self._constant(f"shifts.{known.bits}", (known.bits * np.arange(per_byte)).astype(np.uint8))
-            mask = self._constant(f"mask.{known.bits}", np.array(2**known.bits - 1, np.uint8))
-            codes = self._op("BitShift", [self._op("Reshape", [codes, shape]), shifts], direction="RIGHT")
-            codes = self._op("BitwiseAnd", [codes, mask])
-        flat = self._op("Reshape", [codes, self._constant(f"columns.{rank}.{columns}", np.array([*kept, columns]))])
-        zero = self._constant(f"zero.{known.bits}", np.array(2 ** (known.bits - 1), np.float32))
-        centred = self._op("Sub", [self._op("Cast", [flat], to=ir.DataType.FLOAT), zero])
-        factors = self._constant(f"{name}.scale", scales(layer))
-        return self._op("Mul", [centred, self._op("Gather", [factors, ids], axis=0)])
-
-    def _weight(self, node: ir.Node, name: str, layer: PackedLayer, known: Plan) -> ir.Value:
-        """A weight (rows, columns) that is computed with in float."""
-        if known.kind == "float":
-            values = self._constant(f"{name}.values", layer.unpacked().numpy(), (owner_of(layer), "values"))
-            return self._op("Identity", [values])
-        codes = self._constant(f"{name}.codes", integer_codes(layer).astype(np.int8))
-        return self._op("DequantizeLinear", [codes, self._constant(f"{name}.scale", scales(layer)[:, 0])], axis=0)
-
-    def _linear(self, node: ir.Node, name: str, layer: PackedLayer, known: Plan) -> ir.Value:
-        x, bias = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
-        assert x is not None
-        form = {"nbits": self._blocks, "portable": self._standard}.get(known.kind, self._integers)
-        return form(x, bias, name, layer, known)
-
-    def _integers(self, x: ir.Value, bias: ir.Value | None, name: str, layer: PackedLayer, known: Plan) -> ir.Value:
-        codes, zero = integer_codes(layer).astype(np.int8), None
-        if self.safe and may_saturate(codes):  # unsigned codes take a kernel that adds in 32 bits
-            codes = (codes.astype(np.int16) + 128).astype(np.uint8)
-            zero = self._constant(f"{name}.zero", np.full(len(codes), 128, np.uint8))
-        byte, scale, offset = self._bytes(x, known)
-        weight = self._constant(f"{name}.codes", np.ascontiguousarray(codes.T))
-        factors = self._constant(f"{name}.scale", scales(layer)[:, 0])
-        return self._op("MatMulIntegerToFloat", [byte, weight, scale, factors, offset, zero, bias], MICROSOFT)
-
-    def _blocks(self, x: ir.Value, bias: ir.Value | None, name: str, layer: PackedLayer, known: Plan) -> ir.Value:
-        rows, columns = layer.weight_shape
-        factors = self._constant(f"{name}.scales", scales(layer, -(-columns // known.block)))
-        return self._op(
-            "MatMulNBits",
-            [x, self._packed(name, layer, known), factors, None, None, bias],
-            MICROSOFT,
-            K=columns,
-            N=rows,
-            bits=known.bits,
-            block_size=known.block,
-            accuracy_level=4,
-        )
-
-    def _standard(self, x: ir.Value, bias: ir.Value | None, name: str, layer: PackedLayer, known: Plan) -> ir.Value:
-        kind = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}[known.bits]
-        codes = np.ascontiguousarray(integer_codes(layer).T).astype(kind.numpy())
-        factors = np.ascontiguousarray(scales(layer, -(-layer.weight_shape[1] // known.block)).T)
-        inputs = [
-            self._constant(f"{name}.codes", ir.Tensor(codes, kind, name=f"{name}.codes")),
-            self._constant(f"{name}.scales", factors),
-        ]
-        out = self._op("MatMul", [x, self._op("DequantizeLinear", inputs, axis=0, block_size=known.block)])
-        return out if bias is None else self._op("Add", [out, bias])
-
-    def _bytes(self, x: ir.Value, known: Plan) -> tuple[ir.Value, ...]:
-        """x as unsigned bytes, their scale and their zero point."""
-        if known.kind == "dynamic":
-            if (x, None) not in self.quantized:
-                self.quantized[x, None] = tuple(self.tape.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3))
-            return self.quantized[x, None]
-        assert known.input is not None
-        assert known.input.scale is not None
-        assert known.input.offset is not None
-        step, zero = known.input.scale.item(), int(zero_point(known.input.scale, known.input.offset).item())
-        if (x, step, zero) not in self.quantized:
-            scale = self._constant(f"step.{step!r}", np.array(step, np.float32))
-            offset = self._constant(f"zero.u8.{zero}", np.array(zero, np.uint8))
-            self.quantized[x, step, zero] = self._op("QuantizeLinear", [x, scale, offset]), scale, offset
-        return self.quantized[x, step, zero]
-
-
-def lower(model: ir.Model, layers: Mapping[str, PackedLayer], plans: Mapping[str, Plan], safe: bool) -> None:
-    """Replace every opaque node, in place. safe: unsigned weights where signed ones may saturate."""
-    common.CommonSubexpressionEliminationPass()(model)  # equal clips of one tensor, so that its bytes are shared
-    Lowering(model.graph, layers, plans, safe).run()
-    used = {MICROSOFT: 1} if any(n.domain == MICROSOFT for n in model.graph) else {}
-    ternary = any(known.kind == "portable" and known.bits == 2 for known in plans.values())
-    model.graph.opset_imports.clear()
-    model.graph.opset_imports.update({"": OPSET_INT2 if ternary else OPSET} | used)
-    _keep_norms_apart(model.graph)
-    _forget_shapes(model.graph)
+def finish(model: ir.Model, plans: Mapping[str, Plan]) -> None:
+    """Make a traced graph what onnxruntime runs fastest, in place."""
+    graph, ternary = model.graph, any(known.kind == "portable" and known.bits == 2 for known in plans.values())
+    for value in list(graph.initializers.values()):
+        assert value.const_value is not None
+        value.name = str(value.name).removeprefix("model.")
+        value.metadata_props.clear()
+        known, kind = plans.get(value.name.removesuffix(".codes")), value.const_value.dtype
+        if known and known.kind == "portable":
+            kind = INTEGERS[known.bits]  # which PyTorch lacks
+        array = np.asarray(value.const_value.numpy().astype(kind.numpy(), copy=False), order="C")
+        value.const_value, value.dtype = ir.Tensor(array, kind, name=value.name), kind
     common.RemoveUnusedNodesPass()(model)
-    common.DeduplicateInitializersPass()(model)
+    common.DeduplicateHashedInitializersPass(size_limit=LARGEST)(model)  # tied codes and scales of equal inputs once
+    common.CommonSubexpressionEliminationPass()(model)  # inputs that layers share are clipped and quantized once
+    used = {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in graph) else {}
+    graph.opset_imports.clear()
+    graph.opset_imports.update({"": OPSET_INT2 if ternary else OPSET} | used)
+    _keep_norms_apart(graph)
+    _forget_shapes(graph)
     common.ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.ir_version = "bittern", 13 if ternary else 10
 
@@ -308,8 +243,11 @@ def _forget_shapes(graph: ir.Graph) -> None:
                 value.shape = None
 
 
+# ---- the file
+
+
 def float_nodes(model: ir.Model) -> dict[str, int]:
-    """How many operators still compute in float, of those that take time."""
+    """Count the operators that still compute in float, of those that take time."""
     counts = Counter(node.op_type for node in model.graph.all_nodes() if node.op_type in COMPUTES)
     return dict(counts.most_common())
 

@@ -1,27 +1,40 @@
-"""How each packed layer is written to ONNX, and what that rounds: plans, integer codes, models to compare with."""
+"""How each packed layer is written to ONNX: its plan, its integer codes, and what the plan rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from math import inf
+from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bittern.attention import Site
-from bittern.deploy.packed import PackedConv2d, PackedEmbedding, PackedLayer, unpack_codes
-from bittern.layers import QuantLayer
+from bittern.deploy.packed import PackedConv2d, PackedEmbedding, PackedLayer, pack_codes, unpack_codes
+from bittern.layers import fake_quants
 from bittern.quantizers import FakeQuant, code_range
 from bittern.recipe import Format
 
 BLOCKS = {2: 64, 4: 128, 8: 128}  # bits → inputs that share a scale, where onnxruntime is fastest
 
 Form = Literal["int8", "nbits", "portable"]
-Array = NDArray[Any]
+
+
+class Clip(FakeQuant):
+    """A quantizer without its rounding: what is left is its clip and, if `ranged`, its static range."""
+
+    def __init__(self, own: FakeQuant, ranged: bool):
+        super().__init__(own.format, own.name)
+        fmt, clip = own.format, own.format.clip or inf
+        low, high = -inf, inf
+        if ranged and own.scale is not None and fmt.kind == "uniform" and fmt.granularity == "tensor":
+            scale, base = own.scale.item(), 0.0 if own.offset is None else own.offset.item()
+            low, high = (base + code * scale for code in code_range(fmt))
+        self.low, self.high = (min(max(bound, low), high) for bound in (-clip, clip))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.high == inf else x.clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -32,26 +45,20 @@ class Plan:
     block (without that it unpacks all weights in each call); `portable` is DequantizeLinear and MatMul; `rows` an
     embedding that unpacks the rows it reads; `stored` are integer weights computed in float (of convolutions); `float`
     are float weights, for the reason `why`.
-    bits, block: of the stored codes, and how many inputs share a scale. input: what rounds the input, if anything.
+    bits, block: of the stored codes, and how many inputs share a scale. clip, input: what bounds and then rounds the
+    input of a layer that multiplies, if anything.
     """
 
     kind: Literal["static", "dynamic", "nbits", "portable", "rows", "stored", "float"]
     bits: int = 8
     block: int = 0
+    clip: Clip | None = None
     input: FakeQuant | None = None
     why: str = ""
 
-    @property
-    def multiplies(self) -> bool:
-        return self.kind in ("static", "dynamic", "nbits", "portable")
-
-    def clips(self, own: FakeQuant) -> bool:
-        """Whether the file clips the input of a multiplying layer to its static range, beyond what bytes do."""
-        return self.kind == "static" and own.format.bits < 8
-
 
 def plan(layer: PackedLayer, form: Form, dynamic: bool) -> Plan:
-    """The form of one packed layer. dynamic: find the range of inputs at run time even if a static scale is known."""
+    """Choose the form of one packed layer. dynamic: find ranges of inputs at run time in place of static scales."""
     fmt, own = layer.weight_format, layer.input_quantizer
     grouped = fmt.granularity == "group"
     symmetric = fmt.kind in ("ternary", "binary") or (fmt.kind == "uniform" and fmt.scheme == "symmetric")
@@ -73,16 +80,16 @@ def plan(layer: PackedLayer, form: Form, dynamic: bool) -> Plan:
     rounds = own is not None and own.format.kind == "uniform" and own.format.bits <= 8
     tied = bool(layer.owner)  # bytes would be a second copy
     if own is not None and rounds and not grouped and not tied and (form == "int8" or bits == 8):
-        static = own.format.range == "static" and not dynamic
-        return Plan("static" if static else "dynamic", input=_file_input(own, static))
+        if own.format.range == "static" and not dynamic:
+            return Plan("static", clip=Clip(own, ranged=own.format.bits < 8), input=_static_bytes(own))
+        return Plan("dynamic", clip=Clip(own, ranged=False), input=FakeQuant(Format(scheme="asymmetric")))
     by_block = Format(granularity="token") if columns % block else Format(granularity="group", group_size=block)
-    return Plan("portable" if form == "portable" else "nbits", bits, block, FakeQuant(by_block))
+    clip = None if own is None else Clip(own, ranged=False)
+    return Plan("portable" if form == "portable" else "nbits", bits, block, clip, FakeQuant(by_block))
 
 
-def _file_input(own: FakeQuant, static: bool) -> FakeQuant:
-    """The quantizer of unsigned bytes that integer runtimes have, with the range of our own."""
-    if not static:
-        return FakeQuant(Format(scheme="asymmetric"))
+def _static_bytes(own: FakeQuant) -> FakeQuant:
+    """The quantizer of unsigned bytes that integer runtimes have, with the static range of our own."""
     assert own.scale is not None
     low = code_range(own.format)[0] * own.scale if own.offset is None else own.offset
     quantizer = FakeQuant(Format(bits=own.format.bits, scheme="asymmetric", range="static"))
@@ -95,16 +102,20 @@ def zero_point(scale: Tensor, low: Tensor) -> Tensor:
     return (-low / scale).round().clamp(0, 255)
 
 
-def clamp(x: Tensor, quantizer: FakeQuant, ranged: bool = True) -> Tensor:
-    """x within its format's clip and, if `ranged`, its static range: what is left of a quantizer without rounding."""
-    fmt = quantizer.format
-    if fmt.clip is not None:
-        x = x.clamp(-fmt.clip, fmt.clip)
-    if ranged and quantizer.scale is not None and fmt.kind == "uniform" and fmt.granularity == "tensor":
-        scale, base = quantizer.scale.item(), 0.0 if quantizer.offset is None else quantizer.offset.item()
-        low, high = code_range(fmt)
-        x = x.clamp(base + low * scale, base + high * scale)
-    return x
+def remove_rounding(model: nn.Module) -> None:
+    """Let a packed model round no activation, in place; clips stay, and so do static ranges of the inputs of layers."""
+    for name, quantizer in list(fake_quants(model)):
+        probabilities = name.endswith("quantize_map") and (quantizer.format.clip or 1) >= 1  # no clip reaches them
+        clip = nn.Identity() if probabilities else Clip(quantizer, ranged=name.endswith("input_quantizer"))
+        model.set_submodule(name, clip)
+
+
+def round_inputs(layers: Mapping[str, PackedLayer], plans: Mapping[str, Plan]) -> None:
+    """Let layers round their inputs in PyTorch as their plans do, in place."""
+    for name, known in plans.items():
+        if known.input is not None:
+            steps = nn.Sequential(*filter(None, (known.clip, known.input)))
+            layers[name].input_quantizer = steps  # type: ignore[assignment]
 
 
 def owner_of(layer: PackedLayer) -> PackedLayer:
@@ -112,79 +123,31 @@ def owner_of(layer: PackedLayer) -> PackedLayer:
     return layer.owner[0] if layer.owner else layer
 
 
-def integer_codes(layer: PackedLayer) -> Array:
+def integer_codes(layer: PackedLayer) -> Tensor:
     """int16 codes (rows, columns)."""
-    codes = unpack_codes(owner_of(layer).weight_codes, layer.weight_shape[1], layer.weight_format)
-    return codes.to(torch.int16).cpu().numpy()
+    return unpack_codes(owner_of(layer).weight_codes, layer.weight_shape[1], layer.weight_format).to(torch.int16)
 
 
-def scales(layer: PackedLayer, blocks: int = 1) -> Array:
+def scales(layer: PackedLayer, blocks: int = 1) -> Tensor:
     """float32 scales (rows, blocks)."""
-    rows, scale = layer.weight_shape[0], owner_of(layer).weight_scale.float().cpu()
+    scale = owner_of(layer).weight_scale.float()
     if layer.weight_format.granularity == "group":
-        return np.repeat(scale.flatten(1).numpy(), blocks // scale.shape[1], 1)
-    found: Array = scale.reshape(-1, 1).expand(rows, blocks).contiguous().numpy()
-    return found
+        return scale.flatten(1).repeat_interleave(blocks // scale.shape[1], 1)  # (rows, groups, 1) → (rows, blocks)
+    return scale.reshape(-1, 1).expand(layer.weight_shape[0], blocks).contiguous()
 
 
-def may_saturate(codes: Array) -> bool:
-    """Whether two neighbouring products of unsigned bytes with these codes can leave 16 bits, where x86 processors
+def may_saturate(codes: Tensor) -> bool:
+    """True if two neighbouring products of unsigned bytes with these codes can leave 16 bits, where x86 processors
     without VNNI add them: 255 (|w1| + |w2|) > 32767."""
-    padded = np.pad(codes.astype(np.int32), ((0, 0), (0, codes.shape[1] % 2)))
-    pairs = padded.reshape(len(codes), -1, 2)
-    high, low = 255 * pairs.clip(0).sum(2), 255 * pairs.clip(None, 0).sum(2)
+    pairs = F.pad(codes.int(), (0, codes.shape[1] % 2)).unflatten(1, (-1, 2))  # (rows, pairs, 2)
+    high, low = 255 * pairs.clamp(min=0).sum(2), 255 * pairs.clamp(max=0).sum(2)
     return bool((high > 32767).any() or (low < -32768).any())
 
 
-def pack_blocks(codes: Array, bits: int, block: int) -> Array:
+def pack_blocks(codes: Tensor, bits: int, block: int) -> Tensor:
     """Codes (rows, columns) → bytes (rows, blocks, bytes of a block), the first code in the low bits.
 
     Zero is the middle of the range; it also fills the last block.
     """
-    unsigned = np.pad(codes, ((0, 0), (0, -codes.shape[1] % block))) + 2 ** (bits - 1)
-    digits = unsigned.reshape(len(codes), -1, block * bits // 8, 8 // bits)
-    packed: Array = (digits << (bits * np.arange(8 // bits))).sum(-1).astype(np.uint8)
-    return packed
-
-
-@contextmanager
-def swapped(methods: Mapping[tuple[type, str], Callable[..., Any]]) -> Iterator[None]:
-    """Classes with other methods inside the block."""
-    was = {(cls, name): cls.__dict__[name] for cls, name in methods}
-    try:
-        for (cls, name), method in methods.items():
-            setattr(cls, name, method)
-        yield
-    finally:
-        for (cls, name), method in was.items():
-            setattr(cls, name, method)
-
-
-@contextmanager
-def rounding(model: nn.Module, plans: Mapping[str, Plan], exact: bool = False) -> Iterator[None]:
-    """Inside, a packed model rounds activations where and as its file does, or nowhere (`exact`); clips stay.
-
-    Static ranges are clips too, where the file has them.
-    """
-    names = {module: name for name, module in model.named_modules()}
-
-    def quantized_input(self: PackedLayer | QuantLayer, x: Tensor) -> Tensor:
-        known, own = plans.get(names[self]), self.input_quantizer
-        multiplies = known is not None and known.multiplies and not exact
-        if own is not None:
-            x = clamp(x, own, ranged=known.clips(own) if known and multiplies else True)
-        return known.input(x) if known and multiplies and known.input else x
-
-    def quantize(self: Site, point: str, x: Tensor) -> Tensor:
-        quantizer = self.quantizer(point)
-        within = point == "map" and quantizer is not None and (quantizer.format.clip or 1) >= 1  # probabilities
-        return x if quantizer is None or within else clamp(x, quantizer, ranged=False)
-
-    with swapped(
-        {
-            (PackedLayer, "quantized_input"): quantized_input,
-            (QuantLayer, "quantized_input"): quantized_input,
-            (Site, "quantize"): quantize,
-        }
-    ):
-        yield
+    whole = F.pad(codes, (0, -codes.shape[1] % block))
+    return pack_codes(whole, Format(bits=bits)).unflatten(1, (-1, block * bits // 8))
