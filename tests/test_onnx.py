@@ -14,7 +14,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from bittern import Format, load, save
+from bittern import Format, Recipe, load, pack, save, simulate
+from bittern.attention import Site
 from bittern.deploy.onnx import export as exporter
 from bittern.deploy.onnx import graph
 from bittern.deploy.onnx.export import export
@@ -22,6 +23,7 @@ from bittern.deploy.onnx.parity import Parity, check, compare, complete, made_up
 from bittern.deploy.onnx.plan import Clip, may_saturate, pack_blocks
 from bittern.deploy.packed import PackedConv1D, PackedLayer, PackedLinear
 from bittern.errors import CheckpointError, InputError, ModelError
+from bittern.layers import QuantLayer
 from bittern.quantizers import FakeQuant
 from families import SUPPORTED
 from helpers import quantized, refused
@@ -86,6 +88,22 @@ def test_families(case: str, tmp_path: Path) -> None:
     for name, values in zip(wanted, found, strict=True):
         error = (torch.from_numpy(values) - wanted[name][0]).norm() / wanted[name][0].norm()
         assert error < result["parity"]["limit"] + 3 * result["parity"]["simulated"], name
+
+
+def test_inputs_without_weights(tmp_path: Path) -> None:
+    """Layers whose inputs alone are quantized keep their clip and float weights, also where Q, K and V share an input;
+    the classes of layers and of attention stay as they are, so that a model beside gives what it gave."""
+    model, batch = SUPPORTED["bert"]()
+    rules = [{"roles": ["qkv"], "input": {"bits": 8, "clip": 2.5}}, {"roles": ["ffn"], "weight": {"bits": 8}}]
+    simulate(model, Recipe.from_dict({"name": "inputs", "rules": rules}), batch)
+    save(pack(model), tmp_path / "model")
+    classes = (PackedLayer, PackedLinear, QuantLayer, Site)
+    before = [dict(vars(cls)) for cls in classes]
+    result = export(tmp_path / "model", tmp_path / "out.onnx", samples=8)
+    assert [dict(vars(cls)) for cls in classes] == before
+    assert result["parity"]["file"] <= result["parity"]["limit"]
+    assert result["layers"] == {"nbits": 4}
+    assert Counter(node.op_type for node in onnx.load(tmp_path / "out.onnx").graph.node)["Clip"] == 2  # one for QKV
 
 
 def test_codes_are_our_own(tmp_path: Path) -> None:
@@ -228,21 +246,25 @@ def test_clip() -> None:
 def test_compare() -> None:
     """Errors are relative norms by hand, the worst output counts, and NaN never passes."""
     exact = {"logits": [torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]])], "pred_boxes": [torch.ones(1, 4)] * 2}
-    twin = {"logits": [torch.tensor([[3.0, 1.0]]), torch.tensor([[0.0, 4.0]])], "pred_boxes": [torch.ones(1, 4)] * 2}
+    reference = {
+        "logits": [torch.tensor([[3.0, 1.0]]), torch.tensor([[0.0, 4.0]])],
+        "pred_boxes": [torch.ones(1, 4)] * 2,
+    }
     file = {"logits": [torch.tensor([[3.0, 0.0]]), torch.tensor([[5.0, 4.0]])], "pred_boxes": [torch.ones(1, 4)] * 2}
-    found = compare(file, exact, exact, twin)
+    found = compare(file, exact, exact, reference)
     limit = 1.5 * (1 + 3 / 2**0.5) * 0.2 + 1e-4
     assert found == Parity(
-        samples=2, error=1.0, largest=5.0, agreement=0.5, drift=1.0, simulated=0.0, file=1.0, twin=0.2, limit=limit
+        samples=2, error=1.0, largest=5.0, agreement=0.5, drift=1.0, simulated=0.0, file=1.0, reference=0.2, limit=limit
     )
+    assert found.to_dict()["twin"] == 0.2  # its name in reports
     with refused(ModelError, "1.00e+00", "9.36e-01"):
         check(found)
-    check(compare(twin, exact, exact, twin))
+    check(compare(reference, exact, exact, reference))
     boxes = file | {"logits": exact["logits"], "pred_boxes": [2 * torch.ones(1, 4)] * 2}
-    assert compare(boxes, exact, exact, twin).error == 1.0
+    assert compare(boxes, exact, exact, reference).error == 1.0
     broken = {name: [torch.full_like(t, torch.nan) for t in values] for name, values in exact.items()}
     with refused(ModelError, "nan"):
-        check(compare(broken, exact, exact, twin))
+        check(compare(broken, exact, exact, reference))
 
 
 def test_inputs_are_completed() -> None:

@@ -8,7 +8,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -47,7 +46,7 @@ def export(
     track: Track = silent,
     **columns: Any,
 ) -> dict[str, Any]:
-    """Write the float, simulated or packed model in folder `source` as ONNX; what the file holds and how near it is.
+    """Write the float, simulated or packed model in folder `source` as ONNX; return the file's contents and its error.
 
     out: a folder for model.onnx, processors and bittern.json; or a file that ends in .onnx, which gets a .json beside.
     form: `int8` stores all codes as bytes and is the fastest; `nbits` stores those of 4 bits and fewer as such, for
@@ -92,7 +91,7 @@ def export(
             "inputs": onnx_graph.shapes(graph.graph.inputs),
             "outputs": onnx_graph.shapes(graph.graph.outputs),
             "data": data or "made up",
-            "parity": asdict(parity),
+            "parity": parity.to_dict(),
             "layers": dict(Counter(known.kind for known in plans.values())),
             "may_saturate": [] if safe else [n for n, m in layers.items() if _may_saturate(m, plans[n])],
             "kept_float": list(_kept_float(model, plans)),
@@ -113,7 +112,7 @@ def _may_saturate(layer: PackedLayer, known: Plan) -> bool:
 
 
 def _kept_float(model: nn.Module, plans: Mapping[str, Plan]) -> Iterator[dict[str, str]]:
-    """Layers with a weight matrix that compute in float, and why."""
+    """Name the layers with a weight matrix that compute in float, and why."""
     for name, module in model.named_modules():
         known = plans.get(name)
         if known is None and isinstance(module, LAYERS):
@@ -153,7 +152,7 @@ def _check_output(out: Path, force: bool) -> None:
 
 @contextmanager
 def _written(out: Path, force: bool) -> Iterator[tuple[Path, Path]]:
-    """Where to write the model and its report: in a temporary folder, renamed to `out` if the block ends well."""
+    """Give places for the model and its report in a temporary folder, renamed to `out` if the block ends well."""
     if out.suffix != ".onnx":
         with atomic_folder(out, force=force) as folder:
             yield folder / "model.onnx", folder / REPORT

@@ -95,9 +95,9 @@ def _product(layer: Any, known: Plan, x: Tensor) -> Tensor:
     (rows, columns), shape = layer.weight_shape, (*x.shape[:-1], layer.weight_shape[0])
     x = x if known.clip is None else known.clip(x)
     if known.kind == "nbits":
-        inputs = (x, layer.codes, layer.scales, None, None, layer.bias)
+        blocks = (x, layer.codes, layer.scales, None, None, layer.bias)
         sizes = {"K": columns, "N": rows, "bits": known.bits, "block_size": known.block}
-        return _op(f"{MICROSOFT}::MatMulNBits", inputs, shape, **sizes, accuracy_level=4)
+        return _op(f"{MICROSOFT}::MatMulNBits", blocks, shape, **sizes, accuracy_level=4)
     if known.kind == "portable":
         coded = (layer.codes, layer.scales)
         weight = _op("DequantizeLinear", coded, layer.codes.shape, axis=0, block_size=known.block)
@@ -137,7 +137,8 @@ def _rows(layer: Any, known: Plan, ids: Tensor) -> Tensor:
         codes = _op("BitShift", (codes, shifts), parts, torch.uint8, direction="RIGHT")
         codes = _op("BitwiseAnd", (codes, byte(2**known.bits - 1)), parts, torch.uint8)
     codes = _op("Reshape", (codes, torch.tensor([*same, columns])), whole, torch.uint8)
-    return (codes.float() - 2 ** (known.bits - 1)) * F.embedding(ids, layer.scale)
+    centred: Tensor = codes.float() - 2 ** (known.bits - 1)
+    return centred * F.embedding(ids, layer.scale)
 
 
 # ---- the trace

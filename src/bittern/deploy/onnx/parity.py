@@ -1,21 +1,21 @@
-"""Whether an exported file does what the simulated model does: inputs, outputs, and the error that rounding explains.
+"""Compare an exported file with the simulated model: inputs, outputs, and the error that rounding explains.
 
 The file and the simulated model round at different places: the file computes attention in float, and its runtime may
 round inputs of layers on another grid (a range per tensor found at run time, or per block of inputs). So the file is
 measured against three models in PyTorch with the same weights: the *simulated* one; the *exact* one, which has all
-clips and rounds no activation; and the *twin*, which rounds as the file does. Two implementations of the same rounding
-drift apart by up to the rounding itself, layer by layer, since an activation near a boundary may fall on either side of
-it; but they stay equally far from the exact model, as far as so few samples tell: the ratio of two such distances over
-n samples scatters by about 1/√n. So the file may be `SLACK` (1 + 3/√n) times as far from the exact model as the twin,
-plus `FLOAT_NOISE`. Its distance from the simulated model is then at most that plus the simulated model's own distance
-from the exact one.
+clips and rounds no activation; and the *reference*, which rounds as the file does. Two implementations of the same
+rounding drift apart by up to the rounding itself, layer by layer, since an activation near a boundary may fall on
+either side of it; but they stay equally far from the exact model, as far as so few samples tell: the ratio of two such
+distances over n samples scatters by about 1/√n. So the file may be `SLACK` (1 + 3/√n) times as far from the exact model
+as the reference, plus `FLOAT_NOISE`. Its distance from the simulated model is then at most that plus the simulated
+model's own distance from the exact one.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isnan, sqrt
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,12 @@ Outputs = dict[str, list[Tensor]]  # by name, batch by batch
 
 @dataclass(frozen=True)
 class Parity:
-    """How near the file is to what it stands for, over all samples; errors are relative, in the 2-norm.
+    """Distances of the file from what it stands for, over all samples; errors are relative, in the 2-norm.
 
     error, largest, agreement: of the file and the simulated model: the error, the largest difference of one output, and
-    the share of samples (tokens, queries) with the same class, if there are classes. drift: of the file from the twin.
-    simulated, file, twin: of each from the exact model; limit: what `file` may be. Of several outputs the worst counts.
+    the share of samples (tokens, queries) with the same class, if there are classes. drift: of the file from the
+    reference. simulated, file, reference: of each from the exact model; limit: what `file` may be. Of several outputs
+    the worst counts.
     """
 
     samples: int
@@ -59,12 +60,16 @@ class Parity:
     drift: float
     simulated: float
     file: float
-    twin: float
+    reference: float
     limit: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of a report, which calls the reference `twin`."""
+        return {"twin" if name == "reference" else name: value for name, value in asdict(self).items()}
 
 
 def made_up(model: PreTrainedModel, samples: int, length: int = 9, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of every kind that the model takes; the second half of two or more texts is padded.
+    """Make random inputs of every kind that the model takes; the second half of two or more texts is padded.
 
     Raises ModelError if the inputs are unusual.
     """
@@ -83,7 +88,7 @@ def made_up(model: PreTrainedModel, samples: int, length: int = 9, seed: int = 0
 
 
 def complete(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs that the file has, in order: masks of ones and token types of zeros where a batch lacks them."""
+    """Return the inputs that the file has, in order, with masks of ones and token types of zeros where they lack."""
     takes, found = inspect.signature(model.forward).parameters, dict(batch)
     if "input_ids" in found:
         found.setdefault("attention_mask", torch.ones_like(found["input_ids"]))
@@ -99,7 +104,7 @@ def complete(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, T
 
 @torch.no_grad()
 def run(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Outputs:
-    """What the model gives, of the outputs that a file of it has."""
+    """Run the model on all batches; keep the outputs that a file of it has. Raises ModelError if there are none."""
     found: Outputs = {}
     for batch in batches:
         out = model(**batch, return_dict=True)
@@ -112,7 +117,10 @@ def run(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Outp
 
 
 def session(file: str | Path, threads: int = 0, optimized: str | Path | None = None) -> Any:
-    """onnxruntime on the CPU. threads: 0 for all; optimized: where to write the graph that it makes of the file."""
+    """Open a file in onnxruntime on the CPU.
+
+    threads: 0 for all; optimized: where to write the graph that onnxruntime makes of the file.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -125,7 +133,7 @@ def session(file: str | Path, threads: int = 0, optimized: str | Path | None = N
 
 
 def run_file(file: str | Path, names: Sequence[str], batches: Iterable[Mapping[str, Tensor]]) -> Outputs:
-    """What the file gives in onnxruntime. Raises ModelError if it cannot be run."""
+    """Run the file in onnxruntime on all batches. Raises ModelError if it cannot be run."""
     found: Outputs = {name: [] for name in names}
     try:
         running = session(file, torch.get_num_threads())
@@ -138,17 +146,17 @@ def run_file(file: str | Path, names: Sequence[str], batches: Iterable[Mapping[s
     return found
 
 
-def compare(file: Outputs, simulated: Outputs, exact: Outputs, twin: Outputs) -> Parity:
-    """How far the outputs of the file are from those of the three models."""
+def compare(file: Outputs, simulated: Outputs, exact: Outputs, reference: Outputs) -> Parity:
+    """Measure how far the outputs of the file are from those of the three models."""
 
     def apart(a: Outputs, b: Outputs, name: str) -> float:
         x, y = (torch.cat([t.double().flatten() for t in outputs[name]]) for outputs in (a, b))
         return float((x - y).norm() / y.norm().clamp_(min=1e-30))
 
-    off = [(apart(file, exact, name), apart(twin, exact, name)) for name in simulated]
+    off = [(apart(file, exact, name), apart(reference, exact, name)) for name in simulated]
     samples = sum(len(batch) for batch in next(iter(file.values())))
     slack = SLACK * (1 + 3 / sqrt(samples))
-    own, twins = max(off, key=lambda pair: (isnan(pair[0]), pair[0] - slack * pair[1]))
+    own, explained = max(off, key=lambda pair: (isnan(pair[0]), pair[0] - slack * pair[1]))
     pairs = list(zip(file["logits"], simulated["logits"], strict=True)) if "logits" in file else []
     chosen = [(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in pairs if a.shape[-1] > 1]
     return Parity(
@@ -156,16 +164,16 @@ def compare(file: Outputs, simulated: Outputs, exact: Outputs, twin: Outputs) ->
         error=max(apart(file, simulated, name) for name in simulated),
         largest=max((a - b).abs().max().item() for n in simulated for a, b in zip(file[n], simulated[n], strict=True)),
         agreement=torch.cat(chosen).float().mean().item() if chosen else None,
-        drift=max(apart(file, twin, name) for name in simulated),
+        drift=max(apart(file, reference, name) for name in simulated),
         simulated=max(apart(simulated, exact, name) for name in simulated),
         file=own,
-        twin=twins,
-        limit=slack * twins + FLOAT_NOISE,
+        reference=explained,
+        limit=slack * explained + FLOAT_NOISE,
     )
 
 
 def check(parity: Parity) -> None:
-    """Raises ModelError if the file is further from the exact model than its arithmetic explains."""
+    """Raise ModelError if the file is further from the exact model than its arithmetic explains."""
     if not parity.file <= parity.limit:
         raise ModelError(
             f"the exported file computes something else: its relative error is {parity.file:.2e}, and its arithmetic "

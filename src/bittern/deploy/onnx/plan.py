@@ -130,7 +130,7 @@ def integer_codes(layer: PackedLayer) -> Tensor:
 
 def scales(layer: PackedLayer, blocks: int = 1) -> Tensor:
     """float32 scales (rows, blocks)."""
-    scale = owner_of(layer).weight_scale.float()
+    scale: Tensor = owner_of(layer).weight_scale.float()
     if layer.weight_format.granularity == "group":
         return scale.flatten(1).repeat_interleave(blocks // scale.shape[1], 1)  # (rows, groups, 1) → (rows, blocks)
     return scale.reshape(-1, 1).expand(layer.weight_shape[0], blocks).contiguous()
@@ -150,4 +150,5 @@ def pack_blocks(codes: Tensor, bits: int, block: int) -> Tensor:
     Zero is the middle of the range; it also fills the last block.
     """
     whole = F.pad(codes, (0, -codes.shape[1] % block))
-    return pack_codes(whole, Format(bits=bits)).unflatten(1, (-1, block * bits // 8))
+    packed: Tensor = pack_codes(whole, Format(bits=bits)).unflatten(1, (-1, block * bits // 8))
+    return packed
