@@ -38,14 +38,13 @@ from typing import Any
 import onnxruntime
 import torch
 import torch.nn.functional as F
+from engines import ctranslate2_engine, onnxruntime_engines
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 from transformers import BertConfig, BertModel, DeiTConfig, DeiTModel, PreTrainedModel, ViTConfig, ViTModel
 
 from bittern import calibrate, native, pack, simulate
-from bittern.deploy.bench import FLOAT, OURS, onnxruntime_engines, sample_batch, using_threads
-from bittern.deploy.engines import ctranslate2_engine
-from bittern.deploy.timing import alternate, ratios
+from bittern.deploy.bench import FLOAT, OURS, alternate, ratios, sample_batch, using_threads
 
 SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {

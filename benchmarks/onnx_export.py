@@ -33,11 +33,11 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from timing import alternate, ratios
 from transformers import DeiTConfig, DeiTForImageClassification, PreTrainedModel
 
 from bittern import calibrate, load, pack, save, simulate
 from bittern.data import load_data
+from bittern.deploy.bench import alternate, ratios
 from bittern.deploy.onnx.export import export
 from bittern.deploy.onnx.parity import complete, session
 

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import alternate, ratios
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bittern import calibrate, load, pack, save, simulate
 from bittern.data import has_classes, load_data
 from bittern.demo import DIGITS
+from bittern.deploy.bench import alternate, ratios
 from bittern.deploy.onnx.export import export
 from bittern.deploy.onnx.parity import Outputs, complete, made_up, run, run_file, session
 from bittern.errors import BitternError

@@ -19,10 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timing import alternate, ratios
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from bittern import read_anatomy, simulate
+from bittern.deploy.bench import alternate, ratios
 from bittern.qat.distill import Lesson, balanced, parse_distill
 
 SHAPES = {

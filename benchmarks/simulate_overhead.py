@@ -16,11 +16,11 @@ import json
 from pathlib import Path
 
 import torch
-from timing import alternate, ratios
 from transformers import BertConfig, BertModel, PreTrainedModel, ViTConfig, ViTModel
 
 from bittern import Format, calibrate, fake_quantize, read_anatomy, simulate
 from bittern.attention import attach
+from bittern.deploy.bench import alternate, ratios
 
 
 def models() -> dict[str, tuple[PreTrainedModel, dict[str, torch.Tensor]]]:

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from bittern.cli.options import BatchSize, Json, Model
-from bittern.show import add_columns, err_console, megabytes, out_console, track
+from bittern.show import add_columns, err_console, megabytes, out_console
 
 
 def bench(
@@ -18,11 +18,11 @@ def bench(
     against: Annotated[str | None, typer.Option(help="The float model; by default the one it was made from.")] = None,
     batch_size: BatchSize = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 128,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every engine.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each engine, in turn.")] = 15,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of both models.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each model, in turn.")] = 15,
     as_json: Json = False,
 ) -> None:
-    """Time a packed model beside its float model and the other engines that are installed."""
+    """Time a packed model beside its float model in PyTorch."""
     from bittern.deploy import bench as benches
 
     result = benches.bench(
@@ -32,7 +32,6 @@ def bench(
         length=length,
         threads=threads,
         rounds=rounds,
-        track=track(as_json),
     )
     if as_json:
         print(json.dumps(result))

@@ -1,17 +1,15 @@
-"""How fast and how large a packed model is, beside its float model and the other engines that are installed."""
+"""Measure how fast and how large a packed model is, beside its float model in PyTorch.
+
+Every contender has its turn, round after round, so that a drift of the machine hits all alike.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
 import statistics
-import tempfile
-import warnings
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import partial
-from importlib.util import find_spec
-from io import StringIO
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bittern import attention, native
+from bittern import native
 from bittern.anatomy import dummy_batch
 from bittern.deploy.checkpoint import is_packed, module_formats
-from bittern.deploy.engines import ctranslate2_engine
 from bittern.deploy.packed import PackedLayer
 from bittern.deploy.store import REPORT, load, measure
-from bittern.deploy.timing import alternate, ratios
 from bittern.errors import InputError, ModelError
 from bittern.kernels import has_kernel
-from bittern.progress import Track, silent
 from bittern.recipe import OPERANDS, Rule
 
 OURS, FLOAT = "bittern", "torch float32"
+
+Call = Callable[[], object]
+Engines = Callable[[PreTrainedModel, Mapping[str, Tensor]], Mapping[str, Call]]
 
 
 def bench(
@@ -42,32 +40,31 @@ def bench(
     length: int = 128,
     threads: int | None = None,
     rounds: int = 15,
-    track: Track = silent,
+    engines: Engines | None = None,
 ) -> dict[str, Any]:
-    """Paired timings of the packed model in `path` and of its float model by every engine that is there.
+    """Time the packed model in `path` and its float model in turn; return times, sizes and what has no fast path.
 
-    against: the float model; by default the one that the report in `path` names. Raises ModelError if `path` holds no
-    packed model and InputError if there is no float model to compare with.
+    against: the float model; by default the one that the report in `path` names. engines: makes calls by name of the
+    float model and the batch, which are timed too (benchmarks/engines.py has some). Raises ModelError if `path` holds
+    no packed model and InputError if there is no float model to compare with.
     """
     model = load(path)
     if not is_packed(model):
         raise ModelError(f"{path} holds no packed model; make one with bittern quantize, ptq or qat")
     other = load(_source(Path(path)) if against is None else against)
     batch = sample_batch(other, batch_size, length)
-    with using_threads(threads), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        contenders: dict[str, Callable[[], object]] = {OURS: lambda: model(**batch), FLOAT: lambda: other(**batch)}
-        contenders |= onnxruntime_engines(other, batch, Path(folder), track)
-        contenders |= ctranslate2_engine(other, batch, Path(folder))
+    with using_threads(threads), torch.no_grad():
+        contenders: dict[str, Call] = {OURS: lambda: model(**batch), FLOAT: lambda: other(**batch)}
+        contenders |= engines(other, batch) if engines else {}
         times = alternate(contenders, rounds)
         out, with_kernels = model(**batch), native.available()
         with native.disabled():
             expected = model(**batch)
-        files = {name: file.stat().st_size for name in contenders if (file := Path(folder) / f"{name}.onnx").exists()}
     found = ratios(times, OURS)
     size = measure(model, path)
     model(**batch)  # puts the codes in the kernels' order again
     memory = {OURS: weight_bytes(model), FLOAT: weight_bytes(other)}
-    sizes = files | {OURS: size.file, FLOAT: size.float32}
+    sizes = {OURS: size.file, FLOAT: size.float32}
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     return {
         "model": str(path),
@@ -87,6 +84,28 @@ def bench(
         },
         "difference_kernels_simulated": _difference(out, expected),
         "without_kernel": without_kernel(model),
+    }
+
+
+def alternate(contenders: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
+    """Call contenders in turn and return the seconds of each in each round, after one call that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for call in contenders.values():
+        call()
+    for i in range(rounds):
+        names = list(contenders)[:: 1 if i % 2 == 0 else -1]
+        for name in names:
+            start = time.perf_counter()
+            contenders[name]()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, float]:
+    """Return the median over rounds of each contender's time divided by the base's in the same round."""
+    return {
+        name: statistics.median(t / b for t, b in zip(seconds, times[base], strict=True))
+        for name, seconds in times.items()
     }
 
 
@@ -123,85 +142,6 @@ def sample_batch(model: PreTrainedModel, size: int, length: int) -> dict[str, Te
         batch["input_ids"] = (torch.arange(size * length) % min(model.config.vocab_size, 97)).view(size, length)
         batch["attention_mask"] = torch.ones(size, length, dtype=torch.long)
     return batch
-
-
-def onnxruntime_engines(
-    model: PreTrainedModel, batch: Mapping[str, Tensor], folder: Path, track: Track = silent
-) -> dict[str, Callable[[], object]]:
-    """The float model in onnxruntime, and quantized dynamically to int8 by its own tool; nothing if not installed.
-
-    Files that are in the folder already are used again.
-    """
-    if any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")):
-        return {}
-    import onnx
-    import onnxruntime
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    onnxruntime.set_default_logger_severity(3)
-    names = ("onnxruntime float32", "onnxruntime int8")
-    feeds = {key: value.numpy() for key, value in batch.items()}
-    engines: dict[str, Callable[[], object]] = {}
-    for name in track(names, "exporting to onnxruntime"):
-        file = folder / f"{name}.onnx"
-        if not file.exists():
-            part = file.with_suffix(".part")
-            with _silence():
-                if name == names[0]:
-                    export_float(model, batch, part)
-                else:
-                    graph = onnx.load(folder / f"{names[0]}.onnx")
-                    del graph.graph.value_info[:]  # the tool infers shapes itself, and stumbles over the exporter's
-                    quantize_dynamic(graph, part, weight_type=QuantType.QInt8)
-            part.rename(file)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        engines[name] = partial(session.run, None, feeds)
-    return engines
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """The exporter and the tool tell of much that is no fault."""
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-class _Tensors(nn.Module):
-    """A model that takes tensors by position and gives its first output, as the exporter wants it."""
-
-    def __init__(self, model: PreTrainedModel, names: tuple[str, ...]):
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return self.model(**dict(zip(self.names, tensors, strict=True)), return_dict=True)[0]  # type: ignore[no-any-return]
-
-
-def export_float(model: PreTrainedModel, batch: Mapping[str, Tensor], file: Path) -> None:
-    """A float model as an ONNX file for this batch, with explicit attention, which onnxruntime runs fastest."""
-    was = [config._attn_implementation for config in attention.attention_configs(model)]
-    model.set_attn_implementation("eager")
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    try:
-        torch.onnx.export(
-            _Tensors(model, tuple(batch)).eval(),
-            tuple(batch.values()),
-            file,
-            input_names=list(batch),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    finally:
-        for config, name in zip(attention.attention_configs(model), was, strict=True):
-            config._attn_implementation_internal = name
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -1,0 +1,176 @@
+"""Other engines for a float model: onnxruntime in float32 and its own int8, and CTranslate2's int8 encoder for BERT.
+
+    python benchmarks/engines.py PACKED --against FLOAT
+
+times a packed model beside its float model in each of them that is installed (pip install bittern[bench]), in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from transformers import BertModel, PreTrainedModel
+
+from bittern import attention
+from bittern.deploy.bench import bench
+from bittern.errors import BitternError
+
+
+def onnxruntime_engines(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], folder: Path
+) -> dict[str, Callable[[], object]]:
+    """The float model in onnxruntime, and quantized dynamically to int8 by its own tool; nothing if not installed.
+
+    Files that are in the folder already are used again.
+    """
+    if any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")):
+        return {}
+    import onnx
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    onnxruntime.set_default_logger_severity(3)
+    names = ("onnxruntime float32", "onnxruntime int8")
+    feeds = {key: value.numpy() for key, value in batch.items()}
+    engines: dict[str, Callable[[], object]] = {}
+    for name in names:
+        file = folder / f"{name}.onnx"
+        if not file.exists():
+            part = file.with_suffix(".part")
+            with _silence():
+                if name == names[0]:
+                    export_float(model, batch, part)
+                else:
+                    graph = onnx.load(folder / f"{names[0]}.onnx")
+                    del graph.graph.value_info[:]  # the tool infers shapes itself, and stumbles over the exporter's
+                    quantize_dynamic(graph, part, weight_type=QuantType.QInt8)
+            part.rename(file)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        engines[name] = partial(session.run, None, feeds)
+    return engines
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """The exporter and the tool tell of much that is no fault."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+class _Tensors(nn.Module):
+    """A model that takes tensors by position and gives its first output, as the exporter wants it."""
+
+    def __init__(self, model: PreTrainedModel, names: tuple[str, ...]):
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.model(**dict(zip(self.names, tensors, strict=True)), return_dict=True)[0]  # type: ignore[no-any-return]
+
+
+def export_float(model: PreTrainedModel, batch: Mapping[str, Tensor], file: Path) -> None:
+    """A float model as an ONNX file for this batch, with explicit attention, which onnxruntime runs fastest."""
+    was = [config._attn_implementation for config in attention.attention_configs(model)]
+    model.set_attn_implementation("eager")
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    try:
+        torch.onnx.export(
+            _Tensors(model, tuple(batch)).eval(),
+            tuple(batch.values()),
+            file,
+            input_names=list(batch),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    finally:
+        for config, name in zip(attention.attention_configs(model), was, strict=True):
+            config._attn_implementation_internal = name
+
+
+def ctranslate2_engine(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], folder: Path
+) -> dict[str, Callable[[], object]]:
+    """The encoder of a float BERT in int8; nothing if CTranslate2 is not installed or the model is another.
+
+    All samples of the batch must be as long as it is.
+    """
+    encoder = model.base_model
+    if find_spec("ctranslate2") is None or not isinstance(encoder, BertModel) or encoder.pooler is None:
+        return {}
+    from ctranslate2 import Encoder, StorageView
+    from ctranslate2.converters.converter import Converter
+    from ctranslate2.converters.transformers import BertLoader
+
+    class InMemory(Converter):
+        def _load(self) -> object:
+            size = encoder.config.vocab_size
+            names = SimpleNamespace(unk_token="0", get_vocab=lambda: {str(i): i for i in range(size)})
+            return BertLoader()(encoder, names)
+
+    # an attribute that configurations no longer have, and that the converter asks for
+    encoder.config.position_embedding_type = "absolute"
+    try:
+        InMemory().convert(str(folder / "ctranslate2"), force=True)  # rounded to int8 when it is loaded
+    finally:
+        del encoder.config.position_embedding_type
+    made = Encoder(str(folder / "ctranslate2"), compute_type="int8", intra_threads=torch.get_num_threads())
+    ids = batch["input_ids"].to(torch.int32).numpy()
+    lengths = batch["attention_mask"].sum(1, dtype=torch.int32).numpy()
+    view = StorageView.from_array
+    return {"ctranslate2 int8": partial(made.forward_batch, view(ids), view(lengths))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("packed", type=Path)
+    parser.add_argument("--against", type=Path, help="the float model; by default the one it was made from")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--length", type=int, default=128, help="tokens of each text")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of lines")
+    options = vars(parser.parse_args())
+    path, as_json = options.pop("packed"), options.pop("json")
+    with tempfile.TemporaryDirectory() as folder:
+
+        def engines(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Callable[[], object]]:
+            return onnxruntime_engines(model, batch, Path(folder)) | ctranslate2_engine(model, batch, Path(folder))
+
+        try:
+            result = bench(path, engines=engines, **options)
+        except BitternError as error:
+            raise SystemExit(str(error)) from error
+        for name, engine in result["engines"].items():
+            if (file := Path(folder) / f"{name}.onnx").exists():
+                engine["file"] = file.stat().st_size
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, engine in result["engines"].items():
+        size = "" if engine["file"] is None else f"{engine['file'] / 1e6:.2f} MB"
+        print(f"{name:20} {engine['latency_ms']:8.2f} ms, time / ours {engine['times_ours']:5.2f} {size}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Benchmark scripts run with the library as it is, and the engines that they compare with compute the same model."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bittern
+from families import SUPPORTED
+from helpers import quantized
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+LIBRARIES = ("assets.py", "training.py")  # what scripts share
+
+
+@pytest.fixture(autouse=True)
+def among_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(SCRIPTS), *sys.path])
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in SCRIPTS.glob("*.py") if p.name not in LIBRARIES))
+def test_scripts_answer_help(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every script finds what it imports, and says what it does."""
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+    assert ended.value.code in (0, None)
+    assert "usage" in capsys.readouterr().out
+
+
+def test_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every engine gets a time, a ratio and, where it has a file, its size."""
+    bittern.save(quantized("bert", "w8a8")[0], tmp_path / "packed")
+    bittern.save(SUPPORTED["bert"]()[0], tmp_path / "float")
+    options = ["--against", str(tmp_path / "float"), "--rounds", "2", "--length", "8", "--threads", "1", "--json"]
+    monkeypatch.setattr(sys, "argv", ["engines.py", str(tmp_path / "packed"), *options])
+    runpy.run_path(str(SCRIPTS / "engines.py"), run_name="__main__")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["engines"]
+    rivals = ["onnxruntime float32", "onnxruntime int8", "ctranslate2 int8"]
+    assert list(found) == ["bittern", "torch float32", *rivals]
+    assert all(engine["latency_ms"] > 0 and engine["times_ours"] > 0 for engine in found.values())
+    assert all(engine["file"] > 0 for name, engine in found.items() if name != "ctranslate2 int8")
+
+
+def test_ctranslate2_runs_the_same_model(tmp_path: Path) -> None:
+    """CTranslate2 computes the encoder that it is given, but for its rounding to int8, and no model but BERT."""
+    from engines import ctranslate2_engine
+
+    model, batch = SUPPORTED["bert"]()
+    batch = {key: value[:1] for key, value in batch.items()}  # the sample without padding
+    out = ctranslate2_engine(model, batch, tmp_path)["ctranslate2 int8"]()
+    found = torch.from_numpy(np.array(out.last_hidden_state))
+    with torch.no_grad():
+        expected = model.base_model(**batch).last_hidden_state
+    assert (found - expected).norm() < 0.1 * expected.norm()
+    assert not hasattr(model.config, "position_embedding_type")
+    model, batch = SUPPORTED["vit"]()
+    assert ctranslate2_engine(model, batch, tmp_path) == {}
