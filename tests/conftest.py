@@ -1,7 +1,9 @@
-"""What every test runs under: transformers quiet and offline, one thread, packed models without integer kernels."""
+"""What every test runs under: transformers quiet and offline, packed models without integer kernels, one thread unless
+BITTERN_TEST_THREADS says otherwise."""
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,10 +13,19 @@ import torch
 from transformers.utils import logging
 
 from bittern import native
+from noise import Noise
 from test_budget import summary
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("BITTERN_TEST_THREADS", "1")))
 logging.disable_progress_bar()  # its lock is shared with forked processes, and a killed one would keep it
+
+
+@pytest.fixture(autouse=True)
+def _noise() -> Iterator[None]:
+    """Other roundings, if BITTERN_TEST_NOISE asks for them."""
+    seed = os.environ.get("BITTERN_TEST_NOISE")
+    with Noise(int(seed)) if seed else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Tiny models with random weights of many families, each with a batch that it accepts.
 
-`SUPPORTED` and `UNSUPPORTED` map a family's name to a function that gives (model in eval mode, batch).
+`SUPPORTED` and `UNSUPPORTED` map a family's name to a function that gives (model in eval mode, batch), others for other
+seeds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import transformers as hf
 from torch import Tensor
 
 Batch = dict[str, Any]
-Family = Callable[[], tuple[hf.PreTrainedModel, Batch]]
+Family = Callable[..., tuple[hf.PreTrainedModel, Batch]]
 
 TEXT = {
     "hidden_size": 32,
@@ -49,8 +50,8 @@ def family(build: Family) -> Family:
     """Seeded weights, moved off their initial values so that no bias is zero and no attention uniform."""
 
     @wraps(build)
-    def make() -> tuple[hf.PreTrainedModel, Batch]:
-        torch.manual_seed(0)
+    def make(seed: int = 0) -> tuple[hf.PreTrainedModel, Batch]:
+        torch.manual_seed(seed)
         model, batch = build()
         with torch.no_grad():
             for parameter in model.parameters():
