@@ -47,7 +47,7 @@ from bittern.analysis.tokens import token_kinds
 from bittern.data import load_data
 from bittern.demo import DIGITS
 from bittern.qat.distill import parse_distill
-from bittern.qat.run import Training
+from bittern.qat.training import Training
 
 STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("none", {}),

@@ -30,7 +30,7 @@ from bittern.data import load_data
 from bittern.data.evaluate import LOWER_IS_BETTER, headline, metrics, predict
 from bittern.qat.distill import Distill, parse_distill
 from bittern.qat.intervention import Intervention
-from bittern.qat.run import Training, train
+from bittern.qat.training import Training, train
 
 VARIANTS = [
     "none",
@@ -79,11 +79,11 @@ def divergence(logits: torch.Tensor, reference: torch.Tensor) -> float:
     return float((teacher.exp() * (teacher - student)).sum(-1).mean())
 
 
-Lesson = tuple[Distill, Intervention | None]
+Method = tuple[Distill, Intervention | None]
 
 
 def cell(
-    options: argparse.Namespace, key: dict[str, Any], lesson: Lesson, parts: Any, reference: torch.Tensor
+    options: argparse.Namespace, key: dict[str, Any], method: Method, parts: Any, reference: torch.Tensor
 ) -> dict[str, Any]:
     teacher = load(options.teacher)
     student = copy.deepcopy(teacher)
@@ -98,7 +98,7 @@ def cell(
         metric=options.metric,
         arguments={"bf16": True} if options.bf16 else {},
     )
-    distill, intervention = lesson
+    distill, intervention = method
 
     def measure() -> dict[str, float]:
         output = predict(student, test)
@@ -172,8 +172,8 @@ def parse(doc: str | None, variants: list[str], **more: dict[str, Any]) -> argpa
     return parser.parse_args()
 
 
-def run(options: argparse.Namespace, lesson_of: Callable[[str, int], Lesson]) -> None:
-    """The cells of a grid that are missing. lesson_of: what a variant and a seed stand for."""
+def run(options: argparse.Namespace, method_of: Callable[[str, int], Method]) -> None:
+    """The cells of a grid that are missing. method_of: what a variant and a seed stand for."""
     torch.set_num_threads(options.threads)
     teacher = load(options.teacher)
     data, test = (
@@ -203,7 +203,7 @@ def run(options: argparse.Namespace, lesson_of: Callable[[str, int], Lesson]) ->
                 key = {"variant": variant, "lr": lr, "seed": seed}
                 if any(key.items() <= row.items() for row in read(options.out)["rows"]):
                     continue
-                row = cell(options, key, lesson_of(variant, seed), (data, test), reference)
+                row = cell(options, key, method_of(variant, seed), (data, test), reference)
                 add(options.out, head, row)
                 print(json.dumps({k: v for k, v in row.items() if k != "losses"}), flush=True, file=sys.stderr)
 

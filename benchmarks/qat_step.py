@@ -23,7 +23,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 from bittern import read_anatomy, simulate
 from bittern.deploy.bench import alternate, ratios
-from bittern.qat.distill import Lesson, balanced, parse_distill
+from bittern.qat.distill import Distiller, balanced, parse_distill
 
 SHAPES = {
     "MiniLM-L6": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -61,8 +61,8 @@ def measure(shape: str, batch_size: int, rounds: int, sets: list[str]) -> dict[s
 
     def taught(terms: str) -> Callable[[], None]:
         distill = parse_distill(terms)
-        lesson = Lesson(distill, student, anatomy, copy.deepcopy(teacher) if distill.needs_teacher else None)
-        return step(student, lambda: balanced(lesson.forward(student, batch)[1], distill, lesson.compared))
+        distiller = Distiller(distill, student, anatomy, copy.deepcopy(teacher) if distill.needs_teacher else None)
+        return step(student, lambda: balanced(distiller.forward(student, batch)[1], distill, distiller.compared))
 
     steps |= {terms: taught(terms) for terms in sets}
     student.train()

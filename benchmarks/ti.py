@@ -27,7 +27,7 @@ from bittern.anatomy import read_anatomy
 from bittern.attention import recording
 from bittern.data import load_data
 from bittern.data.evaluate import LOWER_IS_BETTER
-from bittern.qat.distill import Lesson, parse_distill
+from bittern.qat.distill import Distiller, parse_distill
 from bittern.qat.intervention import POINTS, Act, Intervention
 
 VARIANTS = ["plain", "output-30", "context-30", "map-30", "gradual-30", "inverted-30", "stochastic-30", "fade-30"]
@@ -82,16 +82,16 @@ def errors(options: Any) -> dict[str, list[float]]:
     batch = next(iter(data.subset(128)))
     batch.pop("labels", None)
     anatomy = read_anatomy(teacher)
-    lesson = Lesson(parse_distill("hidden"), student, anatomy, teacher, None, Intervention())
+    distiller = Distiller(parse_distill("hidden"), student, anatomy, teacher, None, Intervention())
     with recording(teacher, "embedding", "hidden", *POINTS) as theirs:
         teacher(**batch)
     found = {}
     for mode in (None, *POINTS):
         if mode:
-            lesson.intervener.begin(Act(mode), theirs, "all")
+            distiller.intervener.begin(Act(mode), theirs, "all")
         with recording(student, "embedding", "hidden") as mine:
             student(**batch)
-        lesson.release()
+        distiller.release()
         pairs = zip(mine["embedding"] + mine["hidden"], theirs["embedding"] + theirs["hidden"], strict=True)
         real = batch["attention_mask"].bool() if "attention_mask" in batch else slice(None)
         found[mode or "alone"] = [

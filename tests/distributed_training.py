@@ -16,8 +16,8 @@ from torch import Tensor
 from bittern import simulate
 from bittern.qat.distill import parse_distill
 from bittern.qat.intervention import Intervention
-from bittern.qat.run import leave_processes
 from bittern.qat.trainer import QATTrainer
+from bittern.qat.training import leave_processes
 from bittern.recipe import Format, Recipe, Rule
 from families import SUPPORTED, TEXT, VISION
 

@@ -127,7 +127,7 @@ def test_estimate(place: Path, tmp_path: Path) -> None:
         DIGITS,
         "digits",
         tmp_path / "out",
-        announce=lambda s: told.append(dict(s)),
+        on_estimate=lambda s: told.append(dict(s)),
         curvature=Curvature(1, 1, 2, 3),
         **FAST,
     )

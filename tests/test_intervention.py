@@ -17,7 +17,7 @@ from bittern.anatomy import Anatomy
 from bittern.attention import Point, Taps, recording, sites
 from bittern.errors import InputError, ModelError
 from bittern.layers import QuantLayer, fake_quants
-from bittern.qat.distill import Lesson, parse_distill
+from bittern.qat.distill import Distiller, parse_distill
 from bittern.qat.intervention import POINTS, Act, Intervention
 from bittern.qat.trainer import QATTrainer
 from bittern.recipe import Format, Recipe, Rule
@@ -56,12 +56,12 @@ def pair(family: str, recipe: Recipe | str | None = None) -> tuple[hf.PreTrained
     return student, teacher, batch
 
 
-def lesson_of(
+def distiller_of(
     student: hf.PreTrainedModel, teacher: hf.PreTrainedModel, batch: Batch, schedule: str, terms: str = "prediction"
-) -> Lesson:
+) -> Distiller:
     anatomy = read_anatomy(teacher, batch)
     distill = parse_distill(terms, balance="fixed")
-    return Lesson(distill, student, anatomy, teacher, intervention=Intervention(schedule, steps=6))
+    return Distiller(distill, student, anatomy, teacher, intervention=Intervention(schedule, steps=6))
 
 
 # Gradients, against a BERT written by hand
@@ -121,11 +121,11 @@ def test_gradients(mode: str, terms: str) -> None:
     detached input and losses on maps see the student's own."""
     student, teacher, batch = pair("bert")
     student, teacher, ids = student.double(), teacher.double(), batch["input_ids"].clamp(min=5)
-    lesson = lesson_of(student, teacher, {"input_ids": ids}, mode, terms)
+    distiller = distiller_of(student, teacher, {"input_ids": ids}, mode, terms)
     by_hand = copy.deepcopy(student)
-    _, found = lesson.forward(student, {"input_ids": ids})
+    _, found = distiller.forward(student, {"input_ids": ids})
     torch.stack(list(found.values())).sum().backward()
-    lesson.release()
+    distiller.release()
 
     with torch.no_grad():
         expected, first_t, theirs = reference(teacher, ids, None, "none")
@@ -161,17 +161,17 @@ class SplitInputs(nn.Module):
 def test_one_layer_for_three() -> None:
     """Where one layer gives Q, K and V, under map the gradient still reaches its input through V alone."""
     student, teacher, batch = pair("gpt2")
-    lesson = lesson_of(student, teacher, batch, "map", "prediction,map")
+    distiller = distiller_of(student, teacher, batch, "map", "prediction,map")
     by_hand = copy.deepcopy(student)
     for block in by_hand.transformer.h:
         block.attn.c_attn = SplitInputs(block.attn.c_attn)
     grads = []
-    for model, gates in ((student, lesson.intervener.gates), (by_hand, {})):
-        lesson.student = lesson.intervener.student = model
-        lesson.intervener.gates = gates
-        _, terms = lesson.forward(model, batch)
+    for model, gates in ((student, distiller.intervener.gates), (by_hand, {})):
+        distiller.student = distiller.intervener.student = model
+        distiller.intervener.gates = gates
+        _, terms = distiller.forward(model, batch)
         torch.stack(list(terms.values())).sum().backward()
-        lesson.release()
+        distiller.release()
         grads.append({n: p.grad for n, p in model.named_parameters()})
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
@@ -182,10 +182,10 @@ def test_one_layer_for_three() -> None:
 def test_value_columns(family: str) -> None:
     """A gate knows which of its layer's outputs become values: changing the others changes no value, and these do."""
     student, teacher, batch = pair(family)
-    lesson = lesson_of(student, teacher, batch, "map")
-    for attention in lesson.anatomy.attentions:
+    distiller = distiller_of(student, teacher, batch, "map")
+    for attention in distiller.anatomy.attentions:
         for name in attention.inputs:
-            columns = lesson.intervener.gates[name].columns
+            columns = distiller.intervener.gates[name].columns
             layer = student.get_submodule(name)
             for chosen, changes in ((~columns, False), (columns, True)):
                 if not chosen.any():
@@ -220,13 +220,15 @@ def test_equals_teacher(family: str, point: str) -> None:
     teacher, batch = SUPPORTED[family]()
     student = copy.deepcopy(teacher)
     simulate(student, everything_else_float(point), batch)
-    lesson = Lesson(parse_distill("truth"), student, read_anatomy(teacher, batch), teacher, None, Intervention(point))
-    lesson.distill = parse_distill("hidden")  # any that needs no labels
+    distiller = Distiller(
+        parse_distill("truth"), student, read_anatomy(teacher, batch), teacher, None, Intervention(point)
+    )
+    distiller.distill = parse_distill("hidden")  # any that needs no labels
     with torch.no_grad():
         expected = first_tensor(teacher(**batch))
         alone = first_tensor(student(**batch))
-        taught = first_tensor(lesson.forward(student, batch)[0])
-        lesson.release()
+        taught = first_tensor(distiller.forward(student, batch)[0])
+        distiller.release()
         after = first_tensor(student(**batch))
     assert not torch.allclose(alone, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(taught, expected, rtol=1e-5, atol=1e-5)
@@ -237,12 +239,12 @@ def first_tensor(out: Any) -> Tensor:
     return next(x for name, x in out.items() if isinstance(x, Tensor) and name != "loss")
 
 
-def begin(lesson: Lesson, batch: Batch, point: Point, scope: str = "all") -> Taps:
+def begin(distiller: Distiller, batch: Batch, point: Point, scope: str = "all") -> Taps:
     """From now on the teacher intervenes; what was recorded of it."""
-    assert lesson.teacher is not None
-    with torch.no_grad(), recording(lesson.teacher, point) as shown:
-        lesson.teacher(**batch)
-    lesson.intervener.begin(Act(point), shown, scope)
+    assert distiller.teacher is not None
+    with torch.no_grad(), recording(distiller.teacher, point) as shown:
+        distiller.teacher(**batch)
+    distiller.intervener.begin(Act(point), shown, scope)
     return shown
 
 
@@ -250,12 +252,12 @@ def begin(lesson: Lesson, batch: Batch, point: Point, scope: str = "all") -> Tap
 def test_before_dropout(point: Point) -> None:
     """Dropout acts on the teacher's signal: when it drops all, nothing of the signal is left."""
     student, teacher, batch = pair("bert")
-    lesson = lesson_of(student, teacher, batch, point)
+    distiller = distiller_of(student, teacher, batch, point)
     student.train()
     for name, module in student.named_modules():
         if isinstance(module, nn.Dropout):
             module.p = float(name.endswith("self.dropout") == (point == "map"))
-    begin(lesson, batch, point)
+    begin(distiller, batch, point)
     with recording(student, "embedding", "residual", "context") as taps:
         student(**batch)
     if point == "output":
@@ -268,8 +270,8 @@ def test_before_quantization() -> None:
     """The student's quantizer of maps works on the teacher's map."""
     recipe = Recipe(name="map", rules=(Rule(roles=("attention",), map=Format(bits=3, granularity="token")),))
     student, teacher, batch = pair("vit", recipe)
-    lesson = lesson_of(student, teacher, batch, "map")
-    shown = begin(lesson, batch, "map")
+    distiller = distiller_of(student, teacher, batch, "map")
+    shown = begin(distiller, batch, "map")
     with torch.no_grad(), recording(student, "map", "value", "context") as taps:
         student(**batch)
     for site, given, value, context in zip(sites(student), shown["map"], taps["value"], taps["context"], strict=True):
@@ -282,12 +284,12 @@ def test_own_maps_are_compared() -> None:
     """Where nothing below was replaced, the loss of a map is what it is without intervention."""
     for point in POINTS:
         student, teacher, batch = pair("bert")
-        lesson = lesson_of(student, teacher, batch, point, "map")
-        lesson.distill = parse_distill("map", balance="fixed", layers=(0,))
+        distiller = distiller_of(student, teacher, batch, point, "map")
+        distiller.distill = parse_distill("map", balance="fixed", layers=(0,))
         with torch.no_grad():
-            taught = lesson.forward(student, batch, step=0)[1]["map"]
-            lesson.release()
-            alone = lesson.forward(student, batch, step=6)[1]["map"]
+            taught = distiller.forward(student, batch, step=0)[1]["map"]
+            distiller.release()
+            alone = distiller.forward(student, batch, step=6)[1]["map"]
         assert taught == alone > 0
 
 
@@ -299,12 +301,12 @@ def test_padding(family: str, point: str) -> None:
     real = int(batch["attention_mask"][1].sum())
     padded = {k: v[1:] for k, v in batch.items()}
     cut = {k: v[:, :real] if v.shape[1] == batch["attention_mask"].shape[1] else v for k, v in padded.items()}
-    lesson = lesson_of(student, teacher, batch, point, "hidden,map,output")
+    distiller = distiller_of(student, teacher, batch, point, "hidden,map,output")
     with torch.no_grad():
         found = []
         for given in (padded, cut):
-            found.append({n: v.item() for n, v in lesson.forward(student, given)[1].items()})
-            lesson.release()
+            found.append({n: v.item() for n, v in distiller.forward(student, given)[1].items()})
+            distiller.release()
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
@@ -336,10 +338,10 @@ def test_schedules() -> None:
 def test_fade() -> None:
     """A share of the teacher's signal, the rest the student's own, and only that rest gets a gradient."""
     student, teacher, batch = pair("vit")
-    lesson = lesson_of(student, teacher, batch, "fade", "prediction,self_output")
+    distiller = distiller_of(student, teacher, batch, "fade", "prediction,self_output")
     with torch.no_grad(), recording(teacher, "output") as shown:
         teacher(**batch)
-    lesson.forward(student, batch, step=3)
+    distiller.forward(student, batch, step=3)
     with recording(student, "output", "residual", "embedding") as taps:
         student(**batch)
     expected = 0.5 * taps["output"][0] + 0.5 * shown["output"][0] + taps["embedding"][0]
@@ -363,20 +365,20 @@ def scoped(anatomy: Anatomy, student: hf.PreTrainedModel) -> set[str]:
 def test_scope() -> None:
     """`part` quantizes what the paper trains: under output the FFN, under context also W_O, under map also V."""
     student, teacher, batch = pair("bert", "ternary-2-2-8")
-    lesson = lesson_of(student, teacher, batch, "gradual")
-    outside = set(lesson.anatomy.roles.values()) - {"qkv", "attention_output", "ffn"}
+    distiller = distiller_of(student, teacher, batch, "gradual")
+    outside = set(distiller.anatomy.roles.values()) - {"qkv", "attention_output", "ffn"}
     expected = {
         "output": {"ffn"},
         "context": {"ffn", "attention_output"},
         "map": {"ffn", "attention_output", "value layer", "value", "map"},
     }
-    everything = scoped(lesson.anatomy, student)
+    everything = scoped(distiller.anatomy, student)
     assert {"query", "key", "qkv"} < everything
     for point in POINTS:
-        begin(lesson, batch, point, "part")
-        assert scoped(lesson.anatomy, student) - outside == expected[point]
-        lesson.release()
-        assert scoped(lesson.anatomy, student) == everything
+        begin(distiller, batch, point, "part")
+        assert scoped(distiller.anatomy, student) - outside == expected[point]
+        distiller.release()
+        assert scoped(distiller.anatomy, student) == everything
 
 
 # In the trainer
@@ -455,12 +457,12 @@ def test_refused(tmp_path: Path) -> None:
     student, teacher, batch = pair("bert")
     anatomy = read_anatomy(teacher, batch)
     with refused(InputError, "the intervention needs a teacher"):
-        Lesson(parse_distill("none"), student, anatomy, intervention=Intervention())
+        Distiller(parse_distill("none"), student, anatomy, intervention=Intervention())
     shallow = hf.BertForSequenceClassification(hf.BertConfig(**(TEXT | {"num_hidden_layers": 1}), num_labels=3)).eval()
     _, teacher, batch = pair("bert")
     parts = (shallow, read_anatomy(shallow), teacher, read_anatomy(teacher))
     with refused(ModelError, "1 blocks", "2", "mapping"):
-        Lesson(parse_distill("prediction"), *parts, Intervention())
-    lesson = Lesson(parse_distill("prediction", mapping={0: 1}), *parts, Intervention("map"))
-    lesson.forward(shallow, batch)
-    assert lesson.intervener.source == {"bert.encoder.layer.0.attention.self": "bert.encoder.layer.1.attention.self"}
+        Distiller(parse_distill("prediction"), *parts, Intervention())
+    distiller = Distiller(parse_distill("prediction", mapping={0: 1}), *parts, Intervention("map"))
+    distiller.forward(shallow, batch)
+    assert distiller.intervener.source == {"bert.encoder.layer.0.attention.self": "bert.encoder.layer.1.attention.self"}

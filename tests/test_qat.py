@@ -22,7 +22,7 @@ from bittern.data import load_data
 from bittern.demo import DIGITS
 from bittern.errors import InputError, ModelError
 from bittern.qat.distill import parse_distill
-from bittern.qat.run import ByLength, Training, collator, first_step, last_checkpoint
+from bittern.qat.training import ByLength, Training, collator, first_step, last_checkpoint
 from families import SUPPORTED
 from helpers import refused
 from material import LABELS, SENTENCE, TEXTS, command, save_text_model, write_tables

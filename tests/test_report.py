@@ -18,7 +18,7 @@ from bittern.analysis.report import write_report
 from bittern.analysis.run import Curvature, analyze
 from bittern.demo import DIGITS
 from bittern.qat.distill import Distill
-from bittern.qat.run import Training
+from bittern.qat.training import Training
 from material import save_text_model, write_tables
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"

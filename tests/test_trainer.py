@@ -14,7 +14,7 @@ import transformers as hf
 
 from bittern import calibrate, load, pack, read_anatomy, save, simulate
 from bittern.errors import InputError, ModelError
-from bittern.qat.distill import Distill, Lesson, balanced, parse_distill
+from bittern.qat.distill import Distill, Distiller, balanced, parse_distill
 from bittern.qat.trainer import QATTrainer
 from families import SUPPORTED, TEXT
 from helpers import outputs, refused, same
@@ -98,12 +98,12 @@ def pair(family: str, recipe: str = "ternary-2-2-8") -> tuple[hf.PreTrainedModel
 def test_families(family: str) -> None:
     """All terms are finite on every kind of model, and reach every quantized weight that the batch uses in a block."""
     student, teacher, batch = pair(family)
-    lesson = Lesson(parse_distill(ALL_TERMS), student, read_anatomy(teacher, batch), teacher)
-    _, terms = lesson.forward(student, batch)
+    distiller = Distiller(parse_distill(ALL_TERMS), student, read_anatomy(teacher, batch), teacher)
+    _, terms = distiller.forward(student, batch)
     assert set(terms) == set(ALL_TERMS.split(","))
     assert all(torch.isfinite(term) and term > 0 for term in terms.values()), terms
-    balanced(terms, lesson.distill, lesson.compared).backward()
-    in_blocks = [n for n, role in lesson.anatomy.roles.items() if role in ("qkv", "attention_output", "ffn")]
+    balanced(terms, distiller.distill, distiller.compared).backward()
+    in_blocks = [n for n, role in distiller.anatomy.roles.items() if role in ("qkv", "attention_output", "ffn")]
     learning = [student.get_submodule(name) for name in in_blocks]
     assert learning
     assert all(m.weight.grad is not None and torch.isfinite(m.weight.grad).all() for m in learning)
@@ -117,7 +117,7 @@ def test_equal(family: str) -> None:
     student = copy.deepcopy(teacher)
     anatomy = read_anatomy(teacher, batch)
     terms = ALL_TERMS + ",output"
-    _, found = Lesson(parse_distill(terms), student, anatomy, teacher).forward(student, batch)
+    _, found = Distiller(parse_distill(terms), student, anatomy, teacher).forward(student, batch)
     assert all(value < 1e-6 for name, value in found.items() if name != "prediction"), found
 
 
@@ -125,7 +125,7 @@ def test_against_output_attentions() -> None:
     """Terms of BERT are those computed from the outputs that transformers itself gives, padding left out."""
     student, teacher, batch = pair("bert")
     with torch.no_grad():
-        _, terms = Lesson(parse_distill("hidden,map"), student, read_anatomy(teacher, batch), teacher).forward(
+        _, terms = Distiller(parse_distill("hidden,map"), student, read_anatomy(teacher, batch), teacher).forward(
             student, batch
         )
         a, b = (m(**batch, output_hidden_states=True, output_attentions=True) for m in (student, teacher))
@@ -153,14 +153,14 @@ def test_padding(family: str) -> None:
     student, teacher, batch = pair(family, "w8a8")
     anatomy = read_anatomy(teacher, batch)
     calibrate(student, [batch])
-    lesson = Lesson(parse_distill(ALL_TERMS), student, anatomy, teacher)
+    distiller = Distiller(parse_distill(ALL_TERMS), student, anatomy, teacher)
     if family in ("gpt2", "llama"):
         batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
     more = {k: F.pad(v, (0, 5), value=-100 if k == "labels" else 0) for k, v in batch.items()}
     if family == "t5":  # the encoder's tokens are padded
         more["decoder_input_ids"] = batch["decoder_input_ids"]
     with torch.no_grad():
-        plain, padded = (lesson.forward(student, b)[1] for b in (batch, more))
+        plain, padded = (distiller.forward(student, b)[1] for b in (batch, more))
     for name in plain:
         torch.testing.assert_close(padded[name], plain[name], rtol=1e-3, atol=1e-6, msg=name)
 
@@ -173,7 +173,7 @@ def test_layers() -> None:
     def terms(layers: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
         distill = parse_distill("map,output,hidden", layers=layers)
         with torch.no_grad():
-            return Lesson(distill, student, anatomy, teacher).forward(student, batch)[1]
+            return Distiller(distill, student, anatomy, teacher).forward(student, batch)[1]
 
     every, first, last = terms(None), terms((0,)), terms((-1,))
     for name in ("map", "output"):
@@ -191,9 +191,9 @@ def test_mapping() -> None:
     short = hf.BertForSequenceClassification(hf.BertConfig(**(TEXT | {"num_hidden_layers": 1}), num_labels=3)).eval()
     anatomies = read_anatomy(short, batch), read_anatomy(teacher, batch)
     with refused(ModelError, "1 blocks", "2", "mapping"):
-        Lesson(parse_distill("map"), short, anatomies[0], teacher, anatomies[1])
-    lesson = Lesson(parse_distill("map,hidden", mapping={0: 1}), short, anatomies[0], teacher, anatomies[1])
-    _, terms = lesson.forward(short, batch)
+        Distiller(parse_distill("map"), short, anatomies[0], teacher, anatomies[1])
+    distiller = Distiller(parse_distill("map,hidden", mapping={0: 1}), short, anatomies[0], teacher, anatomies[1])
+    _, terms = distiller.forward(short, batch)
     with torch.no_grad():
         x, y = (m(**batch, output_hidden_states=True).hidden_states for m in (short, teacher))
     n = batch["attention_mask"].sum(1).tolist()
@@ -203,7 +203,7 @@ def test_mapping() -> None:
     )
     torch.testing.assert_close(terms["hidden"].detach(), expected, rtol=1e-5, atol=0)
     with refused(InputError, "block 5 of the teacher", "0 to 1"):
-        Lesson(parse_distill("map", mapping={0: 5}), short, anatomies[0], teacher, anatomies[1])
+        Distiller(parse_distill("map", mapping={0: 5}), short, anatomies[0], teacher, anatomies[1])
 
 
 def test_balance() -> None:
@@ -222,9 +222,9 @@ def test_compared() -> None:
     """A term's count is that of the tensors it compares: a prediction, each block, what the first one reads, and the
     chosen layers."""
     student, teacher, batch = pair("bert")
-    lesson = Lesson(parse_distill("map", layers=(-1,)), student, read_anatomy(teacher, batch), teacher)
-    lesson.forward(student, batch)
-    assert lesson.compared == {"hidden": 1 + student.config.num_hidden_layers, "map": 1}
+    distiller = Distiller(parse_distill("map", layers=(-1,)), student, read_anatomy(teacher, batch), teacher)
+    distiller.forward(student, batch)
+    assert distiller.compared == {"hidden": 1 + student.config.num_hidden_layers, "map": 1}
 
 
 # Checkpoints, and what is refused
@@ -317,12 +317,12 @@ def test_refused(tmp_path: Path) -> None:
     with refused(InputError, "nothing to learn"):
         parse_distill("")
     with refused(InputError, "need a teacher"):
-        Lesson(parse_distill("map"), teacher, read_anatomy(teacher, batch))
+        Distiller(parse_distill("map"), teacher, read_anatomy(teacher, batch))
     torch.manual_seed(0)
     wide = hf.BertForSequenceClassification(hf.BertConfig(**(TEXT | {"hidden_size": 64}), num_labels=3)).eval()
-    lesson = Lesson(parse_distill("hidden"), copy.deepcopy(teacher), read_anatomy(teacher, batch), wide)
+    distiller = Distiller(parse_distill("hidden"), copy.deepcopy(teacher), read_anatomy(teacher, batch), wide)
     with refused(ModelError, "hidden", "(2, 12, 32)", "(2, 12, 64)"):
-        lesson.forward(lesson.student, batch)
+        distiller.forward(distiller.student, batch)
 
 
 def test_saved_student(tmp_path: Path) -> None:

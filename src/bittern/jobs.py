@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import platform
 import shutil
 from contextlib import nullcontext
@@ -23,14 +22,14 @@ from bittern.deploy.files import Journal, check_output, digest
 from bittern.deploy.store import load, measure, save
 from bittern.errors import InputError, ModelError
 from bittern.layers import Simulation, fake_quants, is_simulated, restore, simulate
-from bittern.progress import Tell, Track, peak_memory, silent, unseen
+from bittern.progress import OnStep, Track, ignore, peak_memory, silent
 from bittern.ptq.calibrate import calibrate
 from bittern.ptq.methods import find_method
 from bittern.ptq.run import Mixed, check_mixed
 from bittern.ptq.run import quantize as post_training
 from bittern.qat.distill import Distill
 from bittern.qat.intervention import Intervention
-from bittern.qat.run import Training, first_step, last_checkpoint, read_run, train
+from bittern.qat.training import Training, first_step, is_main_process, last_checkpoint, read_baseline, train
 from bittern.recipe import Recipe, load_recipe
 
 
@@ -100,48 +99,50 @@ def qat(
     distill: Distill,
     training: Training,
     intervention: Intervention | None = None,
-    plain: str | Path | None = None,
+    baseline_run: str | Path | None = None,
     student: str | Path | None = None,
     samples: int = 128,
     resume: bool = False,
     force: bool = False,
-    tell: Tell = unseen,
+    on_step: OnStep = ignore,
     track: Track = silent,
     **columns: Any,
 ) -> dict[str, Any]:
     """Train a quantized student of the float model in folder `source`, its teacher, and write it packed to `out`.
 
-    intervention: steps at the beginning in which the teacher's signals replace the student's. plain: folder of a
-    finished run without it, to compare with how many steps its best metric took.
+    intervention: steps at the beginning in which the teacher's signals replace the student's. baseline_run: folder of
+    a finished run without it, to compare with how many steps its best metric took.
     student: folder of the float model that the student starts from; the teacher itself by default. samples: for static
     scales of activations, if the recipe has any. Checkpoints are kept in the folder `out`.work until `out` is written.
     resume: go on from the last of them, with the same options, to the same bits; force: drop them.
     Data without labels serves all terms but truth; the student is then measured by how it agrees with the teacher. Of
-    data with one part only, a tenth (at most 2,000 samples) is held out to measure. tell: see `train`. Of several
+    data with one part only, a tenth (at most 2,000 samples) is held out to measure. on_step: see `train`. Of several
     processes the first one writes; the others return what they measured last.
     """
     folder = Path(f"{Path(out)}.work")
-    if plain and intervention is None:
+    if baseline_run and intervention is None:
         raise InputError("steps are counted against a plain run where the teacher intervenes; give --intervene")
-    reference = read_run(plain) if plain else None
-    leads = int(os.environ.get("RANK", "0")) == 0
-    if leads:
+    baseline = read_baseline(baseline_run) if baseline_run else None
+    main_process = is_main_process()
+    if main_process:
         _check_unfinished(folder, resume or force)
     columns |= {"batch_size": training.batch_size}
-    job = _Job(source, recipe, out, data, samples, training.seed, force or not leads, track, columns)
+    job = _Job(source, recipe, out, data, samples, training.seed, force or not main_process, track, columns)
     job.prepare(student, hold_out=True)
     assert job.train is not None
     teacher = job.float_model if student else copy.deepcopy(job.model)
     simulation = job.simulate()
     measured = job.measure()
     training = replace(training, metric=training.metric or headline(data, measured))
-    if reference and reference["metric"] != training.metric:
-        raise InputError(f"{plain} was chosen by {reference['metric']}, this run by {training.metric}; set --metric")
+    if baseline and baseline["metric"] != training.metric:
+        raise InputError(
+            f"{baseline_run} was chosen by {baseline['metric']}, this run by {training.metric}; set --metric"
+        )
     if training.metric not in measured:
         raise InputError(f"no metric {training.metric!r} to choose by; there are {', '.join(measured)}")
     options = {"distill": asdict(distill), "training": asdict(training)}
     options |= {"intervention": asdict(intervention)} if intervention else {}
-    if leads:
+    if main_process:
         if not resume and last_checkpoint(folder):  # forced, and nothing was found that stops the new run
             shutil.rmtree(folder)
         models = {"teacher": teacher, "student": job.model}
@@ -165,13 +166,13 @@ def qat(
         folder,
         intervention=intervention,
         resume=resume,
-        tell=tell,
+        on_step=on_step,
     )
     found = options | {"qat": asdict(trained)}
-    if not leads:
+    if not main_process:
         return found
-    if reference:
-        found["plain"] = reference | {"reached": first_step(trained.history, trained.metric, reference["best"])}
+    if baseline:
+        found["plain"] = baseline | {"reached": first_step(trained.history, trained.metric, baseline["best"])}
     result = job.finish(simulation, found | {"peak_memory": peak_memory()})
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)

@@ -1,4 +1,4 @@
-"""How long work tells where it is, and how much memory it took."""
+"""Reports of how far work has come, and how much memory it took."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]  # passes items through; their description
-Tell = Callable[[int, int, Mapping[str, float]], None]  # step of a training, of how many, what is logged now
+OnStep = Callable[[int, int, Mapping[str, float]], None]  # step of a training, of how many, what is logged now
+OnEstimate = Callable[[Mapping[str, float]], None]  # seconds that each part will take, about, before work starts
 
 
 def silent(items: Iterable[Any], description: str) -> Iterable[Any]:
@@ -17,8 +18,8 @@ def silent(items: Iterable[Any], description: str) -> Iterable[Any]:
     return items
 
 
-def unseen(step: int, total: int, logs: Mapping[str, float]) -> None:
-    """The Tell that shows nothing."""
+def ignore(*_: Any) -> None:
+    """The OnStep and the OnEstimate that show nothing."""
 
 
 def peak_memory() -> int:

@@ -79,20 +79,21 @@ def print_trained(result: dict[str, Any], title: str) -> None:
     print_quantized(result, title)
 
 
-def _intervened(phases: list[dict[str, Any]], plain: dict[str, Any] | None) -> str:
+def _intervened(phases: list[dict[str, Any]], baseline: dict[str, Any] | None) -> str:
     """What the teacher did when, and how many steps that saved against a run without it, if one is known."""
     *acts, alone = phases
     spans = ", ".join(f"{act['name']} in steps {act['from'] + 1} to {act['to']}" for act in acts)
     text = f"the teacher intervened: {spans}; the student was alone from step {alone['from'] + 1}"
-    if plain is None:
+    if baseline is None:
         return f"{text}; --plain OUT of a run without intervention tells how many steps that saved"
-    text += (
-        f". {plain['folder']} reached its best {plain['metric']}, {plain['best']:.4f}, at step {plain['best_step']} "
+    best = f"{baseline['metric']}, {baseline['best']:.4f}"
+    text += f". {baseline['folder']} reached its best {best}, at step {baseline['best_step']} "
+    if baseline["reached"] is None:
+        return f"{text}of {baseline['steps']}; this run did not"
+    saved = baseline["best_step"] / baseline["reached"]
+    return (
+        f"{text}of {baseline['steps']}; this run was there at step {baseline['reached']}: {saved:.1f} times fewer steps"
     )
-    if plain["reached"] is None:
-        return f"{text}of {plain['steps']}; this run did not"
-    saved = plain["best_step"] / plain["reached"]
-    return f"{text}of {plain['steps']}; this run was there at step {plain['reached']}: {saved:.1f} times fewer steps"
 
 
 def add_columns(table: Table, *names: str) -> None:

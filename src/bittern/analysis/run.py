@@ -37,9 +37,8 @@ from bittern.deploy.files import Journal, atomic_folder, check_output, digest, r
 from bittern.deploy.store import REPORT as RUN
 from bittern.deploy.store import inspect, load
 from bittern.errors import InputError, ModelError
-from bittern.progress import Track, silent
+from bittern.progress import OnEstimate, Track, ignore, silent
 
-Announce = Callable[[Mapping[str, float]], None]
 PRODUCTS = 30  # with the Hessian that Lanczos takes, about
 SURFACE = 2  # mini-batches whose mean loss makes the surface
 MINI_BATCH = 16  # samples whose Hessian is looked at
@@ -57,10 +56,6 @@ class Curvature:
     span: float = 1.0
 
 
-def unannounced(seconds: Mapping[str, float]) -> None:
-    """The Announce that says nothing."""
-
-
 def analyze(
     student: str | Path,
     teacher: str | Path,
@@ -73,7 +68,7 @@ def analyze(
     seed: int = 0,
     curvature: Curvature | None = None,
     force: bool = False,
-    announce: Announce = unannounced,
+    on_estimate: OnEstimate = ignore,
     track: Track = silent,
     **columns: Any,
 ) -> dict[str, Any]:
@@ -81,12 +76,12 @@ def analyze(
 
     against: another student of the same teacher, shown beside it. samples: drawn from the test part of the data, or the
     only one; of them `few` serve what runs the model many times. curvature: Hessian and loss surface, which take long.
-    announce: told the seconds that each part will take, about, before it starts. Finished parts are kept in the folder
-    `out`.work until `out` is written. Raises InputError, ModelError and CheckpointError.
+    on_estimate: told the seconds that each part will take, about, before it starts. Finished parts are kept in the
+    folder `out`.work until `out` is written. Raises InputError, ModelError and CheckpointError.
     """
     check_output(out, force, REPORT)
     job = _Job(student, teacher, data, out, against, samples, few, seed, curvature, track, columns)
-    announce(job.estimate())
+    on_estimate(job.estimate())
     result = job.run()
     with atomic_folder(out, force=force, holds=REPORT) as folder:
         write_report(result, folder)

@@ -57,7 +57,7 @@ def analyze(
         seed=seed,
         curvature=curvature,
         force=force,
-        announce=lambda seconds: None if as_json else tell(seconds),
+        on_estimate=lambda seconds: None if as_json else print_estimate(seconds),
         track=track(as_json),
         columns=split(columns),
         label_column=label_column,
@@ -80,8 +80,8 @@ def analyze(
     out_console.print(f"Wrote {out}. Next: open [bold]{out / 'report.html'}[/] in a browser", soft_wrap=True)
 
 
-def tell(seconds: Mapping[str, float]) -> None:
-    """What the analysis will take, before it starts, if that is more than a moment."""
+def print_estimate(seconds: Mapping[str, float]) -> None:
+    """Print what the analysis will take, before it starts, if that is more than a moment."""
     total = sum(seconds.values())
     if total > 10 and err_console.is_terminal:
         parts = ", ".join(f"{name} {duration(part)}" for name, part in seconds.items())

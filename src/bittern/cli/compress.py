@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -157,8 +156,9 @@ def qat(
     intervene_scope: Annotated[
         str, typer.Option(help="What is quantized in them: all, or part (what the teacher does not replace).")
     ] = "all",
-    plain: Annotated[
-        str | None, typer.Option(help="Folder of a finished run without intervention, to count the steps saved.")
+    baseline_run: Annotated[
+        str | None,
+        typer.Option("--plain", help="Folder of a finished run without intervention, to count the steps saved."),
     ] = None,
     student: Annotated[str | None, typer.Option(help="Float model that the student starts from.")] = None,
     epochs: Annotated[float, typer.Option(help="Times over the training data.")] = 3.0,
@@ -189,9 +189,9 @@ def qat(
     from bittern import jobs
     from bittern.qat.distill import parse_distill
     from bittern.qat.intervention import Intervention
-    from bittern.qat.run import Training, leave_processes
+    from bittern.qat.training import Training, is_main_process, leave_processes
 
-    lesson = parse_distill(
+    distillation = parse_distill(
         distill,
         balance=balance,
         layers=parse_numbers(layers, "layers") or None,
@@ -215,17 +215,16 @@ def qat(
     intervention = None
     if intervene:
         intervention = Intervention(intervene, intervene_steps, intervene_scope, seed)  # type: ignore[arg-type]
-    leads = os.environ.get("RANK", "0") == "0"  # of several processes
-    quiet = as_json or not leads
+    quiet = as_json or not is_main_process()
     result = jobs.qat(
         teacher,
         recipe,
         out,
         data=data,
-        distill=lesson,
+        distill=distillation,
         training=training,
         intervention=intervention,
-        plain=plain,
+        baseline_run=baseline_run,
         student=student,
         samples=samples,
         resume=resume,
@@ -236,9 +235,9 @@ def qat(
         max_length=max_length,
         **training_bar(quiet, intervention),
     )
-    if as_json and leads:
+    if as_json and is_main_process():
         print(json.dumps(result))
-    elif leads:
-        print_trained(result, f"{teacher} by {result['recipe']}, learned from {', '.join(lesson.terms)}")
+    elif is_main_process():
+        print_trained(result, f"{teacher} by {result['recipe']}, learned from {', '.join(distillation.terms)}")
         out_console.print(f"Wrote {out}. Next: [bold]bittern inspect {out}[/]", soft_wrap=True)
     leave_processes()

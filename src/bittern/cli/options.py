@@ -67,7 +67,7 @@ def parse_settings(options: list[str]) -> dict[str, Any]:
 
 
 def training_bar(quiet: bool, intervention: Any = None) -> dict[str, Any]:
-    return {} if quiet else {"tell": TrainingBar(intervention.phase if intervention else None)}
+    return {} if quiet else {"on_step": TrainingBar(intervention.phase if intervention else None)}
 
 
 def split(columns: str) -> tuple[str, ...]:

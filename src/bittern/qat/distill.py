@@ -1,6 +1,6 @@
 """What a student learns from its teacher: which terms, how much of each, at which layers.
 
-A `Distill` is data; `Lesson` binds one to a teacher and a student, and gives the terms of a batch.
+A `Distill` is data; `Distiller` binds one to a teacher and a student, and gives the terms of a batch.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def parse_distill(text: str, **options: Any) -> Distill:
     return Distill(terms, **options)
 
 
-class Lesson:
+class Distiller:
     """A Distill bound to a teacher and a student: records both, and gives the terms of a batch.
 
     teacher: None if only the labels teach. Both models get Bittern's attention; the teacher is frozen, and no part of
@@ -261,7 +261,7 @@ def balanced(
 ) -> Tensor:
     """The loss of a step: the terms times their weights.
 
-    `auto` first divides each term by its present mean over the tensors that it compares (`Lesson.compared`; 1 if not
+    `auto` first divides each term by its present mean over the tensors that it compares (`Distiller.compared`; 1 if not
     there): the gradient is that of Σ weight · compared · log(term), which is what uncertainty weighting (Kendall et al.
     2018) of single tensors comes to when its σ are at their minimum, alike in each term. It has no units, no state and
     nothing to learn. means: the values on all processes; the terms' own if not given.

@@ -17,7 +17,7 @@ from bittern.anatomy import read_anatomy
 from bittern.deploy.checkpoint import mark_simulated
 from bittern.errors import InputError, ModelError
 from bittern.layers import as_float, is_simulated
-from bittern.qat.distill import Distill, Lesson, balanced
+from bittern.qat.distill import Distill, Distiller, balanced
 from bittern.qat.intervention import Intervention
 
 
@@ -48,7 +48,7 @@ class QATTrainer(Trainer):
         with as_float(model):
             anatomy = read_anatomy(model)
         theirs = None if teacher is None else read_anatomy(teacher)
-        self.lesson = Lesson(distill, model, anatomy, teacher, theirs, intervention)
+        self.distiller = Distiller(distill, model, anatomy, teacher, theirs, intervention)
         super().__init__(mark_simulated(model), *args, **options)
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise InputError("reentrant activation checkpointing loses gradients of the terms; set use_reentrant=False")
@@ -63,7 +63,7 @@ class QATTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """With an intervention, the learning rate rises and falls twice: in its steps, and in those after it [TI]."""
-        intervention = self.lesson.intervention
+        intervention = self.distiller.intervention
         if intervention is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         steps = intervention.steps
@@ -87,14 +87,14 @@ class QATTrainer(Trainer):
         try:
             return super().training_step(*args, **options)  # type: ignore[no-any-return]
         finally:
-            self.lesson.release()
+            self.distiller.release()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        out, terms = self.lesson.forward(model, inputs, self.state.global_step)
+        out, terms = self.distiller.forward(model, inputs, self.state.global_step)
         values = torch.stack([term.detach().float() for term in terms.values()])
         means = dict(zip(terms, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         for name, mean in means.items():
@@ -102,7 +102,7 @@ class QATTrainer(Trainer):
                 raise ModelError(f"step {self.state.global_step + 1}: {self._diverged(name)}")
         self._sums.update(means)
         self._count += 1
-        loss = balanced(terms, self.lesson.distill, self.lesson.compared, means)
+        loss = balanced(terms, self.distiller.distill, self.distiller.compared, means)
         return (loss, out) if return_outputs else loss
 
     def _diverged(self, term: str) -> str:

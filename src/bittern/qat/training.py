@@ -29,7 +29,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from bittern.data import Data, has_classes, is_language_model, is_regression
 from bittern.data.evaluate import LOWER_IS_BETTER
 from bittern.errors import InputError, first_line
-from bittern.progress import Tell, unseen
+from bittern.progress import OnStep, ignore
 from bittern.qat.distill import Distill
 from bittern.qat.intervention import Intervention
 from bittern.qat.trainer import QATTrainer
@@ -93,13 +93,13 @@ def train(
     *,
     intervention: Intervention | None = None,
     resume: bool = False,
-    tell: Tell = unseen,
+    on_step: OnStep = ignore,
 ) -> Trained:
     """Train a simulated student on `data`, and leave it with the weights of its best evaluation.
 
     teacher: None if neither `distill` nor `intervention` needs one. measure: metrics of the student as it is.
     folder: for checkpoints. resume: go on from the last complete one, to the bits of a run that was never
-    interrupted; without one, start. tell: called after each step and for what is logged; at the end with the same
+    interrupted; without one, start. on_step: called after each step and for what is logged; at the end with the same
     number twice. Raises InputError or ModelError before the first step for data, a teacher or options that do not
     fit.
     """
@@ -107,7 +107,7 @@ def train(
         raise InputError(f"a batch of {training.batch_size} is larger than the data, {len(data)} samples; lower it")
     _check_labels(student, data, distill)
     patience = [EarlyStoppingCallback(training.patience)] if training.patience else []
-    trainer = _Run(
+    trainer = _MeasuredTrainer(
         student,
         _arguments(training, Path(folder)),
         data=data,
@@ -115,7 +115,7 @@ def train(
         teacher=teacher,
         distill=distill,
         intervention=intervention,
-        callbacks=[_Schedule(training.evaluations), _Progress(tell), *patience],
+        callbacks=[_Schedule(training.evaluations), _Progress(on_step), *patience],
     )
     trainer.check_first_batch()
     checkpoint = last_checkpoint(folder) if resume else None
@@ -143,8 +143,8 @@ def train(
     )
 
 
-def read_run(folder: str | Path) -> dict[str, Any]:
-    """How a finished run of `bittern qat` went: its metric, the best value, and at which of how many steps that was."""
+def read_baseline(folder: str | Path) -> dict[str, Any]:
+    """Return how a finished run of `bittern qat` went: its metric, the best value, at which of all steps it was."""
     try:
         run = json.loads((Path(folder) / "bittern.json").read_text())["qat"]
         found = {key: run[key] for key in ("metric", "best", "best_step", "steps")}
@@ -158,6 +158,11 @@ def first_step(history: Sequence[Mapping[str, float]], metric: str, value: float
     sign = -1 if metric in LOWER_IS_BETTER else 1
     good = (e["step"] for e in history if sign * e.get(f"eval_{metric}", -sign * math.inf) >= sign * value)
     return next((int(step) for step in good), None)
+
+
+def is_main_process() -> bool:
+    """True in the process that writes and shows, the first of several; torchrun numbers them by RANK."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def leave_processes() -> None:
@@ -225,7 +230,7 @@ class ByLength(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-class _Run(QATTrainer):
+class _MeasuredTrainer(QATTrainer):
     """A QATTrainer that is measured by our own metrics, the same ones as the final model."""
 
     control: TrainerControl
@@ -242,8 +247,8 @@ class _Run(QATTrainer):
         """One forward of both models on the first samples: what does not fit is told before long work."""
         batch = self._prepare_inputs(self.data_collator(range(min(2, len(self.data)))))
         with torch.no_grad():
-            self.lesson.forward(self.model, batch)
-        self.lesson.release()
+            self.distiller.forward(self.model, batch)
+        self.distiller.release()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         found = {f"eval_{name}": value for name, value in self.measure().items()}
@@ -275,18 +280,18 @@ class _Schedule(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    def __init__(self, tell: Tell):
-        self.tell = tell
+    def __init__(self, on_step: OnStep):
+        self.on_step = on_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step < state.max_steps:
-            self.tell(state.global_step, state.max_steps, {})
+            self.on_step(state.global_step, state.max_steps, {})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self.tell(state.global_step, state.max_steps, logs)
+        self.on_step(state.global_step, state.max_steps, logs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.tell(state.global_step, state.global_step, {})
+        self.on_step(state.global_step, state.global_step, {})
 
 
 def _are_texts(row: Any) -> bool:
