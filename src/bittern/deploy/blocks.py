@@ -66,7 +66,7 @@ def _made_of(block: nn.Module) -> tuple[tuple[nn.Module, type], ...]:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a block is made of."""
+    """Parts of a block: the modules that compute, and its attention."""
 
     steps: Mapping[nn.Module, str]  # the modules that compute, and their kinds
     site: attention.Site
@@ -87,7 +87,7 @@ class Parts:
         return [hook for m, _ in self.made_of for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
 
     def state(self) -> tuple[Any, ...]:
-        """What a plan takes for granted; things compare by identity."""
+        """Everything that a plan takes for granted; things compare by identity."""
         watching = sum(m.training + len(m._forward_hooks) + len(m._forward_pre_hooks) for m, _ in self.made_of)
         found: list[Any] = [self.site.integer(None), watching]
         for module, kind in self.steps.items():
@@ -101,7 +101,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the kernels run one block, if they can, and the state in which that holds."""
+    """Plan by which the kernels run one block, if they can, and the state in which it holds."""
 
     parts: Parts
     state: tuple[Any, ...]
@@ -133,7 +133,7 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _serves(block: nn.Module, call: Mapping[Any, Any]) -> bool:
-    """Whether a block may run in one piece now: a float tensor, perhaps a mask, and nothing else that could matter."""
+    """True if a block may run in one piece now: a float tensor, perhaps a mask, and nothing else that could matter."""
     tensors = [value for value in call.values() if isinstance(value, Tensor)]
     plain = all(value is None or isinstance(value, Tensor | bool | int | float | str) for value in call.values())
     return bool(

@@ -162,7 +162,7 @@ def mark_simulated(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def is_packed(model: nn.Module) -> bool:
-    """Whether the model has packed layers."""
+    """True if the model has packed layers."""
     return any(isinstance(m, PackedLayer) for m in model.modules())
 
 

@@ -110,7 +110,7 @@ _exchange = threading.RLock()  # held while codes and panels change places
 
 
 class PackedLayer(nn.Module):
-    """What packed layers share. `owner` is another packed layer if this one is tied to its weight."""
+    """Base of packed layers. `owner` is another packed layer if this one is tied to its weight."""
 
     weight_format: Format
     weight_shape: tuple[int, int]  # rows, columns

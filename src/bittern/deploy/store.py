@@ -163,7 +163,7 @@ def measure(model: PreTrainedModel, folder: str | Path) -> Size:
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What a folder holds: model class, sizes, each quantized module with its formats, and what stayed float."""
+    """List what a folder holds: model class, sizes, each quantized module with its formats, and what stayed float."""
     model = load(path)
     points = ("weight", "input", *OPERANDS)
     quantized = dict(module_formats(model))

@@ -94,7 +94,7 @@ class Block:
         self._address = ctypes.addressof(self._structure)
 
     def __call__(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """What the block gives for x (batch, tokens, hidden), with an additive mask.
+        """Run the block on x (batch, tokens, hidden), with an additive mask.
 
         None if a value is not finite, or x so large that its parts should run one by one.
         """

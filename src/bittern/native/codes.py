@@ -19,7 +19,7 @@ MOST_INPUTS = 32768  # of one output, so that sums of products of bytes stay in 
 
 @dataclass(frozen=True)
 class Coding:
-    """How values become codes: what `quantizers.encode` does for a uniform format.
+    """A rule that makes codes of values: what `quantizers.encode` does for a uniform format.
 
     scale: None for a dynamic one, found for the tensor or, if `by_row`, for each row.
     """
@@ -40,7 +40,7 @@ class Coding:
 
     @property
     def shift(self) -> int:
-        """What is taken from codes so that they fit a signed byte."""
+        """Number that is taken from codes so that they fit a signed byte."""
         return 128 if self.high > 127 else 0
 
     @cached_property

@@ -43,14 +43,13 @@ class Panels:
         single = unsigned.to(torch.uint8).contiguous()  # a byte each
         padded = -(-self.outputs // PANEL) * PANEL
         self.data = buffer(padded * (-(-self.inputs // ALIGN) * ALIGN) * bits // 8, dtype=torch.uint8)
-        self.scale, self.no_bias = buffer(padded).zero_(), buffer(padded).zero_()
-        self.sums = buffer(padded, dtype=torch.int32).zero_()
+        self.scale, self.sums = buffer(padded).zero_(), buffer(padded, dtype=torch.int32).zero_()
         self.scale[: self.outputs] = scale.float().flatten()
         self.sums[: self.outputs] = codes.sum(1, dtype=torch.int32)
         library.bittern_pack(single.data_ptr(), self.outputs, self.inputs, bits, self.data.data_ptr())
 
     def codes(self) -> Tensor:
-        """The codes (outputs, inputs) as int16."""
+        """Unpack the codes (outputs, inputs) as int16, also while the kernels are switched off."""
         single = buffer(self.outputs, self.inputs, dtype=torch.uint8)
         library = required(even_disabled=True)  # nothing is multiplied
         library.bittern_unpack(self.data.data_ptr(), self.outputs, self.inputs, self.bits, single.data_ptr())
@@ -61,7 +60,7 @@ class Panels:
         return c.Layer(
             self.data.data_ptr(),
             self.scale.data_ptr(),
-            address(bias, "bias", tuple(self.no_bias.shape)),
+            address(bias, "bias", tuple(self.scale.shape)),
             self.sums.data_ptr(),
             *(self.inputs, self.outputs, self.bits, self.top, self.zero),
             coding.structure,
@@ -73,12 +72,11 @@ class Panels:
 
 
 def padded_bias(bias: Tensor | None, panels: Panels) -> Tensor:
-    """A bias as `linear` takes it: zeros up to a whole panel."""
+    """A bias (outputs) as `linear` takes it: zeros up to a whole panel."""
     if bias is None:
-        return panels.no_bias
-    if len(panels.no_bias) == panels.outputs:
-        return bias.detach().contiguous()
-    return torch.nn.functional.pad(bias.detach(), (0, len(panels.no_bias) - panels.outputs))
+        return torch.zeros_like(panels.scale)
+    more = len(panels.scale) - panels.outputs
+    return torch.nn.functional.pad(bias.detach(), (0, more)) if more else bias.detach().contiguous()
 
 
 def linear(x: Quantized, panels: Panels, bias: Tensor, activation: Activation = "none") -> Tensor:

@@ -12,7 +12,7 @@ from bittern.native.library import address, required
 
 
 def uniform(x: Tensor, coding: Coding) -> Tensor | None:
-    """What the codes of x stand for, in its shape. None if x holds NaN or infinity."""
+    """Round x to what its codes stand for, in its shape. None if x holds NaN or infinity."""
     x, out = _dense(x, coding.by_row)
     failed = required().bittern_round(
         _address(x),
@@ -89,7 +89,7 @@ def _dense(x: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
 
 
 def _address(x: Tensor) -> int:
-    """Of a tensor without gaps. Raises ValueError."""
+    """Return the address of a tensor without gaps. Raises ValueError."""
     if not x.numel():
         raise ValueError("x is empty; it has no scale")
     return address(x.as_strided((x.numel(),), (1,)), "x", (x.numel(),))
