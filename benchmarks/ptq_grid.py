@@ -26,8 +26,7 @@ import torch
 from bittern import load, pack
 from bittern.data import Data, load_data
 from bittern.data.evaluate import metrics, predict
-from bittern.ptq import METHODS, quantize
-from bittern.ptq.run import Mixed
+from bittern.ptq import METHODS, Mixed, quantize
 
 RECIPES = ["w8a8", "w6a6", "w4a8", "w4a4"]
 SHOWN = ("AP", "accuracy", "similarity")

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from bittern.texts import sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bittern import load, simulate
+from bittern.data.texts import sentences
 from bittern.demo import minilm_folder
 from bittern.layers import as_float
 from bittern.ptq import search
@@ -442,6 +442,13 @@ def test_choose(losses: list[int], constant: int, start: int | None) -> None:
     estimate = torch.tensor(exact, dtype=torch.float64) + constant
     found = choose(estimate, exact.__getitem__, None if start is None else start % len(exact))
     assert exact[found] == min(exact)
+
+
+def test_choose_scores_the_present_candidate() -> None:
+    """Where the estimate would keep the present candidate but its score tells otherwise, another one is chosen."""
+    estimate, losses = [0.23, 0.21, 0.20, 0.24, 0.30], [0.25, 0.2222, 0.2333, 0.26, 0.32]
+    assert choose(torch.tensor(estimate), losses.__getitem__, start=2) == 1
+    assert choose(torch.tensor(estimate), losses.__getitem__, start=2, slack=0.01) == 1
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)

@@ -15,7 +15,7 @@ from bittern import pack
 from bittern.errors import ModelError
 from bittern.layers import QuantLayer, as_float, fake_quants, weight_matrix
 from bittern.ptq.methods import METHODS, Method, find_method
-from bittern.ptq.run import quantize
+from bittern.ptq.model import quantize
 from bittern.ptq.solve import solve_layers
 from bittern.quantizers import fake_quantize, find_scale
 from bittern.recipe import Format, Recipe, Rule

@@ -23,10 +23,9 @@ from bittern.deploy.store import load, measure, save
 from bittern.errors import InputError, ModelError
 from bittern.layers import Simulation, fake_quants, is_simulated, restore, simulate
 from bittern.progress import OnStep, Track, ignore, peak_memory, silent
+from bittern.ptq import Mixed, check_mixed, find_method
+from bittern.ptq import quantize as post_training
 from bittern.ptq.calibrate import calibrate
-from bittern.ptq.methods import find_method
-from bittern.ptq.run import Mixed, check_mixed
-from bittern.ptq.run import quantize as post_training
 from bittern.qat.distill import Distill
 from bittern.qat.intervention import Intervention
 from bittern.qat.training import Training, first_step, is_main_process, last_checkpoint, read_baseline, train
@@ -76,7 +75,9 @@ def ptq(
     mixed: a width of its own for each attention and FFN. Finished units are kept in the folder `out`.work until `out`
     is written: the same call after a crash goes on there, to the same bits.
     """
-    check_mixed(mixed, find_method(method))
+    chosen = find_method(method)
+    if mixed is not None:
+        check_mixed(mixed, chosen)
     folder = Path(f"{Path(out)}.work")
 
     job = _Job(source, recipe, out, data, samples, seed, force, track, columns)

@@ -18,7 +18,7 @@ from bittern.data import is_language_model
 from bittern.data.evaluate import predict
 from bittern.layers import fake_quants
 from bittern.progress import Track, silent
-from bittern.ptq.allocate import nuclear_norm
+from bittern.ptq.mixed import nuclear_norm
 
 CLASSES = {  # of activations, by the name of their quantizers
     "inputs of layers": ("input_quantizer",),

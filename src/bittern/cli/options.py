@@ -24,7 +24,7 @@ DATA_HELP = (
 
 
 def parse_mixed(target: float | None, bits: str, sensitivity: str) -> Any:
-    from bittern.ptq.run import Mixed
+    from bittern.ptq import Mixed
 
     if target is None:
         return None

@@ -1,9 +1,9 @@
-"""What a unit's layers and attention read, gathered in one float run over all batches."""
+"""Capture what a unit's layers and attention read, in one float run over all batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +55,7 @@ class Heads:
     sample: Tensor  # (items)
     valid_rows: Tensor  # (items, queries), bool
     valid_keys: Tensor  # (items, keys), bool
-    groups: int = field(default=1, init=False)  # query heads to a key head
+    groups: int = field(kw_only=True)  # query heads to a key head
 
 
 @dataclass
@@ -85,73 +85,71 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
     groups: dict[str, Inputs] = {}
     heads: dict[str, list[tuple[Tensor, ...]]] = {site.name: [] for site in sites}
     grouped: dict[str, int] = {}
-    first = 0
-    for call in calls:
+
+    def capture_call(call: Call, first: int) -> None:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + call.batch)
         batch, size = batches[call.batch], sizes[call.batch]
         seen: dict[tuple[Any, ...], str] = {}  # tensors of this call → the first layer that read it
         norms: dict[tuple[Any, ...], str] = {}  # → the norm that made it
         keep: list[Tensor] = []  # so that no address is used twice
 
-        def read(
-            name: str,
-            layer: QuantLayer,
-            x: Tensor,
-            *,
-            seen: dict[tuple[Any, ...], str] = seen,
-            norms: dict[tuple[Any, ...], str] = norms,
-            keep: list[Tensor] = keep,
-            batch: Mapping[str, Any] = batch,
-            size: int = size,
-            first: int = first,
-            generator: torch.Generator = generator,
-        ) -> None:
-            owner = seen.setdefault((*_address(x), _unfolding(layer)), name)
+        def read(name: str, x: Tensor) -> None:
+            owner = seen.setdefault((*_address(x), _unfolding(layers[name])), name)
             keep.append(x)
             if owner == name:
-                rows, sample = _rows(layer, x, batch, size)
+                rows, sample = _rows(layers[name], x, batch, size)  # (rows, in), (rows)
                 if (wanted := MAX_ROWS // len(calls)) < len(rows):
                     some = torch.randperm(len(rows), generator=generator)[:wanted].sort().values.to(rows.device)
                     rows, sample = rows[some], sample[some]
                 group = groups.setdefault(name, Inputs(norm=norms.get(_address(x))))
                 group.parts.append(rows.detach().float().clone())
                 group.samples.append(sample + first)
-            known = groups[owner].layers
-            if name not in known:
-                known.append(name)
+            if name not in groups[owner].layers:
+                groups[owner].layers.append(name)
 
-        def made(name: str, out: Any, norms: dict[tuple[Any, ...], str] = norms, keep: list[Tensor] = keep) -> None:
+        def made(name: str, out: Any) -> None:
             if isinstance(out, Tensor):
                 norms[_address(out)] = name
                 keep.append(out)
 
-        recorder = recording(sites, *OPERANDS)
-        with as_float(module), recorder as taps, _reading(layers, read), _watching(module, made):
+        with ExitStack() as stack:
+            for name, layer in layers.items():
+                hook = layer.register_forward_pre_hook(lambda m, args, name=name: read(name, args[0]))
+                stack.callback(hook.remove)
+            for name, norm in _norms(module):
+                stack.callback(norm.register_forward_hook(lambda m, args, out, name=name: made(name, out)).remove)
+            stack.enter_context(as_float(module))
+            taps = stack.enter_context(recording(sites, *OPERANDS))
             if unit in layers:
-                read(unit, layers[unit], call.args[0])
+                read(unit, call.args[0])
             call.output = call.run()
-        for i, name in enumerate(taps.names["map"]):
-            tensors = [taps[operand][i] for operand in OPERANDS]
+        for name, *tensors in zip(taps.names["map"], *(taps[point] for point in OPERANDS), strict=True):
             grouped[name] = tensors[0].shape[1] // tensors[1].shape[1]
             heads[name].append(_heads(tensors, batch, size, first, len(calls), generator))
-        first += size
+
+    first = 0
+    for call in calls:
+        capture_call(call, first)
+        first += sizes[call.batch]
     for name in set(layers) - {n for g in groups.values() for n in g.layers}:
         raise ModelError(f"{name} never ran during calibration; use batches that reach it, or keep it float")
     for group in groups.values():
         if group.norm is not None and not _alone(module, group, layers, calls[0]):
             group.norm = None
-    joined = {name: Heads(*map(_pad_and_join, zip(*parts, strict=True))) for name, parts in heads.items() if parts}
-    for name, one in joined.items():
-        one.groups = grouped[name]
+    joined = {
+        n: Heads(*map(_pad_and_join, zip(*parts, strict=True)), groups=grouped[n])
+        for n, parts in heads.items()
+        if parts
+    }
     return Captured(list(groups.values()), joined)
 
 
 def _address(x: Tensor) -> tuple[Any, ...]:
-    return stamp(x), tuple(x.shape), tuple(x.stride())
+    return *stamp(x), tuple(x.shape), tuple(x.stride())
 
 
 def _alone(module: nn.Module, group: Inputs, layers: Mapping[str, QuantLayer], call: Call) -> bool:
-    """Whether a group is all that reads its norm: half the norm's output and twice the weights change nothing then."""
+    """True if a group is all that reads its norm: half the norm's output and twice the weights change nothing then."""
     norm = module.get_submodule(group.norm or "")
     halved = [p.detach() for p in norm.parameters(recurse=False)]
     doubled = [p.detach() for p in {id(w): w for w in (layers[name].weight for name in group.layers)}.values()]  # type: ignore[operator]
@@ -173,32 +171,11 @@ def _alone(module: nn.Module, group: Inputs, layers: Mapping[str, QuantLayer], c
     return bool((first - was).norm() <= 1e-4 * was.norm())
 
 
-@contextmanager
-def _watching(module: nn.Module, made: Any) -> Iterator[None]:
-    """Tell the output of each norm that scales its channels."""
-    hooks = [
-        m.register_forward_hook(lambda m, args, out, name=name: made(name, out))
-        for name, m in module.named_modules()
-        if "norm" in type(m).__name__.lower() and isinstance(getattr(m, "weight", None), nn.Parameter)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _reading(layers: Mapping[str, QuantLayer], read: Any) -> Iterator[None]:
-    hooks = [
-        layer.register_forward_pre_hook(lambda m, args, name=name: read(name, m, args[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _norms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the norms that scale their channels."""
+    for name, m in module.named_modules():
+        if "norm" in type(m).__name__.lower() and isinstance(getattr(m, "weight", None), nn.Parameter):
+            yield name, m
 
 
 def _unfolding(layer: QuantLayer) -> tuple[Any, ...]:
@@ -208,27 +185,27 @@ def _unfolding(layer: QuantLayer) -> tuple[Any, ...]:
 
 
 def _rows(layer: QuantLayer, x: Tensor, batch: Mapping[str, Any], size: int) -> tuple[Tensor, Tensor]:
-    """The rows of a layer's matrix product that are not padding, and the sample in the batch that each belongs to."""
+    """Return the rows of a layer's matrix product that are not padding, and the sample in the batch of each."""
     if isinstance(layer, QuantConv2d):
-        x = F.pad(x, layer._reversed_padding_repeated_twice)
-        x = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride).mT
+        x = F.pad(x, layer._reversed_padding_repeated_twice)  # (batch, channels, height, width)
+        x = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride).mT  # (batch, places, in)
     sample = _samples(x.shape[0], size, layer.weight.device)  # type: ignore[arg-type]
-    sample = sample.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
+    sample = sample.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])  # all dimensions of x but the last
     valid = _valid(batch, x.shape[:2]) if x.dim() == 3 else None
     if valid is not None:
-        return x[valid], sample[valid]
+        return x[valid], sample[valid]  # (rows, in), (rows)
     return x.reshape(-1, x.shape[-1]), sample.reshape(-1)
 
 
 def _samples(items: int, size: int, device: torch.device) -> Tensor:
-    """The sample of each item of the leading dimension: windows and beams of a sample lie side by side."""
+    """Return the sample of each item of the leading dimension: windows and beams of a sample lie side by side."""
     if items % size:
         raise ModelError(f"a layer reads {items} items from {size} samples; their samples cannot be told apart")
     return torch.arange(items, device=device) // (items // size)
 
 
 def _valid(batch: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
-    """The padding mask of these tokens (samples, tokens), if the batch has one."""
+    """Return the padding mask of these tokens (samples, tokens), if the batch has one."""
     for name in ("attention_mask", "decoder_attention_mask"):
         mask = batch.get(name)
         if isinstance(mask, Tensor) and mask.shape == torch.Size(shape):
@@ -249,10 +226,10 @@ def _heads(
         torch.ones(items, n, dtype=torch.bool, device=device) if (mask := _valid(batch, (items, n))) is None else mask
         for n in (rows, keys)
     )
-    valid_rows = valid_rows.repeat(1, groups)
+    valid_rows = valid_rows.repeat(1, groups)  # (items, groups · queries)
 
     def chosen(x: Tensor, valid: Tensor) -> Tensor:
-        x = x.reshape(items, key.shape[1], -1, x.shape[-1])  # grouped queries become rows
+        x = x.reshape(items, key.shape[1], -1, x.shape[-1])  # (items, key heads, rows, ·): grouped queries become rows
         return (x * valid[:, None, :, None])[some].detach().float()
 
     return (

@@ -10,8 +10,9 @@ from typing import Literal
 from torch import Tensor
 
 from bittern.errors import InputError
-from bittern.ptq import baselines, rounding
-from bittern.ptq.search import Scale, Space
+from bittern.ptq import clips, weight_rounding
+from bittern.ptq.clips import Scale
+from bittern.ptq.search import Space
 from bittern.quantizers import code_range, fake_quantize, find_scale
 from bittern.recipe import Format
 
@@ -51,27 +52,27 @@ def _unclipped(fmt: Format) -> Format:
 def bit_split(weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor) -> tuple[Tensor, Format, Scale]:
     """Bit-Split & Stitching: one scale per row, whatever the format had."""
     fmt = _unclipped(fmt).model_copy(update={"granularity": "row", "group_size": None, "scheme": "symmetric"})
-    values, found = rounding.bit_split(weight, fmt, gram, cross)
+    values, found = weight_rounding.bit_split(weight, fmt, gram, cross)
     return values, fmt, (found, None)
 
 
 def adaround(weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor) -> tuple[Tensor, Format, Scale]:
     """AdaRound: learned rounding."""
     fmt = _unclipped(fmt)
-    return rounding.adaround(weight, fmt, *scale, gram, cross), fmt, scale
+    return weight_rounding.adaround(weight, fmt, *scale, gram, cross), fmt, scale
 
 
 def compensate(weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor) -> tuple[Tensor, Format, Scale]:
     """Each column's rounding error is made up for by the columns after it, in closed form (GPTQ)."""
     fmt = _unclipped(fmt)
-    return rounding.compensate(weight, fmt, *scale, gram, cross, damp=0.05), fmt, scale
+    return weight_rounding.compensate(weight, fmt, *scale, gram, cross, damp=0.05), fmt, scale
 
 
 def split_outliers(
     weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor
 ) -> tuple[Tensor, Format, Scale]:
     """OCS: both halves of a split channel read the same input, so the sum of their codes is stored, in one bit more."""
-    values, found, _ = baselines.ocs(weight, fmt)
+    values, found, _ = clips.ocs(weight, fmt)
     return values, fmt.model_copy(update={"bits": fmt.bits + 1}), (found, None)
 
 
@@ -79,7 +80,7 @@ def correct_weight(
     weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor
 ) -> tuple[Tensor, Format, Scale]:
     """ACIQ's bias correction: mean and deviation of each row are the float ones again."""
-    values, gain, shift = baselines.aciq_correct(weight, fake_quantize(weight, fmt, *scale))
+    values, gain, shift = clips.aciq_correct(weight, fake_quantize(weight, fmt, *scale))
     low = scale[0] * code_range(fmt)[0] if scale[1] is None else scale[1]
     if fmt.granularity == "group":
         gain, shift = gain.unsqueeze(-1), shift.unsqueeze(-1)
@@ -94,13 +95,13 @@ METHODS = {
     m.name: m
     for m in (
         Method("minmax"),
-        Method("percentile", activation_clip=baselines.percentile_scale),
-        Method("omse", baselines.omse_scale, baselines.omse_scale),
-        Method("aciq", baselines.aciq_scale, baselines.aciq_scale, rounding=correct_weight),
-        Method("ocs", activation_clip=baselines.omse_scale, rounding=split_outliers),
+        Method("percentile", activation_clip=clips.percentile_scale),
+        Method("omse", clips.omse_scale, clips.omse_scale),
+        Method("aciq", clips.aciq_scale, clips.aciq_scale, rounding=correct_weight),
+        Method("ocs", activation_clip=clips.omse_scale, rounding=split_outliers),
         Method("easyquant", space=Space("cosine"), inputs="sequential"),
-        Method("bit-split", activation_clip=baselines.omse_scale, rounding=bit_split),
-        Method("adaround", baselines.omse_scale, baselines.omse_scale, rounding=adaround, inputs="sequential"),
+        Method("bit-split", activation_clip=clips.omse_scale, rounding=bit_split),
+        Method("adaround", clips.omse_scale, clips.omse_scale, rounding=adaround, inputs="sequential"),
         replace(VT, name="vt-similarity", ranking=0.0, correct_bias=False),
         replace(VT, name="vt-ranking", correct_bias=False),
         replace(VT, name="vt-bias", ranking=0.0),

@@ -1,22 +1,53 @@
-"""How much a block's attention or FFN suffers from its own quantization, the rest being float."""
+"""Mixed precision: a width for each attention and each FFN, least sensitivity for a given size [VT eq. 17-18].
+
+The sum of sensitivities and the size are both sums over parts, so the best choice is a multiple-choice knapsack. It is
+solved exactly, for all sizes at once: states that are larger and no better than another are dropped part by part.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from bittern.anatomy import Block
-from bittern.attention import Site, recording
+from bittern.attention import Site, Taps, recording
+from bittern.errors import InputError
 from bittern.layers import fake_quants
-from bittern.ptq.allocate import paper_sensitivity, relative_sensitivity
+from bittern.ptq.methods import Method
 from bittern.ptq.stream import Call
 
 Part = Literal["attention", "ffn"]
 Sensitivity = Literal["relative", "paper"]
 SAMPLES = 32  # at least, as far as there are
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Mixed precision [VT 3.4]: `target` bits a weight on average in the blocks, from the candidates `bits`."""
+
+    target: float
+    bits: tuple[int, ...] = (4, 5, 6, 7, 8)
+    sensitivity: Sensitivity = "relative"
+
+
+def check_mixed(mixed: Mixed, method: Method) -> None:
+    """Raise InputError if mixed precision is impossible, as far as that can be told without a model."""
+    if method.inputs == "sequential":
+        raise InputError(
+            f"method {method.name} calibrates each block on the quantized ones before it, whose widths mixed precision "
+            "chooses only in the end; use a method with parallel inputs"
+        )
+    if not mixed.bits or min(mixed.bits) < 2 or max(mixed.bits) > 12:
+        raise InputError(f"candidate bits must be 2 to 12, got {', '.join(map(str, mixed.bits)) or 'none'}")
+    if mixed.target < min(mixed.bits):
+        raise InputError(f"no choice from {', '.join(map(str, mixed.bits))} bits has {mixed.target:g} on average")
+
+
+# Parts of a block
 
 
 def block_parts(block: Block) -> dict[str, Part]:
@@ -30,60 +61,9 @@ def block_parts(block: Block) -> dict[str, Part]:
 
 def part_of(name: str, parts: Mapping[str, Part]) -> Part | None:
     """The part that a module or parameter belongs to, by its full name."""
-    while name:
-        if name in parts:
-            return parts[name]
+    while name and name not in parts:
         name = name.rpartition(".")[0]
-    return None
-
-
-def sensitivities(
-    calls: Sequence[Call], sizes: Sequence[int], parts: Mapping[str, Part], measure: Sensitivity
-) -> dict[str, float]:
-    """Ω of each part at the present formats [VT eq. 18], or the relative error that it leaves in the block's output."""
-    few, seen = [], 0
-    for call in calls:
-        few.append(call)
-        seen += sizes[call.batch]
-        if seen >= SAMPLES:
-            break
-    result: dict[str, float] = {}
-    for part in dict.fromkeys(parts.values()):
-        total = 0.0
-        for call in few:
-            with _only(call, parts, None):
-                out, maps, ffn = _run(call)
-            with _only(call, parts, part):
-                changed, changed_maps, changed_ffn = _run(call)
-            if measure == "relative":
-                total += relative_sensitivity(out, changed) * sizes[call.batch]
-            elif part == "attention":
-                total += sum(map(paper_sensitivity, maps, changed_maps)) * sizes[call.batch]
-            else:
-                total += sum(map(paper_sensitivity, ffn, changed_ffn)) * sizes[call.batch]
-        result[part] = total / seen
-    return result
-
-
-def _run(call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The block's output, its attention maps, and what its FFN gives."""
-    with recording([m for m in call.module.modules() if isinstance(m, Site)], "map", "ffn") as taps:
-        out = call.run()
-    return (out[0] if isinstance(out, tuple) else out), taps["map"], taps["ffn"]
-
-
-@contextmanager
-def _only(call: Call, parts: Mapping[str, Part], part: Part | None) -> Iterator[None]:
-    """Quantize one part of a block; the rest, or all of it, computes in float."""
-    quantizers = {f"{call.unit}.{name}": q for name, q in fake_quants(call.module)}
-    was = {name: q.bypass for name, q in quantizers.items()}
-    try:
-        for name, quantizer in quantizers.items():
-            quantizer.bypass = part is None or part_of(name, parts) != part
-        yield
-    finally:
-        for name, quantizer in quantizers.items():
-            quantizer.bypass = was[name]
+    return parts.get(name)
 
 
 def widen(module: nn.Module, unit: str, parts: Mapping[str, Part], bits: int) -> None:
@@ -94,9 +74,120 @@ def widen(module: nn.Module, unit: str, parts: Mapping[str, Part], bits: int) ->
 
 
 def weights_of(module: nn.Module, unit: str, parts: Mapping[str, Part], part: Part) -> int:
-    """How many weights a part has."""
+    """Count the weights of a part."""
     return sum(
         p.numel()
         for name, p in module.named_parameters()
         if name.endswith("weight") and p.dim() > 1 and part_of(f"{unit}.{name}", parts) == part
     )
+
+
+# Sensitivity: how much a part suffers from its own quantization, the rest being float
+
+
+def sensitivities(
+    calls: Sequence[Call], sizes: Sequence[int], parts: Mapping[str, Part], measure: Sensitivity
+) -> dict[str, float]:
+    """Ω of each part at the present formats [VT eq. 18], or the relative error that it leaves in the block's output."""
+    totals, seen = dict.fromkeys(dict.fromkeys(parts.values()), 0.0), 0
+    for call in calls:
+        if seen >= SAMPLES:
+            break
+        size = sizes[call.batch]
+        seen += size
+        out, taps = _run(call, parts, None)
+        for part in totals:
+            changed_out, changed = _run(call, parts, part)
+            if measure == "relative":
+                totals[part] += relative_sensitivity(out, changed_out) * size
+            else:
+                point: Literal["map", "ffn"] = "map" if part == "attention" else "ffn"
+                totals[part] += sum(map(paper_sensitivity, taps[point], changed[point])) * size
+    return {part: total / seen for part, total in totals.items()}
+
+
+def _run(call: Call, parts: Mapping[str, Part], part: Part | None) -> tuple[Tensor, Taps]:
+    """Run a block with one part quantized and the rest, or all of it, in float: its output, maps and FFN output."""
+    quantizers = {f"{call.unit}.{name}": quantizer for name, quantizer in fake_quants(call.module)}
+    before = [quantizer.bypass for quantizer in quantizers.values()]
+    try:
+        for name, quantizer in quantizers.items():
+            quantizer.bypass = part is None or part_of(name, parts) != part
+        with recording([m for m in call.module.modules() if isinstance(m, Site)], "map", "ffn") as taps:
+            out = call.run()
+    finally:
+        for quantizer, was in zip(quantizers.values(), before, strict=True):
+            quantizer.bypass = was
+    return (out[0] if isinstance(out, tuple) else out), taps
+
+
+def nuclear_norm(matrices: Tensor) -> Tensor:
+    """Sum the singular values of each matrix (…, rows, columns), through the smaller Gram matrix in float64."""
+    x = matrices.double()
+    gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
+    norms: Tensor = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum(-1)
+    return norms
+
+
+def paper_sensitivity(out: Tensor, changed: Tensor) -> float:
+    """[VT eq. 18]: ‖Y‖_* · ‖Ŷ - Y‖², each summed over the heads of a sample, mean over samples.
+
+    out, changed: (samples, …, rows, columns): attention maps, or outputs of the FFN.
+    """
+    norms = nuclear_norm(out).flatten(1).sum(1) if out.dim() > 3 else nuclear_norm(out)
+    return float((norms * (changed - out).double().square().flatten(1).sum(1)).mean())
+
+
+def relative_sensitivity(out: Tensor, changed: Tensor) -> float:
+    """‖Ŷ - Y‖²/‖Y‖² of a block's output (samples, …), mean over samples: the same units for attention and FFN."""
+    power = out.double().square().flatten(1).sum(1).clamp(min=1e-30)
+    return float(((changed - out).double().square().flatten(1).sum(1) / power).mean())
+
+
+# Allocation
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A point of the Pareto frontier. size: bits of all weights; bits: of each part."""
+
+    size: int
+    sensitivity: float
+    bits: dict[str, int]
+
+
+def frontier(sensitivity: Mapping[str, Mapping[int, float]], weights: Mapping[str, int]) -> list[Choice]:
+    """Return all choices of bits that no other beats in both size and sensitivity, by size.
+
+    sensitivity: part → bits → Ω. weights: part → how many.
+
+    >>> points = frontier({"attention": {4: 9.0, 8: 1.0}, "ffn": {4: 2.0, 8: 1.0}}, {"attention": 10, "ffn": 20})
+    >>> [(point.size, point.sensitivity) for point in points]
+    [(120, 11.0), (160, 3.0), (240, 2.0)]
+    >>> choose_bits(points, {"attention": 10, "ffn": 20}, target=6).bits
+    {'attention': 8, 'ffn': 4}
+    """
+    states: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
+    for part, options in sensitivity.items():
+        grown = sorted(
+            (size + weights[part] * bits, total + omega, (*chosen, bits))
+            for size, total, chosen in states
+            for bits, omega in options.items()
+        )
+        states, best = [], float("inf")
+        for state in grown:
+            if state[1] < best:
+                best = state[1]
+                states.append(state)
+    return [Choice(size, total, dict(zip(sensitivity, chosen, strict=True))) for size, total, chosen in states]
+
+
+def choose_bits(points: Sequence[Choice], weights: Mapping[str, int], target: float) -> Choice:
+    """Return the least sensitive point of at most `target` bits a weight on average; InputError if there is none."""
+    total = sum(weights.values())
+    fitting = [point for point in points if point.size <= target * total]
+    if not fitting:
+        raise InputError(
+            f"no choice of bits has {target:g} bits a weight or fewer; the smallest has {points[0].size / total:.2f}"
+        )
+    return fitting[-1]

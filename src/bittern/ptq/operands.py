@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from bittern.layers import QuantLayer, weight_matrix
+from bittern.ptq.clips import Scale
 from bittern.ptq.methods import Method
 from bittern.ptq.product import Product
-from bittern.ptq.search import Scale, Search, Space, scales
+from bittern.ptq.search import Search, Space, scales
 from bittern.quantizers import FakeQuant, fake_quantize, find_scale
 from bittern.recipe import Format
 
@@ -22,7 +23,7 @@ def searchable(quantizer: FakeQuant | None) -> bool:
     return quantizer.format.range == "static" and quantizer.format.kind not in ("ternary", "binary")
 
 
-def is_news(side: Operand | Weight, *others: object) -> bool:
+def needs_search(side: Operand | Weight, *others: object) -> bool:
     """Whether a side has to be searched: not if all it depends on is as it was when it was searched last."""
     new = side.searched_for != others
     side.searched_for = others

@@ -12,11 +12,12 @@ from bittern.attention import Site
 from bittern.errors import ModelError
 from bittern.layers import QuantLayer, weight_matrix
 from bittern.ptq.capture import Heads
+from bittern.ptq.clips import Scale
 from bittern.ptq.methods import Method
-from bittern.ptq.operands import Fold, Operand, Weight, is_news, searchable
+from bittern.ptq.operands import Fold, Operand, Weight, needs_search, searchable
 from bittern.ptq.product import Product
 from bittern.ptq.ranking import ranking_penalty
-from bittern.ptq.search import Scale, Space, random_rows, search_left, search_right, search_weight
+from bittern.ptq.search import Space, random_rows, search_left, search_right, search_weight
 from bittern.quantizers import FakeQuant, fake_quantize
 
 FOLD_ROWS = 1024  # on which folds are compared
@@ -138,10 +139,10 @@ def _solve_group(
     while method.space is not None and rounds < method.space.rounds:
         rounds, changed = rounds + 1, False
         for w in weights:
-            if not w.fixed and is_news(w, operand.state, w.state[1]):
+            if not w.fixed and needs_search(w, operand.state, w.state[1]):
                 factors = method.space.factors(w.format).to(x.device)
                 changed |= w.take(search_weight(w.format, w.largest, factors, w.product, inputs, w.factor))
-        if not operand.fixed and is_news(operand, *(w.state for w in weights)):
+        if not operand.fixed and needs_search(operand, *(w.state for w in weights)):
             products = [(w.product, w.values.T) for w in weights]
             changed |= operand.search(search_left(x, operand.format, products))
             inputs = operand.quantized()
@@ -257,10 +258,10 @@ def _solve_product(
     before, rounds = product.loss(extremes(a).__getitem__, matrix(extremes(b))), 0
     while method.space is not None and rounds < method.space.rounds:
         rounds, changed = rounds + 1, False
-        if not b.fixed and is_news(b, a.state):
+        if not b.fixed and needs_search(b, a.state):
             left = a.quantized()
             changed |= b.search(search_right(matrix(b.x), b.format, product, left, penalty))
-        if not a.fixed and is_news(a, b.state):
+        if not a.fixed and needs_search(a, b.state):
             sides = [(product, matrix(b.quantized()))]
             changed |= a.search(search_left(a.x, a.format, sides, penalty))
         if not changed:

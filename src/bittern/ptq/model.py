@@ -28,15 +28,18 @@ from bittern.layers import (
     with_present_formats,
 )
 from bittern.progress import Track, peak_memory, silent
-from bittern.ptq.allocate import Choice, choose_bits, frontier
-from bittern.ptq.baselines import omse_scale
 from bittern.ptq.calibrate import calibrate
 from bittern.ptq.capture import Captured, capture, unit_layers
+from bittern.ptq.clips import omse_scale
 from bittern.ptq.methods import Method, find_method
 from bittern.ptq.mixed import (
+    Choice,
+    Mixed,
     Part,
-    Sensitivity,
     block_parts,
+    check_mixed,
+    choose_bits,
+    frontier,
     sensitivities,
     weights_of,
     widen,
@@ -48,15 +51,6 @@ from bittern.ptq.solve import Solved, solve_attention, solve_layers
 from bittern.ptq.stream import Call, stream
 from bittern.quantizers import find_scale
 from bittern.recipe import Recipe, load_recipe
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """Mixed precision [VT 3.4]: `target` bits a weight on average in the blocks, from the candidates `bits`."""
-
-    target: float
-    bits: tuple[int, ...] = (4, 5, 6, 7, 8)
-    sensitivity: Sensitivity = "relative"
 
 
 @dataclass
@@ -144,7 +138,8 @@ def quantize(
     if not given:
         raise InputError("calibration got no batches; give at least one")
     sizes = [_samples(batch) for batch in given]
-    check_mixed(mixed, method)
+    if mixed is not None:
+        check_mixed(mixed, method)
     journal = None if folder is None else Journal(folder, _job(model, recipe, given, method, mixed, seed))
     model.eval()
     start = time.perf_counter()
@@ -168,21 +163,6 @@ def quantize(
     result.simulation = with_present_formats(simulation, model)
     result.seconds, result.peak_memory = run.seconds, peak_memory()
     return result
-
-
-def check_mixed(mixed: Mixed | None, method: Method) -> None:
-    """Raises InputError if mixed precision is impossible, as far as that can be told without a model."""
-    if mixed is None:
-        return
-    if method.inputs == "sequential":
-        raise InputError(
-            f"method {method.name} calibrates each block on the quantized ones before it, whose widths mixed precision "
-            "chooses only in the end; use a method with parallel inputs"
-        )
-    if not mixed.bits or min(mixed.bits) < 2 or max(mixed.bits) > 12:
-        raise InputError(f"candidate bits must be 2 to 12, got {', '.join(map(str, mixed.bits)) or 'none'}")
-    if mixed.target < min(mixed.bits):
-        raise InputError(f"no choice from {', '.join(map(str, mixed.bits))} bits has {mixed.target:g} on average")
 
 
 def _job(

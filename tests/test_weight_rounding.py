@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bittern.errors import ModelError, RecipeError
-from bittern.ptq.rounding import adaround, bit_split, compensate, output_error, ridge
+from bittern.ptq.weight_rounding import adaround, bit_split, compensate, output_error, ridge
 from bittern.quantizers import code_range, decode, encode, fake_quantize, find_scale
 from bittern.recipe import Format
 

@@ -14,13 +14,13 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from bittern.errors import ModelError, RecipeError
-from bittern.ptq import baselines
-from bittern.ptq.baselines import aciq_bits, aciq_correct, aciq_scale, ocs, omse_scale, percentile_scale
+from bittern.ptq import clips
+from bittern.ptq.clips import aciq_bits, aciq_correct, aciq_scale, ocs, omse_scale, percentile_scale
 from bittern.quantizers import code_range, decode, encode, fake_quantize, find_scale
 from bittern.recipe import Format
 
 SCHEMES = ("symmetric", "unsigned", "asymmetric")
-SCALES: dict[str, Callable[..., baselines.Scale]] = {
+SCALES: dict[str, Callable[..., clips.Scale]] = {
     "percentile": percentile_scale,
     "omse": omse_scale,
     "aciq": aciq_scale,
@@ -252,7 +252,7 @@ def test_omse_by_histogram(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None
     """On large tensors the histogram leads to an error within 0.1 % of the search on all values."""
     x = torch.nn.functional.gelu(random((300_000,)) ** 3)
     by_histogram = error(x, fmt, *omse_scale(x, fmt)).sum()
-    monkeypatch.setattr(baselines, "HISTOGRAM_BINS", 2**20)
+    monkeypatch.setattr(clips, "HISTOGRAM_BINS", 2**20)
     assert by_histogram <= error(x, fmt, *omse_scale(x, fmt)).sum() * 1.001
 
 
@@ -273,7 +273,7 @@ def test_aciq_constants() -> None:
     normal = {1: 1.24, 2: 1.71, 3: 2.15, 4: 2.55, 5: 2.93, 6: 3.28, 7: 3.61, 8: 3.92}
     laplace = {1: 1.86, 2: 2.83, 3: 3.89, 4: 5.03, 5: 6.2, 6: 7.41, 7: 8.64, 8: 9.89}
     for bits in range(1, 9):
-        assert baselines._optimal_clips(bits) == pytest.approx((normal[bits], laplace[bits]), abs=0.01)
+        assert clips._optimal_clips(bits) == pytest.approx((normal[bits], laplace[bits]), abs=0.01)
 
     def normal_error(a: float, bits: int) -> float:
         clipped = (1 + a * a) * math.erfc(a / math.sqrt(2)) - math.sqrt(2 / math.pi) * a * math.exp(-a * a / 2)
@@ -283,7 +283,7 @@ def test_aciq_constants() -> None:
         return 2 * math.exp(-a) + a * a / (3 * 4**bits)
 
     for bits in (2, 5, 8, 9, 12):
-        for got, loss in zip(baselines._optimal_clips(bits), (normal_error, laplace_error), strict=True):
+        for got, loss in zip(clips._optimal_clips(bits), (normal_error, laplace_error), strict=True):
             found = minimize_scalar(loss, bounds=(0.5, 40), args=(bits,), method="bounded", options={"xatol": 1e-9})
             assert got == pytest.approx(found.x, rel=1e-3)
 

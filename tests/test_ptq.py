@@ -22,8 +22,8 @@ from bittern.demo import DIGITS
 from bittern.deploy.files import Journal
 from bittern.errors import CheckpointError, InputError, ModelError
 from bittern.layers import fake_quants
+from bittern.ptq import Mixed, Result, quantize
 from bittern.ptq.methods import METHODS, Method
-from bittern.ptq.run import Mixed, Result, quantize
 from bittern.ptq.search import Space
 from bittern.recipe import Format, Recipe, Rule, load_recipe
 from families import SUPPORTED

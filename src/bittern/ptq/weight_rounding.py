@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bittern.errors import ModelError, RecipeError
-from bittern.ptq.baselines import check_finite
+from bittern.ptq.clips import check_finite
 from bittern.quantizers import _nonzero, _units, code_range, decode, find_scale
 from bittern.recipe import Format
 

@@ -10,8 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from bittern import simulate
+from bittern.attention import recording, sites
 from bittern.errors import InputError
-from bittern.ptq.allocate import choose_bits, frontier, nuclear_norm, paper_sensitivity, relative_sensitivity
+from bittern.layers import as_float
+from bittern.ptq.mixed import (
+    choose_bits,
+    frontier,
+    nuclear_norm,
+    paper_sensitivity,
+    relative_sensitivity,
+    sensitivities,
+)
+from bittern.ptq.stream import stream
+from families import SUPPORTED
 from helpers import refused
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "golden.safetensors")
@@ -97,3 +109,22 @@ def test_relative_sensitivity() -> None:
     out = torch.tensor([[[3.0, 4.0]], [[6.0, 8.0]]])
     assert relative_sensitivity(out, out + 1) == pytest.approx((2 / 25 + 2 / 100) / 2)
     assert relative_sensitivity(0 * out, 0 * out) == 0
+
+
+def test_errors_leave_nothing_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a block fails while its parts are tried, nothing of it is recorded any more; a recording around it goes on."""
+
+    def fails() -> None:
+        raise RuntimeError("broken")
+
+    model, batch = SUPPORTED["vit"]()
+    simulate(model, "w8a8", batch)
+    with as_float(model), torch.no_grad():
+        for _, calls in stream(model, ["vit.layers.0"], [batch]):
+            with recording(model, "query") as taps, monkeypatch.context() as patch:
+                patch.setattr(calls[0], "run", fails)
+                with pytest.raises(RuntimeError, match="broken"):
+                    sensitivities(calls, [2], {"vit.layers.0.attention": "attention"}, "relative")
+                assert all(site.taps is taps for site in sites(model))
+            calls[0].output = calls[0].run()
+    assert all(site.taps is None for site in sites(model))
