@@ -26,7 +26,7 @@ import torch
 from ptq_grid import add, read
 
 from bittern import load, simulate
-from bittern.data import load_data
+from bittern.data import load_splits
 from bittern.data.evaluate import LOWER_IS_BETTER, headline, metrics, predict
 from bittern.qat.distill import Distill, parse_distill
 from bittern.qat.intervention import Intervention
@@ -176,9 +176,7 @@ def run(options: argparse.Namespace, method_of: Callable[[str, int], Method]) ->
     """The cells of a grid that are missing. method_of: what a variant and a seed stand for."""
     torch.set_num_threads(options.threads)
     teacher = load(options.teacher)
-    data, test = (
-        load_data(options.data, teacher, options.teacher, split=split, max_length=64) for split in ("train", "test")
-    )
+    data, test = load_splits(options.data, teacher, options.teacher, max_length=64)
     if data is None or test is None:
         sys.exit(f"{options.data} needs a train and a test split")
     data, test = data.subset(options.samples), test.subset(options.test_samples)

@@ -36,7 +36,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from transformers import DeiTConfig, DeiTForImageClassification, PreTrainedModel
 
 from bittern import calibrate, load, pack, save, simulate
-from bittern.data import load_data
+from bittern.data import load_splits
 from bittern.deploy.bench import alternate, ratios
 from bittern.deploy.onnx.export import export
 from bittern.deploy.onnx.parity import complete, session
@@ -152,7 +152,7 @@ def fused(file: Path) -> dict[str, int]:
 
 def texts(folder: Path, data: str, work: Path, rounds: int, threads: int) -> dict[str, Any]:
     model = load(folder)
-    train, test = (load_data(data, model, folder, split=s) for s in ("train", "test"))
+    train, test = load_splits(data, model, folder)
     assert train is not None
     assert test is not None
     assert test.labels is not None

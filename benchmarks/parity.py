@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bittern import calibrate, load, pack, save, simulate
-from bittern.data import has_classes, load_data
+from bittern.data import has_classes, load_splits
 from bittern.demo import DIGITS
 from bittern.deploy.bench import alternate, ratios
 from bittern.deploy.onnx.export import export
@@ -56,7 +56,7 @@ def samples(
     """Calibration batches, test batches and the labels of these."""
     if data is None:
         return [made_up(model, 32, seed=1)], [made_up(model, 32, 12, seed=i) for i in (2, 3)], None
-    train, test = (load_data(data, model, folder, split=s) for s in ("train", "test"))
+    train, test = load_splits(data, model, folder)
     assert train is not None
     assert test is not None
     test = test.subset(most)

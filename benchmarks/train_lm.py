@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from training import publish
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-from bittern.data import load_data
+from bittern.data import load_splits
 from bittern.data.evaluate import metrics, predict
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=128, n_layer=4, n_head=4, **ids)
     model = GPT2LMHeadModel(config)
     publish(model, tokenizer, options.out)
-    train, test = (load_data(str(folder), model, options.out, split=s, max_length=64) for s in ("train", "test"))
+    train, test = load_splits(str(folder), model, options.out, max_length=64)
     assert train is not None
     assert test is not None
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)

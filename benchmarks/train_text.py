@@ -20,7 +20,7 @@ from assets import reuters
 from training import publish
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
-from bittern.data import load_data
+from bittern.data import load_splits
 from bittern.data.evaluate import metrics, predict
 from bittern.demo import minilm_folder
 
@@ -41,7 +41,7 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=1 + max(labels))
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
     publish(model, tokenizer, options.out)
-    train, test = (load_data(folder, model, options.out, split=s, max_length=64) for s in ("train", "test"))
+    train, test = load_splits(folder, model, options.out, max_length=64)
     assert train is not None
     assert test is not None
     steps = int(options.epochs * len(train) / options.batch_size)

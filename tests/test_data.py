@@ -14,7 +14,7 @@ import transformers as hf
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from bittern.data import Data, digits, has_classes, load_data
+from bittern.data import Data, digits, has_classes, load_any_split, load_data, load_splits
 from bittern.data.texts import load_tokenizer, sentences
 from bittern.errors import BitternError, InputError
 from families import SUPPORTED
@@ -217,6 +217,23 @@ def test_folder_of_splits(
     for split, name in zip(("train", "test"), found, strict=True):
         data = texts(folder, bert, folders, split=split)
         assert (data and data.rows) == (name and [(name,)])
+
+
+@pytest.mark.parametrize(
+    ("names", "any_split"), [(("train", "test"), "test"), (("train",), "train"), (("test",), "test")]
+)
+def test_parts_of_a_source(
+    names: tuple[str, ...], any_split: str, bert: hf.PreTrainedModel, folders: Path, tmp_path: Path
+) -> None:
+    """Both parts of a source come from one call, None where there is none, and from another the one to measure on."""
+    (tmp_path / "splits").mkdir()
+    for name in names:
+        (tmp_path / "splits" / f"{name}.csv").write_text(f"text\n{name}\n")
+    source = str(tmp_path / "splits"), bert, folders / "text"
+    parts = dict(zip(("train", "test"), load_splits(*source, batch_size=7), strict=True))
+    assert {name: part.rows for name, part in parts.items() if part} == {name: [(name,)] for name in names}
+    assert {part.batch_size for part in parts.values() if part} == {7}
+    assert load_any_split(*source).rows == [(any_split,)]
 
 
 @pytest.mark.parametrize(

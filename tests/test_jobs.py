@@ -221,7 +221,7 @@ def test_track(tmp_path: Path) -> None:
 
 def test_no_split_to_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
     """A source with neither train nor test is refused by name."""
-    monkeypatch.setattr(jobs, "load_data", lambda *_, **__: None)
+    monkeypatch.setattr("bittern.data.load.load_data", lambda *_, **__: None)
     with pytest.raises(bittern.InputError, match="odd has no train, validation or test split"):
         jobs.evaluate(DIGITS, "odd")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from bittern.data import Data, has_classes, load_data
+from bittern.data import Data, has_classes, load_splits
 from bittern.data.evaluate import accuracy, agreement, metrics, predict, similarity_agreement
 from bittern.deploy.checkpoint import pack
 from bittern.deploy.files import check_output
@@ -61,7 +61,7 @@ def run_digits(out: Path, force: bool, track: Track = silent, on_step: OnStep = 
             return
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # a model this small only loses by more
-        data, test = (load_data("digits", model, DIGITS, split=split) for split in ("train", "test"))
+        data, test = load_splits("digits", model, DIGITS)
         assert data is not None
         assert test is not None
         training = Training(epochs=10, batch_size=64, learning_rate=1e-3, evaluations=1, metric="accuracy")
@@ -137,7 +137,7 @@ def _rows(
 
 
 def _data(data: str, model: PreTrainedModel, source: Path) -> tuple[Data, Data]:
-    test, train = (load_data(data, model, source, split=s) for s in ("test", "train"))
+    train, test = load_splits(data, model, source)
     assert test is not None
     assert train is not None
     return test, train.subset(128)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bittern import native
-from bittern.data import check_same_inputs, load_data
+from bittern.data import check_same_inputs, load_any_split, load_splits
 from bittern.data.evaluate import headline, is_measurable, metrics, predict
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.files import Journal, check_output, digest
@@ -216,9 +216,7 @@ class _Job:
             check_same_inputs(self.model, student, self.float_model, self.source)
         data, self.train, self.test = self.source_of_data, None, None
         if data is not None:
-            self.train, self.test = (
-                load_data(data, self.model, self.source, split=s, **self.columns) for s in ("train", "test")
-            )
+            self.train, self.test = load_splits(data, self.model, self.source, **self.columns)
             if self.train is None:
                 raise InputError(f"{data} has no train split to calibrate with; name one of its files train.parquet")
             if hold_out and self.test is None:
@@ -321,10 +319,7 @@ def evaluate(
     A source of data with one part only is used whole. kernels: whether packed layers of both may multiply in integers.
     """
     model = load(source)
-    loaded = load_data(data, model, source, split="test", **columns)
-    loaded = loaded or load_data(data, model, source, split="train", **columns)
-    if loaded is None:
-        raise InputError(f"{data} has no train, validation or test split; give one of its files such a name")
+    loaded = load_any_split(data, model, source, **columns)
     if against is None and not is_measurable(model, loaded):
         why = "has no labels" if loaded.labels is None else f"is for {type(model).__name__}, which has no classes"
         raise InputError(f"{data} {why}, so there is no accuracy; compare with another model: --against FLOAT_MODEL")

@@ -128,30 +128,27 @@ def mean_average_precision(scenes: Sequence[Scene], found: Sequence[dict[str, An
     `post_process_object_detection` gives them.
     """
     coco, evaluation = pycocotools()
-    truth = [(i, box.label, box[1:5], {"iscrowd": int(box.crowd)}) for i, s in enumerate(scenes) for box in s.boxes]
+    truth = coco()
+    boxes = [(i, box) for i, scene in enumerate(scenes) for box in scene.boxes]
+    truth.dataset = {
+        "images": [{"id": i} for i in range(len(scenes))],
+        "categories": [{"id": label} for label in sorted({box.label for _, box in boxes})],
+        "annotations": [
+            {"id": n, "image_id": i, "category_id": box.label, "bbox": list(box[1:5]), "iscrowd": int(box.crowd)}
+            | {"area": box.width * box.height}
+            for n, (i, box) in enumerate(boxes, 1)  # an id of 0 would be no match
+        ],
+    }
     guesses = [
-        (i, label, (x0, y0, x1 - x0, y1 - y0), {"iscrowd": 0, "score": score})
+        {"image_id": i, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
         for i, one in enumerate(found)
         for score, label, (x0, y0, x1, y1) in zip(
             *(one[k].tolist() for k in ("scores", "labels", "boxes")), strict=True
         )
     ]
-    categories = [{"id": label} for label in sorted({label for _, label, _, _ in truth})]
-    indexed = []
     with redirect_stdout(io.StringIO()):  # both classes print
-        for entries in (truth, guesses):
-            index = coco()
-            index.dataset = {
-                "images": [{"id": i} for i in range(len(scenes))],
-                "categories": categories,
-                "annotations": [
-                    {"id": i, "image_id": image, "category_id": label, "bbox": [x, y, w, h], "area": w * h, **more}
-                    for i, (image, label, (x, y, w, h), more) in enumerate(entries, 1)  # an id of 0 would be no match
-                ],
-            }
-            index.createIndex()
-            indexed.append(index)
-        run = evaluation(*indexed, "bbox")
+        truth.createIndex()
+        run = evaluation(truth, truth.loadRes(guesses) if guesses else coco(), "bbox")  # loadRes asks the first guess
         run.evaluate()
         run.accumulate()
         run.summarize()

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,9 +55,17 @@ def digits(split: Split) -> tuple[Tensor, Tensor]:
 def load_splits(
     source: str, model: PreTrainedModel, processor_path: str | Path, **options: Any
 ) -> tuple[Data | None, Data | None]:
-    """The train and the test part of a source, None where there is none; options as for `load_data`."""
+    """Return the train and the test part of a source, None where there is none; options as for `load_data`."""
     train, test = (load_data(source, model, processor_path, split=s, **options) for s in ("train", "test"))
     return train, test
+
+
+def load_any_split(source: str, model: PreTrainedModel, processor_path: str | Path, **options: Any) -> Data:
+    """Return the test part of a source, or the train part if it has no other; options as for `load_data`."""
+    for split in ("test", "train"):
+        if (found := load_data(source, model, processor_path, split=split, **options)) is not None:
+            return found
+    raise InputError(f"{source} has no train, validation or test split; give one of its files such a name")
 
 
 def load_data(
@@ -65,28 +73,22 @@ def load_data(
     model: PreTrainedModel,
     processor_path: str | Path,
     *,
-    split: Split | Literal["any"],
+    split: Split,
     columns: Sequence[str] = (),
     label_column: str | None = None,
     batch_size: int = 32,
     max_length: int = 128,
 ) -> Data | None:
-    """Data for `model` from a source; None if the source has no such split.
+    """Return data for `model` from a source; None if the source has no such split.
 
     source: `digits` or `sentences`, which come with scikit-learn; a .parquet, .csv, .json, .jsonl or .txt file; a
     folder with files named after their split (train, validation, test), or with a folder of images per class, in
     folders of that name if it has splits; for detectors a folder in COCO format (see `read_scenes`); else a name for
-    `datasets.load_dataset`, such as `glue/cola`. A source of one part only is its own train split. split: `any` is the
-    test split if there is one, else the train split. The tokenizer or image processor is read from `processor_path`.
-    For a language model the texts are cut into blocks of max_length tokens; else each text is one sample, of at most
-    so many.
+    `datasets.load_dataset`, such as `glue/cola`. A source of one part only is its own train split. The tokenizer or
+    image processor is read from `processor_path`. For a language model the texts are cut into blocks of max_length
+    tokens; else each text is one sample, of at most so many.
     Raises InputError, in one line, for whatever does not fit.
     """
-    if split == "any":
-        options: dict[str, Any] = {"columns": columns, "label_column": label_column}
-        options |= {"batch_size": batch_size, "max_length": max_length}
-        found = load_data(source, model, processor_path, split="test", **options)
-        return found or load_data(source, model, processor_path, split="train", **options)
     if has_boxes(model):
         return _scenes(source, split, model, processor_path, batch_size)
     if source == "digits":

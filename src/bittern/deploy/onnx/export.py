@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from bittern import native
 from bittern.anatomy import LAYERS
-from bittern.data import load_data
+from bittern.data import load_any_split
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.files import atomic_folder, check_output
 from bittern.deploy.onnx.parity import check, compare, complete, made_up, run, run_file
@@ -52,7 +52,7 @@ def export(
     form: `int8` stores all codes as bytes and is the fastest; `nbits` stores those of 4 bits and fewer as such, for
     onnxruntime; `portable` does so in standard ONNX, with float inputs. dynamic: ranges of inputs are found at run time
     even where there is a static scale. safe: weights that could saturate on x86 without VNNI are stored unsigned.
-    data: what the file is run on (see `load_data`); made up if not given.
+    data: what the file is run on (see `data.load_data`); made up if not given.
     Raises InputError for options, data and outputs that cannot be used, ModelError if the model cannot be exported or
     the file is further from the simulated model than its arithmetic explains; then no file is left.
     """
@@ -129,10 +129,7 @@ def _batches(
         longest, size = getattr(model.config, "max_position_embeddings", 64), min(8, samples)
         lengths = [max(4, min(32, longest // 2) - 3 * i) for i in range(samples // size)]
         return [made_up(model, size, length, seed + i) for i, length in enumerate(lengths)]
-    loaded = load_data(data, model, source, split="test", **columns)
-    loaded = loaded or load_data(data, model, source, split="train", **columns)
-    if loaded is None:
-        raise InputError(f"{data} has no train, validation or test split; give one of its files such a name")
+    loaded = load_any_split(data, model, source, **columns)
     return [complete(model, batch) for batch in loaded.subset(samples, seed)]
 
 
