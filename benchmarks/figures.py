@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from bittern import calibrate, jobs, load, save, simulate
 from bittern.analysis.charts import heat_map, lines, surface
-from bittern.analysis.compare import compare
+from bittern.analysis.compare import compare, nuclear_norms
 from bittern.analysis.curvature import (
     Hessian,
     parameters_of,
@@ -42,7 +42,6 @@ from bittern.analysis.curvature import trace as trace_of
 from bittern.analysis.figures import Figure
 from bittern.analysis.pair import Pair
 from bittern.analysis.report import write_plot
-from bittern.analysis.sensitivity import nuclear_norms
 from bittern.analysis.tokens import token_kinds
 from bittern.data import load_data
 from bittern.demo import DIGITS

@@ -78,6 +78,7 @@ def test_sources_never(pattern: str) -> None:
         "analysis/templates/report.css",
         "analysis/templates/report.js",
         "analysis/templates/plot.svg.j2",
+        "analysis/templates/figures.yaml",
     ],
 )
 def test_package_data(path: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 from bittern import jobs
 from bittern.analysis.charts import contour, heat_map, lines, styles, surface
 from bittern.analysis.report import write_report
-from bittern.analysis.run import Curvature, analyze
+from bittern.analysis.study import Curvature, analyze
 from bittern.demo import DIGITS
 from bittern.qat.distill import Distill
 from bittern.qat.training import Training
@@ -38,14 +38,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         place / "images",
         against=place / "mixed",
         samples=24,
-        few=8,
+        subset=8,
         curvature=Curvature(2, 2, 2, 3),
     )
     save_text_model(place / "bert")
     texts = ["a bittern booms", f"a {HOSTILE} bittern", "in the reeds of still water", "a day"] * 3
     tables = write_tables(place / HOSTILE.replace("/", "_")[:40], sentence=texts, label=[0, 1, 2, 0] * 3)
     jobs.quantize(place / "bert", "ternary-2-2-8", place / "small")
-    analyze(place / "small", place / "bert", str(tables), place / "texts", samples=12, few=4)
+    analyze(place / "small", place / "bert", str(tables), place / "texts", samples=12, subset=4)
     return place
 
 

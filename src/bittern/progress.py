@@ -19,7 +19,7 @@ def silent(items: Iterable[Any], description: str) -> Iterable[Any]:
 
 
 def ignore(*_: Any) -> None:
-    """The OnStep and the OnEstimate that show nothing."""
+    """The OnStep that shows nothing."""
 
 
 def peak_memory() -> int:

@@ -18,6 +18,13 @@ WIDTH = 440  # of all plots, in units that are pixels where there is room
 CIVIDIS = ("00224e", "123570", "3b496c", "575d6d", "707173", "8a8678", "a59c74", "c3b369", "e1cc55", "fee838")
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "12 4")  # so that lines differ without colour too
 MARKS = ("circle", "square", "triangle", "diamond", "cross", "circle")
+HALF_CROSS = (-1.3, -0.4, -0.4, -0.4, -0.4, -1.3, 0.4, -1.3, 0.4, -0.4, 1.3, -0.4)
+CORNERS = {  # x and y in turn, in radii from the middle
+    "square": (-1, -1, 1, -1, 1, 1, -1, 1),
+    "triangle": (0, -1.3, 1.2, 1, -1.2, 1),
+    "diamond": (0, -1.4, 1.4, 0, 0, 1.4, -1.4, 0),
+    "cross": (*HALF_CROSS, *(-x for x in HALF_CROSS)),
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,44 @@ class Plot:
     svg: str
     height: float
     rows: list[list[Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Numbers along a side of a plot: `low` lies at `start` and `high` at `end`, in the units of WIDTH."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Where a number lies."""
+        if self.log:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / ((self.high - self.low) or 1.0)
+        return self.start + share * (self.end - self.start)
+
+    def marks(self, count: int = 5) -> list[float]:
+        return log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high, count)
+
+    def below(self, y: float, count: int = 5, grid_from: float | None = None) -> Iterator[str]:
+        """Numbers under a horizontal axis, with lines of a grid down to it from `grid_from`."""
+        for mark in self.marks(count):
+            x = self(mark)
+            if grid_from is not None:
+                yield tag("line", x1=x, x2=x, y1=grid_from, y2=y - 14, stroke="var(--line)")
+            yield text(x, y, short(mark), "middle", 11)
+
+    def beside(self, x: float, count: int = 5, grid_to: float | None = None) -> Iterator[str]:
+        """Numbers at the left of a vertical axis, with lines of a grid to `grid_to`."""
+        for mark in self.marks(count):
+            y = self(mark)
+            if grid_to is not None:
+                yield tag("line", x1=x + 5, x2=grid_to, y1=y, y2=y, stroke="var(--line)")
+            yield text(x, y + 4, short(mark), "end", 11)
 
 
 def short(x: float | None) -> str:
@@ -41,72 +86,6 @@ def short(x: float | None) -> str:
     if rounded and not 1e-3 <= abs(rounded) < 1e6:
         return f"{rounded:.2g}"
     return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:.4g}"
-
-
-def styles(names: Sequence[str]) -> list[int]:
-    """Number of the colour, dash and mark of each series: the teacher's is 0, others follow from 1, a sixth has 0."""
-    others = [name for name in names if name != "teacher"]
-    return [0 if name == "teacher" else (1 + others.index(name)) % 6 for name in names]
-
-
-def text(x: float, y: float, what: object, anchor: str = "start", size: int = 12, extra: str = "") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="var(--ink)"{extra}>'
-        f"{escape(str(what))}</text>"
-    )
-
-
-def colour(share: float) -> str:
-    """Of cividis, 0 to 1."""
-    at = min(max(share, 0.0), 1.0) * (len(CIVIDIS) - 1)
-    i = min(int(at), len(CIVIDIS) - 2)
-    low, high = (bytes.fromhex(CIVIDIS[j]) for j in (i, i + 1))
-    return "#" + "".join(f"{round(a + (b - a) * (at - i)):02x}" for a, b in zip(low, high, strict=True))
-
-
-def heat_map(
-    values: Sequence[Sequence[float | None]],
-    rows: Sequence[str],
-    name: str,
-    *,
-    low: float = 0.0,
-    top: float | None = None,
-) -> Plot:
-    """A cell for each layer (row) and head (column). low, top: of the colours, top the largest value by default."""
-    columns = max(map(len, values))
-    known = [v for row in values for v in row if v is not None]
-    top = max(known, default=0.0) if top is None else top
-    left = min(130.0, 12 + 6.5 * max(map(len, rows)))
-    cell = min(34.0, (WIDTH - left - 8) / columns)
-    high = min(cell, 26.0)
-    parts = []
-    for j in range(columns):
-        if columns <= 16 or j % 4 == 0:
-            parts.append(text(left + (j + 0.5) * cell, 12, j, "middle", 11))
-    for i, (label, row) in enumerate(zip(rows, values, strict=True)):
-        y = 18 + i * high
-        parts.append(text(left - 6, y + high / 2 + 4, label, "end", 11))
-        for j, value in enumerate(row):
-            if value is None:
-                continue
-            share = (value - low) / (top - low) if top > low else 0.0
-            tip = f"{label}, head {j}: {name} {short(value)}"
-            parts.append(
-                f'<rect x="{left + j * cell:.1f}" y="{y:.1f}" width="{cell - 1:.1f}" height="{high - 1:.1f}" '
-                f'fill="{colour(share)}" data-layer="{i}" data-head="{j}" '
-                f'data-tip="{escape(tip)}"/>'
-            )
-    y = 18 + len(rows) * high + 10
-    for k in range(40):
-        parts.append(f'<rect x="{left + k * 4}" y="{y:.1f}" width="4.5" height="8" fill="{colour(k / 39)}"/>')
-    parts.append(text(left, y + 22, short(low), "start", 11))
-    parts.append(text(left + 160, y + 22, short(top), "end", 11))
-    parts.append(text(left + 168, y + 8, name, "start", 11))
-    table: list[list[Any]] = [
-        ["", *(f"head {j}" for j in range(columns))],
-        *([r, *v] for r, v in zip(rows, values, strict=True)),
-    ]
-    return Plot("".join(parts), y + 28, table)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -127,6 +106,79 @@ def log_ticks(low: float, high: float) -> list[float]:
     return found[:: -(-len(found) // 6)] if len(found) > 1 else [low, high]
 
 
+def styles(names: Sequence[str]) -> list[int]:
+    """Number of the colour, dash and mark of each series: the teacher's is 0, others follow from 1, a sixth has 0."""
+    others = [name for name in names if name != "teacher"]
+    return [0 if name == "teacher" else (1 + others.index(name)) % 6 for name in names]
+
+
+def tag(name: str, content: str = "", /, **attributes: object) -> str:
+    """An SVG element. In names of attributes `_` stands for `-`; floats get one decimal; None leaves one out."""
+    values = {k: f"{v:.1f}" if isinstance(v, float) else str(v) for k, v in attributes.items() if v is not None}
+    inside = "".join(f' {k.replace("_", "-")}="{escape(v)}"' for k, v in values.items())
+    return f"<{name}{inside}>{content}</{name}>" if content else f"<{name}{inside}/>"
+
+
+def text(x: float, y: float, what: object, anchor: str = "start", size: int = 12, turn: str | None = None) -> str:
+    where = {"x": float(x), "y": float(y), "text_anchor": anchor, "font_size": size, "transform": turn}
+    return tag("text", escape(str(what)), **where, fill="var(--ink)")
+
+
+def box(x: float, y: float, width: float, height: float, fill: str, **more: object) -> str:
+    return tag("rect", x=float(x), y=float(y), width=float(width), height=float(height), fill=fill, **more)
+
+
+def symbol(kind: str, x: float, y: float, r: float = 3.5, /, **more: object) -> str:
+    """The mark of a point: a circle or one of CORNERS."""
+    if kind == "circle":
+        return tag("circle", cx=float(x), cy=float(y), r=r, **more)
+    corners = CORNERS[kind]
+    points = " ".join(f"{x + r * a:.1f},{y + r * b:.1f}" for a, b in zip(corners[::2], corners[1::2], strict=True))
+    return tag("polygon", points=points, **more)
+
+
+def curve(path: str, style: int) -> str:
+    return tag("path", d=path, fill="none", stroke=f"var(--s{style})", stroke_width=2, stroke_dasharray=DASHES[style])
+
+
+def colour(share: float) -> str:
+    """A colour of cividis for a share from 0 to 1."""
+    at = min(max(share, 0.0), 1.0) * (len(CIVIDIS) - 1)
+    i = min(int(at), len(CIVIDIS) - 2)
+    low, high = (bytes.fromhex(CIVIDIS[j]) for j in (i, i + 1))
+    return "#" + "".join(f"{round(a + (b - a) * (at - i)):02x}" for a, b in zip(low, high, strict=True))
+
+
+def heat_map(
+    values: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    name: str,
+    *,
+    low: float = 0.0,
+    top: float | None = None,
+) -> Plot:
+    """A cell for each layer (row) and head (column). low, top: of the colours, top the largest value by default."""
+    columns = max(map(len, values))
+    top = max((v for row in values for v in row if v is not None), default=0.0) if top is None else top
+    left = min(130.0, 12 + 6.5 * max(map(len, rows)))
+    cell = min(34.0, (WIDTH - left - 8) / columns)
+    high, share = min(cell, 26.0), Axis(low, top, 0.0, 1.0)
+    parts = [text(left + (j + 0.5) * cell, 12, j, "middle", 11) for j in range(0, columns, 1 if columns <= 16 else 4)]
+    for i, (label, row) in enumerate(zip(rows, values, strict=True)):
+        y = 18 + i * high
+        parts.append(text(left - 6, y + high / 2 + 4, label, "end", 11))
+        for j, value in enumerate(row):
+            if value is not None:
+                of = {"data_layer": i, "data_head": j, "data_tip": f"{label}, head {j}: {name} {short(value)}"}
+                parts.append(box(left + j * cell, y, cell - 1, high - 1, colour(share(value)), **of))
+    y = 18 + len(rows) * high + 10
+    parts += [box(left + k * 4, y, 4.5, 8, colour(k / 39)) for k in range(40)]
+    parts += [text(left, y + 22, short(low), size=11), text(left + 160, y + 22, short(top), "end", 11)]
+    parts.append(text(left + 168, y + 8, name, size=11))
+    table = [[r, *v] for r, v in zip(rows, values, strict=True)]
+    return Plot("".join(parts), y + 28, [["", *(f"head {j}" for j in range(columns))], *table])
+
+
 def lines(
     series: Mapping[str, Sequence[tuple[float, float]]],
     *,
@@ -136,111 +188,74 @@ def lines(
     log: bool = False,
     bands: Sequence[Mapping[str, Any]] = (),
     layers: bool = False,
-    joined: bool = True,
     zero: bool = True,
     marked: Sequence[tuple[float, float, str]] = (),
 ) -> Plot:
     """Curves of (x, y) points, broken where y is NaN. labels: of whole x from 0; bands: stretches of x as
     {name, from, to}; layers: x is the number of a layer, that its points are linked by; marked: single points and what
     they are; zero: y starts there."""
-    points = [p for curve in series.values() for p in curve if math.isfinite(p[1]) and (p[1] > 0 or not log)]
+
+    def drawn(y: float) -> bool:
+        return math.isfinite(y) and (y > 0 or not log)
+
+    points = [(x, y) for curve in series.values() for x, y in curve if drawn(y)]
     if not points:
         return Plot(text(10, 20, "no values"), 30)
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    low, high = min(ys), max(ys)
-    if not log:
-        low, high = (min(low, 0.0), max(high, 0.0)) if zero else (low, high)
-        pad = 0.05 * ((high - low) or abs(high) or 1.0)
-        low, high = low - (pad if low < 0 or not zero else 0.0), high + pad
-    elif low == high:
-        low, high = low / 2, high * 2
-    marks = log_ticks(low, high) if log else ticks(low, high)
-    first, last = min(xs), max(xs)
-    left, right, above, height = 14 + 6.8 * max(len(short(m)) for m in marks), WIDTH - 12.0, 20.0, 190.0
-
-    def at_x(x: float) -> float:
-        return left + 8 + (x - first) / ((last - first) or 1.0) * (right - left - 16)
-
-    def at_y(y: float) -> float:
-        share = math.log(y / low) / math.log(high / low) if log else (y - low) / (high - low)
-        return above + (1 - share) * height
-
-    parts = [text(4, 12, y_name, "start", 11)]
+    xs, ys = zip(*points, strict=True)
+    above, bottom, right = 20.0, 210.0, WIDTH - 12.0
+    at_y = Axis(*_range_of(ys, log, zero), bottom, above, log)
+    left = 14 + 6.8 * max(len(short(m)) for m in at_y.marks())
+    at_x = Axis(min(xs), max(xs), left + 8, right - 8)
+    parts = [text(4, 12, y_name, size=11)]
     for band in bands:
-        a, b = (at_x(min(max(float(band[side]), first), last)) for side in ("from", "to"))
-        parts.append(f'<rect x="{a:.1f}" y="{above}" width="{b - a:.1f}" height="{height}" fill="var(--band)"/>')
+        a, b = (at_x(min(max(float(band[side]), at_x.low), at_x.high)) for side in ("from", "to"))
+        parts.append(box(a, above, b - a, bottom - above, "var(--band)"))
         parts.append(text((a + b) / 2, above + 13, band["name"], "middle", 11))
-    for mark in marks:
-        y = at_y(mark)
-        parts.append(f'<line x1="{left:.1f}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>')
-        parts.append(text(left - 5, y + 4, short(mark), "end", 11))
-    parts += _x_axis(at_x, first, last, above + height, labels)
-    parts.append(text((left + right) / 2, above + height + 34, x_name, "middle", 11))
-    for n, (name, curve) in zip(styles(list(series)), series.items(), strict=True):
-        kept = [(x, y) for x, y in curve if math.isfinite(y) and (y > 0 or not log)]
-        if joined and len(kept) > 1:
-            at = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" if (x, y) in kept else "M" for x, y in curve)
-            path = "".join(f"M{piece.strip()}" for piece in at.split("M") if piece.strip())
-            parts.append(
-                f'<path d="{path}" fill="none" stroke="var(--s{n})" stroke-width="2" stroke-dasharray="{DASHES[n]}"/>'
-            )
-        if len(kept) <= 400:
-            for x, y in kept:
-                where = labels[int(x)] if labels else short(x)
-                link = f' data-layer="{int(x)}"' if layers else ""
-                tip = f"{name}, {where}: {short(y)}" if name else f"{where}: {short(y)}"
-                extra = f'fill="var(--s{n})"{link} data-tip="{escape(tip)}"'
-                parts.append(_mark(MARKS[n], at_x(x), at_y(y), extra))
+    parts += at_y.beside(left - 5, grid_to=right)
+    parts += at_x.below(bottom + 16) if labels is None else _labels_below(labels, at_x, bottom)
+    parts.append(text((left + right) / 2, bottom + 34, x_name, "middle", 11))
+    for n, (name, curve_of) in zip(styles(list(series)), series.items(), strict=True):
+        kept = [(x, y) for x, y in curve_of if drawn(y)]
+        if len(kept) > 1:
+            at = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" if drawn(y) else "M" for x, y in curve_of)
+            parts.append(curve("".join(f"M{piece.strip()}" for piece in at.split("M") if piece.strip()), n))
+        for x, y in kept if len(kept) <= 400 else ():
+            where = labels[int(x)] if labels else short(x)
+            tip = f"{name}, {where}: {short(y)}" if name else f"{where}: {short(y)}"
+            link = {"data_layer": int(x) if layers else None, "data_tip": tip}
+            parts.append(symbol(MARKS[n], at_x(x), at_y(y), fill=f"var(--s{n})", **link))
     for x, y, what in marked:
-        parts.append(_mark("circle", at_x(x), at_y(y), 'fill="none" stroke="var(--ink)" stroke-width="2"', 7))
+        parts.append(symbol("circle", at_x(x), at_y(y), 7.0, fill="none", stroke="var(--ink)", stroke_width=2))
         side, anchor = (10, "start") if at_x(x) < WIDTH / 2 else (-10, "end")
         parts.append(text(at_x(x) + side, at_y(y) - 8, what, anchor, 11))
-    key, below = _key(list(series), above + height + 50)
+    key, below = _key(list(series), bottom + 50)
     table: list[list[Any]] = [[x_name, *series]]
-    for x in sorted({x for curve in series.values() for x, _ in curve}):
-        columns = [[y for at, y in curve if at == x and math.isfinite(y)] for curve in series.values()]
+    for x in sorted({x for curve_of in series.values() for x, _ in curve_of}):
+        columns = [[y for at, y in curve_of if at == x and math.isfinite(y)] for curve_of in series.values()]
         table += [[labels[int(x)] if labels else x, *row] for row in zip_longest(*columns)]
     return Plot("".join(parts) + key, below, table)
 
 
-def _x_axis(at_x: Any, first: float, last: float, y: float, labels: Sequence[str] | None) -> Iterator[str]:
-    if labels is None:
-        for mark in ticks(first, last):
-            yield text(at_x(mark), y + 16, short(mark), "middle", 11)
-        return
-    room = (at_x(last) - at_x(first)) / max(len(labels) - 1, 1)
-    upright = 6.5 * max(map(len, labels)) > room
-    for i, label in enumerate(labels):
-        x = at_x(i)
-        if upright and room < 11 and i % math.ceil(11 / room):
-            continue
-        turn = f' transform="rotate(-40 {x:.1f} {y + 12:.1f})"' if upright else ""
-        yield text(x, y + (12 if upright else 16), label[:10], "end" if upright else "middle", 10, turn)
+def _range_of(ys: Sequence[float], log: bool, zero: bool) -> tuple[float, float]:
+    """The ends of a vertical axis, with some room."""
+    low, high = min(ys), max(ys)
+    if log:
+        return (low, high) if low < high else (low / 2, high * 2)
+    low, high = (min(low, 0.0), max(high, 0.0)) if zero else (low, high)
+    pad = 0.05 * ((high - low) or abs(high) or 1.0)
+    return low - (pad if low < 0 or not zero else 0.0), high + pad
 
 
-def _mark(kind: str, x: float, y: float, extra: str, r: float = 3.5) -> str:
-    if kind == "circle":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}" {extra}/>'
-    corners = {
-        "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
-        "triangle": ((0, -1.3), (1.2, 1), (-1.2, 1)),
-        "diamond": ((0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)),
-        "cross": (
-            (-1.3, -0.4),
-            (-0.4, -0.4),
-            (-0.4, -1.3),
-            (0.4, -1.3),
-            (0.4, -0.4),
-            (1.3, -0.4),
-            (1.3, 0.4),
-            (0.4, 0.4),
-            (0.4, 1.3),
-            (-0.4, 1.3),
-            (-0.4, 0.4),
-            (-1.3, 0.4),
-        ),
-    }[kind]
-    return f'<polygon points="{" ".join(f"{x + r * a:.1f},{y + r * b:.1f}" for a, b in corners)}" {extra}/>'
+def _labels_below(labels: Sequence[str], at_x: Axis, bottom: float) -> Iterator[str]:
+    """Names under a horizontal axis, slanting where they are too long to stand side by side."""
+    room = (at_x.end - at_x.start) / max(len(labels) - 1, 1)
+    slanting = 6.5 * max(map(len, labels)) > room
+    for i in range(0, len(labels), math.ceil(11 / room) if slanting else 1):
+        x, y = at_x(i), bottom + 12
+        if slanting:
+            yield text(x, y, labels[i][:10], "end", 10, f"rotate(-40 {x:.1f} {y:.1f})")
+        else:
+            yield text(x, y + 4, labels[i][:10], "middle", 10)
 
 
 def _key(names: Sequence[str], y: float) -> tuple[str, float]:
@@ -252,33 +267,27 @@ def _key(names: Sequence[str], y: float) -> tuple[str, float]:
         wide = 40 + 6.6 * len(name)
         if x > 10 and x + wide > WIDTH:
             x, y = 10.0, y + 18
-        parts.append(
-            f'<line x1="{x:.1f}" x2="{x + 22:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--s{n})" '
-            f'stroke-width="2" stroke-dasharray="{DASHES[n]}"/>'
-        )
-        parts.append(_mark(MARKS[n], x + 11, y, f'fill="var(--s{n})"'))
-        parts.append(text(x + 27, y + 4, name, "start", 11))
+        parts.append(curve(f"M{x:.1f},{y:.1f}H{x + 22:.1f}", n))
+        parts.append(symbol(MARKS[n], x + 11, y, fill=f"var(--s{n})"))
+        parts.append(text(x + 27, y + 4, name, size=11))
         x += wide
     return "".join(parts), y + 14
 
 
 def bars(labels: Sequence[str], series: Mapping[str, Sequence[float]], name: str, linked: int = 0) -> Plot:
     """Horizontal bars, one for each series under each label. linked: how many of the labels, the first, are layers."""
-    top = max((v for values in series.values() for v in values), default=0.0) or 1.0
     left = min(200.0, 16 + 6.4 * max(map(len, labels)))
+    top = max((v for values in series.values() for v in values), default=0.0) or 1.0
     thick = 16 if len(series) == 1 else 11
-    parts, y = [text(4, 12, name, "start", 11)], 22.0
+    parts, y = [text(4, 12, name, size=11)], 22.0
     for i, label in enumerate(labels):
         parts.append(text(left - 6, y + thick * len(series) / 2 + 4, label, "end", 11))
         for n, (who, values) in zip(styles(list(series)), series.items(), strict=True):
-            wide = values[i] / top * (WIDTH - left - 60)
-            link = f' data-layer="{i}"' if i < linked else ""
+            wide = max(values[i] / top * (WIDTH - left - 60), 1.0)
             tip = f"{who + ', ' if who else ''}{label}: {short(values[i])}"
-            parts.append(
-                f'<rect x="{left:.1f}" y="{y:.1f}" width="{max(wide, 1):.1f}" height="{thick - 2}" '
-                f'fill="var(--s{n})"{link} data-tip="{escape(tip)}"/>'
-            )
-            parts.append(text(left + max(wide, 1) + 5, y + thick - 4, short(values[i]), "start", 10))
+            link = {"data_layer": i if i < linked else None, "data_tip": tip}
+            parts.append(box(left, y, wide, thick - 2, f"var(--s{n})", **link))
+            parts.append(text(left + wide + 5, y + thick - 4, short(values[i]), size=10))
             y += thick
         y += 6
     key, below = _key(list(series), y + 10)
@@ -288,36 +297,30 @@ def bars(labels: Sequence[str], series: Mapping[str, Sequence[float]], name: str
 
 def surface(steps: Sequence[float], loss: Sequence[Sequence[float]], top: float | None = None) -> Plot:
     """A square of cells, in colours of log(loss), with lines of equal loss, the middle marked."""
-    n, left, side = len(steps), 46.0, 330.0
+    n, left, above, side = len(steps), 46.0, 8.0, 330.0
     cell = side / n
     logs = [[math.log(max(v, 1e-12)) for v in row] for row in loss]
     low = min(map(min, logs))
     high = max(map(max, logs)) if top is None else math.log(top)
+    share = Axis(low, high, 0.0, 1.0)
+    at_x = Axis(0, n - 1, left + cell / 2, left + side - cell / 2)  # where the middles of cells lie, by number
+    at_y = Axis(0, n - 1, above + side - cell / 2, above + cell / 2)
     parts = []
     for i, row in enumerate(logs):
         for j, value in enumerate(row):
-            share = (value - low) / ((high - low) or 1.0)
             tip = f"({short(steps[j])}, {short(steps[i])}): loss {short(loss[i][j])}"
-            parts.append(
-                f'<rect x="{left + j * cell:.1f}" y="{8 + (n - 1 - i) * cell:.1f}" width="{cell + 0.3:.1f}" '
-                f'height="{cell + 0.3:.1f}" fill="{colour(share)}" data-tip="{escape(tip)}"/>'
-            )
+            x, y = at_x(j) - cell / 2, at_y(i) - cell / 2
+            parts.append(box(x, y, cell + 0.3, cell + 0.3, colour(share(value)), data_tip=tip))
     for k in range(1, 9):
-        level = low + (high - low) * k / 9
         pieces = (
-            f"M{left + (a + 0.5) * cell:.1f},{8 + (n - 0.5 - b) * cell:.1f}"
-            f"L{left + (c + 0.5) * cell:.1f},{8 + (n - 0.5 - d) * cell:.1f}"
-            for (a, b), (c, d) in contour(logs, level)
+            f"M{at_x(a):.1f},{at_y(b):.1f}L{at_x(c):.1f},{at_y(d):.1f}"
+            for (a, b), (c, d) in contour(logs, low + (high - low) * k / 9)
         )
-        parts.append(f'<path d="{"".join(pieces)}" fill="none" stroke="#fff" stroke-opacity="0.55"/>')
-    middle = left + side / 2, 8 + side / 2
-    parts.append(_mark("cross", *middle, 'fill="#fff" stroke="#000"', 6))
-    for mark in ticks(steps[0], steps[-1], 4):
-        at = (mark - steps[0]) / (steps[-1] - steps[0]) * (side - cell) + cell / 2
-        parts.append(text(left + at, side + 24, short(mark), "middle", 11))
-        parts.append(text(left - 6, 8 + side - at + 4, short(mark), "end", 11))
-    for k in range(30):
-        parts.append(f'<rect x="390" y="{8 + (29 - k) * 5}" width="10" height="5.5" fill="{colour(k / 29)}"/>')
+        parts.append(tag("path", d="".join(pieces), fill="none", stroke="#fff", stroke_opacity="0.55"))
+    parts.append(symbol("cross", left + side / 2, above + side / 2, 6, fill="#fff", stroke="#000"))
+    parts += Axis(steps[0], steps[-1], at_x.start, at_x.end).below(side + 24, 4)
+    parts += Axis(steps[0], steps[-1], at_y.start, at_y.end).beside(left - 6, 4)
+    parts += [box(390, above + (29 - k) * 5, 10, 5.5, colour(k / 29)) for k in range(30)]
     parts += [text(404, 18, short(math.exp(high)), size=11), text(404, 158, short(math.exp(low)), size=11)]
     rows: list[list[Any]] = [["", *map(short, steps)], *([short(s), *r] for s, r in zip(steps, loss, strict=True))]
     return Plot("".join(parts), side + 34, rows)
@@ -342,24 +345,17 @@ def contour(
 def strips(series: Mapping[str, Sequence[Sequence[float]]], x_name: str) -> Plot:
     """A line of points for each name, the last number of each group largest: spectra of mini-batches."""
     flat = [v for groups in series.values() for group in groups for v in group]
-    low, high = min([0.0, *flat]), max(flat)
-    left, y, parts = 12.0, 14.0, []
-    span = (high - low) or 1.0
-
-    def at_x(x: float) -> float:
-        return left + (x - low) / span * (WIDTH - 2 * left - 10)
-
+    at_x = Axis(min([0.0, *flat]), max(flat), 12.0, WIDTH - 22.0)
+    y, parts = 14.0, []
     for n, (name, groups) in zip(styles(list(series)), series.items(), strict=True):
-        parts.append(text(left, y, name, "start", 11))
+        parts.append(text(12, y, name, size=11))
         for k, group in enumerate(groups):
+            at_y = y + 14 + 22 * (k + 0.5) / len(groups)
             for value in group:
-                tip = f"{name}, batch {k}: {short(value)}"
-                extra = f'fill="var(--s{n})" fill-opacity="0.6" data-tip="{escape(tip)}"'
-                parts.append(_mark(MARKS[n], at_x(value), y + 14 + 22 * (k + 0.5) / len(groups), extra, 3.5))
+                more = {"fill_opacity": "0.6", "data_tip": f"{name}, batch {k}: {short(value)}"}
+                parts.append(symbol(MARKS[n], at_x(value), at_y, fill=f"var(--s{n})", **more))
         y += 54
-    for mark in ticks(low, high):
-        parts.append(f'<line x1="{at_x(mark):.1f}" x2="{at_x(mark):.1f}" y1="18" y2="{y - 8}" stroke="var(--line)"/>')
-        parts.append(text(at_x(mark), y + 6, short(mark), "middle", 11))
+    parts += at_x.below(y + 6, grid_from=18.0)
     parts.append(text(WIDTH / 2, y + 24, x_name, "middle", 11))
     rows = [[name, k, *group] for name, groups in series.items() for k, group in enumerate(groups)]
     return Plot("".join(parts), y + 32, [["", "batch", *(f"λ{i + 1}" for i in range(len(rows[0]) - 2))], *rows])

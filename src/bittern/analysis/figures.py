@@ -1,18 +1,29 @@
-"""The figures of a report: for each plot what it is called, what to look for, and how it is drawn."""
+"""The figures of a report: for each plot how it is drawn; its title and what to look for are in figures.yaml."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
 from markupsafe import Markup
 
 from bittern.analysis.charts import Plot, bars, heat_map, lines, short, strips, surface
 
 Result = Mapping[str, Any]
+TEMPLATES = Path(__file__).parent / "templates"
+TEXTS: dict[str, dict[str, str]] = yaml.safe_load((TEMPLATES / "figures.yaml").read_text(encoding="utf-8"))
+HEATS = {  # figure → the values of heads that it shows, and their name in it
+    "divergence": ("divergence", "divergence"),
+    "cover": ("cover", "cover length ratio"),
+    "ranking": ("ranking", "loss per pair"),
+    "sa-gen": ("gen", "distance"),
+}
+SIGNALS = {"map": "teacher's maps", "context": "teacher's context", "output": "teacher's attention output"}
 
 
 @dataclass(frozen=True)
@@ -37,129 +48,86 @@ class Figure:
         return [[short(x) if isinstance(x, float | None) else str(x) for x in row] for row in self.plot.rows]
 
 
+def figure(name: str, plot: Plot, student: str = "", **values: object) -> Figure:
+    """A figure with its texts of figures.yaml, filled in with `values`. student: whose it is, if there are two."""
+    title, look = (TEXTS[name][part].format(**values) for part in ("title", "look"))
+    suffix, more = ("-" + re.sub(r"[^A-Za-z0-9]+", "-", student).strip("-"), f", {student}") if student else ("", "")
+    return Figure(name + suffix, title + more, look, plot)
+
+
 def names_of(result: Result) -> list[str]:
+    """The names of the students that tell them apart: of their folders, or whole paths."""
     names = [s["name"] for s in result["students"]]
     return names if len(set(names)) == len(names) else [s["path"] for s in result["students"]]
 
 
-def labels_of(student: Result) -> list[str]:
-    """Of the attention modules, by block."""
-    return [f"layer {a['block']}{' cross' if a['cross'] else ''}" for a in student["compare"]["attentions"]]
+def students_of(result: Result) -> list[tuple[str, Result]]:
+    return list(zip(names_of(result), result["students"], strict=True))
 
 
-def by_name(result: Result) -> Iterator[tuple[str, str, Result]]:
-    """Part of a file name, what to add to a title, and the student."""
-    for name, student in zip(names_of(result), result["students"], strict=True):
-        many = len(result["students"]) > 1
-        yield (
-            (f"-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}" if many else ""),
-            (f", {name}" if many else ""),
-            student,
-        )
+def each_of(result: Result) -> list[tuple[str, Result]]:
+    """Students with a name where there are two, for figures that show one of them."""
+    return students_of(result) if len(result["students"]) > 1 else [("", result["students"][0])]
 
 
-HEATS = (
-    (
-        "divergence",
-        "divergence",
-        "KL divergence of attention maps",
-        "Bright cells are heads that no longer attend as the teacher does; 0 is perfect. Click a cell to see its maps.",
-    ),
-    (
-        "cover",
-        "cover length ratio",
-        "Cover length ratio",
-        "How deep in the student's ranking the teacher's five most attended tokens lie; close to {floor} is good.",
-    ),
-    (
-        "ranking",
-        "loss per pair",
-        "Ranking loss",
-        "How much the order of tokens within a row changed; bright heads no longer know what matters most.",
-    ),
-)
+def attentions_of(student: Result) -> list[Any]:
+    found: list[Any] = student["compare"]["attentions"]
+    return found
+
+
+def labels_of(result: Result) -> list[str]:
+    """Labels of the attention modules, by block; those of all students agree."""
+    attentions = attentions_of(result["students"][0])
+    return [f"layer {a['block']}{' cross' if a['cross'] else ''}" for a in attentions]
 
 
 def heads(result: Result) -> Iterator[Figure]:
-    for key, name, title, look in HEATS:
-        top = max(v for s in result["students"] for a in s["compare"]["attentions"] for v in a[key])
-        for suffix, more, student in by_name(result):
-            attentions = student["compare"]["attentions"]
-            floor = fmean(v for a in attentions for v in a["cover_floor"])
-            low = min(v for a in attentions for v in a["cover_floor"]) if key == "cover" else 0.0
-            plot = heat_map([a[key] for a in attentions], labels_of(student), name, low=low, top=top)
-            yield Figure(f"{key}{suffix}", title + more, look.format(floor=short(floor)), plot)
-    top = max(v for s in result["students"] for a in s["compare"]["attentions"] for v in a["gen"]["all"])
-    for suffix, more, student in by_name(result):
-        values = [a["gen"]["all"] for a in student["compare"]["attentions"]]
-        look = "Mean difference of attention probabilities: how far self-attention generation (SA-GEN) is off."
-        yield Figure(
-            f"sa-gen{suffix}", f"SA-GEN distance{more}", look, heat_map(values, labels_of(student), "distance", top=top)
-        )
+    for name, (key, unit) in HEATS.items():
+        maps = [
+            [a[key]["all"] if isinstance(a[key], dict) else a[key] for a in attentions_of(student)]
+            for student in result["students"]
+        ]
+        top = max(v for values in maps for row in values for v in row)
+        for (of, student), values in zip(each_of(result), maps, strict=True):
+            floors = [v for a in attentions_of(student) for v in a["cover_floor"]]
+            plot = heat_map(values, labels_of(result), unit, low=min(floors) if key == "cover" else 0.0, top=top)
+            yield figure(name, plot, of, floor=short(fmean(floors)))
 
 
 def classes(result: Result) -> Iterator[Figure]:
-    titles = {
-        "gen": (
-            "SA-GEN distance by class of token",
-            "Long bars are classes of tokens that get a wrong amount of attention.",
-        ),
-        "prop": (
-            "SA-PROP distance by class of token",
-            "The same of ‖αf(x)‖, what attention passes on: long here and "
-            "short in SA-GEN means that values or W_O are off, not the maps.",
-        ),
-    }
-    for key, (title, look) in titles.items():
-        attentions = result["students"][0]["compare"]["attentions"]
-        kinds = list(dict.fromkeys(k for a in attentions for k in a.get(key, {})))
-        if not kinds:
-            continue
+    for key in ("gen", "prop"):
+        kinds = list(dict.fromkeys(k for a in attentions_of(result["students"][0]) for k in a.get(key, {})))
         series = {
-            name: [fmean(v for a in s["compare"]["attentions"] for v in a.get(key, {}).get(k, [])) for k in kinds]
-            for name, s in zip(names_of(result), result["students"], strict=True)
+            name: [fmean(v for a in attentions_of(s) for v in a.get(key, {}).get(kind, [])) for kind in kinds]
+            for name, s in students_of(result)
         }
-        yield Figure(f"sa-{key}-classes", title, look, bars(kinds, _named(series), "mean over layers and heads"))
+        if kinds:
+            yield figure(f"sa-{key}-classes", bars(kinds, _named(series), "mean over layers and heads"))
 
 
 def _named(series: Mapping[str, Any]) -> dict[str, Any]:
-    """A single student's curve needs no legend."""
+    """The series; a single student's needs no legend."""
     return {"": next(iter(series.values()))} if len(series) == 1 else dict(series)
 
 
 def depth(result: Result) -> Iterator[Figure]:
-    places = result["students"][0]["compare"]["places"]
-    series = {n: list(enumerate(s["compare"]["depth"]["plain"])) for n, s in students_of(result)}
-    look = "How the error grows from block to block; a step up marks a block that does harm of its own."
-    yield Figure("depth", "Error by depth", look, _depth(series, places))
-    titles = {"map": "teacher's maps", "context": "teacher's context", "output": "teacher's attention output"}
-    for suffix, more, student in by_name(result):
-        curves = student["compare"]["depth"]
-        given = {titles.get(how, "nothing put in"): list(enumerate(v)) for how, v in curves.items() if v}
+    def errors(series: Mapping[str, Sequence[float]]) -> Plot:
+        curves = {name: list(enumerate(values)) for name, values in series.items()}
+        places = result["students"][0]["compare"]["places"]
+        return lines(_named(curves), x_name="", y_name="‖X - teacher's‖² / ‖teacher's‖²", labels=places)
+
+    yield figure("depth", errors({name: s["compare"]["depth"]["plain"] for name, s in students_of(result)}))
+    for of, student in each_of(result):
+        depths = student["compare"]["depth"]
+        given = {SIGNALS.get(how, "nothing put in"): values for how, values in depths.items() if values}
         if len(given) > 1:
-            look = "Where the curve falls when the teacher's signal is put in, that part of attention made the error."
-            yield Figure(
-                f"interventions{suffix}", f"Error with the teacher's signals{more}", look, _depth(given, places)
-            )
+            yield figure("interventions", errors(given), of)
     students = students_of(result)
     keys = [("teacher", students[0][1], "first_teacher"), *((name, s, "first_student") for name, s in students)]
-    curves = {who: [(i, fmean(a[key])) for i, a in enumerate(s["compare"]["attentions"])] for who, s, key in keys}
-    look = "1 means that heads attend most to the first token; students should follow the teacher's curve."
-    labels = labels_of(result["students"][0])
-    yield Figure(
-        "first-token",
-        "Ranking ratio of the first token",
-        look,
-        lines(curves, x_name="", y_name="mean over heads", labels=labels, layers=True),
+    curves = {who: [(i, fmean(a[key])) for i, a in enumerate(attentions_of(s))] for who, s, key in keys}
+    yield figure(
+        "first-token", lines(curves, x_name="", y_name="mean over heads", labels=labels_of(result), layers=True)
     )
-
-
-def _depth(series: Mapping[str, Any], places: Sequence[str]) -> Plot:
-    return lines(_named(series), x_name="", y_name="‖X - teacher's‖² / ‖teacher's‖²", labels=places)
-
-
-def students_of(result: Result) -> list[tuple[str, Result]]:
-    return list(zip(names_of(result), result["students"], strict=True))
 
 
 def extremes(result: Result) -> Iterator[Figure]:
@@ -170,28 +138,14 @@ def extremes(result: Result) -> Iterator[Figure]:
         who: _two(*([v for place, v in found.items() if place.endswith(side)] for side in ("low", "high")))
         for who, found in ranges.items()
     }
-    look = "Mean over tokens of the smallest and largest unit of attention's output; a narrower student clips outliers."
-    labels = labels_of(result["students"][0])
-    yield Figure(
-        "min-max",
-        "Min–max of the attention output",
-        look,
-        lines(curves, x_name="", y_name="units of Y", labels=labels, layers=True),
-    )
+    yield figure("min-max", lines(curves, x_name="", y_name="units of Y", labels=labels_of(result), layers=True))
     sample = next((s for s in result["shown"] if "extremes" in s), None)
-    if sample is None:
-        return
-    worst = result["students"][0]["worst"]
-    layer = worst[0]["block"] if worst and worst[0]["block"] < len(sample["extremes"][0]) else 0
-    both = zip(ranges, sample["extremes"], strict=True)
-    curves = {who: _two(*found[layer]) for who, found in both}
-    look = f"The same token by token, in layer {layer}: outliers at [CLS], [SEP] or punctuation should survive."
-    yield Figure(
-        "min-max-tokens",
-        "Min–max by token",
-        look,
-        lines(curves, x_name="", y_name="units of Y", labels=sample["tokens"]),
-    )
+    if sample is not None:
+        worst = students[0][1]["worst"]
+        layer = worst[0]["block"] if worst and worst[0]["block"] < len(sample["extremes"][0]) else 0
+        curves = {who: _two(*found[layer]) for who, found in zip(ranges, sample["extremes"], strict=True)}
+        plot = lines(curves, x_name="", y_name="units of Y", labels=sample["tokens"])
+        yield figure("min-max-tokens", plot, layer=layer)
 
 
 def _two(low: Sequence[float], high: Sequence[float]) -> list[tuple[float, float]]:
@@ -200,111 +154,80 @@ def _two(low: Sequence[float], high: Sequence[float]) -> list[tuple[float, float
 
 
 def sensitivity(result: Result) -> Iterator[Figure]:
-    blocks = result["students"][0]["blocks"]
-    names = [*(f"block {i}" for i in range(len(blocks) - 2)), blocks[-2]["name"], "all"]
-    series = {n: [b["error"] for b in s["blocks"]] for n, s in students_of(result)}
-    look = "The teacher with one block of the student: the longest bar is the block to give more bits first."
-    yield Figure(
-        "blocks",
-        "One block quantized at a time",
-        look,
-        bars(names, _named(series), "relative error of the output", linked=len(blocks) - 2),
-    )
-    first = [c["name"] for c in result["students"][0]["classes"]]
-    if all([c["name"] for c in s["classes"]] == first for s in result["students"]):
-        names = [n if n in ("weights", "all") else f"weights, {n}" for n in first]
-        series = {n: [c["error"] for c in s["classes"]] for n, s in students_of(result)}
-        look = "Weights alone, then with one class of activations: longer is its cost, shorter shows training with it."
-        yield Figure(
-            "classes",
-            "One class of tensors at a time",
-            look,
-            bars(names, _named(series), "relative error of the output"),
-        )
-    titles = {"map": "attention maps", "ffn": "FFN outputs", "scores": "QKᵀ"}
-    for what, title in titles.items():
-        curves = {"teacher": list(enumerate(result["students"][0]["nuclear"][what]["teacher"]))}
-        curves |= {n: list(enumerate(s["nuclear"][what]["student"])) for n, s in students_of(result)}
-        look = "The sum of singular values: how much variety there is; a student far below has collapsed directions."
-        labels = labels_of(result["students"][0]) if what != "ffn" else None
-        yield Figure(
-            f"nuclear-{what}",
-            f"Nuclear norm of {title}",
-            look,
-            lines(curves, x_name="" if labels else "block", y_name="mean over samples", labels=labels),
-        )
+    def errors(part: str, labels: Sequence[str], linked: int = 0) -> Plot:
+        series = {name: [entry["error"] for entry in s[part]] for name, s in students_of(result)}
+        return bars(labels, _named(series), "relative error of the output", linked)
+
+    first = result["students"][0]
+    count = len(first["blocks"]) - 2  # the last two are the rest and the whole
+    blocks = [*(f"block {i}" for i in range(count)), first["blocks"][-2]["name"], "all"]
+    yield figure("blocks", errors("blocks", blocks, count))
+    names = [c["name"] for c in first["classes"]]
+    if all([c["name"] for c in s["classes"]] == names for s in result["students"]):
+        labels = [n if n in ("weights", "all") else f"weights, {n}" for n in names]
+        yield figure("classes", errors("classes", labels))
+    for what in ("map", "ffn", "scores"):
+        norms = {"teacher": first["nuclear"][what]["teacher"]}
+        norms |= {name: s["nuclear"][what]["student"] for name, s in students_of(result)}
+        curves = {name: list(enumerate(values)) for name, values in norms.items()}
+        x_name, tick_labels = ("block", None) if what == "ffn" else ("", labels_of(result))
+        plot = lines(curves, x_name=x_name, y_name="mean over samples", labels=tick_labels)
+        yield figure(f"nuclear-{what}", plot)
 
 
 def training(result: Result) -> Iterator[Figure]:
-    for suffix, more, student in by_name(result):
+    for of, student in each_of(result):
         curves: dict[str, list[tuple[float, float]]] = {}
         for entry in student["history"]:
             for name, value in entry.items():
-                if name == "loss" or name.startswith("loss_") or name.startswith("eval_"):
-                    curves.setdefault(name, []).append((entry["step"], value))
+                curves.setdefault(name, []).append((entry["step"], value))
         losses = {n.removeprefix("loss_"): c for n, c in curves.items() if n.startswith("loss_")}
         losses = losses or {n: c for n, c in curves.items() if n == "loss"}
-        bands = student["phases"]
+        bands, metric = student["phases"], student["metric"]
         if losses:
-            look = "Each term should fall and level off; one that stays flat is not learned."
-            plot = lines(losses, x_name="step", y_name="terms of the loss", log=True, bands=bands)
-            yield Figure(f"losses{suffix}", f"Training: losses{more}", look, plot)
-        metric = f"eval_{student['metric']}"
-        if metric in curves:
-            name = str(student["metric"]).replace("_", " ")
-            plot = lines({"": curves[metric]}, x_name="step", y_name=name, bands=bands, zero=False)
-            look = "Still rising at the end: train longer. The best evaluation is what was kept."
-            yield Figure(f"metric{suffix}", f"Training: {name}{more}", look, plot)
+            yield figure("losses", lines(losses, x_name="step", y_name="terms of the loss", log=True, bands=bands), of)
+        if f"eval_{metric}" in curves:
+            name = str(metric).replace("_", " ")
+            plot = lines({"": curves[f"eval_{metric}"]}, x_name="step", y_name=name, bands=bands, zero=False)
+            yield figure("metric", plot, of, metric=name)
 
 
 def frontier(result: Result) -> Iterator[Figure]:
-    for suffix, more, student in by_name(result):
+    for of, student in each_of(result):
         points = student["frontier"]
         if len(points) < 2:
             continue
         chosen = next((p for p in points if p["bits"] == student["bits"]), None)
-        kept = points[:: -(-len(points) // 300)]
-        curve = [(p["size"] / 8e6, p["sensitivity"]) for p in kept]
         marked = [] if chosen is None else [(chosen["size"] / 8e6, chosen["sensitivity"], "chosen")]
-        look = "Every point is the best choice of widths of its size; left of a bend, bytes are saved at a high price."
-        positive = all(y > 0 for _, y in curve)
-        yield Figure(
-            f"frontier{suffix}",
-            f"Mixed precision{more}",
-            look,
-            lines(
-                {"": curve}, x_name="megabytes of weights in blocks", y_name="sensitivity", log=positive, marked=marked
-            ),
-        )
+        curve = [(p["size"] / 8e6, p["sensitivity"]) for p in points[:: -(-len(points) // 300)]]
+        log, x_name = all(y > 0 for _, y in curve), "megabytes of weights in blocks"
+        yield figure("frontier", lines({"": curve}, x_name=x_name, y_name="sensitivity", log=log, marked=marked), of)
 
 
 def sharpness(result: Result) -> Iterator[Figure]:
-    curved = [(n, s["curvature"]) for n, s in students_of(result) if "curvature" in s]
+    curved = {name: s["curvature"] for name, s in students_of(result) if "curvature" in s}
     if not curved:
         return
-    traces = "; ".join(
-        f"trace {short(c['trace'][0])} ± {short(c['trace'][1])}" + (f" ({n})" if len(curved) > 1 else "")
-        for n, c in curved
-    )
-    look = f"Top eigenvalues of mini-batches: small and close together means a flat, easy minimum. {traces}."
-    yield Figure("spectrum", "Hessian spectrum", look, strips({n: c["spectra"] for n, c in curved}, "eigenvalue"))
-    top = max(v for _, c in curved for row in c["surface"]["loss"] for v in row)
-    for suffix, more, student in by_name(result):
+    traces = [
+        f"trace {short(c['trace'][0])} ± {short(c['trace'][1])}" + (f" ({name})" if len(curved) > 1 else "")
+        for name, c in curved.items()
+    ]
+    spectra = strips({name: c["spectra"] for name, c in curved.items()}, "eigenvalue")
+    yield figure("spectrum", spectra, traces="; ".join(traces))
+    top = max(v for c in curved.values() for row in c["surface"]["loss"] for v in row)
+    for of, student in each_of(result):
         if "curvature" in student:
             found = student["curvature"]["surface"]
-            look = (
-                "The loss along two random filter-normalised directions: wide, round basins train and generalise well."
-            )
-            yield Figure(f"surface{suffix}", f"Loss surface{more}", look, surface(found["steps"], found["loss"], top))
+            yield figure("surface", surface(found["steps"], found["loss"], top), of)
 
 
-SECTIONS = (
-    ("Attention by layer and head", heads),
-    ("Attention by class of token", classes),
-    ("Error by depth", depth),
-    ("Range of the attention output", extremes),
-    ("Where the loss comes from", sensitivity),
-    ("Training", training),
-    ("Size against sensitivity", frontier),
-    ("Curvature", sharpness),
-)
+SECTIONS = {
+    "Attention by layer and head": heads,
+    "Attention by class of token": classes,
+    "Error by depth": depth,
+    "Range of the attention output": extremes,
+    "Where the loss comes from": sensitivity,
+    "Training": training,
+    "Size against sensitivity": frontier,
+    "Curvature": sharpness,
+}

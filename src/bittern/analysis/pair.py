@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from bittern.qat.distill import token_masks
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionRun:
     """One run of one attention module. block: number of its block in order of execution; seen: what may be attended
     (samples, 1, queries, keys); rows: real queries (samples, queries)."""
 
@@ -51,11 +51,11 @@ class Pair:
 
     @property
     def anatomy(self) -> Anatomy:
-        """The student's."""
+        """The student's structure."""
         return self.anatomies[self.student]
 
     def record(self, batch: Mapping[str, Any], *points: Point) -> tuple[Taps, Taps]:
-        """What the student and what the teacher has at the points."""
+        """Run both on a batch; return what the student and what the teacher has at the points."""
         with recording(self.student, *points) as own:
             self.student(**batch)
         with recording(self.teacher, *points) as shown:
@@ -69,29 +69,40 @@ class Pair:
                     )
         return own, shown
 
-    def calls(self, taps: Taps) -> list[Call]:
-        """The attention calls of the student's recorded maps, in order."""
+    def runs(self, taps: Taps) -> list[AttentionRun]:
+        """The runs of attention modules in the student's recorded maps, in order."""
         anatomy = self.anatomy
         index = {a.name: (i, a.cross) for i, block in enumerate(anatomy.blocks) for a in block.attentions}
-        rows, runs, found = token_masks(taps.masks, anatomy), Counter[str](), []
+        rows, counts, found = token_masks(taps.masks, anatomy), Counter[str](), []
         for name, maps, (_, mask) in zip(taps.names["map"], taps["map"], taps.masks, strict=True):
             block, cross = index[name]
-            seen = torch.ones_like(maps[:, :1], dtype=torch.bool)
+            seen = torch.ones_like(maps[:, :1], dtype=torch.bool)  # (samples, 1, queries, keys)
             given = None if mask is None else mask if mask.dtype == torch.bool else mask > -1e4
             if given is not None and given.dim() == 4 and len(given) in (1, len(maps)):
                 seen = seen & given.any(1, keepdim=True)  # BEiT and Swin give a bias by head instead of a mask
             real = rows.get((name, "queries"))
             if real is None or real.shape[-1] != maps.shape[2] or len(real) not in (1, len(maps)):
                 real = torch.ones_like(maps[:, 0, :, 0], dtype=torch.bool)
-            real = real.expand(len(maps), -1)
-            block += runs[name] * len(anatomy.blocks)  # a block that runs again (ALBERT) counts as the next one
-            runs[name] += 1
-            found.append(Call(name, block, cross, seen & real[:, None, :, None], real))
+            real = real.expand(len(maps), -1)  # (samples, queries)
+            block += counts[name] * len(anatomy.blocks)  # a block that runs again (ALBERT) counts as the next one
+            counts[name] += 1
+            found.append(AttentionRun(name, block, cross, seen & real[:, None, :, None], real))
         return found
 
 
+def real_tokens(runs: Iterable[AttentionRun], name: str, x: Tensor) -> Tensor:
+    """True where a token of x (samples, tokens, …), recorded at an attention module, is real: (samples, tokens).
+
+    All are where x is not laid out as the module's queries.
+    """
+    rows = next((run.rows for run in runs if run.name == name), None)
+    if rows is not None and rows.shape == x.shape[:2]:
+        return rows
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+
+
 def output_weight(model: nn.Module, anatomy: Anatomy, name: str) -> Tensor | None:
-    """The values of W_O of an attention module as they are used (out, heads · head dim); None if it has none."""
+    """Return the values of W_O of an attention module as they are used (out, heads · head dim); None without one."""
     output = next(a.output for a in anatomy.attentions if a.name == name)
     layer = None if output is None else model.get_submodule(output)
     if isinstance(layer, PackedLayer):

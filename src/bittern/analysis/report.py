@@ -44,13 +44,13 @@ ENVIRONMENT.globals |= {"short": short, "width": WIDTH}
 def write_report(result: Result, folder: Path) -> None:
     """Write report.html, report.json and plots/*.svg into a folder."""
     (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n")
-    sections = [(title, figures) for title, make in SECTIONS if (figures := list(make(result)))]
+    sections = [(title, figures) for title, make in SECTIONS.items() if (figures := list(make(result)))]
     page = ENVIRONMENT.get_template("report.html.j2").render(
         title=f"{' and '.join(names_of(result))} against {Path(result['teacher']['path']).name}",
         result=result,
         sections=sections,
         summary=summary(result),
-        labels=labels_of(result["students"][0]),
+        labels=labels_of(result),
         data=script_data(result),
         light=PAPER,
     )
@@ -74,7 +74,7 @@ def script_data(result: Result) -> Markup:
     data = {
         "shown": result["shown"],
         "names": ["teacher", *names_of(result)],
-        "labels": labels_of(result["students"][0]),
+        "labels": labels_of(result),
         "colours": PAPER,
         "first": {"layer": worst[0]["block"], "head": worst[0]["head"]} if worst else {},
     }

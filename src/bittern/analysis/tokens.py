@@ -29,7 +29,7 @@ class Kinds:
 
 
 def token_kinds(model: PreTrainedModel, processor_path: str | Path) -> Kinds | None:
-    """For models of texts, with the tokenizer of a model folder, and of images; None for others."""
+    """Return the classes of a model of texts, by the tokenizer of a model folder, or of images; None for others."""
     if model.main_input_name == "input_ids":
         return text_kinds(load_tokenizer(processor_path))
     size = getattr(model.config, "patch_size", None)
@@ -37,7 +37,7 @@ def token_kinds(model: PreTrainedModel, processor_path: str | Path) -> Kinds | N
 
 
 def text_kinds(tokenizer: Any) -> Kinds:
-    """By the tokenizer's own special tokens; without a [CLS], the first token of each text stands for it."""
+    """Return classes by the tokenizer's own special tokens; the first token of a text stands for a missing [CLS]."""
     names = ("[CLS]" if tokenizer.cls_token else "first", "[SEP]", "punctuation", "other")
     words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     table = torch.tensor([2 if is_punctuation(word or "") else 3 for word in words])
@@ -59,13 +59,13 @@ def text_kinds(tokenizer: Any) -> Kinds:
 
 
 def is_punctuation(token: str) -> bool:
-    """Whether a token, without the marks of its tokenizer, is punctuation or a symbol and nothing else."""
+    """True if a token, without the marks of its tokenizer, is punctuation or a symbol and nothing else."""
     text = token.removeprefix("##").strip("▁Ġ")
     return bool(text) and all(unicodedata.category(c)[0] in "PS" for c in text)
 
 
 def image_kinds(patch_size: int) -> Kinds:
-    """The first of the tokens that are no patches is CLS; more of them, such as registers, are other."""
+    """Return classes of images: the first token that is no patch is CLS, more of them, such as registers, are other."""
 
     def of(batch: Mapping[str, Any], keys: int) -> Tensor | None:
         height, width = batch["pixel_values"].shape[-2:]

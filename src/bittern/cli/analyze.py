@@ -40,8 +40,8 @@ def analyze(
 
     Interrupted, the same command goes on where it was.
     """
-    from bittern.analysis.run import Curvature
-    from bittern.analysis.run import analyze as run
+    from bittern.analysis.study import Curvature
+    from bittern.analysis.study import analyze as run
 
     if grid % 2 == 0:
         raise InputError(f"grid is {grid}; expected an odd number, so that the student itself is in the middle")
@@ -53,11 +53,11 @@ def analyze(
         out,
         against=against,
         samples=samples,
-        few=few,
+        subset=few,
         seed=seed,
         curvature=curvature,
         force=force,
-        on_estimate=lambda seconds: None if as_json else print_estimate(seconds),
+        on_estimate=None if as_json else print_estimate,
         track=track(as_json),
         columns=split(columns),
         label_column=label_column,

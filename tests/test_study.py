@@ -9,16 +9,16 @@ import pytest
 import transformers as hf
 
 from bittern import jobs, load, save, simulate
-from bittern.analysis import run
+from bittern.analysis import study
 from bittern.analysis.findings import worst_blocks
-from bittern.analysis.run import Curvature, analyze
+from bittern.analysis.study import Curvature, analyze
 from bittern.demo import DIGITS
 from bittern.errors import CheckpointError, InputError, ModelError
 from families import SUPPORTED
 from helpers import refused
 from material import WORDS, command, save_text_model, succeed, tree, write_tables
 
-FAST = {"samples": 12, "few": 4}
+FAST = {"samples": 12, "subset": 4}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_resumes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     options = FAST | {"curvature": Curvature(2, 2, 2, 3)}
     whole = analyze(place / "vit", DIGITS, "digits", tmp_path / "whole", **options)
     seen: list[int] = []
-    spectrum = run._Job._spectrum
+    spectrum = study._Study._spectrum
 
     def dies(self: Any, pair: Any, batch: int, options: Any) -> Any:
         seen.append(batch)
@@ -97,14 +97,14 @@ def test_resumes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             raise KeyboardInterrupt
         return spectrum(self, pair, batch, options)
 
-    monkeypatch.setattr(run._Job, "_spectrum", dies)
-    monkeypatch.setattr(run, "MINI_BATCH", 8)
+    monkeypatch.setattr(study._Study, "_spectrum", dies)
+    monkeypatch.setattr(study, "MINI_BATCH", 8)
     with pytest.raises(KeyboardInterrupt):
         analyze(place / "vit", DIGITS, "digits", tmp_path / "out", **options)
     assert seen == [0, 1]
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(run, "compare", lambda *_, **__: pytest.fail("compared again"))
-    monkeypatch.setattr(run._Job, "estimate", lambda self: {})
+    monkeypatch.setattr(study, "compare", lambda *_, **__: pytest.fail("compared again"))
+    monkeypatch.setattr(study._Study, "estimate", lambda self: {})
     result = analyze(place / "vit", DIGITS, "digits", tmp_path / "out", **options)
     assert seen == [0, 1, 1]
     own, expected = (r["students"][0]["compare"] for r in (result, whole))
@@ -113,10 +113,10 @@ def test_resumes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_other_job(place: Path, tmp_path: Path) -> None:
     """What another analysis left unfinished is not mixed with this one, and the message names what differs."""
-    job = run._Job(place / "vit", DIGITS, "digits", tmp_path / "out", None, 12, 4, 0, None, run.silent, {})
+    job = study._Study([place / "vit"], DIGITS, "digits", tmp_path / "out", 12, 4, 0, None, study.silent, {})
     job.part("0-compare", lambda: {"anything": 1})
     with refused(InputError, "unfinished run", "another data"):
-        analyze(place / "vit", DIGITS, "digits", tmp_path / "out", samples=9, few=4)
+        analyze(place / "vit", DIGITS, "digits", tmp_path / "out", samples=9, subset=4)
 
 
 def test_estimate(place: Path, tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bittern import simulate
+from bittern.analysis.ablation import block_errors, class_errors, outputs
+from bittern.analysis.compare import nuclear_norm_of_scores, nuclear_norms
 from bittern.analysis.pair import Pair
-from bittern.analysis.sensitivity import block_errors, class_errors, nuclear_norm_of_scores, nuclear_norms, outputs
 from bittern.deploy.files import digest
 from bittern.layers import as_float, fake_quants
 from bittern.recipe import Recipe

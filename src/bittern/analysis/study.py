@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bittern.analysis.compare import compare
+from bittern.analysis.ablation import block_errors, class_errors
+from bittern.analysis.compare import compare, nuclear_norms
 from bittern.analysis.curvature import (
     Hessian,
     Loss,
@@ -29,15 +30,15 @@ from bittern.analysis.findings import worst_blocks
 from bittern.analysis.maps import shown_samples
 from bittern.analysis.pair import Pair
 from bittern.analysis.report import REPORT, write_report
-from bittern.analysis.sensitivity import block_errors, class_errors, nuclear_norms
 from bittern.analysis.tokens import token_kinds
 from bittern.data import Data, check_same_inputs, has_classes, load_data
 from bittern.data.evaluate import metrics, predict
 from bittern.deploy.files import Journal, atomic_folder, check_output, digest, read_json
 from bittern.deploy.store import REPORT as RUN
 from bittern.deploy.store import inspect, load
+from bittern.deploy.timing import alternate
 from bittern.errors import InputError, ModelError
-from bittern.progress import OnEstimate, Track, ignore, silent
+from bittern.progress import OnEstimate, Track, silent
 
 PRODUCTS = 30  # with the Hessian that Lanczos takes, about
 SURFACE = 2  # mini-batches whose mean loss makes the surface
@@ -46,8 +47,11 @@ MINI_BATCH = 16  # samples whose Hessian is looked at
 
 @dataclass(frozen=True)
 class Curvature:
-    """batches: mini-batches, each with a spectrum of its own; eigenvalues: of each; probes: of the trace;
-    grid: points along each side of the loss surface, which reaches from -span to span."""
+    """How much of the loss around a student is looked at.
+
+    batches: mini-batches, each with a spectrum of its own; eigenvalues: of each; probes: of the trace;
+    grid: points along each side of the loss surface, which reaches from -span to span.
+    """
 
     batches: int = 8
     eigenvalues: int = 5
@@ -64,83 +68,81 @@ def analyze(
     *,
     against: str | Path | None = None,
     samples: int = 128,
-    few: int = 32,
+    subset: int = 32,
     seed: int = 0,
     curvature: Curvature | None = None,
     force: bool = False,
-    on_estimate: OnEstimate = ignore,
+    on_estimate: OnEstimate | None = None,
     track: Track = silent,
     **columns: Any,
 ) -> dict[str, Any]:
-    """Compare the student in a folder with its float teacher, and write a report to `out`; what it was drawn from.
+    """Compare the student in a folder with its float teacher, and write a report to `out`; return what it shows.
 
     against: another student of the same teacher, shown beside it. samples: drawn from the test part of the data, or the
-    only one; of them `few` serve what runs the model many times. curvature: Hessian and loss surface, which take long.
-    on_estimate: told the seconds that each part will take, about, before it starts. Finished parts are kept in the
-    folder `out`.work until `out` is written. Raises InputError, ModelError and CheckpointError.
+    only one; of them `subset` serve what runs the model many times. curvature: Hessian and loss surface, which take
+    long. on_estimate: gets the seconds that each part will take, about, before it starts. Finished parts are kept in
+    the folder `out`.work until `out` is written. Raises InputError, ModelError and CheckpointError.
     """
     check_output(out, force, REPORT)
-    job = _Job(student, teacher, data, out, against, samples, few, seed, curvature, track, columns)
-    on_estimate(job.estimate())
-    result = job.run()
+    students = [student] if against is None else [student, against]
+    study = _Study(students, teacher, data, out, samples, subset, seed, curvature, track, columns)
+    if on_estimate is not None:
+        on_estimate(study.estimate())
+    result = study.result()
     with atomic_folder(out, force=force, holds=REPORT) as folder:
         write_report(result, folder)
-    Journal.delete(job.journal.folder)
+    Journal.delete(study.journal.folder)
     return result
 
 
-class _Job:
-    """Models, data and options of one analysis, all checked."""
+class _Study:
+    """Models, data and options of one analysis, all checked, and its parts."""
 
     def __init__(
         self,
-        student: str | Path,
+        students: list[str | Path],
         teacher: str | Path,
         data: str,
         out: str | Path,
-        against: str | Path | None,
         samples: int,
-        few: int,
+        subset: int,
         seed: int,
         curvature: Curvature | None,
         track: Track,
         columns: dict[str, Any],
     ):
-        self.teacher_path, self.track, self.seed, self.curvature = teacher, track, seed, curvature
-        self.paths = [student, *([against] if against else [])]
+        self.paths, self.teacher_path, self.track = students, teacher, track
+        self.seed, self.curvature = seed, curvature
         self.teacher = load(teacher)
-        found = load_data(data, self.teacher, teacher, split="test", **columns)
-        found = found or load_data(data, self.teacher, teacher, split="train", **columns)
+        splits = (load_data(data, self.teacher, teacher, split=split, **columns) for split in ("test", "train"))
+        found = next((split for split in splits if split is not None), None)
         if found is None:
             raise InputError(f"{data} has no train, validation or test split; give one of its files such a name")
         self.data: Data = found.subset(samples, seed)
-        self.few = list(found.subset(min(few, samples), seed))
+        self.subset = list(found.subset(min(subset, samples), seed))
         self.mini = list(replace(self.data, batch_size=min(MINI_BATCH, self.data.batch_size)))
-        self.models = [load(path) for path in self.paths]
-        for path, model in zip(self.paths, self.models, strict=True):
-            if type(model) is not type(self.teacher):
-                kinds = type(model).__name__, type(self.teacher).__name__
-                raise ModelError(f"{path} is a {kinds[0]}, its teacher {teacher} a {kinds[1]}; they must be the same")
-            check_same_inputs(model, path, self.teacher, teacher)
-        self.pairs = [Pair(model, self.teacher) for model in self.models]
+        self.pairs = [self._pair(path) for path in students]
         self.kinds = token_kinds(self.teacher, teacher)
-        models = {f"model {i}": m for i, m in enumerate((self.teacher, *self.models))}
-        job = {name: digest(sorted(model.state_dict().items())) for name, model in models.items()}
-        self.journal = Journal(
-            f"{Path(out)}.work",
-            job
-            | {
-                "data": self.data.fingerprint(),
-                "batch size": self.data.batch_size,
-                "samples": samples,
-                "few": few,
-                "seed": seed,
-                "curvature": None if curvature is None else vars(curvature),
-            },
-        )
+        models = [self.teacher, *(pair.student for pair in self.pairs)]
+        job: dict[str, Any] = {
+            f"model {i}": digest(sorted(model.state_dict().items())) for i, model in enumerate(models)
+        }
+        job |= {"data": self.data.fingerprint(), "batch size": self.data.batch_size, "samples": samples}
+        job |= {"few": subset, "seed": seed, "curvature": None if curvature is None else vars(curvature)}
+        self.journal = Journal(f"{Path(out)}.work", job)
+
+    def _pair(self, path: str | Path) -> Pair:
+        model = load(path)
+        if type(model) is not type(self.teacher):
+            kinds = type(model).__name__, type(self.teacher).__name__
+            raise ModelError(
+                f"{path} is a {kinds[0]}, its teacher {self.teacher_path} a {kinds[1]}; they must be the same"
+            )
+        check_same_inputs(model, path, self.teacher, self.teacher_path)
+        return Pair(model, self.teacher)
 
     def part(self, name: str, make: Callable[[], Any]) -> Any:
-        """A part of the result: as it was kept by a run before this, or made and kept now."""
+        """Return a part of the result: as a run before this kept it, or made and kept now."""
         known = self.journal.load(name)
         if known is not None:
             return known[1]
@@ -153,61 +155,66 @@ class _Job:
         batch, pair = next(iter(self.data)), self.pairs[0]
         pair.record(batch, "map")  # the first run is slower
         one = _seconds(lambda: compare(pair, [batch], self.kinds))
-        plain = _seconds(lambda: predict(pair.student, [batch]))
-        norms = _seconds(lambda: nuclear_norms(pair, self.few[:1])) * len(self.few)
+        forward = _seconds(lambda: predict(pair.student, [batch]))
+        norms = _seconds(lambda: nuclear_norms(pair, self.subset[:1])) * len(self.subset)
         passes = len(pair.anatomy.blocks) + 12
         batches = -(-len(self.data) // self.data.batch_size)
-        found = {"comparing": (one + 2 * plain) * batches, "sensitivity": plain * passes * len(self.few) + norms}
+        found = {"comparing": (one + 2 * forward) * batches}
+        found["sensitivity"] = forward * passes * len(self.subset) + norms
         if self.curvature is not None:
             hessian, loss = self._hessian(pair, 0)
             product = _seconds(lambda: hessian.product(torch.ones(hessian.size)))
             with torch.no_grad():
                 value = _seconds(lambda: loss(hessian.parameters))
-            options = self.curvature
-            products = options.batches * PRODUCTS + options.probes
-            found["curvature"] = product * products + value * options.grid**2 * SURFACE
+            products = self.curvature.batches * PRODUCTS + self.curvature.probes
+            found["curvature"] = product * products + value * self.curvature.grid**2 * SURFACE
         return {name: seconds * len(self.pairs) for name, seconds in found.items()}
 
-    def run(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
+        """Do all parts that are not there yet, and return what the report shows."""
         reference = predict(self.teacher, self.track(self.data, "teacher"))
         predicted = [predict(pair.student, self.track(self.data, "student")) for pair in self.pairs]
-        students = [self._student(i, predicted[i], reference) for i in range(len(self.pairs))]
+        students = [self._student(i, output, reference) for i, output in enumerate(predicted)]
         order = list(range(len(self.data)))
-        if has_classes(self.teacher):  # those first on which they disagree, and of the others a few too
-            differ = [i for i in order if any(p[i].argmax() != reference[i].argmax() for p in predicted)]
-            order = [*differ[:3], *(i for i in order if i not in differ[:3])]
+        if has_classes(self.teacher):  # up to three on which they disagree come first
+            differ = [i for i in order if any(p[i].argmax() != reference[i].argmax() for p in predicted)][:3]
+            order = [*differ, *(i for i in order if i not in differ)]
         return {
             "bittern": version("bittern"),
-            "teacher": {"path": str(self.teacher_path), "model": type(self.teacher).__name__}
-            | {"metrics": metrics(self.teacher, self.data, reference)},
+            "teacher": {
+                "path": str(self.teacher_path),
+                "model": type(self.teacher).__name__,
+                "metrics": metrics(self.teacher, self.data, reference),
+            },
             "data": self.data.name,
             "samples": len(self.data),
-            "few": sum(_size(b) for b in self.few),
+            "few": sum(map(_size, self.subset)),
             "students": students,
             "shown": self.part("shown", lambda: shown_samples(self.pairs, self.data, self.teacher_path, order)),
         }
 
     def _student(self, i: int, predicted: Tensor, reference: Tensor) -> dict[str, Any]:
-        path, pair, track = self.paths[i], self.pairs[i], self.track
-        run = read_run(path)
+        path, pair, track = Path(self.paths[i]), self.pairs[i], self.track
+        run = read_json(path / RUN) if (path / RUN).is_file() else {}  # what made the student, if Bittern did
+        qat, ptq = run.get("qat", {}), run.get("ptq", {})
         found: dict[str, Any] = {
-            "path": str(path),
-            "name": Path(path).name,
+            "path": str(self.paths[i]),
+            "name": path.name,
             "how": next((how for how in ("qat", "ptq") if how in run), "quantize" if run else ""),
             "learned": list(run.get("distill", {}).get("terms", ())),
             "metrics": metrics(pair.student, self.data, predicted, reference),
             "run": {key: run[key] for key in ("float", "packed", "samples", "float_bytes") if key in run},
             "holds": inspect(path),
             "speed": self.part(f"{i}-speed", lambda: speed(pair, next(iter(self.data)))),
-            "history": run.get("qat", {}).get("history", []),
-            "phases": run.get("qat", {}).get("phases", []),
-            "metric": run.get("qat", {}).get("metric"),
-            "frontier": run.get("ptq", {}).get("frontier", []),
-            "bits": run.get("ptq", {}).get("bits", {}),
+            "history": qat.get("history", []),
+            "phases": qat.get("phases", []),
+            "metric": qat.get("metric"),
+            "frontier": ptq.get("frontier", []),
+            "bits": ptq.get("bits", {}),
             "compare": self.part(f"{i}-compare", lambda: compare(pair, self.data, self.kinds, track=track)),
-            "blocks": self.part(f"{i}-blocks", lambda: block_errors(pair, self.few, track)),
-            "classes": self.part(f"{i}-classes", lambda: class_errors(pair, self.few, track)),
-            "nuclear": self.part(f"{i}-nuclear", lambda: nuclear_norms(pair, self.few, track)),
+            "blocks": self.part(f"{i}-blocks", lambda: block_errors(pair, self.subset, track)),
+            "classes": self.part(f"{i}-classes", lambda: class_errors(pair, self.subset, track)),
+            "nuclear": self.part(f"{i}-nuclear", lambda: nuclear_norms(pair, self.subset, track)),
         }
         if self.curvature is not None:
             found["curvature"] = self._curvature(i, pair, self.curvature)
@@ -243,20 +250,11 @@ class _Job:
         }
 
 
-def read_run(path: str | Path) -> dict[str, Any]:
-    """What the run that made a student wrote beside it; empty if there is nothing."""
-    file = Path(path) / RUN
-    return read_json(file) if file.is_file() else {}
-
-
 @torch.no_grad()
 def speed(pair: Pair, batch: Mapping[str, Any], rounds: int = 5) -> dict[str, Any]:
     """Seconds of a batch, teacher and student in turns, medians, on this machine."""
-    seconds: dict[str, list[float]] = {"teacher": [], "student": []}
-    for _ in range(rounds + 1):
-        for name, model in (("teacher", pair.teacher), ("student", pair.student)):
-            seconds[name].append(_seconds(partial(model, **batch)))
-    medians = {name: median(times[1:]) for name, times in seconds.items()}
+    times = alternate({"teacher": partial(pair.teacher, **batch), "student": partial(pair.student, **batch)}, rounds)
+    medians = {name: median(seconds) for name, seconds in times.items()}
     return medians | {"threads": torch.get_num_threads(), "batch": _size(batch)}
 
 
