@@ -33,10 +33,10 @@ from bittern.analysis.report import REPORT, write_report
 from bittern.analysis.tokens import token_kinds
 from bittern.data import Data, check_same_inputs, has_classes, load_data
 from bittern.data.evaluate import metrics, predict
+from bittern.deploy.bench import alternate
 from bittern.deploy.files import Journal, atomic_folder, check_output, digest, read_json
 from bittern.deploy.store import REPORT as RUN
 from bittern.deploy.store import inspect, load
-from bittern.deploy.timing import alternate
 from bittern.errors import InputError, ModelError
 from bittern.progress import OnEstimate, Track, silent
 
