@@ -26,7 +26,7 @@ from bittern.deploy import checkpoint
 from bittern.deploy.checkpoint import config_digest, mark_simulated, module_formats
 from bittern.deploy.files import digest
 from bittern.errors import BitternError, CheckpointError
-from bittern.layers import QuantLayer, fake_quants
+from bittern.layers import QuantLayer
 from bittern.recipe import Format, Recipe, Rule
 from families import SUPPORTED, Batch
 from helpers import outputs, quantized, refused, same
@@ -155,42 +155,11 @@ def test_bfloat16(name: str, tmp_path: Path) -> None:
     assert load(tmp_path / "bfloat16").dtype == torch.float32
 
 
-def test_learned_scales(tmp_path: Path) -> None:
-    """A simulated checkpoint keeps learned scales, which train on after loading, and can be packed then."""
-    learned = Format(bits=4, granularity="row", range="static", learned=True)
-    inputs = Format(bits=8, range="static", learned=True)
-    recipe = Recipe(
-        name="lsq", rules=(Rule(roles=("embedding", "position"), weight=learned), Rule(weight=learned, input=inputs))
-    )
-    model, batch = quantized("bert", recipe, packed=False)
-    with torch.no_grad():
-        for _name, quantizer in fake_quants(model):
-            quantizer.scale *= 1.25
-    save(model, tmp_path / "simulated")
-    again = load(tmp_path / "simulated").train()
-    scales = {name: quantizer.scale for name, quantizer in fake_quants(again)}
-    assert scales.keys() == {name for name, _ in fake_quants(model)}
-    assert all(isinstance(scale, nn.Parameter) and scale.requires_grad for scale in scales.values())
-    assert all(torch.equal(quantizer.scale, scales[name]) for name, quantizer in fake_quants(model))
-    before = {name: p.detach().clone() for name, p in again.named_parameters()}
-    optimizer = torch.optim.AdamW(again.parameters(), lr=1e-3)
-    again(**batch, labels=torch.tensor([0, 2])).loss.backward()
-    optimizer.step()
-    assert all(not torch.equal(p, before[name]) for name, p in again.named_parameters())
-    again.eval()
-    expected = outputs(again, batch)
-    save(pack(again), tmp_path / "packed")
-    packed = load(tmp_path / "packed")
-    assert same(outputs(packed, batch), expected)
-    assert packed.config.quantization_config.recipe == "lsq"
-
-
-def test_tied_scales_learned_apart(tmp_path: Path) -> None:
-    """A checkpoint keeps two sets of codes for one weight where its layers learned different scales."""
-    learned = Format(bits=4, granularity="row", range="static", learned=True)
-    model, batch = quantized("gpt2", Recipe(name="lsq", rules=(Rule(weight=learned),)), packed=False)
-    with torch.no_grad():
-        model.lm_head.weight_quantizer.scale *= 1.5
+def test_tied_scales_apart(tmp_path: Path) -> None:
+    """A checkpoint keeps two sets of codes for one weight where its layers have different scales."""
+    static = Format(bits=4, granularity="row", range="static")
+    model, batch = quantized("gpt2", Recipe(name="apart", rules=(Rule(weight=static),)), packed=False)
+    model.lm_head.weight_quantizer.scale *= 1.5
     expected = outputs(model, batch)
     pack(model).save_pretrained(tmp_path)
     assert same(outputs(reload(model, tmp_path), batch), expected)

@@ -37,9 +37,7 @@ KINDS = [
     Format(bits=8),
     Format(bits=8, scheme="asymmetric"),
     Format(bits=12),
-    Format(kind="log2", bits=4),
-    Format(kind="twin", bits=4),
-    Format(kind="twin", bits=6, scheme="unsigned"),
+    Format(bits=6, scheme="unsigned"),
 ]
 property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -158,8 +156,6 @@ def test_impossible_formats() -> None:
         percentile_scale(x, Format(granularity="token"))
     with pytest.raises(ModelError, match="empty"):
         omse_scale(x[:0], Format())
-    with pytest.raises(RecipeError, match="kind uniform, not log2; use omse"):
-        aciq_scale(x, Format(kind="log2"))
     with pytest.raises(RecipeError, match=r"above 0\.5"):
         percentile_scale(x, Format(), p=0.5)
     with pytest.raises(RecipeError, match="symmetric uniform"):
@@ -223,7 +219,7 @@ def test_omse_finds_the_least_error(bits: int, heavy: int) -> None:
 def test_omse_against_scipy(fmt: Format, size: int) -> None:
     """scipy, restarted in 20 intervals of the scale, finds no error that is more than 1 % lower."""
     x = random((size,)) ** 3
-    if fmt.kind == "log2" or fmt.scheme == "unsigned":
+    if fmt.scheme == "unsigned":
         x = torch.softmax(x.view(-1, 50), -1).flatten()
     start, offset = find_scale(x, static(fmt))
 

@@ -92,7 +92,7 @@ OTHERS = [
     (Format(bits=12), Format()),
     (Format(bits=2), Format(bits=9)),
     (Format(bits=4, granularity="group", group_size=4), Format()),
-    (Format(bits=4), Format(kind="twin")),
+    (Format(bits=4), Format(bits=12)),
 ]
 
 

@@ -27,9 +27,6 @@ CASES = sorted(
 CODE_BOOKS = (
     {"kind": "ternary"},
     {"kind": "binary"},
-    {"kind": "log2", "bits": 4},
-    {"kind": "twin", "bits": 4},
-    {"kind": "twin", "bits": 4, "scheme": "unsigned"},
     {"bits": 4},
     {"bits": 4, "scheme": "unsigned"},
     {"bits": 4, "scheme": "asymmetric"},
@@ -46,22 +43,13 @@ WIDTHS = [
         ("uniform", "symmetric", (2, 3, 8)),
         ("uniform", "unsigned", (1, 2, 8)),
         ("uniform", "asymmetric", (1, 2, 8)),
-        ("log2", "symmetric", (2, 8)),
-        ("twin", "symmetric", (2, 8)),
-        ("twin", "unsigned", (2, 8)),
     )
     for bits in widths
     for source in ("dynamic", "static")
 ]
 STATIC = [fmt for fmt in FORMATS if fmt.range == "static"]
 OWN_ROWS = [fmt for fmt in FORMATS if fmt.granularity in ("row", "group", "token")]
-NEAREST = [fmt for fmt in FORMATS if fmt.kind in ("uniform", "twin")]
-LEARNED = [
-    Format(bits=3, range="static", learned=True, scheme=scheme, granularity=unit, group_size=size, clip=clip)
-    for scheme in ("symmetric", "unsigned")
-    for unit, size in (("tensor", None), ("row", None), ("group", 4))
-    for clip in (None, 0.8)
-]
+NEAREST = [fmt for fmt in FORMATS if fmt.kind == "uniform"]
 
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 property_test = settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -105,11 +93,9 @@ def reference_scale(values: list[np.float32], fmt: Format) -> tuple[np.float32, 
     if fmt.kind == "ternary":
         kept = [s for s in sizes if s > 0.7 * mean]
         return np.float32(math.fsum(kept) / len(kept)), np.float32(0)
-    if fmt.kind == "log2":
-        return largest if any_positive else np.float32(1), np.float32(0)
     if fmt.scheme == "symmetric":
         return max(sizes) / np.float32(2 ** (fmt.bits - 1) - 1), np.float32(0)
-    steps = np.float32(2 ** (fmt.bits - 1) - 1 if fmt.kind == "twin" else 2**fmt.bits - 1)
+    steps = np.float32(2**fmt.bits - 1)
     if fmt.scheme == "unsigned":
         return largest / steps if any_positive else np.float32(1), np.float32(0)
     low, high = min(values), largest
@@ -126,15 +112,7 @@ def reference_value(v: np.float32, fmt: Format, scale: np.float32, offset: np.fl
         return -scale if v < 0 else scale
     if fmt.kind == "ternary":
         return math.copysign(scale, v) if abs(v) > 0.7 * mean else 0.0
-    if fmt.kind == "log2":
-        code = round(-math.log2(v / scale)) if v > 0 else math.inf
-        return scale * 2.0 ** -max(code, 0) if code < 2**fmt.bits - 1 else 0.0
     half = 2 ** (fmt.bits - 1)
-    if fmt.kind == "twin":  # the nearest value of either range
-        fine = [code * scale / 2**fmt.shift for code in range(half)]
-        coarse = [code * scale for code in range(half)]
-        book = [*(-f for f in fine), *coarse] if fmt.scheme == "symmetric" else [*fine, *coarse]
-        return min(book, key=lambda value: abs(value - v))
     low, high = (-half, half - 1) if fmt.scheme == "symmetric" else (0, 2 * half - 1)
     return min(max(np.rint((v - offset) / scale), low), high) * scale + offset
 
@@ -214,13 +192,6 @@ def test_binary_zero() -> None:
     assert fake_quantize(x, fmt).tolist() == [-1, 1, 1, 1]
 
 
-def test_log2_ends() -> None:
-    """The last log2 code stands for zero, which negative values and zeros get, and the first for the maximum."""
-    x, fmt = torch.tensor([1.0, 0.25, 2.0**-6, 2.0**-9, 0.0, -1.0]), Format(kind="log2", bits=3)
-    assert encode(x, fmt, *find_scale(x, fmt)).tolist() == [0, 2, 6, 7, 7, 7]
-    assert fake_quantize(x, fmt).tolist() == [1, 0.25, 2.0**-6, 0, 0, 0]
-
-
 def test_static_asymmetric_holds_zero() -> None:
     """A static asymmetric format represents zero exactly, also where all values have one sign."""
     fmt = Format(bits=4, scheme="asymmetric", range="static")
@@ -284,9 +255,7 @@ def test_scale_equivariant(fmt: Format, x: Tensor, exponent: int) -> None:
 @property_test
 @given(fmt=st.sampled_from(NEAREST), x=tensors, seen=tensors)
 def test_no_code_is_nearer(fmt: Format, x: Tensor, seen: Tensor) -> None:
-    """Uniform and twin formats round to the nearest of all their values: within half a step, inside the range."""
-    if fmt.kind == "twin" and fmt.scheme == "symmetric":
-        seen = torch.maximum(x.abs(), seen.abs())  # the short negative side cuts by design
+    """Uniform formats round to the nearest of all their values: within half a step, inside the range."""
     scale, offset = find_scale(seen, fmt)
     low, high = code_range(fmt)
     codes = torch.arange(low, high + 1, dtype=torch.int16)
@@ -441,40 +410,6 @@ def test_static_gradient_passes_inside_range(fmt: Format, clip: float | None, dt
     assert torch.equal(x.grad, grad * passes)
 
 
-@pytest.mark.parametrize("fmt", LEARNED, ids=lambda fmt: f"{fmt}, clip {fmt.clip}")
-def test_learned_scale_gradient(fmt: Format) -> None:
-    """The gradient of a learned scale is the derivative of the rounded values, rounding residues held, as in LSQ."""
-    x, grad = random((4, 8)), random((4, 8), seed=1)
-    scale = (find_scale(x, fmt.model_copy(update={"clip": None}))[0] / 2).requires_grad_()
-    fake_quantize(x, fmt, scale).backward(grad)
-    low, high = code_range(fmt)
-    y = x.double() if fmt.clip is None else x.double().clamp(-fmt.clip, fmt.clip)
-    y, g = (t.view(4, 2, 4) if fmt.granularity == "group" else t for t in (y, grad.double()))
-    start, step = scale.detach().double(), 1e-6
-    residue = torch.where((y > low * start) & (y < high * start), (y / start).round() - y / start, 0)
-
-    def loss(s: Tensor) -> Tensor:
-        return g * s * ((y / s).clamp(low, high) + residue)
-
-    slopes = (loss(start + step) - loss(start - step)) / (2 * step)
-    expected = slopes.sum_to_size(start.shape) / math.sqrt(y.numel() / start.numel() * high)
-    torch.testing.assert_close(scale.grad.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("fmt", [f for f in LEARNED if f.clip is None], ids=str)
-def test_saturated_scale_gradient_is_exact(fmt: Format) -> None:
-    """Where every value is beyond the range the output is linear in the scale, and so is what a difference finds."""
-    x, grad = 100 * (random((4, 8)).abs() + 1), random((4, 8), seed=1)
-    scale = torch.full_like(find_scale(x, fmt)[0], 0.5, requires_grad=True)
-    fake_quantize(x, fmt, scale).backward(grad)
-    with torch.no_grad():
-        difference = (fake_quantize(x, fmt, scale + 0.25) - fake_quantize(x, fmt, scale)) * 4 * grad
-    if fmt.granularity == "group":
-        difference = difference.view(4, 2, 4)
-    expected = difference.sum_to_size(scale.shape) / math.sqrt(x.numel() / scale.numel() * code_range(fmt)[1])
-    torch.testing.assert_close(scale.grad, expected)
-
-
 def test_no_gradient_without_grad_mode() -> None:
     """Without grad mode, or for tensors that ask for none, no graph is built."""
     x = random().requires_grad_()
@@ -484,12 +419,6 @@ def test_no_gradient_without_grad_mode() -> None:
 
 
 # FakeQuant
-
-
-def learned_quantizer() -> FakeQuant:
-    quantizer = FakeQuant(Format(bits=4, range="static", learned=True), "layer.weight")
-    quantizer.set_scale(torch.tensor(0.5))
-    return quantizer
 
 
 def test_dynamic_module_is_the_function() -> None:
@@ -505,7 +434,7 @@ def test_static_module_needs_a_scale() -> None:
         FakeQuant(Format(range="static"), "layer.input")(random())
 
 
-@pytest.mark.parametrize("fmt", [fmt for fmt in STATIC if fmt.kind in ("uniform", "twin")], ids=str)
+@pytest.mark.parametrize("fmt", [fmt for fmt in STATIC if fmt.kind == "uniform"], ids=str)
 def test_static_module_keeps_its_scale(fmt: Format) -> None:
     """A static quantizer uses the scale and offset it was given, whatever it sees."""
     quantizer, x, seen = FakeQuant(fmt), random(), random(seed=1) / 2
@@ -531,42 +460,19 @@ def test_zero_scale_of_zero_rows(kind: str) -> None:
 
 
 def test_scale_is_copied() -> None:
-    """A quantizer owns its scale: training it leaves the tensor alone that it was set from."""
+    """A quantizer owns its scale: changing it leaves the tensor alone that it was set from."""
     given = torch.tensor(0.5)
-    first, second = (FakeQuant(Format(range="static", learned=True)) for _ in range(2))
+    first, second = (FakeQuant(Format(range="static")) for _ in range(2))
     for quantizer in (first, second):
         quantizer.set_scale(given)
-    with torch.no_grad():
-        first.scale.mul_(2)
+    first.scale.mul_(2)
     assert given == second.scale == 0.5
-
-
-def test_learned_scale_trains() -> None:
-    """A learned scale is a parameter, and training it from a bad start lowers the error."""
-    quantizer, x = learned_quantizer(), random((64, 64))
-    assert dict(quantizer.named_parameters()).keys() == {"scale"}
-    errors = []
-    for _ in range(30):
-        error = (quantizer(x) - x).square().mean()
-        (grad,) = torch.autograd.grad(error, quantizer.scale)
-        with torch.no_grad():
-            quantizer.scale -= 0.01 * grad.sign()
-        errors.append(error.item())
-    assert errors[-1] < errors[0] / 1.5
-
-
-def test_learned_scale_is_set_again() -> None:
-    """Setting a learned scale twice leaves one parameter with the last value."""
-    quantizer = learned_quantizer()
-    quantizer.set_scale(torch.tensor(0.25))
-    assert [p.item() for p in quantizer.parameters()] == [0.25]
-    assert isinstance(quantizer.scale, torch.nn.Parameter)
 
 
 @pytest.mark.parametrize(
     "fmt",
     [
-        Format(bits=4, range="static", learned=True),
+        Format(bits=4, range="static"),
         Format(bits=4, range="static", scheme="asymmetric", granularity="row"),
         Format(kind="ternary", range="static", granularity="group", group_size=4),
     ],

@@ -19,7 +19,7 @@ TERNARY = Format(kind="ternary")
 W8 = Format(bits=8, granularity="row", range="static")
 A8 = Format(bits=8, scheme="asymmetric", range="static")
 HEAD = Format(bits=8, granularity="head", range="static")
-MAP = Format(kind="log2", bits=4)
+MAP = Format(bits=4, scheme="unsigned")
 
 
 def one_line(error: pytest.ExceptionInfo[RecipeError]) -> str:
@@ -39,14 +39,9 @@ def one_line(error: pytest.ExceptionInfo[RecipeError]) -> str:
         ({"kind": "binary", "bits": 2}, "binary always has 1 bits, not 2; leave `bits` out"),
         ({"bits": 0}, "bits must be 1 to 12, got 0"),
         ({"bits": 13}, "bits must be 1 to 12, got 13"),
-        ({"kind": "log2", "bits": 9}, "bits must be 1 to 8, got 9"),
         ({"bits": 1}, "needs 2 bits or more; use kind: binary for 1 bit"),
-        ({"kind": "log2", "bits": 1}, "log2 needs 2 bits or more"),
-        ({"kind": "twin", "bits": 1}, "twin needs 2 bits or more"),
         ({"kind": "ternary", "scheme": "unsigned"}, "scheme: unsigned has no meaning for kind: ternary; leave it out"),
         ({"kind": "binary", "scheme": "asymmetric"}, "has no meaning for kind: binary; leave it out"),
-        ({"kind": "log2", "scheme": "unsigned"}, "has no meaning for kind: log2; leave it out"),
-        ({"kind": "twin", "scheme": "asymmetric"}, r"by sign \(symmetric\) or by magnitude \(unsigned\)"),
         ({"granularity": "group"}, "group_size goes with granularity: group"),
         ({"group_size": 8}, "group_size goes with granularity: group"),
         ({"granularity": "group", "group_size": 1}, "group_size must be 2 or more, got 1"),
@@ -54,13 +49,8 @@ def one_line(error: pytest.ExceptionInfo[RecipeError]) -> str:
         ({"clip": -2.5}, "clip must be positive and finite, got -2.5"),
         ({"clip": math.nan}, "clip must be positive and finite, got nan"),
         ({"clip": math.inf}, "clip must be positive and finite, got inf"),
-        ({"learned": True}, "learned scales need kind: uniform, range: static"),
-        ({"learned": True, "range": "static", "kind": "ternary"}, "learned scales need kind: uniform"),
-        ({"learned": True, "range": "static", "scheme": "asymmetric"}, "need .* a symmetric or unsigned scheme"),
         ({"range": "static", "granularity": "token"}, "a static scale cannot be per token.*; use tensor or head"),
         ({"storage": "base3"}, "storage: base3 is for kind: ternary only"),
-        ({"kind": "twin", "shift": -1}, "shift must be 0 to 16, got -1"),
-        ({"kind": "twin", "shift": 17}, "shift must be 0 to 16, got 17"),
     ],
     ids=str,
 )
@@ -70,7 +60,7 @@ def test_impossible_format(fields: dict[str, Any], message: str) -> None:
         Format(**fields)
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("ternary", 2), ("binary", 1), ("uniform", 8), ("log2", 8), ("twin", 8)])
+@pytest.mark.parametrize(("kind", "bits"), [("ternary", 2), ("binary", 1), ("uniform", 8)])
 def test_bits_left_out(kind: Any, bits: int) -> None:
     """Without `bits` a format has those that its kind fixes, or 8."""
     assert Format(kind=kind).bits == bits
@@ -85,8 +75,7 @@ def test_bits_left_out(kind: Any, bits: int) -> None:
         (Format(bits=3, granularity="group", group_size=64), "uniform 3-bit per group of 64", 3.0),
         (A8, "uniform 8-bit asymmetric per tensor, static", 8.0),
         (Format(bits=1, scheme="unsigned", granularity="token"), "uniform 1-bit unsigned per token", 1.0),
-        (MAP, "log2 4-bit per tensor", 4.0),
-        (Format(kind="twin", bits=6, scheme="unsigned", granularity="head"), "twin 6-bit unsigned per head", 6.0),
+        (MAP, "uniform 4-bit unsigned per tensor", 4.0),
     ],
     ids=str,
 )
@@ -104,8 +93,6 @@ def test_format_in_words_and_bits(fmt: Format, text: str, stored_bits: float) ->
     [
         ("weight", Format(granularity="token"), "a weight has no tokens; use tensor, row or group"),
         ("weight", Format(granularity="head"), "a weight has no heads; use tensor, row or group"),
-        ("weight", MAP, "kind: log2 is for activations; weights take uniform, ternary or binary"),
-        ("weight", Format(kind="twin"), "kind: twin is for activations; weights take uniform, ternary or binary"),
         ("input", W8, "the input of a layer has no rows; use tensor or token"),
         ("input", Format(granularity="group", group_size=8), "the input of a layer has no groups; use tensor or token"),
         ("input", HEAD, "the input of a layer has no heads; use tensor or token"),
@@ -249,7 +236,7 @@ def test_ready_made_recipe(name: str) -> None:
 
 FORMATS = st.sampled_from([None, Format(), Format(bits=2, scheme="unsigned", clip=2.5), Format(range="static")])
 WEIGHTS = st.sampled_from([TERNARY, W8, Format(kind="ternary", storage="base3", granularity="group", group_size=128)])
-MATMULS = st.sampled_from([None, HEAD, MAP, Format(kind="twin", shift=2), Format(range="static", learned=True)])
+MATMULS = st.sampled_from([None, HEAD, MAP, Format(range="static", clip=2.5)])
 RULES = st.builds(
     Rule,
     modules=st.text(max_size=8),
@@ -271,7 +258,7 @@ def test_yaml_round_trip(name: str, rules: list[Rule], last: Rule) -> None:
 def test_yaml_is_short() -> None:
     """YAML keeps the order of the fields and leaves out what is the default, written or not."""
     recipe = Recipe(
-        name="mine", rules=(Rule(modules="*", roles=("ffn",), weight=Format(bits=4, shift=4), input=Format()),)
+        name="mine", rules=(Rule(modules="*", roles=("ffn",), weight=Format(bits=4, storage="bits"), input=Format()),)
     )
     lines = ["name: mine", "rules:", "- roles:", "  - ffn", "  weight:", "    bits: 4", "  input: {}"]
     assert recipe.to_yaml().splitlines() == lines
@@ -312,7 +299,11 @@ def test_any_data_gives_a_recipe_or_one_line(rules: Any, fmt: Any, extra: dict[A
         ("name: a\nrules:\n- weight: {kind: [ternary]}", ("rules.0.weight.kind", "'ternary'", "got ['ternary']")),
         ("name: a\nrules:\n- weight: {bits: four}", ("rules.0.weight.bits", "integer", "got 'four'")),
         ("name: a\nrules:\n- weight: {bits: 4.0}", ("rules.0.weight.bits", "integer", "got 4.0")),
-        ("name: a\nrules:\n- weight: {learned: 1}", ("rules.0.weight.learned", "boolean", "got 1")),
+        (
+            "name: a\nrules:\n- weight: {learned: true}",
+            ("rules.0.weight", "key 'learned'", "known: kind, bits"),
+        ),
+        ("name: a\nrules:\n- weight: {kind: log2}", ("rules.0.weight.kind", "'ternary'", "got 'log2'")),
         ("name: a\nrules:\n- weight: 4", ("rules.0.weight", "Format", "got 4")),
         ("name: a\nrules:\n- {}\n- weight: {bits: 13}", ("rules.1.weight", "bits must be 1 to 12, got 13")),
         ("name: a\nrules:\n- weight: {granularity: token}", ("rules.0", "a weight has no tokens", "use tensor, row")),

@@ -503,14 +503,14 @@ def test_inspect_packed(name: str, tmp_path: Path) -> None:
 
 
 def test_inspect_simulated(tmp_path: Path) -> None:
-    """The listing of a simulated model has no quantizers among what stayed float, learned scales or not."""
-    learned = Format(bits=4, granularity="row", range="static", learned=True)
-    model, _ = quantized("vit", Recipe(name="lsq", rules=(Rule(roles=("qkv",), weight=learned),)), packed=False)
+    """The listing of a simulated model has no quantizers among what stayed float, static scales or not."""
+    static = Format(bits=4, granularity="row", range="static")
+    model, _ = quantized("vit", Recipe(name="static", rules=(Rule(roles=("qkv",), weight=static),)), packed=False)
     save(model, tmp_path)
     found = inspect(tmp_path)
-    assert (found["state"], found["recipe"], found["bits"]) == ("simulated", "lsq", 32.0)
+    assert (found["state"], found["recipe"], found["bits"]) == ("simulated", "static", 32.0)
     assert len(found["modules"]) == 6
-    assert {m["weight"] for m in found["modules"]} == {str(learned)}
+    assert {m["weight"] for m in found["modules"]} == {str(static)}
     assert not any("quantizer" in m["name"] for m in found["kept_float"])
 
 

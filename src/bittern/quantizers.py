@@ -7,7 +7,6 @@ code * scale (+ offset), so that a packed file, which stores codes and scales, g
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -31,10 +30,7 @@ def code_range(fmt: Format) -> tuple[int, int]:
     """Smallest and largest integer code of a format."""
     if fmt.kind in ("ternary", "binary"):
         return -1, 1
-    if fmt.kind == "twin":
-        half = 2 ** (fmt.bits - 1)
-        return (-(half - 1), half - 1) if fmt.scheme == "symmetric" else (0, 2**fmt.bits - 1)
-    if fmt.kind == "uniform" and fmt.scheme == "symmetric":
+    if fmt.scheme == "symmetric":
         return -(2 ** (fmt.bits - 1)), 2 ** (fmt.bits - 1) - 1  # [VT] eq. 8
     return 0, 2**fmt.bits - 1
 
@@ -85,16 +81,13 @@ def _scale(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
     if fmt.kind == "binary":
         return _mean(x.abs(), dims), None
     low, high = _extremes(x, fmt)
-    if fmt.kind == "uniform" and fmt.scheme == "asymmetric":
+    if fmt.scheme == "asymmetric":
         if fmt.range == "static":  # integer zero point, zero exactly representable: what integer runtimes need
             low, high = low.clamp(max=0), high.clamp(min=0)
         scale = _nonzero((high - low) / (2**fmt.bits - 1))
         return scale, (low / scale).round_() * scale if fmt.range == "static" else low
-    largest = high if fmt.scheme == "unsigned" or fmt.kind == "log2" else torch.maximum(low.neg(), high)
-    if fmt.kind == "log2":
-        return _nonzero(largest), None
-    top = 2 ** (fmt.bits - 1) - 1 if fmt.scheme == "symmetric" or fmt.kind == "twin" else 2**fmt.bits - 1
-    return _nonzero(largest / top), None
+    largest = high if fmt.scheme == "unsigned" else torch.maximum(low.neg(), high)
+    return _nonzero(largest / code_range(fmt)[1]), None
 
 
 def _ternary(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -124,7 +117,7 @@ def _prepare(x: Tensor, fmt: Format) -> Tensor:
 
 
 def find_scale(x: Tensor, fmt: Format, name: str = "tensor") -> tuple[Tensor, Tensor | None]:
-    """Scale and offset of `x` by its extremes (uniform, log2, twin) or mean magnitudes (ternary, binary).
+    """Scale and offset of `x` by its extremes (uniform) or mean magnitudes (ternary, binary).
 
     Shapes broadcast against x (against x split in groups, for groups). Raises ModelError on NaN or infinity.
 
@@ -148,16 +141,6 @@ def _encode(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None, own: b
     if fmt.kind in ("ternary", "binary"):
         codes = _ternary(x, fmt)[0] if fmt.kind == "ternary" else torch.where(x < 0, -1.0, 1.0)
         return codes if own else codes.masked_fill_(x.isnan(), torch.nan)
-    if fmt.kind == "log2":  # code = -log2, the last code stands for zero
-        return (x / scale).clamp_(min=2.0 ** -(high + 1)).log2_().neg_().round_().clamp_(low, high)
-    if fmt.kind == "twin":
-        half, fine = 2 ** (fmt.bits - 1), scale * 2.0**-fmt.shift
-        if fmt.scheme == "symmetric":  # GELU: the negative side is short, its step is finer
-            return torch.where(x < 0, (x / fine).round_().clamp_(min=low), (x / scale).round_().clamp_(max=high))
-        coarse = (x / scale).round_().clamp_(0, half - 1) + half
-        top = (half - 1) * 2.0**-fmt.shift  # of the fine range, in coarse steps
-        split = (top + math.floor(top) + 1) / 2  # half way to the next coarse value
-        return torch.where(x < split * scale, (x / fine).round_().clamp_(0, half - 1), coarse)
     codes = x / scale if offset is None else (x - offset).div_(scale)
     codes.round_()
     # With a dynamic scale from the extremes of x itself only the clip can leave the range, which is then symmetric.
@@ -169,14 +152,6 @@ def _encode(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None, own: b
 
 def _decode(codes: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None) -> Tensor:
     """Values of codes, in place."""
-    if fmt.kind == "log2":
-        high = code_range(fmt)[1]
-        return torch.where(codes == high, 0.0, torch.exp2(-codes) * scale)
-    if fmt.kind == "twin":
-        half, fine = 2 ** (fmt.bits - 1), scale * 2.0**-fmt.shift
-        if fmt.scheme == "symmetric":
-            return codes * torch.where(codes < 0, fine, scale)
-        return torch.where(codes < half, codes * fine, (codes - half) * scale)
     codes = codes.mul_(scale)
     return codes if offset is None else codes.add_(offset)
 
@@ -255,41 +230,25 @@ def _clips(x: Tensor, fmt: Format) -> bool:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Quantized values forward; straight-through backward [KD], with LSQ's gradient for a learned scale.
+    """Quantized values forward; straight-through backward [KD].
 
     The gradient passes inside the clip, and inside the range of a static scale.
     """
 
     @staticmethod
     def forward(ctx, x, fmt, scale, offset):  # type: ignore[no-untyped-def]
-        ranged, learned = scale is not None and fmt.kind == "uniform", scale is not None and ctx.needs_input_grad[2]
-        ctx.fmt, ctx.ranged, ctx.learned = fmt, ranged, learned
-        ctx.clips = _clips(x, fmt)
-        saved = [x] if ctx.clips or learned else []
-        saved += [_in_range(x, fmt, scale, offset)] if ranged else []
-        ctx.save_for_backward(*saved, *((scale,) if learned else ()))
+        ctx.clip, ctx.ranged = fmt.clip if _clips(x, fmt) else None, scale is not None and fmt.kind == "uniform"
+        saved = [] if ctx.clip is None else [x]
+        ctx.save_for_backward(*saved, *([_in_range(x, fmt, scale, offset)] if ctx.ranged else []))
         return _quantize(x, fmt, scale, offset)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        saved, clip = ctx.saved_tensors, ctx.fmt.clip
-        grad_x = grad
-        if ctx.clips:
-            x, clip = saved[0], torch.tensor(clip, dtype=saved[0].dtype).item()  # as a comparison with x rounds it
-            grad_x = torch.ops.aten.hardtanh_backward(grad.float(), x.float(), -clip, clip).to(grad.dtype)
-        if ctx.ranged:
-            grad_x = grad_x * saved[-2 if ctx.learned else -1]
-        return grad_x, None, _lsq_gradient(grad, ctx.fmt, saved[0], saved[-1]) if ctx.learned else None, None
-
-
-def _lsq_gradient(grad: Tensor, fmt: Format, x: Tensor, scale: Tensor) -> Tensor:
-    """d x̂ / d scale = code - x/scale inside the range, the bound outside, scaled by 1/sqrt(n * bound) (LSQ eq. 3)."""
-    low, high = code_range(fmt)
-    ratio = _prepare(x, fmt) / scale
-    slope = torch.where((ratio > low) & (ratio < high), ratio.round() - ratio, ratio.clamp(low, high))
-    per_scale = ratio.numel() / scale.numel()
-    total: Tensor = (_units(grad.float(), fmt) * slope).sum_to_size(scale.shape)
-    return total / math.sqrt(per_scale * high)
+        if ctx.clip is not None:
+            x = ctx.saved_tensors[0]
+            clip = torch.tensor(ctx.clip, dtype=x.dtype).item()  # as a comparison with x rounds it
+            grad = torch.ops.aten.hardtanh_backward(grad.float(), x.float(), -clip, clip).to(grad.dtype)
+        return grad * ctx.saved_tensors[-1] if ctx.ranged else grad, None, None, None
 
 
 def fake_quantize(x: Tensor, fmt: Format, scale: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
@@ -300,14 +259,14 @@ def fake_quantize(x: Tensor, fmt: Format, scale: Tensor | None = None, offset: T
     >>> fake_quantize(torch.tensor([0.9, -0.2, 0.1, -1.1]), Format(kind="ternary"))
     tensor([ 1.,  0.,  0., -1.])
     """
-    if not (torch.is_grad_enabled() and (x.requires_grad or (scale is not None and scale.requires_grad))):
+    if not (torch.is_grad_enabled() and x.requires_grad):
         return _quantize(x, fmt, scale, offset)
     out: Tensor = _FakeQuantize.apply(x, fmt, scale, offset)  # type: ignore[no-untyped-call]
     return out
 
 
 class FakeQuant(nn.Module):
-    """A format and, if it is static, its scale and offset (float32 buffers; a learned scale is a parameter).
+    """A format and, if it is static, its scale and offset (float32 buffers).
 
     While `bypass` is set x passes through (see `layers.as_float`); while `observed` is a list, x passes through and its
     (low, high) extremes are appended to it (see `ptq.calibrate`).
@@ -329,11 +288,7 @@ class FakeQuant(nn.Module):
         positive = scale >= 0 if self.format.kind in ("ternary", "binary") else scale > 0
         if not (torch.isfinite(scale) & positive).all():
             raise ModelError(f"{self.name}: a scale must be finite and positive, got {scale.flatten()[:3].tolist()}")
-        if self.format.learned:
-            del self.scale
-            self.register_parameter("scale", nn.Parameter(scale))
-        else:
-            self.scale = scale
+        self.scale = scale
         self.offset = None if offset is None else offset.detach().float().clone()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -39,28 +39,23 @@ class _Strict(BaseModel):
 class Format(_Strict):
     """How one tensor is represented: the code book, its granularity and where its scale comes from.
 
-    kind: `uniform` (integers), `ternary` {-1, 0, 1}, `binary` {-1, 1}, `log2` (powers of two, for maps),
-        `twin` (two uniform ranges, split by sign, or by magnitude when `scheme` is unsigned).
-    bits: 2 to 12 (uniform) or 8 (log2, twin), fixed at 2 for ternary, 1 for binary; 1 is possible for unsigned codes.
+    kind: `uniform` (integers), `ternary` {-1, 0, 1} or `binary` {-1, 1}.
+    bits: 2 to 12, fixed at 2 for ternary, 1 for binary; 1 is possible for unsigned codes.
     scheme: `symmetric` codes around zero, `unsigned` codes from zero, `asymmetric` codes from the minimum.
     granularity: one scale per `tensor`, weight `row` (output channel), `group` of `group_size` inputs of a row,
         activation `token`, or attention `head`.
     range: `dynamic` scales follow each tensor; `static` ones are found once and stored.
     clip: the tensor is first clipped to ±clip and gets no gradient outside (2.5 in the QAT papers).
-    learned: a static scale that is trained (LSQ gradient).
-    shift: twin only: the fine step is the coarse one divided by 2**shift.
     storage: ternary only: `bits` packs 4 codes in a byte, `base3` packs 5 (1.6 bits a weight).
     """
 
-    kind: Literal["uniform", "ternary", "binary", "log2", "twin"] = "uniform"
+    kind: Literal["uniform", "ternary", "binary"] = "uniform"
     bits: int = 8
     scheme: Literal["symmetric", "unsigned", "asymmetric"] = "symmetric"
     granularity: Literal["tensor", "row", "group", "token", "head"] = "tensor"
     group_size: int | None = None
     range: Literal["dynamic", "static"] = "dynamic"
     clip: float | None = None
-    learned: bool = False
-    shift: int = 4
     storage: Literal["bits", "base3"] = "bits"
 
     @model_validator(mode="before")
@@ -75,27 +70,18 @@ class Format(_Strict):
         fixed = {"ternary": 2, "binary": 1}.get(self.kind)
         if fixed is not None and self.bits != fixed:
             raise ValueError(f"{self.kind} always has {fixed} bits, not {self.bits}; leave `bits` out")
-        most = 12 if self.kind == "uniform" else 8
-        if not 1 <= self.bits <= most:
-            raise ValueError(f"bits must be 1 to {most}, got {self.bits}")
+        if not 1 <= self.bits <= 12:
+            raise ValueError(f"bits must be 1 to 12, got {self.bits}")
         if self.kind == "uniform" and self.scheme == "symmetric" and self.bits == 1:
             raise ValueError("a symmetric uniform format needs 2 bits or more; use kind: binary for 1 bit")
-        if self.kind in ("log2", "twin") and self.bits == 1:
-            raise ValueError(f"{self.kind} needs 2 bits or more")
-        if self.kind in ("ternary", "binary", "log2") and self.scheme != "symmetric":
+        if self.kind != "uniform" and self.scheme != "symmetric":
             raise ValueError(f"scheme: {self.scheme} has no meaning for kind: {self.kind}; leave it out")
-        if self.kind == "twin" and self.scheme == "asymmetric":
-            raise ValueError("twin splits by sign (symmetric) or by magnitude (unsigned), not asymmetric")
         if (self.granularity == "group") != (self.group_size is not None):
             raise ValueError("group_size goes with granularity: group, and only with it")
         if self.group_size is not None and self.group_size < 2:
             raise ValueError(f"group_size must be 2 or more, got {self.group_size}")
         if self.clip is not None and not 0 < self.clip < inf:
             raise ValueError(f"clip must be positive and finite, got {self.clip}; leave it out for none")
-        if not 0 <= self.shift <= 16:
-            raise ValueError(f"shift must be 0 to 16, got {self.shift}")
-        if self.learned and (self.range != "static" or self.kind != "uniform" or self.scheme == "asymmetric"):
-            raise ValueError("learned scales need kind: uniform, range: static and a symmetric or unsigned scheme")
         if self.range == "static" and self.granularity == "token":
             raise ValueError("a static scale cannot be per token, since tokens change; use tensor or head")
         if self.storage == "base3" and self.kind != "ternary":
@@ -109,11 +95,10 @@ class Format(_Strict):
 
     def __str__(self) -> str:
         name = {"ternary": "ternary", "binary": "binary"}.get(self.kind, f"{self.kind} {self.bits}-bit")
-        scheme = "" if self.kind in ("ternary", "binary", "log2") or self.scheme == "symmetric" else f" {self.scheme}"
+        scheme = "" if self.scheme == "symmetric" else f" {self.scheme}"
         unit = f"group of {self.group_size}" if self.group_size else self.granularity
         details = [
             *(["static"] if self.range == "static" else []),
-            *(["learned"] if self.learned else []),
             *([f"clip {self.clip:g}"] if self.clip is not None else []),
             *(["base 3"] if self.storage == "base3" else []),
         ]
@@ -145,12 +130,8 @@ class Rule(_Strict):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.weight is not None:
-            if self.weight.granularity in ("token", "head"):
-                raise ValueError(f"a weight has no {self.weight.granularity}s; use tensor, row or group")
-            if self.weight.kind in ("log2", "twin"):
-                kind = self.weight.kind
-                raise ValueError(f"kind: {kind} is for activations; weights take uniform, ternary or binary")
+        if self.weight is not None and self.weight.granularity in ("token", "head"):
+            raise ValueError(f"a weight has no {self.weight.granularity}s; use tensor, row or group")
         if self.input is not None and self.input.granularity in ("row", "group", "head"):
             raise ValueError(f"the input of a layer has no {self.input.granularity}s; use tensor or token")
         fmt: Format | None

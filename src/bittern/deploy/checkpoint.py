@@ -339,7 +339,7 @@ def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str,
         for part, quantizer in fake_quants(model.get_submodule(name)):
             for kind in ("scale", "offset"):
                 if (empty := stored[name].get(f"{part}.{kind}")) is not None:
-                    _make_empty(quantizer, kind, empty)
+                    setattr(quantizer, kind, empty)
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"\.{INDEX}$"}
 
 
@@ -353,14 +353,6 @@ def _packed(name: str, layer: QuantLayer, tensors: Mapping[str, Tensor]) -> Pack
             f"{name}: the checkpoint's codes and scales are not those of {rows} × {columns} weights, {fmt}"
         )
     return make_packed(layer, tensors)
-
-
-def _make_empty(quantizer: nn.Module, kind: str, empty: Tensor) -> None:
-    if kind == "scale" and quantizer.format.learned:  # type: ignore[union-attr]
-        del quantizer.scale
-        quantizer.register_parameter("scale", nn.Parameter(empty))
-    else:
-        setattr(quantizer, kind, empty)
 
 
 def _ties(model: PreTrainedModel) -> dict[str, list[str]]:

@@ -298,7 +298,7 @@ def pack_layers(model: PreTrainedModel) -> None:
             weight: nn.Parameter = layer.weight  # type: ignore[assignment]
             tensors, owner = _codes_and_scale(layer), owners.get(weight)
             if owner and not all(torch.equal(t, getattr(owner, name)) for name, t in tensors.items()):
-                owner = None  # their scales were learned apart
+                owner = None  # their scales were found apart
             packed = make_packed(layer, {} if owner else tensors, owner)
             owners.setdefault(weight, packed)
 

@@ -31,16 +31,14 @@ def check_finite(x: Tensor, name: str) -> None:
 def _as_rows(x: Tensor, fmt: Format, name: str) -> tuple[Tensor, Format, tuple[int, ...]]:
     """x as (units, values), the format that has a static scale for each such row, and the shape of the scales."""
     if fmt.kind in ("ternary", "binary"):
-        raise RecipeError(f"{name}: kind {fmt.kind} has no range to clip; use uniform, log2 or twin")
+        raise RecipeError(f"{name}: kind {fmt.kind} has no range to clip; use uniform")
     if fmt.granularity == "token":
         raise RecipeError(f"{name}: a static scale cannot be per token, since tokens change; use tensor or head")
     if not x.numel():
         raise ModelError(f"{name} is empty, so it has no range; give at least one value")
     check_finite(x, name)
     x = _prepare(x, fmt)
-    row = fmt.model_copy(
-        update={"granularity": "row", "group_size": None, "clip": None, "range": "static", "learned": False}
-    )
+    row = fmt.model_copy(update={"granularity": "row", "group_size": None, "clip": None, "range": "static"})
     if fmt.granularity == "tensor":
         return x.reshape(1, -1), row, ()
     if fmt.granularity == "head":  # (batch, head, tokens, dim)
@@ -110,18 +108,14 @@ def omse_scale(x: Tensor, fmt: Format, name: str = "tensor") -> Scale:
         return zip(lows.gather(0, places), highs.gather(0, places), strict=True)
 
     step = SMALLEST_SHRINK ** (stride / 63)
-    largest = (
-        math.sqrt(2) if row.kind == "log2" else 1.0
-    )  # powers of two below a scale beyond the extremes may fit best
-    coarse = (largest * step ** torch.arange(64 // stride)).to(rows)[:, None, None]
+    coarse = (step ** torch.arange(64 // stride)).to(rows)[:, None, None]
     fine = torch.linspace(step, 1 / step, 32 // stride).to(rows)[:, None, None]
     ((start, end),) = best(low * coarse, high * coarse)
     if row.scheme == "asymmetric":  # then each end alone
         ((start, end),) = best(low * coarse, end[None])
         ((start, end),) = best(start[None], high * coarse)
-    found = [_clip(*ends, row) for ends in best(start * fine, end * fine, 3)]
-    if row.kind != "log2":  # whose codes are not the nearest, so that alternation may lose
-        found = [_fit(points, row, scale, counts) for scale in found]
+    ends = best(start * fine, end * fine, 3)
+    found = [_fit(points, row, _clip(*these, row), counts) for these in ends]
     return _shaped(_least(rows, row, [*found, _clip(low, high, row)]), shape)
 
 
@@ -202,8 +196,6 @@ def aciq_scale(x: Tensor, fmt: Format, name: str = "tensor") -> Scale:
     would always favour the normal distribution. Units without negative values, and all of an unsigned format, get the
     α of one bit more and the range from 0 to mean⁺ + α; a symmetric format always has the range ±(|mean| + α).
     """
-    if fmt.kind != "uniform":
-        raise RecipeError(f"{name}: ACIQ is derived for kind uniform, not {fmt.kind}; use omse")
     rows, row, shape = _as_rows(x, fmt, name)
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     mean = rows.mean(-1, keepdim=True, dtype=torch.float64).float()
