@@ -200,15 +200,17 @@ def trace(model: PreTrainedModel, batch: Mapping[str, Tensor], outputs: Sequence
 def finish(model: ir.Model, plans: Mapping[str, Plan]) -> None:
     """Make a traced graph what onnxruntime runs fastest, in place."""
     graph, ternary = model.graph, any(known.kind == "portable" and known.bits == 2 for known in plans.values())
-    for value in list(graph.initializers.values()):
+    for name, value in list(graph.initializers.items()):
         assert value.const_value is not None
-        value.name = str(value.name).removeprefix("model.")
+        value.name = name.removeprefix("model.")
+        graph.initializers.pop(name, None)  # older versions of onnx_ir keep the old key
         value.metadata_props.clear()
         known, kind = plans.get(value.name.removesuffix(".codes")), value.const_value.dtype
         if known and known.kind == "portable":
             kind = INTEGERS[known.bits]  # which PyTorch lacks
         array = np.asarray(value.const_value.numpy().astype(kind.numpy(), copy=False), order="C")
         value.const_value, value.dtype = ir.Tensor(array, kind, name=value.name), kind
+        graph.initializers[value.name] = value
     common.RemoveUnusedNodesPass()(model)
     common.DeduplicateHashedInitializersPass(size_limit=LARGEST)(model)  # tied codes and scales of equal inputs once
     common.CommonSubexpressionEliminationPass()(model)  # inputs that layers share are clipped and quantized once
