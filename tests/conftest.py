@@ -13,11 +13,40 @@ import torch
 from transformers.utils import logging
 
 from bittern import native
+from families import SUPPORTED, UNSUPPORTED
 from noise import Noise
 from test_budget import summary
 
 torch.set_num_threads(int(os.environ.get("BITTERN_TEST_THREADS", "1")))
+# What `make quick` leaves out: whole jobs, processes, a browser, long searches and training; and all families but BERT.
+SLOW_FILES = {
+    *(
+        "test_analyze",
+        "test_cli",
+        "test_curvature",
+        "test_demo",
+        "test_detection",
+        "test_docs",
+        "test_jobs",
+        "test_onnx",
+    ),
+    *("test_package", "test_qat", "test_report", "test_run", "test_search", "test_store", "test_trainer"),
+}
+SLOW_TESTS = {"test_fuzz_under_sanitizers", "test_switch_is_read_at_first_use", "test_training"}
+OTHER_FAMILIES = {*SUPPORTED, *UNSUPPORTED} - {"bert"}
+
 logging.disable_progress_bar()  # its lock is shared with forked processes, and a killed one would keep it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests."""
+    for item in items:
+        parameters = (
+            item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+        )
+        other_family = any(isinstance(value, str) and value in OTHER_FAMILIES for value in parameters)
+        if other_family or item.path.stem in SLOW_FILES or item.name.partition("[")[0] in SLOW_TESTS:
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)
