@@ -523,6 +523,9 @@ def test_accessors() -> None:
 def test_unsupported_families(name: str) -> None:
     """A family outside of transformers' attention interface is refused in one line with the name of its class."""
     model, batch = UNSUPPORTED[name]()
+    if model._can_set_attn_implementation():  # GPT-J joined it in transformers 5.24: then it is served
+        assert read_anatomy(model, batch).blocks
+        return
     with pytest.raises(ModelError) as error:
         read_anatomy(model, batch)
     assert type(model).__name__ in str(error.value)

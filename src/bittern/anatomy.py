@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
 from transformers.pytorch_utils import Conv1D
 
 from bittern.attention import attention_configs, attention_forward
+from bittern.compat import eager_mask
 from bittern.errors import ModelError, first_line
 from bittern.recipe import Role
 

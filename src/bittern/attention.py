@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import eager_mask
-from transformers.utils.output_capturing import _active_collector
 
 from bittern import kernels
+from bittern.compat import active_collector, eager_mask
 from bittern.errors import ModelError
 from bittern.quantizers import FakeQuant
 from bittern.recipe import OPERANDS, Format
@@ -218,7 +217,7 @@ def attention_forward(
 
 def collects_maps() -> bool:
     """Whether transformers collects attention maps in this forward, for `output_attentions`."""
-    return any("attentions" in key for key in _active_collector.get() or ())
+    return any("attentions" in key for key in active_collector.get() or ())
 
 
 def only_watches(hook: Any) -> bool:

@@ -19,19 +19,19 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-    revert_weight_conversion,
-)
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bittern import attention
+from bittern.compat import (
+    WeightConverter,
+    WeightRenaming,
+    get_model_conversion_mapping,
+    remove_tied_weights_from_state_dict,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from bittern.deploy.blocks import use_kernels
 from bittern.deploy.files import digest, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers
