@@ -23,10 +23,10 @@ import torch
 from ptq_grid import read
 
 from bittern import load, simulate
-from bittern.anatomy import read_anatomy
 from bittern.attention import recording
 from bittern.data import load_data
 from bittern.data.evaluate import LOWER_IS_BETTER
+from bittern.dry_run import read_anatomy
 from bittern.qat.distill import Distiller, parse_distill
 from bittern.qat.intervention import POINTS, Act, Intervention
 

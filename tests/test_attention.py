@@ -7,7 +7,7 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers.models.gpt_oss import modeling_gpt_oss
 
-from bittern.anatomy import Anatomy, read_anatomy
+from bittern.anatomy import Anatomy
 from bittern.attention import (
     POINTS,
     Point,
@@ -20,6 +20,7 @@ from bittern.attention import (
     replace,
     sites,
 )
+from bittern.dry_run import read_anatomy
 from bittern.errors import ModelError
 from bittern.layers import simulate
 from bittern.quantizers import fake_quantize

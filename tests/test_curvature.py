@@ -21,9 +21,9 @@ from bittern.analysis.curvature import (
     trace,
     trainable,
 )
-from bittern.anatomy import read_anatomy
 from bittern.attention import attach
 from bittern.deploy.files import digest
+from bittern.dry_run import read_anatomy
 from bittern.errors import InputError
 from bittern.recipe import Recipe
 from families import SUPPORTED

@@ -1,6 +1,8 @@
 import json
+import weakref
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +10,13 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
+from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from bittern.attention import Site, sites
+from bittern import attention, layers, load, pack, save
+from bittern.anatomy import Anatomy
+from bittern.attention import Site
+from bittern.dry_run import read_anatomy
 from bittern.errors import ModelError, RecipeError
 from bittern.layers import (
     QuantConv1D,
@@ -19,12 +25,16 @@ from bittern.layers import (
     QuantLayer,
     QuantLinear,
     QuantScaledEmbedding,
+    anatomy_of,
     as_float,
+    describe,
     fake_quants,
+    formats,
     is_simulated,
     restore,
     simulate,
 )
+from bittern.qat.trainer import QATTrainer
 from bittern.quantizers import FakeQuant
 from bittern.recipe import Format, Recipe, Role, Rule, recipe_names
 from families import SUPPORTED, Batch
@@ -347,7 +357,7 @@ def test_training(name: str) -> None:
         assert model(**batch).loss < 0.9 * before
 
 
-def test_shared_input() -> None:
+def test_shared_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """In training Q, K and V quantize what they read once, with the gradients of separate inputs, and let go of it; a
     tensor that changed in place is quantized anew."""
     model, batch = SUPPORTED["bert"]()
@@ -358,9 +368,7 @@ def test_shared_input() -> None:
             layer.input_quantizer.register_forward_hook(lambda *_: calls.append(1))
     for parted in (False, True):
         if parted:
-            for layer in model.modules():
-                if isinstance(layer, QuantLayer):
-                    layer._shared = None
+            monkeypatch.setattr(attention, "quantize_once", lambda x, how, quantize: quantize(x))
         model.zero_grad()
         torch.manual_seed(0)
         model(**batch)["logits"].square().sum().backward()
@@ -369,12 +377,18 @@ def test_shared_input() -> None:
     torch.testing.assert_close(*gradients)
     first, second = calls.index(0), len(calls) - calls.index(0) - 2
     assert second - first == 2 * model.config.num_hidden_layers
-    assert all(not site.shared for site in sites(model))
+    monkeypatch.undo()
     layer, x = model.bert.encoder.layer[0].attention.self.query, torch.rand(2, 3, model.config.hidden_size)
-    layer._shared = []
     before = layer.quantized_input(x)
     assert layer.quantized_input(x) is before
-    assert torch.equal(layer.quantized_input(x.div_(2)), before / 2)
+    after = layer.quantized_input(x.div_(2))
+    assert torch.equal(after, before / 2)
+    alive = weakref.ref(after)
+    del after
+    model(**batch)
+    assert alive() is None
+    ffn = model.bert.encoder.layer[0].intermediate.dense  # feeds no attention, so that each call has its own graph
+    assert ffn.quantized_input(x) is not ffn.quantized_input(x)
 
 
 def test_restore_keeps_training() -> None:
@@ -389,6 +403,87 @@ def test_restore_keeps_training() -> None:
     assert all(torch.equal(p, trained[key]) for key, p in model.named_parameters())
     simulate(model, DYNAMIC, batch)
     assert is_simulated(model)
+
+
+@pytest.fixture
+def dry_runs(monkeypatch: pytest.MonkeyPatch) -> list[hf.PreTrainedModel]:
+    """The models that were run to read their anatomy."""
+    ran: list[hf.PreTrainedModel] = []
+
+    def counted(model: hf.PreTrainedModel, batch: Any = None) -> Anatomy:
+        ran.append(model)
+        return read_anatomy(model, batch)
+
+    monkeypatch.setattr(layers, "read_anatomy", counted)
+    return ran
+
+
+def test_training_reads_the_anatomy_once(dry_runs: list[hf.PreTrainedModel], tmp_path: Path) -> None:
+    """From a float model to its copy as a teacher and a trainer with both, one dry run is enough."""
+    model, batch = SUPPORTED["bert"]()
+    simulate(model, "ternary-2-2-8", batch)  # a first try, undone
+    restore(model)
+    teacher = deepcopy(model)
+    simulation = simulate(model, "ternary-2-2-8", batch)
+    trainer = QATTrainer(model, TrainingArguments(tmp_path, use_cpu=True, report_to=[]), teacher=teacher)
+    assert trainer.distiller.anatomy == trainer.distiller.teacher_anatomy == simulation.anatomy
+    assert dry_runs == [model]
+
+
+def test_anatomy_is_read_again_when_it_no_longer_holds(dry_runs: list[hf.PreTrainedModel]) -> None:
+    """Other inputs and other layers ask for a dry run of their own; other samples, labels and formats do not."""
+    model, batch = SUPPORTED["bert"]()
+    expected = anatomy_of(model)  # of a made-up batch
+    assert anatomy_of(model) is expected
+    assert anatomy_of(model, batch) == expected
+    assert len(dry_runs) == 2
+    assert anatomy_of(model, {key: x[:1] for key, x in batch.items()} | {"labels": torch.tensor([0])}).inputs == {
+        *batch
+    }
+    simulate(model, DYNAMIC)
+    assert anatomy_of(model) == expected
+    assert len(dry_runs) == 2
+    model.bert.encoder.layer = model.bert.encoder.layer[:1]
+    assert len(anatomy_of(model).blocks) == 1
+    assert len(dry_runs) == 3
+    copy = deepcopy(model)
+    copy.classifier = nn.Identity()
+    assert "classifier" not in anatomy_of(copy).roles
+    assert "classifier" in anatomy_of(model).roles
+    assert len(dry_runs) == 4
+
+
+def test_kept_anatomy_is_checked() -> None:
+    """Weights that became NaN since the anatomy was read are refused, and so is what is no Transformer."""
+    model, batch = SUPPORTED["bert"]()
+    anatomy_of(model, batch)
+    model.classifier.weight.data[0, 0] = torch.nan
+    with pytest.raises(ModelError, match=r"classifier\.weight holds NaN"):
+        anatomy_of(model, batch)
+    with pytest.raises(ModelError, match="got Linear"):
+        anatomy_of(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_formats_are_the_present_ones(tmp_path: Path) -> None:
+    """A simulated model, packed, loaded, tells one and the same formats; a method's other widths are told too."""
+    model, batch = SUPPORTED["bert"]()
+    simulation = simulate(model, DYNAMIC, batch)
+    name = simulation.anatomy.attentions[0].name
+    assert formats(model)[name] == DYNAMIC.rules[2].model_copy(update={"roles": ()})
+    model.get_submodule(name).bittern.quantizer("map").format = Format(bits=4, scheme="unsigned")
+    model.get_submodule(FFN).weight_quantizer.format = Format(bits=3, granularity="row")
+    present = formats(model)
+    assert (present[name].map, present[FFN].weight) == (
+        Format(bits=4, scheme="unsigned"),
+        Format(bits=3, granularity="row"),
+    )
+    told = {layer.name: layer for layer in describe(model).layers}
+    assert told[FFN].weight == "uniform 3-bit per row"
+    assert told[name].attention.endswith("map uniform 4-bit unsigned per tensor")
+    assert formats(pack(model)) == present
+    save(model, tmp_path / "packed")
+    assert formats(load(tmp_path / "packed")) == present
+    assert formats(SUPPORTED["bert"]()[0]) == {}
 
 
 def test_as_float_nests() -> None:

@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bittern import inspect, is_packed, is_simulated, load, pack, save, simulate
-from bittern.deploy.checkpoint import module_formats
 from bittern.deploy.files import atomic_folder, check_output
 from bittern.deploy.store import measure
 from bittern.errors import BitternError, CheckpointError, InputError, ModelError
+from bittern.layers import formats
 from bittern.recipe import Format, Recipe, Rule
 from families import SUPPORTED
 from helpers import outputs, quantized, refused, same
@@ -72,7 +72,7 @@ def test_save_and_load(state: str, tmp_path: Path) -> None:
     assert not again.training
     assert again.dtype == torch.float32
     assert (is_packed(again), is_simulated(again)) == (state == "packed", state != "float")
-    assert list(module_formats(again)) == list(module_formats(model))
+    assert formats(again) == formats(model)
     assert same(outputs(again, batch), outputs(model.eval(), batch))
     assert sorted(f.name for f in out.parent.iterdir()) == ["out"]
 

@@ -9,9 +9,10 @@ A model is float, simulated or packed; each step is one call:
 Importing this package also teaches transformers' `from_pretrained` to load packed checkpoints.
 """
 
-from bittern.anatomy import Anatomy, read_anatomy
+from bittern.anatomy import Anatomy
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.store import inspect, load, save
+from bittern.dry_run import read_anatomy
 from bittern.errors import BitternError, CheckpointError, InputError, ModelError, RecipeError
 from bittern.layers import Simulation, is_simulated, restore, simulate
 from bittern.ptq.calibrate import calibrate

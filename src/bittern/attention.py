@@ -6,10 +6,12 @@ A `Site`, a child of each attention module, owns the quantizers of its two matmu
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +19,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from bittern import kernels
+from bittern.anatomy import Anatomy, Attention, record_of
 from bittern.compat import active_collector, eager_mask
 from bittern.errors import ModelError
 from bittern.quantizers import FakeQuant
 from bittern.recipe import OPERANDS, Format
 
-if TYPE_CHECKING:
-    from bittern.anatomy import Anatomy, Attention
-
+T = TypeVar("T")
 NAME = "bittern"
 
 Point = Literal[
@@ -86,7 +87,6 @@ class Site(nn.Module):
         self.share = 1.0  # of the replacements in what goes on
         self.hooks: dict[Point, Any] = {}
         self.on_kernels = False  # set in packed models
-        self.shared: list[Any] = []  # the quantized input of Q, K and V, until the attention is computed
 
     @property
     def formats(self) -> dict[str, Format]:
@@ -172,7 +172,7 @@ def attention_forward(
     """
     site: Site | None = module._modules.get(NAME)  # type: ignore[assignment]
     if site is not None:
-        site.shared.clear()
+        _last_input.kept = None
         if site.taps is not None:
             site.taps.masks.append((site.name, attention_mask))
         plain = position_bias is None and softcap is None and s_aux is None and getattr(module, "sinks", None) is None
@@ -225,6 +225,31 @@ def only_watches(hook: Any) -> bool:
     return isinstance(getattr(hook, "__self__", None), Site) or hook.__name__ == "output_capturing_hook"
 
 
+class _LastInput(threading.local):
+    """The last input that `quantize_once` quantized in this thread: the tensor, how, and the result."""
+
+    kept: tuple[weakref.ref[Tensor], tuple[int, object], Any] | None = None
+
+
+_last_input = _LastInput()
+
+
+def quantize_once(x: Tensor, how: object, quantize: Callable[[Tensor], T]) -> T:
+    """Return quantize(x), computed once while the same unchanged tensor is given with the same `how`, as Q, K and V do.
+
+    The result is kept until another input comes or the attention is computed. In training only layers that feed an
+    attention module may ask (`shares_input`): a result must not outlive the backward through its graph.
+    """
+    if x.is_inference():  # PyTorch does not count changes of such tensors
+        return quantize(x)
+    kept, key = _last_input.kept, (x._version, how)
+    if kept is not None and kept[0]() is x and kept[1] == key:
+        return kept[2]  # type: ignore[no-any-return]
+    made = quantize(x)
+    _last_input.kept = weakref.ref(x), key, made
+    return made
+
+
 AttentionInterface.register(NAME, attention_forward)
 # Without a mask function under the same name, transformers passes no mask at all and says nothing.
 AttentionMaskInterface.register(NAME, eager_mask)
@@ -244,7 +269,7 @@ def attach(model: PreTrainedModel, anatomy: Anatomy, formats: Mapping[str, Mappi
             site = Site(part.name, (formats or {}).get(part.name, {}))
             modules[part.name].add_module(NAME, site)
         for name in part.inputs:
-            modules[name]._shared = site.shared
+            modules[name].shares_input = True
         if not site.hooks:
             site.hooks = dict(_hook(site, part, modules, anatomy, hooked))
     use_attention(model)
@@ -275,8 +300,9 @@ def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 def use_attention(model: PreTrainedModel) -> None:
     """Switch the model to our attention, remembering what it had."""
-    if not hasattr(model, "_bittern_attention_was"):
-        model._bittern_attention_was = [config._attn_implementation for config in attention_configs(model)]
+    record = record_of(model)
+    if record.attention_was is None:
+        record.attention_was = [config._attn_implementation for config in attention_configs(model)]
     for config in attention_configs(model):
         config._attn_implementation_internal = NAME
 
@@ -284,16 +310,17 @@ def use_attention(model: PreTrainedModel) -> None:
 def detach(model: PreTrainedModel) -> None:
     """Remove all sites and give the model its own attention back."""
     for module in list(model.modules()):
-        module.__dict__.pop("_shared", None)
+        module.__dict__.pop("shares_input", None)
         site = module._modules.get(NAME)
         if isinstance(site, Site):
             for hook in site.hooks.values():
                 hook.remove()
             del module._modules[NAME]
-    was = model.__dict__.pop("_bittern_attention_was", None)
-    if was is not None:
-        for config, name in zip(attention_configs(model), was, strict=True):
+    record = record_of(model)
+    if record.attention_was is not None:
+        for config, name in zip(attention_configs(model), record.attention_was, strict=True):
             config._attn_implementation_internal = name
+        record.attention_was = None
 
 
 def sites(model: nn.Module) -> list[Site]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bittern import attention
-from bittern.anatomy import Anatomy, read_anatomy
+from bittern.anatomy import Anatomy, record_of
+from bittern.dry_run import LAYERS, check_model, read_anatomy
 from bittern.errors import ModelError
 from bittern.quantizers import FakeQuant, find_scale, stamp
 from bittern.recipe import OPERANDS, Format, Recipe, Role, Rule, load_recipe
@@ -29,13 +30,26 @@ def weight_matrix(layer: nn.Module) -> Tensor:
     return weight.t() if isinstance(layer, Conv1D) else weight.flatten(1)
 
 
-class QuantLayer(nn.Module):
+class QuantizedLayer(nn.Module):
+    """A layer with a quantized weight or input: simulated (`QuantLayer`) or packed (`deploy.packed.PackedLayer`)."""
+
+    weight_format: Format | None
+    input_quantizer: FakeQuant | None
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+
+class QuantLayer(QuantizedLayer):
     """What the four simulated layers share: quantizers of weight and input, and the quantized weight kept in eval."""
 
     weight_quantizer: FakeQuant | None
-    input_quantizer: FakeQuant | None
+    shares_input = False  # set by `attention.attach` in projections that feed an attention module
     _kept: tuple[tuple[Any, ...], Tensor] | None = None
-    _shared: list[Any] | None = None  # with the other projections of an attention module; see `attention.attach`
+
+    @property
+    def weight_format(self) -> Format | None:  # type: ignore[override]
+        return None if self.weight_quantizer is None else self.weight_quantizer.format
 
     def quantized_weight(self) -> Tensor:
         """The weight's values after quantization, as (rows, columns).
@@ -56,15 +70,12 @@ class QuantLayer(nn.Module):
         return self._kept[1]
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """x after quantization: in training once for all of Q, K and V that read it."""
-        quantizer, shared = self.input_quantizer, self._shared
-        if quantizer is None:
-            return x
-        if shared is None or quantizer.bypass or quantizer.format.range == "static" or not torch.is_grad_enabled():
-            return quantizer(x)  # type: ignore[no-any-return]
-        if not shared or shared[0] is not x or shared[1:3] != [x._version, quantizer.format]:
-            shared[:] = x, x._version, quantizer.format, quantizer(x)
-        return shared[3]  # type: ignore[no-any-return]
+        """Return x after quantization: in training done once for all of Q, K and V that read it."""
+        quantizer = self.input_quantizer
+        shares = self.shares_input and quantizer is not None and torch.is_grad_enabled()
+        if not shares or quantizer is None or quantizer.bypass or quantizer.format.range == "static":
+            return super().quantized_input(x)
+        return attention.quantize_once(x, quantizer.format, quantizer)  # type: ignore[no-any-return]
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -119,7 +130,6 @@ SIMULATED: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Embedding: QuantEmbedding,
     Conv1D: QuantConv1D,
 }
-WEIGHTED = tuple(SIMULATED)
 
 
 def simulated_type(layer: nn.Module) -> type[QuantLayer] | None:
@@ -197,7 +207,7 @@ def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, A
     recipe = load_recipe(recipe)
     if isinstance(model, nn.Module) and is_simulated(model):
         raise ModelError("the model is simulated already; call restore(model) first")
-    anatomy = read_anatomy(model, batch)
+    anatomy = anatomy_of(model, batch)
     attentions: dict[str, Role] = {a.name: "attention" for a in anatomy.attentions}
     recipe.check_globs(anatomy.roles | attentions)
     tied = _tied_layers(model, anatomy.roles)
@@ -210,8 +220,53 @@ def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, A
             layer.weight_quantizer.set_scale(*find_scale(weight_matrix(layer), weight, f"{name}.weight"))
     if any(sites.values()):
         attention.attach(model, anatomy, sites)
-    model._bittern_recipe = recipe
-    return Simulation(recipe.name, tuple(_reports(model, anatomy.roles | attentions, plan, sites, tied)), anatomy)
+    record_of(model).recipe = recipe
+    return describe(model)
+
+
+def anatomy_of(model: PreTrainedModel, batch: Mapping[str, Any] | None = None) -> Anatomy:
+    """Return the anatomy kept with the model; read it, in float, if there is none or it no longer holds.
+
+    It holds while the model has the same layers, and for batches with the inputs that it was read with: others may
+    reach other layers. Raises ModelError as `read_anatomy` does.
+    """
+    if isinstance(model, PreTrainedModel) and (kept := record_of(model).anatomy) is not None:
+        layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+        if list(kept.roles) == layers and (batch is None or kept.inputs == batch.keys() - {"labels"}):
+            check_model(model)
+            return kept
+    with as_float(model):
+        found = read_anatomy(model, batch)
+    record_of(model).anatomy = found
+    return found
+
+
+def formats(model: nn.Module) -> dict[str, Rule]:
+    """Return the formats that the layers and attention modules of a simulated or packed model have now, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            quantizer = module.input_quantizer
+            found[name] = Rule(weight=module.weight_format, input=None if quantizer is None else quantizer.format)
+        elif isinstance(module, attention.Site) and module.formats:
+            found[name.removesuffix(f".{attention.NAME}")] = Rule.model_validate(module.formats)
+    return found
+
+
+def describe(model: PreTrainedModel) -> Simulation:
+    """Return the report of a simulated model: each module with parameters, and each attention, with its formats."""
+    anatomy, recipe, given = anatomy_of(model), record_of(model).recipe, formats(model)
+    tied, reports = _tied_layers(model, anatomy.roles), []
+    roles = anatomy.roles | dict.fromkeys((a.name for a in anatomy.attentions), "attention")
+    for name, module in model.named_modules():
+        parameters = [module.weight] if name in anatomy.roles else list(module.parameters(recurse=False))
+        weights = 0 if name in tied else sum(p.numel() for p in parameters)
+        if name in roles or (parameters and not isinstance(module, FakeQuant)):
+            rule, kind = given.get(name, Rule()), type(module).__name__.removeprefix("Quant")
+            weight, fmt_input = (str(fmt or "") for fmt in (rule.weight, rule.input))
+            operands = ", ".join(f"{o} {fmt}" for o in OPERANDS if (fmt := getattr(rule, o)) is not None)
+            reports.append(LayerReport(name, kind, roles.get(name, ""), weights, weight, fmt_input, operands))
+    return Simulation("" if recipe is None else recipe.name, tuple(reports), anatomy)
 
 
 Plan = dict[str, tuple[Format | None, Format | None]]  # layer → formats of weight and input
@@ -231,43 +286,6 @@ def _plan(model: PreTrainedModel, recipe: Recipe, anatomy: Anatomy, tied: Mappin
     return plan
 
 
-def _reports(
-    model: PreTrainedModel,
-    roles: Mapping[str, Role],
-    plan: Plan,
-    sites: Mapping[str, Mapping[str, Format]],
-    tied: Mapping[str, str],
-) -> Iterator[LayerReport]:
-    for name, module in model.named_modules():
-        parameters = (
-            [module.weight] if name in roles and roles[name] != "attention" else module.parameters(recurse=False)
-        )
-        own = sum(p.numel() for p in parameters)
-        if name in roles or own:
-            weight, fmt_input = plan.get(name, (None, None))
-            points = ", ".join(f"{point} {fmt}" for point, fmt in sites.get(name, {}).items())
-            kind = type(module).__name__.removeprefix("Quant")
-            count = 0 if name in tied else own
-            yield LayerReport(name, kind, roles.get(name, ""), count, str(weight or ""), str(fmt_input or ""), points)
-
-
-def with_present_formats(simulation: Simulation, model: PreTrainedModel) -> Simulation:
-    """The report with the formats that modules have now, where a method gave them other widths than the recipe."""
-
-    def present(report: LayerReport) -> LayerReport:
-        module = model.get_submodule(report.name)
-        if isinstance(module, QuantLayer):
-            weight, fmt_input = (str(q.format) if q else "" for q in (module.weight_quantizer, module.input_quantizer))
-            return replace(report, weight=weight, input=fmt_input)
-        site = module._modules.get(attention.NAME)
-        if isinstance(site, attention.Site):
-            points = ((point, site.quantizer(point)) for point in site.formats)
-            return replace(report, attention=", ".join(f"{point} {q.format}" for point, q in points if q))
-        return report
-
-    return replace(simulation, layers=tuple(map(present, simulation.layers)))
-
-
 def restore(model: PreTrainedModel) -> None:
     """Undo `simulate`: the float model again, with its own attention; weights keep their present float values."""
     for layer in model.modules():
@@ -277,7 +295,7 @@ def restore(model: PreTrainedModel) -> None:
                 delattr(layer, extra)
             layer.__dict__.pop("_kept", None)
     attention.detach(model)
-    model.__dict__.pop("_bittern_recipe", None)
+    record_of(model).recipe = None
 
 
 def is_simulated(model: nn.Module) -> bool:
@@ -320,7 +338,7 @@ def _tied_layers(model: nn.Module, roles: Mapping[str, Role]) -> dict[str, str]:
 
 def _check_layer(name: str, layer: nn.Module, weight: Format | None, fmt_input: Format | None) -> None:
     if simulated_type(layer) is None:
-        base = next(t.__name__ for t in WEIGHTED if isinstance(layer, t))
+        base = next(t.__name__ for t in LAYERS if isinstance(layer, t))
         raise ModelError(
             f"{name} is a {type(layer).__name__}, a subclass of {base} that Bittern does not know and whose forward "
             f"may differ; keep it float with a first rule `modules: {name!r}`"

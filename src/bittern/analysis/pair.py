@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bittern.anatomy import Anatomy, read_anatomy
+from bittern.anatomy import Anatomy
 from bittern.attention import NAME, Point, Site, Taps, attach, recording
 from bittern.deploy.packed import PackedLayer
 from bittern.errors import ModelError
-from bittern.layers import QuantLayer, as_float, weight_matrix
+from bittern.layers import QuantLayer, anatomy_of, weight_matrix
 from bittern.qat.distill import token_masks
 
 
@@ -41,8 +41,7 @@ class Pair:
         self.student, self.teacher = student, teacher
         self.anatomies = {}
         for model in (student, teacher):
-            with as_float(model):
-                self.anatomies[model] = read_anatomy(model)
+            self.anatomies[model] = anatomy_of(model)
             attach(model, self.anatomies[model])
             model.eval()
         depths = [len(self.anatomies[m].attentions) for m in (student, teacher)]

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bittern import native
-from bittern.anatomy import dummy_batch
-from bittern.deploy.checkpoint import is_packed, module_formats
+from bittern.deploy.checkpoint import is_packed
 from bittern.deploy.packed import PackedLayer
 from bittern.deploy.store import REPORT, load, measure
+from bittern.dry_run import dummy_batch
 from bittern.errors import InputError, ModelError
 from bittern.kernels import has_kernel
+from bittern.layers import formats
 from bittern.recipe import OPERANDS, Rule
 
 OURS, FLOAT = "bittern", "torch float32"
@@ -153,7 +154,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 def without_kernel(model: nn.Module) -> dict[str, str]:
     """Layers and attentions whose formats the kernels lack: they compute in float, slower than the float model."""
-    return {name: _texts(rule) for name, rule in module_formats(model) if not _served(rule, model.get_submodule(name))}
+    return {name: _texts(rule) for name, rule in formats(model).items() if not _served(rule, model.get_submodule(name))}
 
 
 def _texts(rule: Rule) -> str:

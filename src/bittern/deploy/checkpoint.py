@@ -24,6 +24,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bittern import attention
+from bittern.anatomy import record_of
 from bittern.compat import (
     WeightConverter,
     WeightRenaming,
@@ -36,7 +37,7 @@ from bittern.deploy.blocks import use_kernels
 from bittern.deploy.files import digest, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers
 from bittern.errors import CheckpointError, ModelError
-from bittern.layers import QuantLayer, fake_quants, is_simulated, swap, weight_matrix
+from bittern.layers import QuantLayer, fake_quants, formats, is_simulated, swap, weight_matrix
 from bittern.recipe import OPERANDS, Format, Rule
 
 METHOD = "bittern"
@@ -147,7 +148,7 @@ def pack(model: PreTrainedModel) -> PreTrainedModel:
 
 def _mark(model: PreTrainedModel, state: str) -> PreTrainedModel:
     """Let transformers know the model as ours, so that saving goes through BitternQuantizer."""
-    recipe = getattr(model, "_bittern_recipe", None)
+    recipe = record_of(model).recipe
     name = recipe.name if recipe else getattr(getattr(model.config, "quantization_config", None), "recipe", "")
     config = BitternConfig(state=state, recipe=name)
     model.config.quantization_config = config
@@ -164,22 +165,6 @@ def mark_simulated(model: PreTrainedModel) -> PreTrainedModel:
 def is_packed(model: nn.Module) -> bool:
     """True if the model has packed layers."""
     return any(isinstance(m, PackedLayer) for m in model.modules())
-
-
-def module_formats(model: nn.Module) -> Iterator[tuple[str, Rule]]:
-    """Every quantized module and its formats."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLayer | PackedLayer):
-            if isinstance(module, PackedLayer):
-                weight: Format | None = module.weight_format
-            else:
-                weight = module.weight_quantizer.format if module.weight_quantizer else None
-            fmt_input = module.input_quantizer.format if module.input_quantizer else None
-            yield name, Rule(weight=weight, input=fmt_input)
-        elif isinstance(module, attention.Site) and module.formats:
-            # of the quantizers: with mixed precision their widths are not the recipe's
-            formats = {p: q.format for p in module.formats if (q := module.quantizer(p))}
-            yield name, Rule.model_validate(formats)
 
 
 @register_quantizer(METHOD)
@@ -204,8 +189,9 @@ class BitternQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         state = dict(model.state_dict())
         table: dict[Rule, int] = {}
-        for name, formats in module_formats(model):
-            state[f"{name}.{INDEX}"] = torch.tensor([table.setdefault(formats, len(table))], dtype=torch.int32)
+        for name, rule in formats(model).items():
+            owner = f"{name}.{attention.NAME}" if rule.for_attention else name
+            state[f"{owner}.{INDEX}"] = torch.tensor([table.setdefault(rule, len(table))], dtype=torch.int32)
         if not table:  # marked once, and float again since
             self.remove_quantization_config(model)
             return state, {}
@@ -310,13 +296,13 @@ def _parents(key: str) -> Iterator[str]:
 def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Give a model on the meta device the modules and empty buffers that the checkpoint will fill."""
     rules, modules = config.rules(), dict(model.named_modules())
-    formats: dict[str, Rule] = {}
+    found: dict[str, Rule] = {}
     for name, tensors in stored.items():
         index = int(tensors[INDEX])
         if not 0 <= index < len(rules):
             raise CheckpointError(f"{name}: format_index {index} is outside the table of {len(rules)} formats")
-        formats[name] = rules[index]
-    for name, rule in formats.items():
+        found[name] = rules[index]
+    for name, rule in found.items():
         if rule.for_attention:
             parent = name.removesuffix(f".{attention.NAME}")
             points: dict[str, Format] = {p: f for p in OPERANDS if (f := getattr(rule, p))}
@@ -325,9 +311,9 @@ def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str,
             swap(modules[name], name, rule.weight, rule.input)
     ties = _ties(model)
     if config.state == "packed":
-        owners = {n: _packed(n, modules[n], stored[n]) for n in formats if "weight_codes" in stored[n]}
-        tied = {n for n, rule in formats.items() if rule.weight is not None} - owners.keys()
-        heads = {n for n, others in ties.items() if n not in formats and not owners.keys().isdisjoint(others)}
+        owners = {n: _packed(n, modules[n], stored[n]) for n in found if "weight_codes" in stored[n]}
+        tied = {n for n, rule in found.items() if rule.weight is not None} - owners.keys()
+        heads = {n for n, others in ties.items() if n not in found and not owners.keys().isdisjoint(others)}
         for name in sorted(tied | heads):
             owner = next((owners[n] for n in ties.get(name, ()) if n in owners), None)
             if owner is None:
@@ -335,7 +321,7 @@ def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str,
             if name in heads:  # of another class than the checkpoint's
                 swap(modules[name], name, owner.weight_format, None)
             make_packed(modules[name], {}, owner)
-    for name in formats:
+    for name in found:
         for part, quantizer in fake_quants(model.get_submodule(name)):
             for kind in ("scale", "offset"):
                 if (empty := stored[name].get(f"{part}.{kind}")) is not None:

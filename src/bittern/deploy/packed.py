@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bittern import native
+from bittern import attention, native
 from bittern.errors import ModelError
 from bittern.kernels import has_kernel, input_coding, make_panels
 from bittern.layers import (
     QuantConv1D,
     QuantConv2d,
     QuantEmbedding,
+    QuantizedLayer,
     QuantLayer,
     QuantLinear,
     QuantScaledEmbedding,
@@ -39,7 +40,7 @@ from bittern.layers import (
     fake_quants,
     weight_matrix,
 )
-from bittern.quantizers import FakeQuant, code_range, decode, encode, find_scale, stamp
+from bittern.quantizers import code_range, decode, encode, find_scale, stamp
 from bittern.recipe import Format
 
 
@@ -109,7 +110,7 @@ def _unpack_bits(packed: Tensor, columns: int, bits: int) -> Tensor:
 _exchange = threading.RLock()  # held while codes and panels change places
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(QuantizedLayer):
     """Base of packed layers. `owner` is another packed layer if this one is tied to its weight."""
 
     weight_format: Format
@@ -117,7 +118,6 @@ class PackedLayer(nn.Module):
     weight_codes: Tensor
     weight_scale: Tensor
     weight_offset: Tensor | None
-    input_quantizer: FakeQuant | None
     owner: list[PackedLayer]  # a list, so that it is no submodule
     _panels: native.Panels | None = None
     _bias: tuple[tuple[Any, ...], Tensor] | None = None
@@ -129,7 +129,9 @@ class PackedLayer(nn.Module):
             return None
         if (panels := self.panels()) is None or x.shape[-1:] != (panels.inputs,):
             return None
-        rows = native.quantize_shared(x, coding)
+        rows = attention.quantize_once(
+            x, coding, lambda x: native.quantize(x.reshape(-1, x.shape[-1]).contiguous(), coding)
+        )
         if rows is None:
             return None
         return native.linear(rows, panels, self.padded_bias(panels)).view(*x.shape[:-1], panels.outputs)
@@ -197,9 +199,6 @@ class PackedLayer(nn.Module):
         )
         values = values.to(self.weight.dtype)
         return values if rows is None else values.view(*rows.shape, -1)
-
-    def quantized_input(self, x: Tensor) -> Tensor:
-        return x if self.input_quantizer is None else self.input_quantizer(x)
 
     def weight_bytes(self) -> int:
         """Bytes of codes, scales and offsets in a file; 0 for a tied layer."""

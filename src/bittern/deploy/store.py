@@ -14,7 +14,6 @@ import transformers
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from bittern import native
-from bittern.anatomy import check_model
 from bittern.data.texts import load_tokenizer
 from bittern.deploy.checkpoint import (
     METHOD,
@@ -22,12 +21,12 @@ from bittern.deploy.checkpoint import (
     check_config,
     is_packed,
     mark_simulated,
-    module_formats,
 )
 from bittern.deploy.files import atomic_folder, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer
+from bittern.dry_run import check_model
 from bittern.errors import BitternError, CheckpointError, InputError, ModelError, first_line
-from bittern.layers import is_simulated
+from bittern.layers import formats, is_simulated
 from bittern.quantizers import FakeQuant
 from bittern.recipe import OPERANDS
 
@@ -166,10 +165,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """List what a folder holds: model class, sizes, each quantized module with its formats, and what stayed float."""
     model = load(path)
     points = ("weight", "input", *OPERANDS)
-    quantized = dict(module_formats(model))
+    quantized = formats(model)
     modules = [
-        {"name": name.removesuffix(f".{METHOD}"), **{p: str(fmt) for p in points if (fmt := getattr(formats, p))}}
-        for name, formats in quantized.items()
+        {"name": name, **{p: str(fmt) for p in points if (fmt := getattr(rule, p))}} for name, rule in quantized.items()
     ]
     kept = [
         {"name": name, "type": type(m).__name__, "parameters": sum(p.numel() for p in m.parameters(recurse=False))}

@@ -5,10 +5,10 @@ their weights and multiply in float, which is right but slow; `engine()` says so
 contiguity of all they pass on, and raise ValueError; tensors stay referenced while a call runs.
 """
 
-from bittern.native.codes import MOST_INPUTS, Coding, Quantized, quantize, quantize_shared
+from bittern.native.codes import MOST_INPUTS, Coding, Quantized, quantize
 from bittern.native.library import SWITCHED_OFF, available, disabled, engine, kinds, serves, use
 from bittern.native.products import Activation, Panels, activate, attention, linear, norm, padded_bias
 
-__all__ = ["MOST_INPUTS", "Coding", "Quantized", "quantize", "quantize_shared"]
+__all__ = ["MOST_INPUTS", "Coding", "Quantized", "quantize"]
 __all__ += ["SWITCHED_OFF", "available", "disabled", "engine", "kinds", "serves", "use"]
 __all__ += ["Activation", "Panels", "activate", "attention", "linear", "norm", "padded_bias"]

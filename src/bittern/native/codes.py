@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -97,17 +96,3 @@ def quantize(x: Tensor, coding: Coding) -> Quantized | None:
     made = Quantized(codes, buffer(3, padded, dtype=torch.int32), rows, columns, coding)
     failed = library.bittern_quantize(data, columns, coding.structure, torch.get_num_threads(), made.structure())
     return None if failed else made
-
-
-_last: tuple[weakref.ref[Tensor], int, Coding, Quantized] | None = None
-
-
-def quantize_shared(x: Tensor, coding: Coding) -> Quantized | None:
-    """`quantize` of x seen as rows, done once while the same unchanged tensor is given again, as Q, K and V do."""
-    global _last  # noqa: PLW0603
-    last, known = _last, not x.is_inference()  # PyTorch does not count changes of inference tensors
-    if known and last is not None and last[0]() is x and last[1] == x._version and last[2] == coding:
-        return last[3]
-    found = quantize(x.reshape(-1, x.shape[-1]).contiguous(), coding)
-    _last = (weakref.ref(x), x._version, coding, found) if known and found is not None else None
-    return found

@@ -22,10 +22,10 @@ from bittern.layers import (
     QuantLayer,
     Simulation,
     as_float,
+    describe,
     fake_quants,
     simulate,
     weight_matrix,
-    with_present_formats,
 )
 from bittern.progress import Track, peak_memory, silent
 from bittern.ptq.calibrate import calibrate
@@ -160,7 +160,7 @@ def quantize(
     with run.clock("extremes"):
         result.by_extremes = [q.name for _, q in fake_quants(model) if q.format.range == "static" and q.scale is None]
         calibrate(model, given)
-    result.simulation = with_present_formats(simulation, model)
+    result.simulation = describe(model)
     result.seconds, result.peak_memory = run.seconds, peak_memory()
     return result
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bittern.anatomy import Anatomy, dummy_batch
+from bittern.anatomy import Anatomy
 from bittern.attention import NAME, Point, Site, Taps, recording, replace
+from bittern.dry_run import dummy_batch
 from bittern.errors import InputError, ModelError
 from bittern.layers import QuantLayer
 from bittern.quantizers import FakeQuant

@@ -13,10 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from bittern.anatomy import read_anatomy
 from bittern.deploy.checkpoint import mark_simulated
 from bittern.errors import InputError, ModelError
-from bittern.layers import as_float, is_simulated
+from bittern.layers import anatomy_of, is_simulated
 from bittern.qat.distill import Distill, Distiller, balanced
 from bittern.qat.intervention import Intervention
 
@@ -45,10 +44,8 @@ class QATTrainer(Trainer):
         if not is_simulated(model):
             raise ModelError("the student is not simulated; call simulate(model, recipe) before training")
         distill = distill or Distill()
-        with as_float(model):
-            anatomy = read_anatomy(model)
-        theirs = None if teacher is None else read_anatomy(teacher)
-        self.distiller = Distiller(distill, model, anatomy, teacher, theirs, intervention)
+        theirs = None if teacher is None else anatomy_of(teacher)
+        self.distiller = Distiller(distill, model, anatomy_of(model), teacher, theirs, intervention)
         super().__init__(mark_simulated(model), *args, **options)
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise InputError("reentrant activation checkpointing loses gradients of the terms; set use_reentrant=False")

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bittern import native
-from bittern.anatomy import LAYERS
 from bittern.data import load_any_split
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.files import atomic_folder, check_output
@@ -24,6 +23,7 @@ from bittern.deploy.onnx.parity import check, compare, complete, made_up, run, r
 from bittern.deploy.onnx.plan import Form, Plan, integer_codes, may_saturate, plan, remove_rounding, round_inputs
 from bittern.deploy.packed import PackedLayer
 from bittern.deploy.store import REPORT, copy_processors, load
+from bittern.dry_run import LAYERS
 from bittern.errors import InputError, ModelError, first_line
 from bittern.layers import is_simulated
 from bittern.progress import Track, silent

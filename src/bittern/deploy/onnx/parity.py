@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bittern.anatomy import dummy_batch
+from bittern.dry_run import dummy_batch
 from bittern.errors import ModelError, first_line
 
 SLACK = 1.5

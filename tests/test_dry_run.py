@@ -11,7 +11,8 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers.models.bert import modeling_bert
 
-from bittern.anatomy import Anatomy, Attention, Block, read_anatomy
+from bittern.anatomy import Anatomy, Attention, Block
+from bittern.dry_run import read_anatomy
 from bittern.errors import ModelError
 from families import SUPPORTED, UNSUPPORTED
 
@@ -628,7 +629,7 @@ def test_attention_with_nothing_to_compare() -> None:
     parent = model.bert.encoder.layer[0].attention
     parent.self = ForeignSelfAttention(parent.self)
     with pytest.raises(
-        ModelError, match=r"layer\.0\.attention\.self: test_anatomy has no eager attention to compare with"
+        ModelError, match=r"layer\.0\.attention\.self: test_dry_run has no eager attention to compare with"
     ):
         read_anatomy(model, batch)
 
