@@ -1,4 +1,4 @@
-"""What a student learns from its teacher: which terms, how much of each, at which layers.
+"""Distillation: what a student learns from its teacher, how much of each term, at which layers.
 
 A `Distill` is data; `Distiller` binds one to a teacher and a student, and gives the terms of a batch.
 """
@@ -52,7 +52,9 @@ RECIPES: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class Distill:
-    """terms: name → weight. balance: `auto` gives every tensor that a term compares the same share of the loss, in
+    """Terms of the loss, and what they compare.
+
+    terms: name → weight. balance: `auto` gives every tensor that a term compares the same share of the loss, in
     whatever units it is, times the term's weight. layers: blocks whose attention is compared, from 0, negative from the
     end; None: all. mapping: block of the student → block of the teacher, where their depths differ. temperature: of the
     prediction; map_temperature: τ. relations: heads that relations are split into."""
@@ -91,7 +93,7 @@ class Distill:
 
 
 def parse_distill(text: str, **options: Any) -> Distill:
-    """A ready-made set of terms by name, or terms separated by commas, each with a weight if not 1.
+    """Read a ready-made set of terms by name, or terms separated by commas, each with a weight if not 1.
 
     >>> parse_distill("prediction,map=0.3,output=0.7").terms
     {'prediction': 1.0, 'map': 0.3, 'output': 0.7}
@@ -109,7 +111,7 @@ def parse_distill(text: str, **options: Any) -> Distill:
 
 
 class Distiller:
-    """A Distill bound to a teacher and a student: records both, and gives the terms of a batch.
+    """Binds a Distill to a teacher and a student: records both, and gives the terms of a batch.
 
     teacher: None if only the labels teach. Both models get Bittern's attention; the teacher is frozen, and no part of
     the student. Raises ModelError or InputError, at the latest on the first batch, if the two do not fit.
@@ -158,14 +160,13 @@ class Distiller:
                     raise InputError(f"mapping names block {block} of the {whose}, which has blocks 0 to {depth - 1}")
 
     def forward(self, model: nn.Module, batch: Mapping[str, Any], step: int = 0) -> tuple[Any, dict[str, Tensor]]:
-        """The student's output and the terms of the batch. model: the student, or what wraps it.
+        """Return the student's output and the terms of the batch. model: the student, or what wraps it.
 
         step: of the optimizer, which decides whether the teacher intervenes; if so, it does until `release`.
         """
         points = tuple(dict.fromkeys(p for group in self.points.values() for p in group))
         act = self.intervention.act(step) if self.intervention else None
-        teaches = self.teacher is not None and (self.distill.needs_teacher or act is not None)
-        if self.teacher is not None and teaches:
+        if self.teacher is not None and (self.distill.needs_teacher or act):
             keep_labels = self.teacher.config.is_encoder_decoder  # which makes its decoder's inputs of them
             given = {k: v for k, v in batch.items() if k != "labels" or keep_labels}
             asked = dict.fromkeys((*points, *([act.point] if act else [])))
@@ -180,16 +181,14 @@ class Distiller:
             if out.get("loss") is None:
                 raise InputError("the term truth needs labels, and the batch has none")
             terms["truth"] = out["loss"]
-        if not self.distill.needs_teacher:
-            return out, terms
         if "prediction" in self.distill.terms:
             if out.get("logits") is None:
+                name = type(self.student).__name__
                 raise InputError(
-                    f"{type(self.student).__name__} has no logits for the term prediction; choose others, such as "
-                    "hidden,map,output"
+                    f"{name} has no logits for the term prediction; choose others, such as hidden,map,output"
                 )
             terms["prediction"] = self._prediction(out["logits"], expected["logits"], batch)
-        masks = token_masks(taught.masks, self.anatomy)
+        masks = token_masks(taught.masks, self.anatomy) if self.points else {}
         for term, group in self.points.items():
             found = [loss for point in group for loss in self._of_layers(term, point, taught, shown, masks)]
             terms[term] = torch.stack(found).sum()  # sums over layers [KD]
@@ -197,7 +196,7 @@ class Distiller:
         return out, terms
 
     def release(self) -> None:
-        """Let the student go on alone; to be called after the backward."""
+        """Let the student go on alone. Call it after the backward."""
         if self.intervention:
             self.intervener.end()
 
@@ -248,8 +247,8 @@ class Distiller:
             return losses.map_loss_of_scores(x, y, self.distill.map_temperature, rows)
         if term.endswith("_relation"):
             return losses.relation_loss(x, y, rows, self.distill.relations)
-        if term == "context":  # tokens before heads
-            x, y = x.transpose(1, 2), y.transpose(1, 2)
+        if term == "context":
+            x, y = x.transpose(1, 2), y.transpose(1, 2)  # (batch, tokens, heads, head dim)
         return losses.squared_loss(x, y, rows)
 
 
@@ -259,7 +258,7 @@ def balanced(
     compared: Mapping[str, int],
     means: Mapping[str, float] | None = None,
 ) -> Tensor:
-    """The loss of a step: the terms times their weights.
+    """Return the loss of a step: the sum of the terms times their weights.
 
     `auto` first divides each term by its present mean over the tensors that it compares (`Distiller.compared`; 1 if not
     there): the gradient is that of Σ weight · compared · log(term), which is what uncertainty weighting (Kendall et al.
@@ -288,7 +287,7 @@ Place = tuple[int, int]  # block in order of execution, attention within it
 
 
 def _by_place(taps: Taps, anatomy: Anatomy, point: Point) -> dict[Place, tuple[str, Tensor]]:
-    """Attention module and tensor of each place. A block that runs again (ALBERT) counts as the next one; what a
+    """Return attention module and tensor of each place. A block that runs again (ALBERT) counts as the next one; what a
     stack reads has the places -1, -2 and so on."""
     index = {a.name: (i, j) for i, block in enumerate(anatomy.blocks) for j, a in enumerate(block.attentions)}
     runs: Counter[str] = Counter()
@@ -304,7 +303,7 @@ def _by_place(taps: Taps, anatomy: Anatomy, point: Point) -> dict[Place, tuple[s
 
 
 def token_masks(masks: Sequence[tuple[str, Tensor | None]], anatomy: Anatomy) -> dict[tuple[str, str], Tensor]:
-    """For the queries and the keys of each attention module, which tokens are real (batch, tokens), if a mask tells.
+    """Return which tokens are real (batch, tokens) of the queries and the keys of each attention module with a mask.
 
     A token that no query may attend to is padding. The queries of cross-attention are those of the self-attention
     before it.
@@ -313,8 +312,8 @@ def token_masks(masks: Sequence[tuple[str, Tensor | None]], anatomy: Anatomy) ->
     found: dict[tuple[str, str], Tensor] = {}
     queries: Tensor | None = None
     for name, mask in masks:
-        seen = None if mask is None else mask if mask.dtype == torch.bool else mask > -1e4
-        keys = None if seen is None else seen.any(-2).any(1)
+        seen = None if mask is None else mask if mask.dtype == torch.bool else mask > -1e4  # (batch, 1, queries, keys)
+        keys = None if seen is None else seen.any(-2).any(1)  # (batch, keys)
         queries = queries if name in cross else keys
         for side, real in (("queries", queries), ("keys", keys)):
             if real is not None:
@@ -323,7 +322,7 @@ def token_masks(masks: Sequence[tuple[str, Tensor | None]], anatomy: Anatomy) ->
 
 
 def _points(distill: Distill, student: Anatomy, teacher: Anatomy) -> Iterator[tuple[str, tuple[Point, ...]]]:
-    """Layer-wise terms and the points that each compares."""
+    """Yield each layer-wise term with the points that it compares."""
     for term in distill.layerwise:
         if term == "hidden":
             yield term, ("embedding", "hidden")
@@ -339,7 +338,7 @@ def _points(distill: Distill, student: Anatomy, teacher: Anatomy) -> Iterator[tu
 
 
 def attention_output(anatomy: Anatomy) -> Point:
-    """Where Y is: the norm of X + AO if that is what a block's first norm gives (post-norm), else the sum itself."""
+    """Return the point of Y: the norm of X + AO if a block's first norm gives that (post-norm), else the sum itself."""
     for attention in anatomy.attentions:
         if not attention.norm_reads_residual:
             raise ModelError(

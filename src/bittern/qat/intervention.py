@@ -28,7 +28,7 @@ SCHEDULES = (*POINTS, "gradual", "inverted", "stochastic", "fade")
 
 
 class Act(NamedTuple):
-    """What the teacher does in a step: at which point, and how much of the signal there is its own."""
+    """The teacher's part in a step: at which point, and how much of the signal there is its own."""
 
     point: Point
     share: float = 1.0
@@ -36,7 +36,9 @@ class Act(NamedTuple):
 
 @dataclass(frozen=True)
 class Intervention:
-    """schedule: one point throughout, or `gradual` (TI-G: output for a sixth of the steps, context for a sixth, then
+    """Steps in which the teacher's signals replace the student's.
+
+    schedule: one point throughout, or `gradual` (TI-G: output for a sixth of the steps, context for a sixth, then
     map), `inverted` (map, context, output for a third each), `stochastic` (one of the three at random each step),
     `fade` (beyond [TI]: output, mixed with the student's own, from all the teacher's to none).
     steps: of the optimizer, before the student goes on alone, with optimizer and learning rate started afresh.
@@ -58,7 +60,7 @@ class Intervention:
             raise InputError(f"scope of the intervention is {self.scope!r}; expected all or part")
 
     def act(self, step: int) -> Act | None:
-        """Of the step with this number, from 0; None if the student is alone.
+        """Return what the teacher does in the step with this number, from 0; None if the student is alone.
 
         >>> [Intervention(steps=6).act(step).point for step in range(6)]
         ['output', 'context', 'map', 'map', 'map', 'map']
@@ -77,7 +79,7 @@ class Intervention:
         return Act(self.schedule)  # type: ignore[arg-type]
 
     def phases(self, total: int) -> list[dict[str, Any]]:
-        """What a training of so many steps consists of: `name`, `from` and `to` in steps.
+        """Return the phases of a training of so many steps: `name`, `from` and `to` in steps.
 
         >>> [(p["name"], p["to"]) for p in Intervention("inverted", steps=60).phases(500)]
         [('map', 20), ('context', 40), ('output', 60), ('alone', 500)]
@@ -89,7 +91,7 @@ class Intervention:
         return found
 
     def phase(self, step: int) -> str:
-        """A name for what the teacher does in a step."""
+        """Name what the teacher does in a step."""
         act = self.act(step)
         if act is None:
             return "alone"
@@ -111,8 +113,8 @@ class _Weaken(torch.autograd.Function):
 
 
 class _Gate:
-    """Belongs to a layer that gives Q, K or V, or all of them: while the teacher acts, what the layer reads gets no
-    gradient through it, but for V under map [TI]."""
+    """Keeps gradients from what a layer of Q, K or V, or of all of them, reads while the teacher acts; but for V under
+    map [TI]."""
 
     def __init__(self, layer: nn.Module, columns: Tensor):
         self.columns = columns  # of the layer's output: which reach V
@@ -181,7 +183,7 @@ class Intervener:
             quantizer.bypass = False
 
     def _untrained(self, point: Point) -> Iterator[FakeQuant]:
-        """Quantizers of what the paper does not train under this intervention; those of `output` include all others."""
+        """Yield quantizers of what the paper does not train under an intervention; `output` includes all others."""
         trains_value = point == "map"
         layers = [name for name, gate in self.gates.items() if not (trains_value and gate.only_value)]
         for layer in map(self.student.get_submodule, layers + (self.outputs if point == "output" else [])):
@@ -195,7 +197,7 @@ class Intervener:
 
 
 def _gates(student: PreTrainedModel, anatomy: Anatomy, chosen: Mapping[str, str]) -> Iterator[tuple[str, _Gate]]:
-    """A gate for each layer that gives Q, K or V of a chosen attention; a gradient tells which outputs reach V."""
+    """Yield a gate for each layer of Q, K or V of a chosen attention; a gradient tells which outputs reach V."""
     attentions = [a for a in anatomy.attentions if a.name in chosen]
     outputs: dict[str, Tensor] = {}
     hooks = [

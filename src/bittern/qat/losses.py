@@ -20,13 +20,16 @@ def prediction_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, 
     temperature: of both softmaxes; the result is multiplied by its square, which keeps the size of the gradients.
     """
     soft, hard = F.log_softmax(student.float() / temperature, -1), F.softmax(teacher.float() / temperature, -1)
-    return _mean_of_samples(-(hard * soft).sum(-1), rows) * temperature**2
+    entropy = -(hard * soft).sum(-1)  # (batch) or (batch, tokens)
+    return _mean_of_samples(entropy, rows) * temperature**2
 
 
 def squared_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
     """Mean squared error of (batch, tokens, …), over real tokens; of logits (batch, outputs) for regression."""
     error = (student.float() - teacher.float()).square()
-    return _mean_of_samples(error.flatten(2).mean(-1) if error.dim() > 2 else error, rows)
+    if error.dim() > 2:
+        error = error.flatten(2).mean(-1)  # (batch, tokens)
+    return _mean_of_samples(error, rows)
 
 
 def score_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -37,10 +40,10 @@ def score_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> 
     seen = (student > -1e2).float()
     error = F.threshold(student.float(), -1e2, 0.0) - F.threshold(teacher.float(), -1e2, 0.0)
     if rows is not None:
-        real = rows[:, None, :, None].float()
+        real = rows[:, None, :, None].float()  # (batch, 1, queries, 1)
         seen, error = seen * real, error * real
-    error, count = error.flatten(1), seen.flatten(1).sum(1)
-    total: Tensor = torch.linalg.vecdot(error, error)
+    error, count = error.flatten(1), seen.flatten(1).sum(1)  # (batch, heads · queries · keys), (batch)
+    total: Tensor = torch.linalg.vecdot(error, error)  # (batch)
     return (total / count.clamp(min=1)).mean()
 
 
@@ -56,20 +59,20 @@ class _Divergence(torch.autograd.Function):
         ctx.save_for_backward(student, teacher)
         low, high = student.clamp(min=TINY), teacher.clamp(min=TINY)
         ratio = (high - low).div_(low).clamp_(min=2**-24 - 1).log1p_()  # log(T/S), and finite
-        return ratio.mul_(teacher).sub_(teacher - student).sum(-1)
+        return ratio.mul_(teacher).sub_(teacher - student).sum(-1)  # (…, queries)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         student, teacher = ctx.saved_tensors
-        slope = (teacher / student.clamp(min=TINY)).mul_(grad.neg().unsqueeze(-1))
+        slope = (teacher / student.clamp(min=TINY)).mul_(grad.neg().unsqueeze(-1))  # (…, queries, keys)
         return torch.ops.aten.threshold_backward(slope, student, TINY), None  # none where it was clamped
 
 
 def map_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
     """KL(SA^T ‖ SA^S) of attention maps (batch, heads, queries, keys), mean over heads and real queries [KD eq. 5]."""
     divergence: Tensor = _Divergence.apply(student.float(), teacher.float())  # type: ignore[no-untyped-call]
-    return _mean_of_samples(divergence.mean(1), rows)
+    return _mean_of_samples(divergence.mean(1), rows)  # (batch, heads, queries) → (batch, queries)
 
 
 def map_loss_of_scores(
@@ -80,12 +83,7 @@ def map_loss_of_scores(
     return map_loss(student, teacher, rows) * temperature**2
 
 
-def relation_loss(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Tensor | None = None,
-    relations: int | None = None,
-) -> Tensor:
+def relation_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None, relations: int | None = None) -> Tensor:
     """KL of softmax(VVᵀ/√d) between tokens, of values, queries or keys (batch, heads, tokens, head dim) (MiniLMv2).
 
     relations: into how many the concatenated heads are split, the student's heads by default; the teacher may have
@@ -94,8 +92,9 @@ def relation_loss(
     relations = relations or student.shape[1]
 
     def relation(x: Tensor) -> Tensor:
-        x = x.float().transpose(1, 2).flatten(2).unflatten(-1, (relations, -1)).transpose(1, 2)
-        scores = x @ x.mT * x.shape[-1] ** -0.5
+        x = x.float().transpose(1, 2).flatten(2)  # (batch, tokens, heads · head dim)
+        x = x.unflatten(-1, (relations, -1)).transpose(1, 2)  # (batch, relations, tokens, width)
+        scores = x @ x.mT * x.shape[-1] ** -0.5  # (batch, relations, tokens, tokens)
         if rows is not None:
             scores = scores.masked_fill(~rows[:, None, None, :], torch.finfo(scores.dtype).min)
         return F.softmax(scores, -1)
@@ -104,8 +103,8 @@ def relation_loss(
 
 
 def _mean_of_samples(values: Tensor, rows: Tensor | None) -> Tensor:
-    """Of (batch, tokens) or (batch): the mean over real tokens of each sample, then over samples."""
+    """Return the mean of (batch, tokens) or (batch): over real tokens of each sample, then over samples."""
     if rows is None or values.dim() == 1:
         return values.mean()
     valid = rows.to(values.dtype)
-    return ((values * valid).sum(1) / valid.sum(1).clamp(min=1)).mean()
+    return ((values * valid).sum(1) / valid.sum(1).clamp(min=1)).mean()  # (batch) → ()

@@ -39,7 +39,7 @@ Measure = Callable[[], dict[str, float]]
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how fast. Defaults are those of [KD]: Adam, linear warm-up of a tenth, then linear decay.
+    """Options of a training run. Defaults are those of [KD]: Adam, linear warm-up of a tenth, then linear decay.
 
     epochs: over the training data; steps: of the optimizer, in place of epochs. batch_size: of one process.
     evaluations: how often in a run the student is measured and a checkpoint written. patience: stop when so many of
@@ -70,8 +70,9 @@ class Training:
 
 @dataclass
 class Trained:
-    """What a run did. history: what was logged, by step: losses, and metrics as `eval_…`. best_step: whose weights the
-    student has now; 0 if they are the last ones. phases: what the teacher did from which step to which, if it did."""
+    """The course of a run. history: what was logged, by step: losses, and metrics as `eval_…`. best_step: whose weights
+    the student has now; 0 if they are the last ones. phases: what the teacher did from which step to which, if it did.
+    """
 
     steps: int
     best_step: int
@@ -105,7 +106,8 @@ def train(
     """
     if training.batch_size > len(data):
         raise InputError(f"a batch of {training.batch_size} is larger than the data, {len(data)} samples; lower it")
-    _check_labels(student, data, distill)
+    if "truth" in distill.terms and data.labels is None and not is_language_model(student):
+        raise InputError(f"{data.name} has no labels, which the term truth needs; choose other terms with --distill")
     patience = [EarlyStoppingCallback(training.patience)] if training.patience else []
     trainer = _MeasuredTrainer(
         student,
@@ -115,7 +117,7 @@ def train(
         teacher=teacher,
         distill=distill,
         intervention=intervention,
-        callbacks=[_Schedule(training.evaluations), _Progress(on_step), *patience],
+        callbacks=[_Schedule(training.evaluations, on_step), *patience],
     )
     trainer.check_first_batch()
     checkpoint = last_checkpoint(folder) if resume else None
@@ -131,7 +133,9 @@ def train(
         ) from error
     student.eval()
     state, key = trainer.state, str(trainer.args.metric_for_best_model)
-    best = state.best_metric if state.best_metric is not None else _last(state.log_history, key)
+    best = state.best_metric
+    if best is None:
+        best = next((entry[key] for entry in reversed(state.log_history) if key in entry), math.nan)
     return Trained(
         steps=state.global_step,
         best_step=state.best_global_step or 0,
@@ -154,7 +158,7 @@ def read_baseline(folder: str | Path) -> dict[str, Any]:
 
 
 def first_step(history: Sequence[Mapping[str, float]], metric: str, value: float) -> int | None:
-    """The first evaluation that was at least as good as `value`; None if none was."""
+    """Return the step of the first evaluation that was at least as good as `value`; None if none was."""
     sign = -1 if metric in LOWER_IS_BETTER else 1
     good = (e["step"] for e in history if sign * e.get(f"eval_{metric}", -sign * math.inf) >= sign * value)
     return next((int(step) for step in good), None)
@@ -174,7 +178,7 @@ def leave_processes() -> None:
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint that was written to its end; the Trainer writes its state last."""
+    """Return the newest checkpoint that was written to its end; the Trainer writes its state last."""
     found = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
@@ -186,19 +190,10 @@ def _is_json(path: Path) -> bool:
         return False
 
 
-def _last(history: Sequence[Mapping[str, float]], key: str) -> float:
-    return next((entry[key] for entry in reversed(history) if key in entry), float("nan"))
-
-
-def _check_labels(student: PreTrainedModel, data: Data, distill: Distill) -> None:
-    if "truth" in distill.terms and data.labels is None and not is_language_model(student):
-        raise InputError(f"{data.name} has no labels, which the term truth needs; choose other terms with --distill")
-
-
 def collator(data: Data, model: PreTrainedModel) -> Callable[[Sequence[int]], dict[str, Tensor]]:
-    """Makes a batch of the rows with the given numbers, with labels if there are any.
+    """Return a function that makes a batch of the rows with the given numbers, with labels if there are any.
 
-    Of a language model the labels are the tokens themselves, -100 where there is padding.
+    Labels of a language model are the tokens themselves, -100 where there is padding.
     """
 
     def collate(numbers: Sequence[int]) -> dict[str, Tensor]:
@@ -213,7 +208,7 @@ def collator(data: Data, model: PreTrainedModel) -> Callable[[Sequence[int]], di
 
 
 class ByLength(Sampler[int]):
-    """Texts of about the same length stand in the same batch, for less padding, in an order that only seed and epoch
+    """Puts texts of about the same length in the same batch, for less padding, in an order that only seed and epoch
     decide: resuming needs no state."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):
@@ -257,7 +252,9 @@ class _MeasuredTrainer(QATTrainer):
         return found
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        lengths = [sum(map(len, row)) for row in self.data.rows] if _are_texts(self.data.rows[0]) else []
+        rows = self.data.rows
+        are_texts = isinstance(rows[0], tuple) and all(isinstance(part, str) for part in rows[0])
+        lengths = [sum(map(len, row)) for row in rows] if are_texts else []  # in letters
         if len(set(lengths)) < 2 or self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -265,10 +262,11 @@ class _MeasuredTrainer(QATTrainer):
 
 
 class _Schedule(TrainerCallback):
-    """Evaluates and saves so many times in a run, the last time at its end, and logs five times as often."""
+    """Evaluates and saves so many times in a run, the last time at its end, logs five times as often, and tells
+    `on_step` where the run is."""
 
-    def __init__(self, evaluations: int):
-        self.evaluations = evaluations
+    def __init__(self, evaluations: int, on_step: OnStep):
+        self.evaluations, self.on_step = evaluations, on_step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.eval_steps = state.save_steps = math.ceil(state.max_steps / self.evaluations)
@@ -277,14 +275,7 @@ class _Schedule(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_log = True
-
-
-class _Progress(TrainerCallback):
-    def __init__(self, on_step: OnStep):
-        self.on_step = on_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step < state.max_steps:
+        else:
             self.on_step(state.global_step, state.max_steps, {})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -294,17 +285,8 @@ class _Progress(TrainerCallback):
         self.on_step(state.global_step, state.global_step, {})
 
 
-def _are_texts(row: Any) -> bool:
-    return isinstance(row, tuple) and all(isinstance(part, str) for part in row)
-
-
-DECIDED = {
-    "eval_steps": "evaluations",
-    "save_steps": "evaluations",
-    "logging_steps": "evaluations",
-    "metric_for_best_model": "metric",
-    "output_dir": "out",
-}
+DECIDED = dict.fromkeys(("eval_steps", "save_steps", "logging_steps"), "evaluations")
+DECIDED |= {"metric_for_best_model": "metric", "output_dir": "out"}
 
 
 def _arguments(training: Training, folder: Path) -> TrainingArguments:
