@@ -46,14 +46,14 @@ class Data:
         return self._take(np.random.default_rng(seed).permutation(len(self.rows))[:samples].tolist())
 
     def split(self, samples: int, seed: int = 0) -> tuple[Data, Data]:
-        """All but `samples` random rows, in their order, and these. Raises InputError if there are too few of them."""
+        """Return all but `samples` random rows, in order, and these. Raises InputError if there are too few of them."""
         if not 0 < samples < len(self.rows):
             raise InputError(f"{self.name} has {len(self.rows)} samples, too few to hold some out; add a test split")
         held_out = set(np.random.default_rng(seed).permutation(len(self.rows))[:samples].tolist())
         return self._take([i for i in range(len(self)) if i not in held_out]), self._take(sorted(held_out))
 
     def fingerprint(self) -> str:
-        """SHA-256 of all inputs and labels, to tell whether two results come from the same data, however batched."""
+        """Return the SHA-256 of all inputs and labels: that of the same data is the same, however batched."""
         sha = hashlib.sha256(b"" if self.labels is None else self.labels.numpy().tobytes())
         for row in self.rows:
             batch = self.collate([row])

@@ -20,7 +20,7 @@ LAYOUT = "train/ and val/, each with images and an annotations .json, or annotat
 
 
 class Box(NamedTuple):
-    """An object: the model's label, its left upper corner and size in pixels, and whether it stands for a crowd."""
+    """An object: the model's label, its left upper corner and size in pixels; crowd if it stands for several."""
 
     label: int
     x: float
@@ -40,7 +40,7 @@ class Scene(NamedTuple):
 
 
 def read_scenes(source: str, split: Literal["train", "test"], model: PreTrainedModel) -> list[Scene] | None:
-    """All scenes of a split of a folder in COCO's format; None if it has the other split only.
+    """Read all scenes of a split of a folder in COCO's format; None if it has the other split only.
 
     Categories are the model's classes by name if all are known by name, or else by id. Raises InputError for a missing
     image, an annotation of an unknown image, a box that is none, and a category that is no class of the model.
@@ -87,7 +87,7 @@ def read_scenes(source: str, split: Literal["train", "test"], model: PreTrainedM
 
 
 def _annotation_files(folder: Path) -> dict[str, tuple[Path, list[Path]]]:
-    """Of each split its annotations and the folders that its images may be in."""
+    """Find the annotations of each split, and the folders that its images may be in."""
     found: dict[str, tuple[Path, list[Path]]] = {}
     for split, starts in SPLITS.items():
         for start in starts:
@@ -105,7 +105,7 @@ def _annotation_files(folder: Path) -> dict[str, tuple[Path, list[Path]]]:
 
 
 def _labels(file: Path, names: dict[int, str], used: set[int], model: PreTrainedModel) -> dict[int, int]:
-    """The model's label of each category id."""
+    """Return the model's label of each category id."""
     unknown = sorted(used - names.keys())
     if unknown:
         raise InputError(f"{file}: annotations are of category {unknown[0]}, which is not among its categories")
@@ -122,7 +122,7 @@ def _labels(file: Path, names: dict[int, str], used: set[int], model: PreTrained
 
 
 def mean_average_precision(scenes: Sequence[Scene], found: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """COCO's mAP (AP at IoU 0.5 to 0.95, AP50, AP75) in [0, 1], by pycocotools.
+    """Return COCO's mAP (AP at IoU 0.5 to 0.95, AP50, AP75) in [0, 1], by pycocotools.
 
     found: for each scene scores (n,), labels (n,) and boxes (n, 4) as x0, y0, x1, y1 in pixels, as
     `post_process_object_detection` gives them.
@@ -156,7 +156,7 @@ def mean_average_precision(scenes: Sequence[Scene], found: Sequence[dict[str, An
 
 
 def pycocotools() -> tuple[Any, Any]:
-    """COCO and COCOeval. Raises InputError if they are not installed."""
+    """Import COCO and COCOeval. Raises InputError if they are not installed."""
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval

@@ -24,7 +24,7 @@ LOWER_IS_BETTER = ("perplexity", "max_difference")
 
 @torch.no_grad()
 def predict(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-    """Logits (samples, classes) of a classifier; for an encoder without head its sentence embeddings (samples, hidden).
+    """Return logits (samples, classes) of a classifier; of an encoder without head embeddings (samples, hidden).
 
     Of a detector logits and then boxes of its queries, relative center and size: (samples, queries, logits + 4). Of a
     language model for each token but the first its negative log likelihood, and the token that was likeliest in its
@@ -67,22 +67,22 @@ def _output(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of samples whose largest logit is the label's."""
+    """Return the share of samples whose largest logit is the label's."""
     return (logits.argmax(-1) == labels).float().mean().item()
 
 
 def top5(logits: Tensor, labels: Tensor) -> float:
-    """Share of samples whose five largest logits include the label's."""
+    """Return the share of samples whose five largest logits include the label's."""
     return (logits.topk(5).indices == labels.unsqueeze(-1)).any(-1).float().mean().item()
 
 
 def agreement(logits: Tensor, reference: Tensor) -> float:
-    """Share of samples for which two classifiers choose the same class."""
+    """Return the share of samples for which two classifiers choose the same class."""
     return accuracy(logits, reference.argmax(-1))
 
 
 def similarity_agreement(embeddings: Tensor, reference: Tensor) -> float:
-    """Spearman correlation of the cosine similarities of all pairs of samples, one encoder against another."""
+    """Return Spearman's correlation of the cosine similarities of all pairs of samples, of two encoders."""
     from scipy.stats import spearmanr
 
     if len(embeddings) < 3:
@@ -93,7 +93,7 @@ def similarity_agreement(embeddings: Tensor, reference: Tensor) -> float:
 
 
 def of_labels(output: Tensor, labels: Tensor, regression: bool = False) -> dict[str, float]:
-    """Accuracy, top-5 of more than five classes, F1 of class 1 and Matthews correlation of two.
+    """Return accuracy, top-5 of more than five classes, F1 of class 1 and Matthews correlation of two.
 
     Of a regression Pearson's and Spearman's correlation; a constant prediction correlates with nothing: 0.
     """
@@ -116,14 +116,14 @@ def of_labels(output: Tensor, labels: Tensor, regression: bool = False) -> dict[
 
 
 def is_measurable(model: PreTrainedModel, data: Data) -> bool:
-    """Whether data tells how good a model is without another to compare with."""
+    """True if data tells how good a model is without another to compare with."""
     if has_boxes(model) or is_language_model(model):
         return True
     return data.labels is not None and (has_classes(model) or is_regression(model))
 
 
 def metrics(model: PreTrainedModel, data: Data, output: Tensor, reference: Tensor | None = None) -> dict[str, Any]:
-    """What can be told of `output`, which `predict` gave for `model` and `data`, and how far it is from a reference.
+    """Measure `output`, which `predict` gave for `model` and `data`, and how far it is from a reference.
 
     Of detectors COCO's AP, AP50 and AP75; of language models the perplexity; else what `of_labels` gives, if the data
     has labels. With a reference the agreement of classes, tokens or similarities, of detectors the errors of logits and
@@ -161,7 +161,7 @@ def _of_boxes(data: Data, output: Tensor) -> dict[str, float]:
 
 
 def headline(source: str, found: Mapping[str, float]) -> str:
-    """The metric that decides between checkpoints: GLUE's own for its tasks, known by the last name of the source, else
-    the first one found."""
+    """Return the metric that decides between checkpoints: GLUE's own for its tasks, known by the last name of the
+    source, else the first one found."""
     own = HEADLINES.get(Path(source).stem.lower().replace("-", ""), "")
     return own if own in found else next(iter(found))

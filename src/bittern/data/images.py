@@ -16,7 +16,7 @@ from bittern.errors import InputError, first_line
 
 
 def image_processor(path: str | Path) -> Any:
-    """The image processor of a model folder."""
+    """Load the image processor of a model folder."""
     try:
         return AutoImageProcessor.from_pretrained(path)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
@@ -24,7 +24,7 @@ def image_processor(path: str | Path) -> Any:
 
 
 def image_collate(processor_path: str | Path, model: PreTrainedModel) -> Collate:
-    """Makes batches of images, from their files or table cells."""
+    """Return a function that makes batches of images, from their files or table cells."""
     processor = image_processor(processor_path)
     mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
 
@@ -41,7 +41,7 @@ def image_collate(processor_path: str | Path, model: PreTrainedModel) -> Collate
 
 
 def read_image(row: Path | Scene | dict[str, Any], mode: str) -> Any:
-    """An image from its file, or from a cell of a table that holds its bytes or path."""
+    """Read an image from its file, or from a cell of a table that holds its bytes or path."""
     from PIL import Image
 
     if isinstance(row, Scene):

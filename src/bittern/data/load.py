@@ -42,7 +42,7 @@ IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 @cache
 def digits(split: Split) -> tuple[Tensor, Tensor]:
-    """scikit-learn's handwritten digits: images (n, 1, 8, 8) in [0, 1] and labels; 1,437 to train, 360 to test."""
+    """Load scikit-learn's handwritten digits: images (n, 1, 8, 8) in [0, 1] and labels; 1,437 to train, 360 to test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -30,7 +30,7 @@ READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "jso
 
 
 def split_files(folder: Path) -> dict[Split, Path]:
-    """Files of a folder by the split they are named after."""
+    """Return files of a folder by the split they are named after."""
     found: dict[Split, Path] = {}
     for file in sorted(folder.iterdir()):
         if file.suffix in READERS:
@@ -45,7 +45,7 @@ def split_files(folder: Path) -> dict[Split, Path]:
 
 
 def read_table(source: str, split: Split) -> Any:
-    """A `datasets.Dataset` with at least one row; None if the source has no such split."""
+    """Read a `datasets.Dataset` with at least one row; None if the source has no such split."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -81,7 +81,7 @@ def read_table(source: str, split: Split) -> Any:
 def pick_columns(
     source: str, table: Any, asked: Sequence[str], known: Sequence[Sequence[str]], most: int
 ) -> Sequence[str]:
-    """The columns of inputs: those asked for, else the first of the known ones that are there."""
+    """Return the columns of inputs: those asked for, else the first of the known ones that are there."""
     have = table.column_names
     if len(asked) > most:
         raise InputError(f"{source}: the model takes at most {most} columns of inputs, got {', '.join(asked)}")
@@ -93,7 +93,7 @@ def pick_columns(
 
 
 def read_texts(source: str, table: Any, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Texts, or pairs of texts, by row."""
+    """Read texts, or pairs of texts, by row."""
     texts: list[tuple[str, ...]] = list(zip(*(table[c] for c in columns), strict=True))
     bad = next((i for i, row in enumerate(texts) if not all(isinstance(t, str) for t in row)), None)
     if bad is not None:
@@ -102,7 +102,7 @@ def read_texts(source: str, table: Any, columns: Sequence[str]) -> list[tuple[st
 
 
 def read_images(source: str, table: Any, column: str) -> Any:
-    """A column of images as they are stored, so that each is decoded where an error can be told."""
+    """Read a column of images as they are stored, so that each is decoded where an error can be told."""
     import datasets
 
     try:
@@ -112,7 +112,7 @@ def read_images(source: str, table: Any, column: str) -> Any:
 
 
 def read_labels(source: str, table: Any, label_column: str | None, model: PreTrainedModel) -> Tensor | None:
-    """Labels by the model's names or numbers of classes; None if there are none, or nothing to compare them with."""
+    """Read labels by names or numbers of the model's classes; None if there are none, or nothing to compare with."""
     if label_column and label_column not in table.column_names:
         raise InputError(f"{source} has no column {label_column!r}; it has {', '.join(table.column_names)}")
     column = label_column or next((c for c in LABEL_COLUMNS if c in table.column_names), None)
@@ -131,12 +131,12 @@ def read_labels(source: str, table: Any, label_column: str | None, model: PreTra
 
 
 def class_numbers(model: PreTrainedModel) -> dict[str, int]:
-    """The model's classes: their names in lower case, and their numbers."""
+    """Return the numbers of the model's classes by their names in lower case."""
     return {str(name).lower(): number for name, number in (model.config.label2id or {}).items()}
 
 
 def check_labels(source: str, labels: Tensor, model: PreTrainedModel) -> Tensor:
-    """The labels, if they are classes of the model or it has none; else an InputError."""
+    """Return the labels. Raises InputError unless they are classes of the model, or it has none."""
     count = getattr(model.config, "num_labels", 0)
     if not has_classes(model):
         return labels

@@ -31,7 +31,7 @@ def is_language_model(model: PreTrainedModel) -> bool:
 
 
 def expected_inputs(model: PreTrainedModel) -> str:
-    """What the model reads, in words for an error."""
+    """Say what the model reads, for an error."""
     if model.main_input_name != "pixel_values":
         return "texts" if model.main_input_name == "input_ids" else str(model.main_input_name)
     channels, size = getattr(model.config, "num_channels", 3), getattr(model.config, "image_size", None)

@@ -19,7 +19,7 @@ Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 
 @cache
 def sentences() -> list[str]:
-    """English sentences from the descriptions of scikit-learn's data sets."""
+    """Return English sentences from the descriptions of scikit-learn's data sets."""
     from importlib.resources import files
 
     found: list[str] = []
@@ -32,7 +32,7 @@ def sentences() -> list[str]:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a model folder. Raises InputError if there is none, where transformers may make up one."""
+    """Load the tokenizer of a model folder. Raises InputError if there is none, where transformers may make up one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for a missing tokenizer
@@ -44,7 +44,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def text_collate(processor_path: str | Path, model: PreTrainedModel, max_length: int) -> Collate:
-    """Makes padded batches of texts or pairs of texts, cut to the length that the model takes."""
+    """Return a function that makes padded batches of texts or pairs of texts, cut to what the model takes."""
     tokenizer, length = load_tokenizer(processor_path), longest(model, max_length)
     length = min(length, tokenizer.model_max_length)
     if tokenizer.pad_token is None:
@@ -68,7 +68,7 @@ def longest(model: PreTrainedModel, max_length: int) -> int:
 
 
 def blocks(texts: Sequence[str], processor_path: str | Path, length: int) -> list[Tensor]:
-    """The texts as one stream of tokens, an end token after each if there is one, in blocks of `length` tokens.
+    """Join the texts to one stream of tokens, an end token after each if there is one, in blocks of `length` tokens.
 
     What is left at the end is dropped, unless it is all there is.
     """
@@ -81,6 +81,6 @@ def blocks(texts: Sequence[str], processor_path: str | Path, length: int) -> lis
 
 
 def stack_blocks(rows: Sequence[Tensor]) -> dict[str, Tensor]:
-    """A batch of blocks of tokens, which have no padding."""
+    """Make a batch of blocks of tokens, which have no padding."""
     ids = torch.stack(list(rows))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
