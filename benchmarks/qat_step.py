@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from bittern import read_anatomy, simulate
+from bittern import simulate
 from bittern.deploy.bench import alternate, ratios
 from bittern.qat.distill import Distiller, balanced, parse_distill
 
@@ -54,14 +54,13 @@ def measure(shape: str, batch_size: int, rounds: int, sets: list[str]) -> dict[s
         "labels": torch.randint(0, 2, (batch_size,)),
     }
     teacher, float_model = copy.deepcopy(model), copy.deepcopy(model)
-    anatomy = read_anatomy(model)
     student = copy.deepcopy(model)
     simulate(student, "ternary-2-2-8")
     steps = {"plain": step(float_model, lambda: float_model(**batch).loss)}
 
     def taught(terms: str) -> Callable[[], None]:
         distill = parse_distill(terms)
-        distiller = Distiller(distill, student, anatomy, copy.deepcopy(teacher) if distill.needs_teacher else None)
+        distiller = Distiller(distill, student, copy.deepcopy(teacher) if distill.needs_teacher else None)
         return step(student, lambda: balanced(distiller.forward(student, batch)[1], distill, distiller.compared))
 
     steps |= {terms: taught(terms) for terms in sets}

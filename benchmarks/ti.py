@@ -26,7 +26,6 @@ from bittern import load, simulate
 from bittern.attention import recording
 from bittern.data import load_data
 from bittern.data.evaluate import LOWER_IS_BETTER
-from bittern.dry_run import read_anatomy
 from bittern.qat.distill import Distiller, parse_distill
 from bittern.qat.intervention import POINTS, Act, Intervention
 
@@ -81,8 +80,7 @@ def errors(options: Any) -> dict[str, list[float]]:
     assert data is not None
     batch = next(iter(data.subset(128)))
     batch.pop("labels", None)
-    anatomy = read_anatomy(teacher)
-    distiller = Distiller(parse_distill("hidden"), student, anatomy, teacher, None, Intervention())
+    distiller = Distiller(parse_distill("hidden"), student, teacher, Intervention())
     with recording(teacher, "embedding", "hidden", *POINTS) as theirs:
         teacher(**batch)
     found = {}

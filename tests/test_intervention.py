@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 
-from bittern import read_anatomy, simulate
+from bittern import simulate
 from bittern.anatomy import Anatomy
 from bittern.attention import Point, Taps, recording, sites
 from bittern.errors import InputError, ModelError
@@ -59,9 +59,7 @@ def pair(family: str, recipe: Recipe | str | None = None) -> tuple[hf.PreTrained
 def distiller_of(
     student: hf.PreTrainedModel, teacher: hf.PreTrainedModel, batch: Batch, schedule: str, terms: str = "prediction"
 ) -> Distiller:
-    anatomy = read_anatomy(teacher, batch)
-    distill = parse_distill(terms, balance="fixed")
-    return Distiller(distill, student, anatomy, teacher, intervention=Intervention(schedule, steps=6))
+    return Distiller(parse_distill(terms, balance="fixed"), student, teacher, Intervention(schedule, steps=6))
 
 
 # Gradients, against a BERT written by hand
@@ -220,9 +218,7 @@ def test_equals_teacher(family: str, point: str) -> None:
     teacher, batch = SUPPORTED[family]()
     student = copy.deepcopy(teacher)
     simulate(student, everything_else_float(point), batch)
-    distiller = Distiller(
-        parse_distill("truth"), student, read_anatomy(teacher, batch), teacher, None, Intervention(point)
-    )
+    distiller = Distiller(parse_distill("truth"), student, teacher, Intervention(point))
     distiller.distill = parse_distill("hidden")  # any that needs no labels
     with torch.no_grad():
         expected = first_tensor(teacher(**batch))
@@ -455,14 +451,12 @@ def test_refused(tmp_path: Path) -> None:
             eval_strategy="steps",
         ).train()
     student, teacher, batch = pair("bert")
-    anatomy = read_anatomy(teacher, batch)
     with refused(InputError, "the intervention needs a teacher"):
-        Distiller(parse_distill("none"), student, anatomy, intervention=Intervention())
+        Distiller(parse_distill("none"), student, intervention=Intervention())
     shallow = hf.BertForSequenceClassification(hf.BertConfig(**(TEXT | {"num_hidden_layers": 1}), num_labels=3)).eval()
     _, teacher, batch = pair("bert")
-    parts = (shallow, read_anatomy(shallow), teacher, read_anatomy(teacher))
     with refused(ModelError, "1 blocks", "2", "mapping"):
-        Distiller(parse_distill("prediction"), *parts, Intervention())
-    distiller = Distiller(parse_distill("prediction", mapping={0: 1}), *parts, Intervention("map"))
+        Distiller(parse_distill("prediction"), shallow, teacher, Intervention())
+    distiller = Distiller(parse_distill("prediction", mapping={0: 1}), shallow, teacher, Intervention("map"))
     distiller.forward(shallow, batch)
     assert distiller.intervener.source == {"bert.encoder.layer.0.attention.self": "bert.encoder.layer.1.attention.self"}

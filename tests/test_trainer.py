@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 
-from bittern import calibrate, load, pack, read_anatomy, save, simulate
+from bittern import calibrate, load, pack, save, simulate
 from bittern.errors import InputError, ModelError
 from bittern.qat.distill import Distill, Distiller, balanced, parse_distill
 from bittern.qat.trainer import QATTrainer
@@ -98,7 +98,7 @@ def pair(family: str, recipe: str = "ternary-2-2-8") -> tuple[hf.PreTrainedModel
 def test_families(family: str) -> None:
     """All terms are finite on every kind of model, and reach every quantized weight that the batch uses in a block."""
     student, teacher, batch = pair(family)
-    distiller = Distiller(parse_distill(ALL_TERMS), student, read_anatomy(teacher, batch), teacher)
+    distiller = Distiller(parse_distill(ALL_TERMS), student, teacher)
     _, terms = distiller.forward(student, batch)
     assert set(terms) == set(ALL_TERMS.split(","))
     assert all(torch.isfinite(term) and term > 0 for term in terms.values()), terms
@@ -115,9 +115,8 @@ def test_equal(family: str) -> None:
     """A student that computes what its teacher does has no layer-wise loss."""
     teacher, batch = SUPPORTED[family]()
     student = copy.deepcopy(teacher)
-    anatomy = read_anatomy(teacher, batch)
     terms = ALL_TERMS + ",output"
-    _, found = Distiller(parse_distill(terms), student, anatomy, teacher).forward(student, batch)
+    _, found = Distiller(parse_distill(terms), student, teacher).forward(student, batch)
     assert all(value < 1e-6 for name, value in found.items() if name != "prediction"), found
 
 
@@ -125,9 +124,7 @@ def test_against_output_attentions() -> None:
     """Terms of BERT are those computed from the outputs that transformers itself gives, padding left out."""
     student, teacher, batch = pair("bert")
     with torch.no_grad():
-        _, terms = Distiller(parse_distill("hidden,map"), student, read_anatomy(teacher, batch), teacher).forward(
-            student, batch
-        )
+        _, terms = Distiller(parse_distill("hidden,map"), student, teacher).forward(student, batch)
         a, b = (m(**batch, output_hidden_states=True, output_attentions=True) for m in (student, teacher))
     length = batch["attention_mask"].sum(1).tolist()
     hidden = sum(
@@ -151,9 +148,8 @@ def test_against_output_attentions() -> None:
 def test_padding(family: str) -> None:
     """More padding changes no term."""
     student, teacher, batch = pair(family, "w8a8")
-    anatomy = read_anatomy(teacher, batch)
     calibrate(student, [batch])
-    distiller = Distiller(parse_distill(ALL_TERMS), student, anatomy, teacher)
+    distiller = Distiller(parse_distill(ALL_TERMS), student, teacher)
     if family in ("gpt2", "llama"):
         batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
     more = {k: F.pad(v, (0, 5), value=-100 if k == "labels" else 0) for k, v in batch.items()}
@@ -168,12 +164,11 @@ def test_padding(family: str) -> None:
 def test_layers() -> None:
     """Single layers add up to all layers; hidden states are always all of them."""
     student, teacher, batch = pair("bert")
-    anatomy = read_anatomy(teacher, batch)
 
     def terms(layers: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
         distill = parse_distill("map,output,hidden", layers=layers)
         with torch.no_grad():
-            return Distiller(distill, student, anatomy, teacher).forward(student, batch)[1]
+            return Distiller(distill, student, teacher).forward(student, batch)[1]
 
     every, first, last = terms(None), terms((0,)), terms((-1,))
     for name in ("map", "output"):
@@ -189,10 +184,9 @@ def test_mapping() -> None:
     teacher, batch = SUPPORTED["bert"]()
     torch.manual_seed(1)
     short = hf.BertForSequenceClassification(hf.BertConfig(**(TEXT | {"num_hidden_layers": 1}), num_labels=3)).eval()
-    anatomies = read_anatomy(short, batch), read_anatomy(teacher, batch)
     with refused(ModelError, "1 blocks", "2", "mapping"):
-        Distiller(parse_distill("map"), short, anatomies[0], teacher, anatomies[1])
-    distiller = Distiller(parse_distill("map,hidden", mapping={0: 1}), short, anatomies[0], teacher, anatomies[1])
+        Distiller(parse_distill("map"), short, teacher)
+    distiller = Distiller(parse_distill("map,hidden", mapping={0: 1}), short, teacher)
     _, terms = distiller.forward(short, batch)
     with torch.no_grad():
         x, y = (m(**batch, output_hidden_states=True).hidden_states for m in (short, teacher))
@@ -203,7 +197,7 @@ def test_mapping() -> None:
     )
     torch.testing.assert_close(terms["hidden"].detach(), expected, rtol=1e-5, atol=0)
     with refused(InputError, "block 5 of the teacher", "0 to 1"):
-        Distiller(parse_distill("map", mapping={0: 5}), short, anatomies[0], teacher, anatomies[1])
+        Distiller(parse_distill("map", mapping={0: 5}), short, teacher)
 
 
 def test_balance() -> None:
@@ -222,7 +216,7 @@ def test_compared() -> None:
     """A term's count is that of the tensors it compares: a prediction, each block, what the first one reads, and the
     chosen layers."""
     student, teacher, batch = pair("bert")
-    distiller = Distiller(parse_distill("map", layers=(-1,)), student, read_anatomy(teacher, batch), teacher)
+    distiller = Distiller(parse_distill("map", layers=(-1,)), student, teacher)
     distiller.forward(student, batch)
     assert distiller.compared == {"hidden": 1 + student.config.num_hidden_layers, "map": 1}
 
@@ -317,10 +311,10 @@ def test_refused(tmp_path: Path) -> None:
     with refused(InputError, "nothing to learn"):
         parse_distill("")
     with refused(InputError, "need a teacher"):
-        Distiller(parse_distill("map"), teacher, read_anatomy(teacher, batch))
+        Distiller(parse_distill("map"), teacher)
     torch.manual_seed(0)
     wide = hf.BertForSequenceClassification(hf.BertConfig(**(TEXT | {"hidden_size": 64}), num_labels=3)).eval()
-    distiller = Distiller(parse_distill("hidden"), copy.deepcopy(teacher), read_anatomy(teacher, batch), wide)
+    distiller = Distiller(parse_distill("hidden"), copy.deepcopy(teacher), wide)
     with refused(ModelError, "hidden", "(2, 12, 32)", "(2, 12, 64)"):
         distiller.forward(distiller.student, batch)
 

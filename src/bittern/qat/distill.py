@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from bittern.anatomy import Anatomy
 from bittern.attention import Point, Taps, attach, recording
 from bittern.errors import InputError, ModelError
+from bittern.layers import anatomy_of
 from bittern.qat import losses
 from bittern.qat.intervention import Intervener, Intervention
 
@@ -121,25 +122,24 @@ class Distiller:
         self,
         distill: Distill,
         student: PreTrainedModel,
-        anatomy: Anatomy,
         teacher: PreTrainedModel | None = None,
-        teacher_anatomy: Anatomy | None = None,
         intervention: Intervention | None = None,
     ):
         self.distill, self.student, self.teacher = distill, student, teacher
         self.intervention = intervention
-        self.anatomy, self.teacher_anatomy = anatomy, teacher_anatomy or anatomy
-        attach(student, anatomy)
+        self.anatomy = self.teacher_anatomy = anatomy_of(student)
+        attach(student, self.anatomy)
         if distill.needs_teacher or intervention:
             if teacher is None:
                 terms = f"the terms {', '.join(distill.terms)} need"
                 raise InputError(f"{terms if distill.needs_teacher else 'the intervention needs'} a teacher")
+            self.teacher_anatomy = anatomy_of(teacher)
             attach(teacher, self.teacher_anatomy)
             teacher.eval().requires_grad_(False)
             self._check_depth()
         if intervention:
-            self.intervener = Intervener(student, anatomy, self.teacher_anatomy, distill.mapping)
-        self.points = dict(_points(distill, anatomy, self.teacher_anatomy))
+            self.intervener = Intervener(student, self.anatomy, self.teacher_anatomy, distill.mapping)
+        self.points = dict(_points(distill, self.anatomy, self.teacher_anatomy))
         self.compared: dict[str, int] = {}  # by term, how many tensors of the last batch were compared
 
     def _check_depth(self) -> None:

@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from bittern.deploy.checkpoint import mark_simulated
 from bittern.errors import InputError, ModelError
-from bittern.layers import anatomy_of, is_simulated
+from bittern.layers import is_simulated
 from bittern.qat.distill import Distill, Distiller, balanced
 from bittern.qat.intervention import Intervention
 
@@ -43,9 +43,7 @@ class QATTrainer(Trainer):
     ):
         if not is_simulated(model):
             raise ModelError("the student is not simulated; call simulate(model, recipe) before training")
-        distill = distill or Distill()
-        theirs = None if teacher is None else anatomy_of(teacher)
-        self.distiller = Distiller(distill, model, anatomy_of(model), teacher, theirs, intervention)
+        self.distiller = Distiller(distill or Distill(), model, teacher, intervention)
         super().__init__(mark_simulated(model), *args, **options)
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise InputError("reentrant activation checkpointing loses gradients of the terms; set use_reentrant=False")
