@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from bittern import attention, layers, load, pack, save
-from bittern.anatomy import Anatomy
+from bittern.anatomy import Anatomy, Record, record_of
 from bittern.attention import Site
 from bittern.dry_run import read_anatomy
 from bittern.errors import ModelError, RecipeError
@@ -579,16 +579,17 @@ REFUSED = [
 def test_refused_before_anything_changes(
     change: Callable[[hf.PreTrainedModel], None], given: Recipe, message: str
 ) -> None:
-    """What cannot be simulated is refused by name in one line, and the model is as it was."""
+    """What cannot be simulated is refused by name in one line, and the model is as it was, but for a kept anatomy."""
     model, batch = SUPPORTED["bert"]()
     change(model)
     classes, keys = [type(m) for m in model.modules()], list(model.state_dict())
-    attributes, implementation = [set(vars(m)) for m in model.modules()], model.config._attn_implementation
+    attributes, implementation = [{*vars(m), "_bittern"} for m in model.modules()], model.config._attn_implementation
     with pytest.raises((ModelError, RecipeError), match=message) as error:
         simulate(model, given, batch)
     assert "\n" not in str(error.value)
     assert [type(m) for m in model.modules()] == classes
-    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert [{*vars(m), "_bittern"} for m in model.modules()] == attributes
+    assert record_of(model) in (Record(), Record(anatomy=record_of(model).anatomy))
     assert list(model.state_dict()) == keys
     assert model.config._attn_implementation == implementation
 

@@ -1,4 +1,4 @@
-"""What a Transformer is made of, as a dry run finds it (see `dry_run`), and the record of it that a model carries."""
+"""Anatomy of a Transformer, as a dry run finds it (see `dry_run`), and the record of it that a model carries."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Anatomy:
 
 @dataclass
 class Record:
-    """What Bittern keeps on a model, and a deep copy of the model takes along.
+    """Facts that Bittern keeps on a model; a deep copy of the model takes a copy of them along.
 
     recipe: None while the model is float. anatomy: None before it is read; see `layers.anatomy_of`. attention_was: the
     names of the attention functions that the model had before it got ours, one for each configuration.

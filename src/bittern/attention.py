@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -95,7 +96,7 @@ class Site(nn.Module):
 
     @property
     def points(self) -> tuple[Point, ...]:
-        """What there is to record and replace here: blocks differ in their norms, and FFN and output have one site."""
+        """Points to record and replace here: blocks differ in their norms, and FFN and output have one site."""
         return tuple(p for p in POINTS if p in ("query", "key", "value", "score", "map", "context") or p in self.hooks)
 
     def tap(self, point: Point, x: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class Site(nn.Module):
         return x
 
     def integer(self, mask: Tensor | None) -> bool:
-        """Whether kernels may compute this attention, of which nothing is recorded or replaced."""
+        """True if kernels may compute this attention, of which nothing is recorded or replaced."""
         watched = self.taps is not None or bool(self.replacements)
         return self.on_kernels and not watched and (mask is None or mask.dtype != torch.bool)
 
@@ -126,25 +127,11 @@ class Site(nn.Module):
         return x if quantizer is None else quantizer(x)
 
     # Bound methods, so that a deep copy of the model hooks its own sites.
-    def _tap_output(self, point: Point, out: Any) -> Any:
-        if isinstance(out, tuple):
-            return (self.tap(point, out[0]), *out[1:])
-        return self.tap(point, out)
-
-    def on_output(self, module: nn.Module, args: Any, out: Any) -> Any:
-        return self._tap_output("output", out)
+    def on_output(self, point: Point, module: nn.Module, args: Any, out: Any) -> Any:
+        return (self.tap(point, out[0]), *out[1:]) if isinstance(out, tuple) else self.tap(point, out)
 
     def on_norm_input(self, module: nn.Module, args: Any) -> Any:
         return (self.tap("residual", args[0]), *args[1:])
-
-    def on_norm(self, module: nn.Module, args: Any, out: Any) -> Any:
-        return self._tap_output("norm", out)
-
-    def on_ffn(self, module: nn.Module, args: Any, out: Any) -> Any:
-        return self._tap_output("ffn", out)
-
-    def on_hidden(self, module: nn.Module, args: Any, out: Any) -> Any:
-        return self._tap_output("hidden", out)
 
     def on_embedding(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
@@ -185,8 +172,10 @@ def attention_forward(
         query, key, value = site.quantize("query", query), site.quantize("key", key), site.quantize("value", value)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        key = key.repeat_interleave(groups, 1)  # (batch, key heads, keys, dim) → (batch, heads, keys, dim)
+        value = value.repeat_interleave(groups, 1)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # (batch, heads, queries, keys)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if position_bias is not None:
@@ -200,29 +189,31 @@ def attention_forward(
         scores = site.tap("score", scores)
     sinks: Tensor | None = s_aux if s_aux is not None else getattr(module, "sinks", None)
     if sinks is not None:  # an extra key that takes probability and gives no value
-        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
+        sink_scores = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)  # (batch, heads, queries, 1)
+        scores = torch.cat([scores, sink_scores], -1)  # (batch, heads, queries, keys + 1)
     probabilities = F.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
     if sinks is not None:
-        probabilities = probabilities[..., :-1]
+        probabilities = probabilities[..., :-1]  # (batch, heads, queries, keys)
     if site is not None:
         probabilities = site.tap("map", probabilities)
     dropped = F.dropout(probabilities, dropout, module.training)
     if site is not None:
         dropped = site.quantize("map", dropped)
-    context = torch.matmul(dropped, value)
+    context = torch.matmul(dropped, value)  # (batch, heads, queries, dim)
     if site is not None:
         context = site.tap("context", context)
-    return context.transpose(1, 2).contiguous(), probabilities
+    return context.transpose(1, 2).contiguous(), probabilities  # (batch, queries, heads, dim)
 
 
 def collects_maps() -> bool:
-    """Whether transformers collects attention maps in this forward, for `output_attentions`."""
+    """True if transformers collects attention maps in this forward, for `output_attentions`."""
     return any("attentions" in key for key in active_collector.get() or ())
 
 
 def only_watches(hook: Any) -> bool:
-    """Whether a forward hook does nothing but when `Site.integer` or `collects_maps` says so."""
-    return isinstance(getattr(hook, "__self__", None), Site) or hook.__name__ == "output_capturing_hook"
+    """True if a forward hook does nothing but when `Site.integer` or `collects_maps` says so."""
+    method = hook.func if isinstance(hook, partial) else hook
+    return isinstance(getattr(method, "__self__", None), Site) or hook.__name__ == "output_capturing_hook"
 
 
 class _LastInput(threading.local):
@@ -278,17 +269,20 @@ def attach(model: PreTrainedModel, anatomy: Anatomy, formats: Mapping[str, Mappi
 def _hook(
     site: Site, part: Attention, modules: Mapping[str, nn.Module], anatomy: Anatomy, hooked: set[str]
 ) -> Iterator[tuple[Point, Any]]:
+    def outputs(point: Point, name: str) -> tuple[Point, Any]:
+        return point, modules[name].register_forward_hook(partial(site.on_output, point))
+
     if part.output:
-        yield "output", modules[part.output].register_forward_hook(site.on_output)
+        yield outputs("output", part.output)
     if part.norm and part.norm_reads_residual:
         yield "residual", modules[part.norm].register_forward_pre_hook(site.on_norm_input)
-        yield "norm", modules[part.norm].register_forward_hook(site.on_norm)
+        yield outputs("norm", part.norm)
     block = anatomy.block_of(part)
     if block.name not in hooked:
         hooked.add(block.name)
         if block.ffn_out:
-            yield "ffn", modules[block.ffn_out].register_forward_hook(site.on_ffn)
-        yield "hidden", modules[block.name].register_forward_hook(site.on_hidden)
+            yield outputs("ffn", block.ffn_out)
+        yield outputs("hidden", block.name)
         if block is next(b for b in anatomy.blocks if b.stack == block.stack):
             yield "embedding", modules[block.name].register_forward_pre_hook(site.on_embedding, with_kwargs=True)
 
@@ -324,6 +318,7 @@ def detach(model: PreTrainedModel) -> None:
 
 
 def sites(model: nn.Module) -> list[Site]:
+    """Return all sites of a model, in the order of its modules. Raises ModelError if it has none."""
     found = [m for m in model.modules() if isinstance(m, Site)]
     if not found:
         raise ModelError("the model has no attention sites; call attention.attach(model, anatomy) first")

@@ -111,7 +111,7 @@ def _two_samples(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[list[_Event], dict[str, tuple[Any, Any]]]:
-    """What ran in which order, and the first input and output of each module."""
+    """Run the model once; return what ran in which order, and the first input and output of each module."""
     names = {module: name for name, module in model.named_modules()}
     events: list[_Event] = []
     first_io: dict[str, tuple[Any, Any]] = {}

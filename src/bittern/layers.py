@@ -21,7 +21,7 @@ from bittern.anatomy import Anatomy, record_of
 from bittern.dry_run import LAYERS, check_model, read_anatomy
 from bittern.errors import ModelError
 from bittern.quantizers import FakeQuant, find_scale, stamp
-from bittern.recipe import OPERANDS, Format, Recipe, Role, Rule, load_recipe
+from bittern.recipe import Format, Recipe, Role, Rule, load_recipe
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
@@ -41,7 +41,7 @@ class QuantizedLayer(nn.Module):
 
 
 class QuantLayer(QuantizedLayer):
-    """What the four simulated layers share: quantizers of weight and input, and the quantized weight kept in eval."""
+    """Base of simulated layers: quantizers of weight and input, and the quantized weight kept in eval."""
 
     weight_quantizer: FakeQuant | None
     shares_input = False  # set by `attention.attach` in projections that feed an attention module
@@ -108,7 +108,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
 
 
 class ScaledEmbedding(nn.Module):
-    """What the `*ScaledWordEmbedding` of BART, Gemma and others adds to an embedding: all rows times one number."""
+    """Addition of the `*ScaledWordEmbedding` of BART, Gemma and others to an embedding: all rows times one number."""
 
     embed_scale: float | Tensor
     scalar_embed_scale: float  # what the tensor holds; as a non-persistent buffer it does not survive loading
@@ -161,7 +161,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Simulation:
-    """What `simulate` did: the quantized modules, and those that stayed float."""
+    """Report of a simulated model: the quantized modules, and those that stayed float."""
 
     recipe: str
     layers: tuple[LayerReport, ...]
@@ -212,13 +212,14 @@ def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, A
     recipe.check_globs(anatomy.roles | attentions)
     tied = _tied_layers(model, anatomy.roles)
     plan = _plan(model, recipe, anatomy, tied)
-    sites = {name: _attention_formats(recipe.rule_for(name, role)) for name, role in attentions.items()}
+    rules = {name: recipe.rule_for(name, role) for name, role in attentions.items()}
+    sites = {name: rule.operands for name, rule in rules.items() if rule is not None and rule.operands}
     for name, (weight, fmt_input) in plan.items():
         layer = model.get_submodule(name)
         swap(layer, name, weight, fmt_input)
         if weight is not None and weight.range == "static":
             layer.weight_quantizer.set_scale(*find_scale(weight_matrix(layer), weight, f"{name}.weight"))
-    if any(sites.values()):
+    if sites:
         attention.attach(model, anatomy, sites)
     record_of(model).recipe = recipe
     return describe(model)
@@ -230,10 +231,10 @@ def anatomy_of(model: PreTrainedModel, batch: Mapping[str, Any] | None = None) -
     It holds while the model has the same layers, and for batches with the inputs that it was read with: others may
     reach other layers. Raises ModelError as `read_anatomy` does.
     """
-    if isinstance(model, PreTrainedModel) and (kept := record_of(model).anatomy) is not None:
+    check_model(model)
+    if (kept := record_of(model).anatomy) is not None:
         layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
         if list(kept.roles) == layers and (batch is None or kept.inputs == batch.keys() - {"labels"}):
-            check_model(model)
             return kept
     with as_float(model):
         found = read_anatomy(model, batch)
@@ -264,7 +265,7 @@ def describe(model: PreTrainedModel) -> Simulation:
         if name in roles or (parameters and not isinstance(module, FakeQuant)):
             rule, kind = given.get(name, Rule()), type(module).__name__.removeprefix("Quant")
             weight, fmt_input = (str(fmt or "") for fmt in (rule.weight, rule.input))
-            operands = ", ".join(f"{o} {fmt}" for o in OPERANDS if (fmt := getattr(rule, o)) is not None)
+            operands = ", ".join(f"{operand} {fmt}" for operand, fmt in rule.operands.items())
             reports.append(LayerReport(name, kind, roles.get(name, ""), weights, weight, fmt_input, operands))
     return Simulation("" if recipe is None else recipe.name, tuple(reports), anatomy)
 
@@ -299,7 +300,7 @@ def restore(model: PreTrainedModel) -> None:
 
 
 def is_simulated(model: nn.Module) -> bool:
-    """Whether the model has simulated layers or attention."""
+    """True if the model has simulated layers or attention."""
     return any(isinstance(m, QuantLayer | attention.Site) for m in model.modules())
 
 
@@ -319,10 +320,6 @@ def as_float(module: nn.Module) -> Iterator[None]:
     finally:
         for quantizer, bypass in was.items():
             quantizer.bypass = bypass
-
-
-def _attention_formats(rule: Rule | None) -> dict[str, Format]:
-    return {} if rule is None else {p: fmt for p in OPERANDS if (fmt := getattr(rule, p)) is not None}
 
 
 def _tied_layers(model: nn.Module, roles: Mapping[str, Role]) -> dict[str, str]:

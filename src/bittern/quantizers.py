@@ -167,12 +167,12 @@ def decode(codes: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None = No
 
 
 def has_kernel_coding(fmt: Format) -> bool:
-    """Whether the kernels round to this format."""
+    """True if the kernels round to this format."""
     return fmt.kind == "uniform" and fmt.bits <= 8 and fmt.granularity in ("tensor", "token")
 
 
 def kernel_coding(fmt: Format, scale: Tensor | None, offset: Tensor | None) -> native.Coding | None:
-    """How the kernels round to a format, with its scale if that is static; None if they cannot."""
+    """Return the kernels' coding of a format, with its scale if that is static; None if they have none."""
     if not has_kernel_coding(fmt) or (scale is None and fmt.range == "static"):
         return None
     low, high = code_range(fmt)
@@ -222,7 +222,7 @@ def _in_range(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None) -> T
 
 
 def _clips(x: Tensor, fmt: Format) -> bool:
-    """Whether the clip may cut something. Weights hardly ever reach it, so those are looked at, but not on a GPU, which
+    """True if the clip may cut something. Weights hardly ever reach it, so those are looked at, but not on a GPU, which
     would have to wait for the answer."""
     if fmt.clip is None or fmt.kind != "ternary" or x.device.type != "cpu" or not x.numel():
         return fmt.clip is not None
@@ -303,7 +303,7 @@ class FakeQuant(nn.Module):
 
     @property
     def by_row(self) -> bool:
-        """Whether each row of a weight is quantized by itself, so that some rows can be without the others."""
+        """True if each row of a weight is quantized by itself, so that some rows can be without the others."""
         return self.format.range == "dynamic" and self.format.granularity in ("row", "group")
 
     def extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What is quantized, and how: Format, Rule and Recipe, frozen and strict, YAML in and out."""
+"""Format, Rule and Recipe say what is quantized, and how: frozen and strict, YAML in and out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Strict(BaseModel):
 
 
 class Format(_Strict):
-    """How one tensor is represented: the code book, its granularity and where its scale comes from.
+    """Representation of one tensor: the code book, its granularity and where its scale comes from.
 
     kind: `uniform` (integers), `ternary` {-1, 0, 1} or `binary` {-1, 1}.
     bits: 2 to 12, fixed at 2 for ternary, 1 for binary; 1 is possible for unsigned codes.
@@ -159,10 +159,15 @@ class Rule(_Strict):
 
     @property
     def for_attention(self) -> bool:
-        return any(getattr(self, operand) is not None for operand in OPERANDS)
+        return bool(self.operands)
+
+    @property
+    def operands(self) -> dict[str, Format]:
+        """Formats of the operands of attention that get one."""
+        return {operand: fmt for operand in OPERANDS if (fmt := getattr(self, operand)) is not None}
 
     def selects(self, name: str, role: Role) -> bool:
-        """Whether this rule decides over the module: the first rule that does, wins."""
+        """True if this rule decides over the module; the first rule that does wins."""
         if (self.roles and role not in self.roles) or not fnmatchcase(name, self.modules):
             return False
         return self.is_float or (self.for_attention if role == "attention" else self.for_layers)

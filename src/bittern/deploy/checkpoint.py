@@ -38,7 +38,7 @@ from bittern.deploy.files import digest, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers
 from bittern.errors import CheckpointError, ModelError
 from bittern.layers import QuantLayer, fake_quants, formats, is_simulated, swap, weight_matrix
-from bittern.recipe import OPERANDS, Format, Rule
+from bittern.recipe import Rule
 
 METHOD = "bittern"
 FORMAT_VERSION = 1
@@ -305,8 +305,7 @@ def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str,
     for name, rule in found.items():
         if rule.for_attention:
             parent = name.removesuffix(f".{attention.NAME}")
-            points: dict[str, Format] = {p: f for p in OPERANDS if (f := getattr(rule, p))}
-            modules[parent].add_module(attention.NAME, attention.Site(parent, points))
+            modules[parent].add_module(attention.NAME, attention.Site(parent, rule.operands))
         else:
             swap(modules[name], name, rule.weight, rule.input)
     ties = _ties(model)
