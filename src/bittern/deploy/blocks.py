@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -59,60 +59,51 @@ def _kind(module: nn.Module) -> str:
     return "f" if type(module) in kernels.SERVED.values() else ""
 
 
-def _made_of(block: nn.Module) -> tuple[tuple[nn.Module, type], ...]:
-    """All modules inside, with their classes, which are exchanged where models are packed or made trainable."""
-    return tuple((module, type(module)) for module in block.modules())[1:]
-
-
 @dataclass(frozen=True)
 class Parts:
-    """Parts of a block: the modules that compute, and its attention."""
+    """Parts of a block: the modules that compute with their kinds, and its attention."""
 
-    steps: Mapping[nn.Module, str]  # the modules that compute, and their kinds
+    steps: Mapping[nn.Module, str]
     site: attention.Site
-    made_of: tuple[tuple[nn.Module, type], ...]
 
     @staticmethod
     def of(block: nn.Module) -> Parts | None:
         """None if the module holds other parts than those of one block, or other parameters."""
-        made_of = _made_of(block)
-        steps = {module: kind for module, _ in made_of if (kind := _kind(module))}
-        sites = [module for module, _ in made_of if isinstance(module, attention.Site)]
+        steps = {module: kind for module in block.modules() if (kind := _kind(module))}
+        sites = [module for module in block.modules() if isinstance(module, attention.Site)]
         if len(sites) != 1 or sorted(steps.values()) != sorted("nnllllllf"):
             return None
         known = {id(p) for module in steps for p in module.parameters(recurse=False)}
-        return Parts(steps, sites[0], made_of) if all(id(p) in known for p in block.parameters()) else None
+        return Parts(steps, sites[0]) if all(id(p) in known for p in block.parameters()) else None
 
-    def hooks(self) -> list[Any]:
-        return [hook for m, _ in self.made_of for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    def codings(self) -> dict[str, native.Coding | None]:
+        return {operand: kernels.input_coding(self.site.quantizer(operand)) for operand in OPERANDS}
 
-    def state(self) -> tuple[Any, ...]:
+    def state(self, block: nn.Module) -> tuple[Any, ...]:
         """Everything that a plan takes for granted; things compare by identity."""
-        watching = sum(m.training + len(m._forward_hooks) + len(m._forward_pre_hooks) for m, _ in self.made_of)
-        found: list[Any] = [self.site.integer(None), watching]
+        found: list[Any] = [self.site.integer(None), *self.codings().values()]
+        for module in _inside(block):  # classes are exchanged where models are packed or made trainable
+            watching = len(module._forward_hooks) + len(module._forward_pre_hooks)
+            found += module, type(module), module.training, watching
         for module, kind in self.steps.items():
             if kind == "n":
                 found.append(module.eps)
             if kind == "l":
                 found += module._panels, kernels.input_coding(module.input_quantizer)  # type: ignore[arg-type]
             found.append(stamp(*module._parameters.values()))
-        return *found, *(kernels.input_coding(self.site.quantizer(point)) for point in OPERANDS)
+        return tuple(found)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Plan by which the kernels run one block, if they can, and the state in which it holds."""
-
-    parts: Parts
-    state: tuple[Any, ...]
-    block: Block | None = None
-    input: Any = None  # name of the argument
-    mask: Any = None
+def _inside(block: nn.Module) -> list[nn.Module]:
+    return list(block.modules())[1:]
 
 
-# Blocks → their plans by the ways in which they are called. Not kept on the block, since plans hold addresses and a
-# copied block starts anew.
-_plans: WeakKeyDictionary[nn.Module, dict[Any, _Plan]] = WeakKeyDictionary()
+Call = Mapping[Any, Any]  # arguments of a block, by place or name
+Whole = Callable[[Call], Tensor | None]  # a block on the kernels; None where they do not serve
+
+# Blocks → the ways in which they are called → parts, the state in which the plan holds, and what the kernels then run,
+# if they can. Not kept on the block, since plans hold addresses and a copied block starts anew.
+_plans: WeakKeyDictionary[nn.Module, dict[Any, tuple[Parts, tuple[Any, ...], Whole | None]]] = WeakKeyDictionary()
 _making = threading.RLock()  # one thread at a time hooks the parts of a block, and makes its plan
 
 
@@ -125,14 +116,14 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
     """A class for blocks of this kind in packed models, of the same name."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = dict(enumerate(args)) | kwargs
-        found = _run(self, kind, call) if _serves(self, call) else None
-        return kind.forward(self, *args, **kwargs) if found is None else found
+        call, written = dict(enumerate(args)) | kwargs, partial(kind.forward, self, *args, **kwargs)
+        found = _run(self, call, written) if _serves(self, call) else None
+        return written() if found is None else found
 
     return type(kind.__name__, (kind, _Fused), {"forward": forward, "__module__": kind.__module__})
 
 
-def _serves(block: nn.Module, call: Mapping[Any, Any]) -> bool:
+def _serves(block: nn.Module, call: Call) -> bool:
     """True if a block may run in one piece now: a float tensor, perhaps a mask, and nothing else that could matter."""
     tensors = [value for value in call.values() if isinstance(value, Tensor)]
     plain = all(value is None or isinstance(value, Tensor | bool | int | float | str) for value in call.values())
@@ -147,82 +138,77 @@ def _serves(block: nn.Module, call: Mapping[Any, Any]) -> bool:
     )
 
 
-def _run(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any]) -> Any:
+def _run(block: nn.Module, call: Call, written: Callable[[], Any]) -> Any:
     """The block's output by its plan, or as it is written if that is still to be made; None if there is none."""
     plans = _plans.setdefault(block, {})
     way = tuple((key, "tensor" if isinstance(value, Tensor) else value) for key, value in call.items())
-    plan, made_of = plans.get(way), _made_of(block)
-    if plan is None or plan.parts.made_of != made_of or plan.state != plan.parts.state():
-        parts = Parts.of(block)
-        if parts is None:  # somebody put other modules in
-            plans.clear()
-            return None
-        if len(plans) > 8:  # an argument that is another number each time
-            plans.clear()
-        with _making:
-            plans[way], out = _make(block, kind, call, parts)
-        return out
-    mask = None if plan.mask is None else call[plan.mask]
-    if plan.block is None or not plan.parts.site.integer(mask):
+    parts, state, whole = plans.get(way, (None, None, None))
+    if parts is not None and parts.state(block) == state:
+        return whole and whole(call)
+    parts = Parts.of(block)
+    if parts is None or len(plans) > 8:  # somebody put other modules in, or an argument is another number each time
+        plans.clear()
+    if parts is None:
         return None
-    return plan.block(call[plan.input].contiguous(), mask)
+    with _making:
+        out, whole = _try(block, parts, call, written)
+        plans[way] = parts, parts.state(block), whole
+    return out
 
 
-def _make(block: nn.Module, kind: type[nn.Module], call: Mapping[Any, Any], parts: Parts) -> tuple[_Plan, Any]:
-    """A plan, and what the block gives as it is written."""
-    harmless = all(attention.only_watches(hook) for hook in parts.hooks())
-    ran: list[nn.Module] = []
-    attended: list[tuple[Tensor, Tensor, Tensor | None, float]] = []
+def _try(block: nn.Module, parts: Parts, call: Call, written: Callable[[], Any]) -> tuple[Any, Whole | None]:
+    """What the block gives as it is written, and what the kernels may run instead: it gave the same bits."""
+    hooks = [hook for m in _inside(block) for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    ran: list[tuple[str, Any]] = []  # kind and module, or what attention was given
 
     def runs(module: nn.Module, *_: Any) -> None:
         if kernels.watcher.get() is attends:  # else it is another thread that runs it
-            ran.append(module)
+            ran.append((parts.steps[module], module))
 
-    def attends(*what: Any) -> None:
-        attended.append(what)
-        ran.append(parts.site)
+    def attends(*given: Any) -> None:
+        ran.append(("a", given))
 
-    hooks = [module.register_forward_hook(runs) for module in parts.steps]
+    watching = [module.register_forward_hook(runs) for module in parts.steps]
     token = kernels.watcher.set(attends)
     try:
-        out = kind.forward(
-            block,
-            *(v for k, v in call.items() if isinstance(k, int)),
-            **{k: v for k, v in call.items() if isinstance(k, str)},
-        )
+        out = written()
     finally:
         kernels.watcher.reset(token)
-        for hook in hooks:
+        for hook in watching:
             hook.remove()
-    none = _Plan(parts, parts.state())
-    pre_norm = ORDERS.get("".join(parts.steps.get(module, "a") for module in ran))
-    if pre_norm is None or not harmless or not isinstance(out, Tensor):
-        return none, out
-    query, key, mask, scaling = attended[0]
-    names = {name: value for name, value in call.items() if isinstance(value, Tensor)}
-    mask_name = next((name for name, value in names.items() if value is mask), None)
-    inputs = [name for name in names if name != mask_name]
-    if len(inputs) != 1 or (mask is not None and mask_name is None):
-        return none, out
-    activation = next(module for module, kind in parts.steps.items() if kind == "f")
-    layers = (module for module in ran if _kind(module) == "l")
-    norms = [Norm(m.weight, m.bias, m.eps) for m in ran if isinstance(m, kernels.LayerNorm)]
+    if not all(map(attention.only_watches, hooks)) or not isinstance(out, Tensor):
+        return out, None
     try:
-        whole = Block(
-            {part: _layer(module) for part, module in zip(PARTS, layers, strict=True)},
-            (norms[0], norms[1]),
-            {point: kernels.input_coding(parts.site.quantizer(point)) for point in OPERANDS},  # type: ignore[misc]
-            pre_norm=pre_norm,
-            activation=activation.activation,  # type: ignore[arg-type]
-            heads=query.shape[1],
-            key_heads=key.shape[1],
-            scaling=scaling,
-        )
-        found = whole(names[inputs[0]].contiguous(), mask)
+        whole = _whole(parts, ran, call)
     except ValueError:  # parts that do not fit together so
-        return none, out
-    same = found is not None and found.shape == out.shape and torch.equal(found, out)
-    return _Plan(parts, none.state, whole, inputs[0], mask_name) if same else none, out
+        return out, None
+    found = whole(call)
+    return out, whole if found is not None and found.shape == out.shape and torch.equal(found, out) else None
+
+
+def _whole(parts: Parts, ran: list[tuple[str, Any]], call: Call) -> Whole:
+    """The block in one piece, by what ran in parts. Raises ValueError if the kernels have no such block."""
+    order = "".join(kind for kind, _ in ran)
+    if order not in ORDERS:
+        raise ValueError(f"no block runs as {order}")
+    norms, layers, activation, attended = ([what for kind, what in ran if kind == wanted] for wanted in "nlfa")
+    query, key, mask, scaling = attended[0]
+    tensors = [name for name, value in call.items() if isinstance(value, Tensor)]
+    masks = [name for name in tensors if call[name] is mask]
+    inputs = [name for name in tensors if name not in masks[:1]]
+    if len(inputs) != 1 or (mask is not None and not masks):
+        raise ValueError("the mask is none of the arguments, or an argument is neither input nor mask")
+    block = Block(
+        {part: _layer(module) for part, module in zip(PARTS, layers, strict=True)},
+        tuple(Norm(norm.weight, norm.bias, norm.eps) for norm in norms),  # type: ignore[arg-type]
+        parts.codings(),  # type: ignore[arg-type]
+        pre_norm=ORDERS[order],
+        activation=activation[0].activation,
+        heads=query.shape[1],
+        key_heads=key.shape[1],
+        scaling=scaling,
+    )
+    return lambda call: block(call[inputs[0]].contiguous(), call[masks[0]] if masks else None)
 
 
 def _layer(module: Any) -> Layer:
