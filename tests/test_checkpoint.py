@@ -155,10 +155,12 @@ def test_bfloat16(name: str, tmp_path: Path) -> None:
     assert load(tmp_path / "bfloat16").dtype == torch.float32
 
 
-def test_tied_scales_apart(tmp_path: Path) -> None:
-    """A checkpoint keeps two sets of codes for one weight where its layers have different scales."""
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_tied_scales_apart(name: str, tmp_path: Path) -> None:
+    """A checkpoint keeps two sets of codes for one weight where its layers have different scales; the other layers that
+    are tied to it have those of the first."""
     static = Format(bits=4, granularity="row", range="static")
-    model, batch = quantized("gpt2", Recipe(name="apart", rules=(Rule(weight=static),)), packed=False)
+    model, batch = quantized(name, Recipe(name="apart", rules=(Rule(weight=static),)), packed=False)
     model.lm_head.weight_quantizer.scale *= 1.5
     expected = outputs(model, batch)
     pack(model).save_pretrained(tmp_path)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
@@ -117,17 +116,21 @@ def check_config(files: list[Path]) -> list[str]:
     return tensors
 
 
-def verify(files: list[Path]) -> None:
-    """Check all checksums of a checkpoint, also those of its tensors. Raises CheckpointError."""
+def verify(files: list[Path]) -> dict[str, Any]:
+    """Check all checksums of a checkpoint, also those of its tensors; return the open file of each tensor, by name.
+
+    Raises CheckpointError.
+    """
     allowed = check_config(files)
-    tensors: dict[str, Any] = {}
+    handles: dict[str, Any] = {}
     for file in files:
         handle, _ = open_tensors(file)
-        tensors |= dict.fromkeys(handle.keys(), handle)
-    if digest((name, tensors[name].get_tensor(name)) for name in sorted(tensors)) not in allowed:
+        handles |= dict.fromkeys(handle.keys(), handle)
+    if digest((name, handles[name].get_tensor(name)) for name in sorted(handles)) not in allowed:
         raise CheckpointError(
             f"{files[0].parent}: tensors do not match their checksum; the file is damaged or incomplete"
         )
+    return handles
 
 
 def pack(model: PreTrainedModel) -> PreTrainedModel:
@@ -221,8 +224,8 @@ class BitternQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         if not checkpoint_files:
             raise CheckpointError("a Bittern checkpoint loads from safetensors files; got none")
-        verify([Path(f) for f in checkpoint_files])
-        _rebuild(model, self.quantization_config, _stored(model, checkpoint_files))
+        handles = verify([Path(file) for file in checkpoint_files])
+        _rebuild(model, self.quantization_config, _stored(model, handles))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -237,57 +240,41 @@ class BitternQuantizer(HfQuantizer):
         return model
 
 
-def _stored(model: PreTrainedModel, files: list[str]) -> dict[str, dict[str, Tensor]]:
+def _stored(model: PreTrainedModel, handles: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """Quantized modules of this model that the checkpoint holds → their tensors by short name, as empty copies,
-    with `format_index` read. Keys are mapped to module names by transformers' own renaming."""
+    with `format_index` read. Keys are mapped to module names by transformers' own renaming.
+
+    handles: the open file of each tensor.
+    """
     conversions = get_model_conversion_mapping(model, None, None)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    meta, modules = model.state_dict(), dict(model.named_modules())
-    prefix = f"{model.base_model_prefix}."
+    meta, modules, prefix = model.state_dict(), dict(model.named_modules()), f"{model.base_model_prefix}."
 
-    def module_name(key: str) -> str | None:
-        """In-model name of the module that owns a `format_index`; None if this class of model has no such module."""
-        site = key.endswith(f".{attention.NAME}.{INDEX}")
-        stem = key.removesuffix(f".{INDEX}").removesuffix(f".{attention.NAME}" if site else "")
-        probe = f"{stem}.{attention.NAME}.{INDEX}" if site else f"{stem}.weight"
+    def module_name(owner: str) -> str | None:
+        """In-model name of a quantized module; None if this class of model has no such module."""
+        probe = owner + (INDEX if owner.endswith(f".{attention.NAME}.") else "weight")  # a name that renamings expect
         renamed = rename_source_key(probe, renamings, converters, model.base_model_prefix, meta)[0]
-        name = renamed.removesuffix(".weight").removesuffix(f".{attention.NAME}.{INDEX}")
+        name = renamed.rpartition(".")[0]
         options = (name, name.removeprefix(prefix), prefix + name)
-        found = next((n for n in options if n in modules), None)
-        return found and (f"{found}.{attention.NAME}" if site else found)
+        return next((n for n in options if n.removesuffix(f".{attention.NAME}") in modules), None)
 
-    indices: dict[str, tuple[str, Tensor]] = {}
-    shapes: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(file, "pt") as handle:
-            keys = handle.keys()
-            for key in keys:
-                if key.endswith(f".{INDEX}"):
-                    if name := module_name(key):
-                        indices[key.removesuffix(INDEX)] = (name, handle.get_tensor(key))
-                else:
-                    part = handle.get_slice(key)
-                    shapes[key] = torch.empty(
-                        part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.float32), device="meta"
-                    )
-    if not indices:
+    owners = [key.removesuffix(INDEX) for key in handles if key.endswith(f".{INDEX}")]
+    names = {owner: name for owner in owners if (name := module_name(owner))}
+    if not names:
         raise CheckpointError(
             f"the checkpoint holds no quantized module of {type(model).__name__}; it belongs to another model"
         )
-    stored: dict[str, dict[str, Tensor]] = {name: {INDEX: index} for name, index in indices.values()}
-    for key, empty in shapes.items():
-        for owner in _parents(key):
-            if owner in indices:
-                stored[indices[owner][0]][key.removeprefix(owner)] = empty
-                break
+    stored: dict[str, dict[str, Tensor]] = {name: {} for name in names.values()}
+    for key, handle in handles.items():
+        if (owner := next(filter(names.__contains__, _parents(key)), None)) is not None:
+            tensor, part = handle.get_tensor(key), key.removeprefix(owner)
+            stored[names[owner]][part] = tensor if part == INDEX else tensor.to("meta")
     return stored
 
 
-_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
 def _parents(key: str) -> Iterator[str]:
+    """Names of the modules that a tensor is in, from the innermost, each with its dot."""
     while "." in key:
         key = key.rpartition(".")[0]
         yield key + "."
@@ -296,55 +283,53 @@ def _parents(key: str) -> Iterator[str]:
 def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Give a model on the meta device the modules and empty buffers that the checkpoint will fill."""
     rules, modules = config.rules(), dict(model.named_modules())
-    found: dict[str, Rule] = {}
     for name, tensors in stored.items():
         index = int(tensors[INDEX])
         if not 0 <= index < len(rules):
             raise CheckpointError(f"{name}: format_index {index} is outside the table of {len(rules)} formats")
-        found[name] = rules[index]
-    for name, rule in found.items():
+        rule = rules[index]
         if rule.for_attention:
             parent = name.removesuffix(f".{attention.NAME}")
             modules[parent].add_module(attention.NAME, attention.Site(parent, rule.operands))
         else:
             swap(modules[name], name, rule.weight, rule.input)
-    ties = _ties(model)
     if config.state == "packed":
-        owners = {n: _packed(n, modules[n], stored[n]) for n in found if "weight_codes" in stored[n]}
-        tied = {n for n, rule in found.items() if rule.weight is not None} - owners.keys()
-        heads = {n for n, others in ties.items() if n not in found and not owners.keys().isdisjoint(others)}
-        for name in sorted(tied | heads):
-            owner = next((owners[n] for n in ties.get(name, ()) if n in owners), None)
-            if owner is None:
-                raise CheckpointError(f"{name}: the checkpoint holds no codes for it and none it is tied to")
-            if name in heads:  # of another class than the checkpoint's
-                swap(modules[name], name, owner.weight_format, None)
-            make_packed(modules[name], {}, owner)
-    for name in found:
+        _rebuild_packed(model, modules, stored)
+    for name, tensors in stored.items():
         for part, quantizer in fake_quants(model.get_submodule(name)):
             for kind in ("scale", "offset"):
-                if (empty := stored[name].get(f"{part}.{kind}")) is not None:
+                if (empty := tensors.get(f"{part}.{kind}")) is not None:
                     setattr(quantizer, kind, empty)
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"\.{INDEX}$"}
 
 
-def _packed(name: str, layer: QuantLayer, tensors: Mapping[str, Tensor]) -> PackedLayer:
-    assert layer.weight_quantizer is not None
-    fmt, (rows, columns) = layer.weight_quantizer.format, weight_matrix(layer).shape
-    wanted = {"weight_codes", "weight_scale", *(("weight_offset",) if fmt.scheme == "asymmetric" else ())}
-    size = (rows, bytes_per_row(columns, fmt))
-    if not wanted <= tensors.keys() or tensors["weight_codes"].shape != size:
-        raise CheckpointError(
-            f"{name}: the checkpoint's codes and scales are not those of {rows} × {columns} weights, {fmt}"
-        )
-    return make_packed(layer, tensors)
+def _rebuild_packed(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], stored: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Pack the layers with weight formats: with codes of their own, or tied to a layer that has some."""
 
+    def source(name: str) -> str:
+        """The layer that transformers ties this one's weight to, or itself."""
+        while other := model.all_tied_weights_keys.get(f"{name}.weight"):
+            name = other.removesuffix(".weight")
+        return name
 
-def _ties(model: PreTrainedModel) -> dict[str, list[str]]:
-    """Module → the others that share its weight."""
-    groups: dict[str, set[str]] = {}
-    for follower, owner in model.all_tied_weights_keys.items():
-        names = {follower.removesuffix(".weight"), owner.removesuffix(".weight")}
-        merged = names.union(*(groups.get(n, set()) for n in names))
-        groups |= dict.fromkeys(merged, merged)
-    return {name: sorted(group - {name}) for name, group in groups.items()}
+    owners: dict[str, PackedLayer] = {}
+    for name, layer in modules.items():  # in this order they were packed: the first of tied layers has the codes
+        if isinstance(layer, QuantLayer) and layer.weight_quantizer and "weight_codes" in stored[name]:
+            fmt, (rows, columns) = layer.weight_quantizer.format, weight_matrix(layer).shape
+            wanted = {"weight_codes", "weight_scale", *(("weight_offset",) if fmt.scheme == "asymmetric" else ())}
+            size = (rows, bytes_per_row(columns, fmt))
+            if not wanted <= stored[name].keys() or stored[name]["weight_codes"].shape != size:
+                raise CheckpointError(
+                    f"{name}: the checkpoint's codes and scales are not those of {rows} × {columns} weights, {fmt}"
+                )
+            owners.setdefault(source(name), make_packed(layer, stored[name]))
+    for name, layer in modules.items():
+        owner = owners.get(source(name))
+        if owner is not None and name not in stored:  # in another class than the checkpoint's
+            swap(layer, name, owner.weight_format, None)
+        if isinstance(layer, QuantLayer) and layer.weight_quantizer:
+            if owner is None:
+                raise CheckpointError(f"{name}: the checkpoint holds no codes for it and none it is tied to")
+            make_packed(layer, {}, owner)
