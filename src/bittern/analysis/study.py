@@ -31,13 +31,13 @@ from bittern.analysis.maps import shown_samples
 from bittern.analysis.pair import Pair
 from bittern.analysis.report import REPORT, write_report
 from bittern.analysis.tokens import token_kinds
-from bittern.data import Data, check_same_inputs, has_classes, load_data
+from bittern.data import check_same_inputs, has_classes, load_any_split
 from bittern.data.evaluate import metrics, predict
 from bittern.deploy.bench import alternate
 from bittern.deploy.files import Journal, atomic_folder, check_output, digest, read_json
 from bittern.deploy.store import REPORT as RUN
 from bittern.deploy.store import inspect, load
-from bittern.errors import InputError, ModelError
+from bittern.errors import ModelError
 from bittern.progress import OnEstimate, Track, silent
 
 PRODUCTS = 30  # with the Hessian that Lanczos takes, about
@@ -114,11 +114,8 @@ class _Study:
         self.paths, self.teacher_path, self.track = students, teacher, track
         self.seed, self.curvature = seed, curvature
         self.teacher = load(teacher)
-        splits = (load_data(data, self.teacher, teacher, split=split, **columns) for split in ("test", "train"))
-        found = next((split for split in splits if split is not None), None)
-        if found is None:
-            raise InputError(f"{data} has no train, validation or test split; give one of its files such a name")
-        self.data: Data = found.subset(samples, seed)
+        found = load_any_split(data, self.teacher, teacher, **columns)
+        self.data = found.subset(samples, seed)
         self.subset = list(found.subset(min(subset, samples), seed))
         self.mini = list(replace(self.data, batch_size=min(MINI_BATCH, self.data.batch_size)))
         self.pairs = [self._pair(path) for path in students]
