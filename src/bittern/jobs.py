@@ -40,6 +40,7 @@ def quantize(
     data: str | None = None,
     samples: int = 128,
     seed: int = 0,
+    simulated: str | Path | None = None,
     force: bool = False,
     track: Track = silent,
     **columns: Any,
@@ -48,10 +49,11 @@ def quantize(
 
     Static scales come from extremes; `ptq` searches for better ones. data: where calibration samples come from, and
     evaluation samples if it has a test or validation split (see `load_data`); it may be left out if no scale of the
-    recipe is static. The result is also in `out`/bittern.json.
+    recipe is static. simulated: a folder to keep the model in as it is before it is packed. The result is also in
+    `out`/bittern.json.
     """
 
-    job = _Job(source, recipe, out, data, samples, seed, force, track, columns)
+    job = _Job(source, recipe, out, data, samples, seed, force, track, columns, simulated)
     job.prepare()
     return job.finish(job.simulate(), {})
 
@@ -104,6 +106,7 @@ def qat(
     student: str | Path | None = None,
     samples: int = 128,
     resume: bool = False,
+    simulated: str | Path | None = None,
     force: bool = False,
     on_step: OnStep = ignore,
     track: Track = silent,
@@ -128,7 +131,7 @@ def qat(
     if main_process:
         _check_unfinished(folder, resume or force)
     columns |= {"batch_size": training.batch_size}
-    job = _Job(source, recipe, out, data, samples, training.seed, force or not main_process, track, columns)
+    job = _Job(source, recipe, out, data, samples, training.seed, force or not main_process, track, columns, simulated)
     job.prepare(student, hold_out=True)
     assert job.train is not None
     teacher = job.float_model if student else copy.deepcopy(job.model)
@@ -202,6 +205,7 @@ class _Job:
     force: bool
     track: Track
     columns: dict[str, Any]
+    simulated: str | Path | None = None
 
     def prepare(self, student: str | Path | None = None, hold_out: bool = False) -> None:
         """Load and check everything, and run the float model.
@@ -251,6 +255,8 @@ class _Job:
     def finish(self, simulation: Simulation, found: dict[str, Any]) -> dict[str, Any]:
         """Measure, pack, measure again, save; what was measured."""
         simulated = self._predict(self.model, "simulated")
+        if self.simulated:
+            save(self.model, self.simulated, processors_from=self.source)
         pack(self.model)
         result: dict[str, Any] = {
             "source": str(self.source),

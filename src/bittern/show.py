@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from rich.console import Console
@@ -15,18 +16,46 @@ from rich.table import Table
 out_console, err_console = Console(), Console(stderr=True)
 
 
+def say(text: str, console: Console = out_console, *, markup: bool = False) -> None:
+    """Print a line, which the terminal may wrap where it likes."""
+    console.print(text, highlight=False, markup=markup, soft_wrap=True)
+
+
+def wrote(out: str) -> None:
+    """Where the result lies, and what to do with it next."""
+    say(f"Wrote {out}. Next: [bold]bittern inspect {out}[/]", markup=True)
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    title: str | None = None,
+    *,
+    left: Sequence[str] = (),
+    show_lines: bool = False,
+) -> None:
+    """Print a table; the first column stands left, and those named in `left`."""
+    table = Table(title=title, title_justify="left", show_lines=show_lines)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 or name in left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out_console.print(table)
+
+
 def print_quantized(result: dict[str, Any], title: str) -> None:
     """Sizes and metrics, float against packed."""
-    table = Table(title=title, title_justify="left")
-    add_columns(table, "", "float", "packed")
-    table.add_row("size", megabytes(result["float_bytes"]), megabytes(result["file"]))
-    table.add_row("bits per quantized weight", "32", f"{result['bits']:.2f}")
+    rows = [
+        ("size", megabytes(result["float_bytes"]), megabytes(result["file"])),
+        ("bits per quantized weight", "32", f"{result['bits']:.2f}"),
+    ]
     if "packed" in result:
         for name, value in result["packed"].items():
-            table.add_row(name.replace("_", " "), f"{result['float'][name]:.4f}", f"{value:.4f}")
-        table.add_row("kernels", "", result["kernels"])
-        table.add_row("max error simulated–packed, without kernels", "", f"{result['max_error_simulated_packed']:g}")
-    out_console.print(table)
+            rows.append((name.replace("_", " "), f"{result['float'][name]:.4f}", f"{value:.4f}"))
+        rows.append(("kernels", "", result["kernels"]))
+        error = result["max_error_simulated_packed"]
+        rows.append(("max error simulated–packed, without kernels", "", f"{error:g}"))
+    print_table(("", "float", "packed"), rows, title)
 
 
 def print_losses(solved: list[dict[str, Any]]) -> None:
@@ -34,33 +63,33 @@ def print_losses(solved: list[dict[str, Any]]) -> None:
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in solved:
         groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", entry["name"]), []).append(entry)
-    table = Table(title="output error: with scales of the extremes, and as found (mean; worst)", title_justify="left")
-    add_columns(table, "layer or product", "count", "before", "after", "worst", "rounds")
+    rows = []
     for name, entries in groups.items():
         before, after = (sum(e[k] for e in entries) / len(entries) for k in ("before", "after"))
         worst, rounds = (max(e[k] for e in entries) for k in ("after", "rounds"))
-        table.add_row(name, str(len(entries)), f"{before:.2e}", f"{after:.2e}", f"{worst:.2e}", str(rounds))
-    out_console.print(table)
+        rows.append((name, str(len(entries)), f"{before:.2e}", f"{after:.2e}", f"{worst:.2e}", str(rounds)))
+    title = "output error: with scales of the extremes, and as found (mean; worst)"
+    print_table(("layer or product", "count", "before", "after", "worst", "rounds"), rows, title)
 
 
-def print_rows(title: str, rows: list[Any]) -> None:
-    table = Table(title=title, title_justify="left")
-    with_accuracy = rows[0].accuracy is not None
-    add_columns(table, "format", "bits", "kB", "×", *(["accuracy"] if with_accuracy else []), "agreement", "max error")
-    for row in rows:
-        table.add_row(
-            row.format,
-            f"{row.bits:.2f}",
-            f"{row.bytes / 1e3:,.0f}",
-            f"{rows[0].bytes / row.bytes:.1f}",
-            *([f"{row.accuracy:.4f}"] if with_accuracy else []),
-            f"{row.agreement:.4f}",
-            "" if row.max_error is None else f"{row.max_error:g}",
+def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    """The demo's formats of one model."""
+    accuracies = [] if rows[0]["accuracy"] is None else ["accuracy"]
+    cells = [
+        (
+            row["format"],
+            f"{row['bits']:.2f}",
+            f"{row['bytes'] / 1e3:,.0f}",
+            f"{rows[0]['bytes'] / row['bytes']:.1f}",
+            *(f"{row[name]:.4f}" for name in (*accuracies, "agreement")),
+            "" if row["max_error"] is None else f"{row['max_error']:g}",
         )
-    out_console.print(table)
+        for row in rows
+    ]
+    print_table(("format", "bits", "kB", "×", *accuracies, "agreement", "max error"), cells, title)
     out_console.print(
         "bits: per quantized weight, with scales · kB: whole file · agreement: with float · max error: "
-        "simulated against packed, loaded in a fresh process"
+        "simulated against packed, loaded in a fresh process, without kernels"
     )
 
 
@@ -68,14 +97,12 @@ def print_trained(result: dict[str, Any], title: str) -> None:
     """Which step was best, then sizes and metrics."""
     run = result["qat"]
     kept_step = f"step {run['best_step']}" if run["best_step"] else "the last step"
-    out_console.print(
+    say(
         f"{run['steps']} steps in {run['seconds'] / 60:.1f} minutes; {kept_step} is kept: {run['metric']} "
-        f"{run['best']:.4f}; peak memory {megabytes(result['peak_memory'])}",
-        highlight=False,
-        soft_wrap=True,
+        f"{run['best']:.4f}; peak memory {megabytes(result['peak_memory'])}"
     )
     if run["phases"]:
-        out_console.print(_intervened(run["phases"], result.get("plain")), highlight=False, soft_wrap=True)
+        say(_intervened(run["phases"], result.get("plain")))
     print_quantized(result, title)
 
 
@@ -96,11 +123,6 @@ def _intervened(phases: list[dict[str, Any]], baseline: dict[str, Any] | None) -
     )
 
 
-def add_columns(table: Table, *names: str) -> None:
-    for i, name in enumerate(names):
-        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
-
-
 def kept(modules: list[dict[str, Any]]) -> str:
     """Layers by name, if few; what has no weight matrix, such as norms, by type and count."""
     layers = [m["name"] for m in modules if m["type"] in ("Linear", "Conv2d", "Embedding", "Conv1D")]
@@ -111,6 +133,33 @@ def kept(modules: list[dict[str, Any]]) -> str:
 
 def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def print_estimate(seconds: Mapping[str, float]) -> None:
+    """Say what the parts of long work will take, before they start, if that is more than a moment."""
+    total = sum(seconds.values())
+    if total > 10 and err_console.is_terminal:
+        parts = ", ".join(f"{name} {duration(part)}" for name, part in seconds.items())
+        say(f"about {duration(total)}: {parts}", err_console)
+
+
+def watchers(job: Callable[..., Any], arguments: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
+    """What a job tells its progress to, by the names of its parameters; nothing if it shall be quiet."""
+    intervention = arguments.get("intervention")
+    watching: dict[str, Any] = {"track": track(quiet), "on_missing": lambda text: say(text, err_console)}
+    if not quiet:
+        watching |= {
+            "on_step": TrainingBar(intervention.phase if intervention else None),
+            "on_estimate": print_estimate,
+        }
+    return {name: watcher for name, watcher in watching.items() if name in signature(job).parameters}
 
 
 def track(quiet: bool) -> Any:

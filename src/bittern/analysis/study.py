@@ -37,7 +37,7 @@ from bittern.deploy.bench import alternate
 from bittern.deploy.files import Journal, atomic_folder, check_output, digest, read_json
 from bittern.deploy.store import REPORT as RUN
 from bittern.deploy.store import inspect, load
-from bittern.errors import ModelError
+from bittern.errors import InputError, ModelError
 from bittern.progress import OnEstimate, Track, silent
 
 PRODUCTS = 30  # with the Hessian that Lanczos takes, about
@@ -58,6 +58,12 @@ class Curvature:
     probes: int = 10
     grid: int = 15
     span: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.grid % 2 == 0:
+            raise InputError(
+                f"grid is {self.grid}; expected an odd number, so that the student itself is in the middle"
+            )
 
 
 def analyze(

@@ -13,7 +13,7 @@ import sys
 
 import typer
 
-from bittern.cli import analyze, compress, deploy, export, look
+from bittern.cli import compress, deliver, look
 from bittern.errors import BitternError
 from bittern.show import err_console
 
@@ -24,11 +24,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (
-    *(look.demo, compress.quantize, compress.ptq, compress.qat, look.evaluate, look.inspect),
-    *(analyze.analyze, export.export, deploy.bench),
-):
-    app.command("eval" if command is look.evaluate else None)(command)
+for name, command in {
+    "demo": look.demo,
+    "quantize": compress.quantize,
+    "ptq": compress.ptq,
+    "qat": compress.qat,
+    "eval": look.evaluate,
+    "inspect": look.inspect,
+    "analyze": look.analyze,
+    "export": deliver.export,
+    "bench": deliver.bench,
+}.items():
+    app.command(name)(command)
 
 
 def main() -> None:

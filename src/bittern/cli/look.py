@@ -1,128 +1,119 @@
-"""Commands that show what there is: demo, eval, inspect."""
+"""Commands that show what there is and what quantization did to it: demo, eval, inspect, analyze."""
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict
-from functools import partial
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-from rich.table import Table
+from bittern import demo as demos
+from bittern import jobs
+from bittern.analysis import study
+from bittern.cli.options import BATCH_SIZE, COLUMNS, DATA, FORCE, MAX_LENGTH, MODEL, Option, command
+from bittern.deploy import store
+from bittern.show import kept, megabytes, print_rows, print_table, say
 
-from bittern.cli.options import DATA_HELP, BatchSize, Columns, Force, Json, LabelColumn, Model, split, training_bar
-from bittern.errors import InputError
-from bittern.show import add_columns, err_console, kept, megabytes, out_console, print_rows, track
 
-
-def demo(
-    what: Annotated[str, typer.Argument(help="digits, minilm, or all of what is installed.")] = "digits",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the packed models.")] = Path("bittern-demo"),
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
+@command(
+    demos.demo,
+    {
+        "what": Option("digits, minilm, or all of what is installed.", argument="what"),
+        "out": Option("Folder for the packed models.", ("--out", "-o")),
+        **FORCE,
+    },
+)
+def demo(result: dict[str, Any], given: dict[str, Any]) -> None:
     """Quantize real models on real data that come with the package, and check them in a fresh process."""
-    from bittern import demo as demos
-
-    runs: dict[str, Any] = {"digits": partial(demos.run_digits, **training_bar(as_json)), "minilm": demos.run_minilm}
-    if what != "all" and what not in runs:
-        raise InputError(f"no demo {what!r}; give digits, minilm or all")
-    titles = {
-        "digits": "A ViT of 77,000 weights on scikit-learn's handwritten digits, 360 test images",
-        "minilm": "all-MiniLM-L6-v2 on English sentences; agreement: rank correlation of all pairs' similarities",
-    }
-    if what == "all":
-        try:
-            demos.minilm_folder()
-        except InputError as missing:  # the other one still runs
-            del runs["minilm"]
-            err_console.print(str(missing), soft_wrap=True)
-    started = {name: run(out, force, track(as_json)) for name, run in runs.items() if what in (name, "all")}
-    results = {}
-    for name, run in started.items():
-        rows = list(run)
-        results[name] = [asdict(row) for row in rows]
-        if not as_json:
-            print_rows(titles[name], rows)
-    if as_json:
-        print(json.dumps(results))
-        return
-    best = rows[1].path
-    out_console.print(
-        f"Next: [bold]bittern inspect {best}[/]    your own model: [bold]bittern quantize MODEL "
+    for name, rows in result.items():
+        print_rows(demos.TITLES[name], rows)
+    say(
+        f"Next: [bold]bittern inspect {rows[1]['path']}[/]    your own model: [bold]bittern quantize MODEL "
         "--recipe w8a8 --data DATA -o OUT[/]",
-        soft_wrap=True,
+        markup=True,
     )
 
 
-def evaluate(
-    model: Model,
-    data: Annotated[str, typer.Option(help=DATA_HELP)],
-    against: Annotated[str | None, typer.Option(help="Another model to compare outputs with.")] = None,
-    columns: Columns = "",
-    label_column: LabelColumn = None,
-    batch_size: BatchSize = 32,
-    kernels: Annotated[
-        bool,
-        typer.Option(help="Multiply in integers; without, a packed model gives the simulated one's bits."),
-    ] = True,
-    as_json: Json = False,
-) -> None:
+@command(
+    jobs.evaluate,
+    {
+        "source": MODEL,
+        "data": DATA,
+        "against": Option("Another model to compare outputs with."),
+        **COLUMNS,
+        "batch_size": BATCH_SIZE,
+        "kernels": Option("Multiply in integers; without, a packed model gives the simulated one's bits."),
+    },
+)
+def evaluate(result: dict[str, Any], given: dict[str, Any]) -> None:
     """Measure a float, simulated or packed model on data."""
-    from bittern import jobs
-
-    result = jobs.evaluate(
-        model,
-        data,
-        against=against,
-        kernels=kernels,
-        track=track(as_json),
-        columns=split(columns),
-        label_column=label_column,
-        batch_size=batch_size,
-    )
-    if as_json:
-        print(json.dumps(result))
-        return
     for name, value in result.items():
-        if name in ("file", "float32"):
-            value = megabytes(value)
-        text = f"{value:.4f}" if isinstance(value, float) else str(value)
-        out_console.print(f"{name.replace('_', ' '):16} {text}", highlight=False)
+        shown = megabytes(value) if name in ("file", "float32") else value
+        say(
+            f"{name.replace('_', ' '):16} {shown:.4f}"
+            if isinstance(shown, float)
+            else f"{name.replace('_', ' '):16} {shown}"
+        )
 
 
-def inspect(model: Model, as_json: Json = False) -> None:
+@command(store.inspect, {"path": MODEL})
+def inspect(result: dict[str, Any], given: dict[str, Any]) -> None:
     """Show what a model folder holds: sizes, which module has which format, and what stayed float."""
-    from bittern.deploy.store import inspect as inspect_folder
-
-    result = inspect_folder(model)
-    if as_json:
-        print(json.dumps(result))
-        return
-    out_console.print(
-        f"{result['model']}, {result['state']}"
-        + (f" by {result['recipe']}" if result["recipe"] else "")
-        + f": {megabytes(result['file'])} on disk ({megabytes(result['float32'])} in float32), "
-        f"{result['bits']:.2f} bits per quantized weight, {result['tensors']} tensors",
-        highlight=False,
-        soft_wrap=True,
+    recipe = f" by {result['recipe']}" if result["recipe"] else ""
+    say(
+        f"{result['model']}, {result['state']}{recipe}: {megabytes(result['file'])} on disk "
+        f"({megabytes(result['float32'])} in float32), {result['bits']:.2f} bits per quantized weight, "
+        f"{result['tensors']} tensors"
     )
     if result["state"] == "packed":
         kernels = result["kernels"] or "none: weights are unpacked in each forward, which is slow"
-        out_console.print(f"integer kernels on this machine: {kernels}", soft_wrap=True)
-    groups: dict[tuple[str, str], int] = {}
-    for module in result["modules"]:  # the same part of all blocks in one row
-        formats = "\n".join(f"{point}: {fmt}" for point, fmt in module.items() if point != "name")
-        key = re.sub(r"\.\d+(?=\.|$)", ".*", module["name"]), formats
-        groups[key] = groups.get(key, 0) + 1
-    table = Table(show_lines=True)
-    add_columns(table, "modules", "count", "formats")
-    table.columns[2].justify = "left"
-    for (name, formats), count in groups.items():
-        table.add_row(name, str(count), formats)
+        say(f"integer kernels on this machine: {kernels}")
+    groups = Counter(  # the same part of all blocks in one row
+        (
+            re.sub(r"\.\d+(?=\.|$)", ".*", module["name"]),
+            "\n".join(f"{point}: {fmt}" for point, fmt in module.items() if point != "name"),
+        )
+        for module in result["modules"]
+    )
     if groups:
-        out_console.print(table)
+        rows = [(name, str(count), formats) for (name, formats), count in groups.items()]
+        print_table(("modules", "count", "formats"), rows, left=("modules", "formats"), show_lines=True)
     total = sum(module["parameters"] for module in result["kept_float"])
-    out_console.print(f"kept float: {kept(result['kept_float'])}; {total:,} parameters in all", soft_wrap=True)
+    say(f"kept float: {kept(result['kept_float'])}; {total:,} parameters in all")
+
+
+@command(
+    study.analyze,
+    {
+        "student": Option("Folder of a packed or simulated model.", argument="STUDENT"),
+        "teacher": Option("Folder of the float model that it was made from."),
+        "data": DATA,
+        "out": Option("Folder for the report.", ("--out", "-o")),
+        "against": Option("Another student of this teacher, shown beside it."),
+        "samples": Option("Samples of the test data, drawn at random.", least=3),
+        "subset": Option("How many of them serve what runs the model many times.", ("--few",), least=1),
+        "curvature": Option("Hessian and loss surface too; takes long on large models."),
+        "curvature.batches": Option("Curvature: mini-batches that get a spectrum.", ("--hessians",), least=1),
+        "curvature.eigenvalues": Option("Curvature: top eigenvalues of each.", least=1),
+        "curvature.grid": Option("Curvature: points along a side of the loss surface.", least=3),
+        "seed": Option("Seed of the draw and of random directions."),
+        **COLUMNS,
+        "max_length": MAX_LENGTH,
+        "batch_size": BATCH_SIZE,
+        **FORCE,
+    },
+)
+def analyze(result: dict[str, Any], given: dict[str, Any]) -> None:
+    """Show what quantization did to a model: a report by layer and head, in one HTML file.
+
+    Interrupted, the same command goes on where it was.
+    """
+    for model in result["students"]:
+        say(f"What stands out in {model['name']}:")
+        for i, block in enumerate(model["worst"], 1):
+            say(
+                f"{i}. {block['name']}: alone it changes the output by {100 * block['error']:.2g} %; head "
+                f"{block['head']} diverges most, {block['times']:.1f}× the median. {block['advice']}"
+            )
+    out = Path(given["out"])
+    say(f"Wrote {out}. Next: open [bold]{out / 'report.html'}[/] in a browser", markup=True)

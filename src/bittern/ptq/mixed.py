@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ def check_mixed(mixed: Mixed, method: Method) -> None:
             f"method {method.name} calibrates each block on the quantized ones before it, whose widths mixed precision "
             "chooses only in the end; use a method with parallel inputs"
         )
+    if mixed.sensitivity not in get_args(Sensitivity):
+        raise InputError(f"sensitivity is {mixed.sensitivity!r}; expected {' or '.join(get_args(Sensitivity))}")
     if not mixed.bits or min(mixed.bits) < 2 or max(mixed.bits) > 12:
         raise InputError(f"candidate bits must be 2 to 12, got {', '.join(map(str, mixed.bits)) or 'none'}")
     if mixed.target < min(mixed.bits):

@@ -36,6 +36,7 @@ def export(
     source: str | Path,
     out: str | Path,
     *,
+    to: str = "onnx",
     form: Form = "int8",
     dynamic: bool = False,
     safe: bool = False,
@@ -56,6 +57,8 @@ def export(
     Raises InputError for options, data and outputs that cannot be used, ModelError if the model cannot be exported or
     the file is further from the simulated model than its arithmetic explains; then no file is left.
     """
+    if to != "onnx":
+        raise InputError(f"cannot export to {to!r}; give onnx")
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise InputError(f"export to ONNX needs {', '.join(missing)}: pip install bittern[onnx]")
     from bittern.deploy.onnx import graph as onnx_graph
