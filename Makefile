@@ -18,6 +18,8 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini tests
+	$(BIN)/lint-imports
 	$(BIN)/codespell
 
 venv: .venv/ready

@@ -201,7 +201,7 @@ def test_boolean_mask() -> None:
 def test_attention_sinks() -> None:
     """A sink takes probability and gives no value, as in GPT-OSS."""
     module = nn.Module().eval()
-    module.sinks, module.num_key_value_groups = nn.Parameter(torch.randn(4)), 2
+    module.sinks, module.__dict__["num_key_value_groups"] = nn.Parameter(torch.randn(4)), 2
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
     ours = attention_forward(module, q, k, v, None, scaling=0.3)
     theirs = modeling_gpt_oss.eager_attention_forward(module, q, k, v, None, scaling=0.3)

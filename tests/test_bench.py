@@ -1,6 +1,7 @@
 """The command that times a packed model beside its float model."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,6 @@ def test_ratios_are_paired() -> None:
     """A contender's ratio is the median over rounds of its time by the base's in the same round."""
     assert ratios({"a": [1.0, 2.0, 8.0], "b": [2.0, 2.0, 4.0]}, "a") == {"a": 1.0, "b": 1.0}
     order: list[str] = []
-    times = alternate({name: lambda name=name: order.append(name) for name in "ab"}, 2)
+    times = alternate({name: partial(order.append, name) for name in "ab"}, 2)
     assert "".join(order) == "ab" + "ab" + "ba"
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}

@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_ctranslate2_runs_the_same_model(tmp_path: Path) -> None:
 
     model, batch = SUPPORTED["bert"]()
     batch = {key: value[:1] for key, value in batch.items()}  # the sample without padding
-    out = ctranslate2_engine(model, batch, tmp_path)["ctranslate2 int8"]()
+    out: Any = ctranslate2_engine(model, batch, tmp_path)["ctranslate2 int8"]()
     found = torch.from_numpy(np.array(out.last_hidden_state))
     with torch.no_grad():
         expected = model.base_model(**batch).last_hidden_state

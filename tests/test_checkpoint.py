@@ -359,8 +359,8 @@ def forge(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **config
     state = load_file(folder / WEIGHTS) | (tensors or {})
     state = {name: tensor for name, tensor in state.items() if tensor is not None}
     rewrite(folder, **config)
-    config_checksum, tensors = config_digest(read_config(folder)), [digest(sorted(state.items()))]
-    checks = {"format_version": 1, "tensors": tensors, "config": config_checksum}
+    digests = [digest(sorted(state.items()))]
+    checks = {"format_version": 1, "tensors": digests, "config": config_digest(read_config(folder))}
     save_file(state, folder / WEIGHTS, {"format": "pt", "bittern": json.dumps(checks)})
 
 

@@ -409,7 +409,8 @@ def test_ptq_of_fewer_samples(inside: Path, tmp_path: Path) -> None:
 def test_ptq_goes_on(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a crash the same command goes on and prints the same; another recipe is refused; no work folder is left."""
     line = "bittern ptq vit --data digits -m omse --samples 16 -r {} -o {} --json"
-    save, saved = Journal.save, []
+    save = Journal.save
+    saved: list[str] = []
 
     def crash(journal: Journal, part: str, tensors: Any, notes: Any) -> None:
         if len(saved) == 3:
@@ -467,7 +468,7 @@ def test_a_real_interruption(place: Path, tmp_path: Path) -> None:
     """SIGINT while the progress bar of a long job runs exits with 130 and leaves no file."""
     data = write_tables(tmp_path / "data", text=TEXTS * 100, label=LABELS * 100)
     ours, theirs = pty.openpty()
-    arguments = ["quantize", f"{place}/bert", "-r", "w8a8", "--data", data, "-o", "out", "--batch-size", "1"]
+    arguments = ["quantize", f"{place}/bert", "-r", "w8a8", "--data", str(data), "-o", "out", "--batch-size", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "bittern", *arguments],
         cwd=tmp_path,

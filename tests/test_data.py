@@ -576,7 +576,7 @@ def test_broken_image(spoil: Callable[[Path], Any], vit: hf.PreTrainedModel, fol
         list(pictures(tmp_path / "data.parquet", vit, folders))
 
 
-SHORT_IHDR = b"\x89PNG\r\n\x1a\n" + bytes([0, 0, 0, 4]) + b"IHDR" + bytes(4) + bytes.fromhex("a9f1b8b1")
+SHORT_IHDR: bytes = b"\x89PNG\r\n\x1a\n" + bytes([0, 0, 0, 4]) + b"IHDR" + bytes(4) + bytes.fromhex("a9f1b8b1")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,11 @@ from helpers import refused
 from material import command, succeed
 
 SIZES = [(32, 32), (24, 40), (40, 32)]  # height, width
-BOXES = [[(0, (2, 3, 10, 12)), (2, (1, 20, 20, 10))], [(1, (5.5, 4, 20, 8))], []]  # category and bbox of each image
+BOXES: list[list[tuple[int, tuple[float, ...]]]] = [  # category and bbox of each image
+    [(0, (2, 3, 10, 12)), (2, (1, 20, 20, 10))],
+    [(1, (5.5, 4, 20, 8))],
+    [],
+]
 
 
 def content(names: tuple[str, ...] = ("LABEL_0", "LABEL_1", "LABEL_2")) -> dict[str, Any]:

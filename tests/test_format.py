@@ -26,7 +26,13 @@ FORMATS: list[dict[str, Any]] = [
     {"kind": "ternary", "storage": "base3", "granularity": "row"},
     {"kind": "binary", "granularity": "row"},
 ]
-DEFAULTS = {"kind": "uniform", "bits": 8, "scheme": "symmetric", "granularity": "tensor", "storage": "bits"}
+DEFAULTS: dict[str, Any] = {
+    "kind": "uniform",
+    "bits": 8,
+    "scheme": "symmetric",
+    "granularity": "tensor",
+    "storage": "bits",
+}
 TYPES = {"U8": "uint8", "I32": "int32", "I64": "int64", "F32": "float32"}  # safetensors → numpy and torch
 
 

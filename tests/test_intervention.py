@@ -140,7 +140,7 @@ def test_gradients(mode: str, terms: str) -> None:
     assert {n: v.item() for n, v in found.items()} == pytest.approx({n: losses[n].item() for n in found}, rel=1e-6)
     for (name, a), b in zip(student.named_parameters(), by_hand.parameters(), strict=True):
         grads = [torch.zeros_like(a) if p.grad is None else p.grad for p in (a, b)]
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7, msg=f"{name}: {{}}".format)
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
 
 
@@ -173,7 +173,7 @@ def test_one_layer_for_three() -> None:
         grads.append({n: p.grad for n, p in model.named_parameters()})
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
-        torch.testing.assert_close(grad, grads[1][name], rtol=1e-4, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-4, atol=1e-7, msg=f"{name}: {{}}".format)
 
 
 @pytest.mark.parametrize("family", ["bert", "vit", "gpt2", "gpt_neox", "llama", "t5", "bart", "detr"])
@@ -348,7 +348,7 @@ def test_fade() -> None:
 
 def scoped(anatomy: Anatomy, student: hf.PreTrainedModel) -> set[str]:
     """Roles of layers, and operands of attention, whose quantizers are at work."""
-    found = set()
+    found: set[str] = set()
     for name, module in student.named_modules():
         if isinstance(module, QuantLayer) and module.weight_quantizer and not module.weight_quantizer.bypass:
             found.add("value layer" if name.endswith("value") else anatomy.roles[name])

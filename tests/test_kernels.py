@@ -61,7 +61,8 @@ def test_families(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for recipe in RECIPES:
         model, batch = quantized(name, recipe)
         for module in model.modules():
-            if isinstance(module, (PackedLayer, kernels.LayerNorm, *kernels.SERVED.values())):
+            served: tuple[type[nn.Module], ...] = (PackedLayer, kernels.LayerNorm, *kernels.SERVED.values())
+            if isinstance(module, served):
                 module.register_forward_hook(compare, with_kwargs=True)
         outputs(model, batch)
         assert ran["PackedLinear"] + ran["PackedConv1D"] > 5

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def test_killed_at_random(name: str, tmp_path: Path) -> None:
     for moment in range(5):
         folder = tmp_path / str(moment // 2)
         model = bittern.load(DIGITS)
-        killed(lambda model=model, folder=folder: run(name, folder, model=model), dice.uniform(0, whole))
+        killed(partial(run, name, folder, model=model), dice.uniform(0, whole))
         if moment % 2 or moment == 4:
             check_resumed(name, folder)
 

@@ -1,6 +1,7 @@
 """Quantizers against golden values, independent references and the properties that every format must have."""
 
 import math
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def reference_scale(values: list[np.float32], fmt: Format) -> tuple[np.float32, 
 def reference_value(v: np.float32, fmt: Format, scale: np.float32, offset: np.float32, mean: float) -> float:
     """What one value becomes, from the definitions; `mean` is the mean magnitude of its unit."""
     if fmt.kind == "binary":
-        return -scale if v < 0 else scale
+        return float(-scale if v < 0 else scale)
     if fmt.kind == "ternary":
         return math.copysign(scale, v) if abs(v) > 0.7 * mean else 0.0
     half = 2 ** (fmt.bits - 1)
@@ -312,7 +313,7 @@ def test_half_precision(fmt: Format, dtype: torch.dtype) -> None:
     ids=["transposed", "one column", "permuted"],
 )
 @each_format
-def test_memory_layout_is_irrelevant(fmt: Format, layout) -> None:
+def test_memory_layout_is_irrelevant(fmt: Format, layout: Callable[[Tensor], Tensor]) -> None:
     """Views give the same values, codes and gradients as their contiguous copies, up to the order of sums."""
     x = layout()
     if fmt.granularity == "head" and x.dim() < 4:

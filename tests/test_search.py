@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -114,7 +114,7 @@ def factors(bits: int) -> np.ndarray:
     return np.linspace(0.1 if bits <= 4 else 0.5, 1.2, CANDIDATES, dtype=np.float32)
 
 
-def rounded(x: np.ndarray, low: float, high: float, factor: float, bits: int, scheme: str = "symmetric") -> np.ndarray:
+def rounded(x: np.ndarray, low: Any, high: Any, factor: float, bits: int, scheme: str = "symmetric") -> np.ndarray:
     """x in the codes of a format whose extremes are low and high times a factor."""
     low, high = np.float32(low) * np.float32(factor), np.float32(high) * np.float32(factor)
     if scheme == "symmetric":

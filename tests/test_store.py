@@ -415,7 +415,7 @@ def test_not_a_transformer(tmp_path: Path) -> None:
 
 def header(folder: Path) -> dict[str, tuple[str, list[int]]]:
     """Type and shape of each tensor in a folder, by the headers of its files."""
-    found = {}
+    found: dict[str, tuple[str, list[int]]] = {}
     for file in folder.glob("*.safetensors"):
         data = file.read_bytes()
         entries = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -23,7 +24,7 @@ FORMATS = [
 ]
 ROUNDERS: dict[str, Callable[..., Tensor]] = {
     "compensate": compensate,
-    "adaround": lambda *args, **options: adaround(*args, **options, steps=60),
+    "adaround": partial(adaround, steps=60),
 }
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 each_rounder = pytest.mark.parametrize("method", ROUNDERS)
