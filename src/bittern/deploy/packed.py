@@ -122,6 +122,16 @@ class PackedLayer(QuantizedLayer):
     _panels: native.Panels | None = None
     _bias: tuple[tuple[Any, ...], Tensor] | None = None
 
+    @property
+    def source(self) -> PackedLayer:
+        """The layer that holds the codes of this one."""
+        return self.owner[0] if self.owner else self
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply as a linear layer, of whatever class; convolutions and embeddings have their own forward."""
+        out = self.integer_product(input)
+        return F.linear(self.quantized_input(input), self.unpacked(), self.bias) if out is None else out
+
     def integer_product(self, x: Tensor) -> Tensor | None:
         """The product of x (…, inputs) and the weight by the integer kernels; None where they do not serve."""
         bias: Tensor | None = self.bias
@@ -150,9 +160,8 @@ class PackedLayer(QuantizedLayer):
             return panels
         with _exchange:
             if self._panels is None:
-                layer = self.owner[0] if self.owner else self
-                codes = unpack_codes(layer.weight_codes, self.weight_shape[1], self.weight_format)
-                self._panels = make_panels(codes, layer.weight_scale, self.weight_format)
+                codes = unpack_codes(self.source.weight_codes, self.weight_shape[1], self.weight_format)
+                self._panels = make_panels(codes, self.source.weight_scale, self.weight_format)
                 if self._panels is not None and not self.owner:
                     del self._buffers["weight_codes"]
             return self._panels
@@ -187,17 +196,13 @@ class PackedLayer(QuantizedLayer):
 
     def unpacked(self, rows: Tensor | None = None) -> Tensor:
         """The weight's values (rows, columns), or those of the given rows (…, columns), in the model's type."""
-        layer = self.owner[0] if self.owner else self
-        codes, scale, offset = layer.weight_codes, layer.weight_scale, layer.weight_offset
+        layer = self.source
+        codes, fmt, scale, offset = layer.weight_codes, layer.weight_format, layer.weight_scale, layer.weight_offset
         if rows is not None:
             flat = rows.flatten()
-            codes = codes[flat]
-            scale = scale[flat] if scale.dim() else scale
+            codes, scale = codes[flat], scale[flat] if scale.dim() else scale
             offset = offset[flat] if offset is not None and offset.dim() else offset
-        values = decode(
-            unpack_codes(codes, layer.weight_shape[1], layer.weight_format), layer.weight_format, scale, offset
-        )
-        values = values.to(self.weight.dtype)
+        values = decode(unpack_codes(codes, layer.weight_shape[1], fmt), fmt, scale, offset).to(self.weight.dtype)
         return values if rows is None else values.view(*rows.shape, -1)
 
     def weight_bytes(self) -> int:
@@ -210,17 +215,11 @@ class PackedLayer(QuantizedLayer):
 
 
 class PackedLinear(PackedLayer, nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        out = self.integer_product(input)
-        return F.linear(self.quantized_input(input), self.unpacked(), self.bias) if out is None else out
+    pass
 
 
 class PackedConv1D(PackedLayer, Conv1D):
     bias: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.integer_product(x)
-        return F.linear(self.quantized_input(x), self.unpacked(), self.bias) if out is None else out
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):
@@ -265,16 +264,14 @@ def make_packed(layer: QuantLayer, tensors: Mapping[str, Tensor], owner: PackedL
     """Turn a simulated layer into a packed one, in place, with these codes, scale and offset, or those of `owner`."""
     assert layer.weight_quantizer is not None
     fmt, (rows, columns) = layer.weight_quantizer.format, weight_matrix(layer).shape
-    dtype = layer.weight.dtype
-    device: torch.device = layer.weight.device  # type: ignore[assignment]
+    weight: Tensor = layer.weight  # type: ignore[assignment]
     del layer.weight_quantizer, layer.weight
     for state in ("_kept", "_float_type"):
         layer.__dict__.pop(state, None)
     layer.__class__ = PACKED[type(layer)]  # type: ignore[assignment]
     packed: PackedLayer = layer  # type: ignore[assignment]
     packed.weight_format, packed.weight_shape, packed.owner = fmt, (rows, columns), [] if owner is None else [owner]
-    placeholder = nn.Parameter(torch.zeros(1, dtype=dtype, device=device), False)  # type: ignore[arg-type]
-    packed.weight = placeholder if owner is None else owner.weight
+    packed.weight = nn.Parameter(weight.new_zeros(1), False) if owner is None else owner.weight
     for name in ("weight_codes", "weight_scale", "weight_offset"):
         packed.register_buffer(name, tensors.get(name))
     return packed.requires_grad_(False)
