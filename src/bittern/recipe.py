@@ -134,14 +134,11 @@ class Rule(_Strict):
             raise ValueError(f"a weight has no {self.weight.granularity}s; use tensor, row or group")
         if self.input is not None and self.input.granularity in ("row", "group", "head"):
             raise ValueError(f"the input of a layer has no {self.input.granularity}s; use tensor or token")
-        fmt: Format | None
-        for operand in OPERANDS:
-            fmt = getattr(self, operand)
-            if fmt is not None and fmt.granularity in ("row", "group"):
+        for operand, fmt in self.operands.items():
+            if fmt.granularity in ("row", "group"):
                 raise ValueError(f"{operand} has no {fmt.granularity}s; use tensor, token or head")
-        for field in ("input", *OPERANDS):
-            fmt = getattr(self, field)
-            if fmt is not None and fmt.kind in ("ternary", "binary"):
+        for field, fmt in self.formats.items():
+            if field != "weight" and fmt.kind in ("ternary", "binary"):
                 raise ValueError(f"kind: {fmt.kind} is for weights; use uniform for {field}")
         if self.roles and self.for_attention and "attention" not in self.roles:
             raise ValueError("query, key, value and map are formats of the role attention; add it to roles")
@@ -162,9 +159,14 @@ class Rule(_Strict):
         return bool(self.operands)
 
     @property
+    def formats(self) -> dict[str, Format]:
+        """Formats that are given, by field."""
+        return {field: fmt for field in ("weight", "input", *OPERANDS) if (fmt := getattr(self, field)) is not None}
+
+    @property
     def operands(self) -> dict[str, Format]:
         """Formats of the operands of attention that get one."""
-        return {operand: fmt for operand in OPERANDS if (fmt := getattr(self, operand)) is not None}
+        return {field: fmt for field, fmt in self.formats.items() if field in OPERANDS}
 
     def selects(self, name: str, role: Role) -> bool:
         """True if this rule decides over the module; the first rule that does wins."""

@@ -154,22 +154,20 @@ def weight_bytes(model: nn.Module) -> int:
 
 def without_kernel(model: nn.Module) -> dict[str, str]:
     """Layers and attentions whose formats the kernels lack: they compute in float, slower than the float model."""
-    return {name: _texts(rule) for name, rule in formats(model).items() if not _served(rule, model.get_submodule(name))}
-
-
-def _texts(rule: Rule) -> str:
-    points = ("weight", "input", *OPERANDS)
-    return ", ".join(f"{point} {fmt}" for point in points if (fmt := getattr(rule, point)))
+    return {
+        name: ", ".join(f"{field} {fmt}" for field, fmt in rule.formats.items())
+        for name, rule in formats(model).items()
+        if not _served(rule, model.get_submodule(name))
+    }
 
 
 def _served(rule: Rule, module: nn.Module) -> bool:
-    if rule.for_attention:
-        operands = (rule.query, rule.key, rule.value)
-        known = all(f is not None and f.scheme == "symmetric" and has_kernel(input_format=f) for f in operands)
-        fine = all(f is not None and f.granularity == "tensor" for f in (*operands, rule.map))
-        return bool(
-            known and fine and rule.map and rule.map.scheme != "asymmetric" and has_kernel(input_format=rule.map)
-        )
     if isinstance(module, nn.Embedding):
         return True  # rows are looked up, not multiplied
-    return rule.weight is not None and rule.input is not None and has_kernel(rule.weight, rule.input)
+    if not rule.for_attention:
+        return rule.weight is not None and rule.input is not None and has_kernel(rule.weight, rule.input)
+    schemes = dict.fromkeys(OPERANDS, ("symmetric",)) | {"map": ("symmetric", "unsigned")}
+    return rule.operands.keys() == schemes.keys() and all(
+        fmt.granularity == "tensor" and fmt.scheme in schemes[operand] and has_kernel(input_format=fmt)
+        for operand, fmt in rule.operands.items()
+    )
