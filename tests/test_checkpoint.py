@@ -23,7 +23,7 @@ from torch import nn
 import bittern
 from bittern import is_packed, is_simulated, load, pack, restore, save, simulate
 from bittern.deploy import checkpoint
-from bittern.deploy.checkpoint import config_digest, mark_simulated
+from bittern.deploy.checkpoint import config_digest, mark
 from bittern.deploy.files import digest
 from bittern.errors import BitternError, CheckpointError
 from bittern.layers import QuantLayer, formats
@@ -40,7 +40,7 @@ EVERYTHING = Recipe(name="everything", rules=(Rule(weight=Format(bits=8, granula
 def marked(name: str, recipe: str | Recipe = "w8a8", packed: bool = True) -> tuple[hf.PreTrainedModel, Batch]:
     """A quantized model that `save_pretrained` knows as ours."""
     model, batch = quantized(name, recipe, packed)
-    return model if packed else mark_simulated(model), batch
+    return model if packed else mark(model, "simulated"), batch
 
 
 def reload(model: hf.PreTrainedModel, folder: Path) -> hf.PreTrainedModel:
@@ -53,7 +53,7 @@ def reload(model: hf.PreTrainedModel, folder: Path) -> hf.PreTrainedModel:
 # There and back
 
 
-STATES = {False: mark_simulated, True: pack}
+STATES = {False: lambda model: mark(model, "simulated"), True: pack}
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "ternary-2-2-8"])
@@ -62,8 +62,8 @@ def test_save_and_load(name: str, recipe: str, tmp_path: Path) -> None:
     """Simulated or packed, what is saved and loaded gives what was simulated, bit for bit, in the same formats."""
     model, batch = quantized(name, recipe, packed=False)
     expected = outputs(model, batch)
-    for packed, mark in STATES.items():
-        mark(model).save_pretrained(tmp_path / str(packed))
+    for packed, prepare in STATES.items():
+        prepare(model).save_pretrained(tmp_path / str(packed))
         again = reload(model, tmp_path / str(packed))
         assert same(outputs(again, batch), expected)
         assert formats(again) == formats(model)
@@ -75,9 +75,9 @@ def test_shards_and_saving_again(name: str, tmp_path: Path) -> None:
     """Sharded, with the names of the model or of the original, and saved again, a checkpoint stays the same."""
     model, batch = quantized(name, "w4a8", packed=False)
     expected = outputs(model, batch)
-    for packed, mark in STATES.items():
+    for packed, prepare in STATES.items():
         shards, whole = (tmp_path / f"{kind} {packed}" for kind in ("shards", "whole"))
-        mark(model).save_pretrained(shards, max_shard_size="10KB", save_original_format=False)
+        prepare(model).save_pretrained(shards, max_shard_size="10KB", save_original_format=False)
         assert len(list(shards.glob("*.safetensors"))) > 1
         reload(model, shards).save_pretrained(whole)
         assert [f.name for f in whole.glob("*.safetensors")] == [WEIGHTS]

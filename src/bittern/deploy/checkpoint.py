@@ -8,11 +8,11 @@ of all tensors and of the configuration, verified on every load.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -146,11 +146,11 @@ def pack(model: PreTrainedModel) -> PreTrainedModel:
         raise ModelError("the model is not simulated; call simulate(model, recipe) before pack(model)")
     pack_layers(model)
     use_kernels(model)
-    return _mark(model, "packed")
+    return mark(model, "packed")
 
 
-def _mark(model: PreTrainedModel, state: str) -> PreTrainedModel:
-    """Let transformers know the model as ours, so that saving goes through BitternQuantizer."""
+def mark(model: PreTrainedModel, state: Literal["simulated", "packed"]) -> PreTrainedModel:
+    """Let transformers know the model as ours: `save_pretrained` then keeps formats and scales beside the weights."""
     recipe = record_of(model).recipe
     name = recipe.name if recipe else getattr(getattr(model.config, "quantization_config", None), "recipe", "")
     config = BitternConfig(state=state, recipe=name)
@@ -158,11 +158,6 @@ def _mark(model: PreTrainedModel, state: str) -> PreTrainedModel:
     model.hf_quantizer = BitternQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
     return model
-
-
-def mark_simulated(model: PreTrainedModel) -> PreTrainedModel:
-    """Let `save_pretrained` of a simulated model keep its formats and scales beside the float weights."""
-    return _mark(model, "simulated")
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -253,13 +248,13 @@ def _stored(model: PreTrainedModel, handles: Mapping[str, Any]) -> dict[str, dic
 
     def module_name(owner: str) -> str | None:
         """In-model name of a quantized module; None if this class of model has no such module."""
-        probe = owner + (INDEX if owner.endswith(f".{attention.NAME}.") else "weight")  # a name that renamings expect
+        probe = f"{owner}.{INDEX if owner.endswith(f'.{attention.NAME}') else 'weight'}"  # a name that renamings expect
         renamed = rename_source_key(probe, renamings, converters, model.base_model_prefix, meta)[0]
         name = renamed.rpartition(".")[0]
         options = (name, name.removeprefix(prefix), prefix + name)
         return next((n for n in options if n.removesuffix(f".{attention.NAME}") in modules), None)
 
-    owners = [key.removesuffix(INDEX) for key in handles if key.endswith(f".{INDEX}")]
+    owners = [key.removesuffix(f".{INDEX}") for key in handles if key.endswith(f".{INDEX}")]
     names = {owner: name for owner in owners if (name := module_name(owner))}
     if not names:
         raise CheckpointError(
@@ -267,17 +262,12 @@ def _stored(model: PreTrainedModel, handles: Mapping[str, Any]) -> dict[str, dic
         )
     stored: dict[str, dict[str, Tensor]] = {name: {} for name in names.values()}
     for key, handle in handles.items():
-        if (owner := next(filter(names.__contains__, _parents(key)), None)) is not None:
-            tensor, part = handle.get_tensor(key), key.removeprefix(owner)
-            stored[names[owner]][part] = tensor if part == INDEX else tensor.to("meta")
+        for depth in (1, 2):  # a tensor of the module, or of a quantizer in it
+            owner = key.rsplit(".", depth)[0]
+            if owner in names:
+                tensor, part = handle.get_tensor(key), key.removeprefix(f"{owner}.")
+                stored[names[owner]][part] = tensor if part == INDEX else tensor.to("meta")
     return stored
-
-
-def _parents(key: str) -> Iterator[str]:
-    """Names of the modules that a tensor is in, from the innermost, each with its dot."""
-    while "." in key:
-        key = key.rpartition(".")[0]
-        yield key + "."
 
 
 def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from bittern.deploy.checkpoint import (
     BitternConfig,
     check_config,
     is_packed,
-    mark_simulated,
+    mark,
 )
 from bittern.deploy.files import atomic_folder, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer
@@ -28,7 +29,6 @@ from bittern.dry_run import check_model
 from bittern.errors import BitternError, CheckpointError, InputError, ModelError, first_line
 from bittern.layers import formats, is_simulated
 from bittern.quantizers import FakeQuant
-from bittern.recipe import OPERANDS
 
 REPORT = "bittern.json"
 
@@ -74,13 +74,17 @@ def _check_folder(folder: Path) -> None:
     config = read_json(folder / "config.json")
     if "model_type" not in config:
         raise ModelError(f"{folder}/config.json names no model_type; expected a Transformer of transformers")
-    files = sorted(folder.glob("*.safetensors"))
+    files = tensor_files(folder)
     if not files:
         raise CheckpointError(f"{folder} holds no .safetensors file; Bittern loads nothing else")
     quantization = config.get("quantization_config")
     by_config = isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
     if by_config or any(METHOD in open_tensors(file)[1] for file in files):
         check_config(files)
+
+
+def tensor_files(folder: str | Path) -> list[Path]:
+    return sorted(Path(folder).glob("*.safetensors"))
 
 
 def _looks_like_hub_name(path: str) -> bool:
@@ -103,10 +107,10 @@ def save(
     Raises InputError if `out` exists (unless `force`) or cannot be written.
     """
     if is_simulated(model) and not is_packed(model):
-        mark_simulated(model)
+        mark(model, "simulated")
     with atomic_folder(out, force=force) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        for file in folder.glob("*.safetensors"):
+        for file in tensor_files(folder):
             _order_metadata(file)
         if processors_from is not None:
             copy_processors(processors_from, folder)
@@ -149,25 +153,19 @@ class Size:
 def measure(model: PreTrainedModel, folder: str | Path) -> Size:
     """Sizes of a saved model. Packed layers count codes and scales; layers tied to them count once."""
     packed = [m for m in model.modules() if isinstance(m, PackedLayer) and not m.owner]
-    weights = sum(rows * columns for rows, columns in (m.weight_shape for m in packed))
-    rest = {
-        p
-        for n, m in model.named_modules()
-        for k, p in m.named_parameters(recurse=False)
-        if not (isinstance(m, PackedLayer) and k == "weight")
-    }
-    file = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
+    weights = sum(prod(m.weight_shape) for m in packed)
+    rest = sum(p.numel() for p in model.parameters()) - len({m.weight for m in packed})  # placeholders of one number
+    file = sum(f.stat().st_size for f in tensor_files(folder))
     bits = 8 * sum(m.weight_bytes() for m in packed) / weights if weights else 32.0
-    return Size(file, 4 * (weights + sum(p.numel() for p in rest)), bits)
+    return Size(file, 4 * (weights + rest), bits)
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
     """List what a folder holds: model class, sizes, each quantized module with its formats, and what stayed float."""
     model = load(path)
-    points = ("weight", "input", *OPERANDS)
     quantized = formats(model)
     modules = [
-        {"name": name, **{p: str(fmt) for p in points if (fmt := getattr(rule, p))}} for name, rule in quantized.items()
+        {"name": name, **{field: str(fmt) for field, fmt in rule.formats.items()}} for name, rule in quantized.items()
     ]
     kept = [
         {"name": name, "type": type(m).__name__, "parameters": sum(p.numel() for p in m.parameters(recurse=False))}
@@ -183,7 +181,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "recipe": config.recipe if config else "",
         "format_version": config.format_version if config else None,
         **asdict(size),
-        "tensors": sum(len(open_tensors(file)[0].keys()) for file in Path(path).glob("*.safetensors")),
+        "tensors": sum(len(open_tensors(file)[0].keys()) for file in tensor_files(path)),
         "kernels": native.engine()[0],
         "modules": modules,
         "kept_float": kept,

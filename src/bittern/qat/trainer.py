@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from bittern.deploy.checkpoint import mark_simulated
+from bittern.deploy.checkpoint import mark
 from bittern.errors import InputError, ModelError
 from bittern.layers import is_simulated
 from bittern.qat.distill import Distill, Distiller, balanced
@@ -44,7 +44,7 @@ class QATTrainer(Trainer):
         if not is_simulated(model):
             raise ModelError("the student is not simulated; call simulate(model, recipe) before training")
         self.distiller = Distiller(distill or Distill(), model, teacher, intervention)
-        super().__init__(mark_simulated(model), *args, **options)
+        super().__init__(mark(model, "simulated"), *args, **options)
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise InputError("reentrant activation checkpointing loses gradients of the terms; set use_reentrant=False")
         if self.args.n_gpu > 1:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import bittern
 from bittern import native
-from bittern.deploy.checkpoint import mark_simulated
+from bittern.deploy.checkpoint import mark
 from bittern.deploy.packed import PackedLayer, unpack_codes
 from bittern.layers import fake_quants
 from bittern.quantizers import find_scale
@@ -135,7 +135,7 @@ def write(folder: Path, build: Callable[[], Any], recipe: str | Recipe, options:
             torch.equal(t, expected[f"out.{name}"]) for name, t in model(**batch).items() if isinstance(t, Tensor)
         )
     else:
-        mark_simulated(model)
+        mark(model, "simulated")
     model.save_pretrained(folder, **options)
     codes = {
         f"codes.{name}": unpack_codes(m.weight_codes, m.weight_shape[1], m.weight_format).to(torch.int16)
