@@ -92,13 +92,17 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def check_config(files: list[Path]) -> list[str]:
-    """Check the headers of a checkpoint's safetensors files, and config.json beside them; fast, without the tensors.
+def open_checked(files: list[Path]) -> tuple[dict[str, Any], list[str]]:
+    """Open a checkpoint's safetensors files and check their headers and config.json beside them; fast, without tensors.
 
-    Returns the digests that its tensors may have. Raises CheckpointError naming what is damaged, foreign or newer.
+    Returns the open file of each tensor, and the digests that all tensors together may have. Raises CheckpointError
+    naming what is damaged, foreign or newer.
     """
+    handles: dict[str, Any] = {}
     for file in files:
-        text = open_tensors(file)[1].get(METHOD)
+        handle, metadata = open_tensors(file)
+        handles |= dict.fromkeys(handle.keys(), handle)
+        text = metadata.get(METHOD)
         if text is None:
             raise CheckpointError(f"{file.name} has no Bittern checksums; it was not written by Bittern, or is damaged")
         try:
@@ -113,19 +117,12 @@ def check_config(files: list[Path]) -> list[str]:
             f"{path} was changed since the weights were packed; restore it, or load with the "
             "original, change model.config and save again"
         )
-    return tensors
+    return handles, tensors
 
 
 def verify(files: list[Path]) -> dict[str, Any]:
-    """Check all checksums of a checkpoint, also those of its tensors; return the open file of each tensor, by name.
-
-    Raises CheckpointError.
-    """
-    allowed = check_config(files)
-    handles: dict[str, Any] = {}
-    for file in files:
-        handle, _ = open_tensors(file)
-        handles |= dict.fromkeys(handle.keys(), handle)
+    """Check a checkpoint as `open_checked` does, and its tensors too; return the open file of each tensor."""
+    handles, allowed = open_checked(files)
     if digest((name, handles[name].get_tensor(name)) for name in sorted(handles)) not in allowed:
         raise CheckpointError(
             f"{files[0].parent}: tensors do not match their checksum; the file is damaged or incomplete"

@@ -19,9 +19,9 @@ from bittern.data.texts import load_tokenizer
 from bittern.deploy.checkpoint import (
     METHOD,
     BitternConfig,
-    check_config,
     is_packed,
     mark,
+    open_checked,
 )
 from bittern.deploy.files import atomic_folder, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer
@@ -80,7 +80,7 @@ def _check_folder(folder: Path) -> None:
     quantization = config.get("quantization_config")
     by_config = isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
     if by_config or any(METHOD in open_tensors(file)[1] for file in files):
-        check_config(files)
+        open_checked(files)
 
 
 def tensor_files(folder: str | Path) -> list[Path]:
