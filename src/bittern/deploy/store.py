@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
@@ -44,7 +45,7 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMode
     local = os.path.isdir(path)  # False, and no error, for what cannot be a path
     if local:
         _check_folder(Path(path))
-    elif not _looks_like_hub_name(str(path)):
+    elif not re.fullmatch(r"[^/.~][^/]*/[^/]+", str(path)):  # a name of the hub: owner/model
         raise InputError(f"no such folder: {path}")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -85,11 +86,6 @@ def _check_folder(folder: Path) -> None:
 
 def tensor_files(folder: str | Path) -> list[Path]:
     return sorted(Path(folder).glob("*.safetensors"))
-
-
-def _looks_like_hub_name(path: str) -> bool:
-    parts = path.split("/")
-    return len(parts) == 2 and all(parts) and not path.startswith((".", "~"))
 
 
 def save(
