@@ -62,9 +62,7 @@ def attend(
         return None
     codings = {point: input_coding(quantizer) for point, quantizer in quantizers.items()}
     known = {point: coding for point, coding in codings.items() if coding is not None and not coding.by_row}
-    if known.keys() != set(OPERANDS) or known["map"].scheme == "asymmetric":
-        return None
-    if any(known[point].scheme != "symmetric" for point in ("query", "key", "value")):
+    if known.keys() != set(OPERANDS) or any(coding.scheme not in native.SCHEMES[o] for o, coding in known.items()):
         return None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if (watch := watcher.get()) is not None:

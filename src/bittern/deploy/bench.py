@@ -25,7 +25,7 @@ from bittern.dry_run import dummy_batch
 from bittern.errors import InputError, ModelError
 from bittern.kernels import has_kernel
 from bittern.layers import formats
-from bittern.recipe import OPERANDS, Rule
+from bittern.recipe import Rule
 
 OURS, FLOAT = "bittern", "torch float32"
 
@@ -166,8 +166,7 @@ def _served(rule: Rule, module: nn.Module) -> bool:
         return True  # rows are looked up, not multiplied
     if not rule.for_attention:
         return rule.weight is not None and rule.input is not None and has_kernel(rule.weight, rule.input)
-    schemes = dict.fromkeys(OPERANDS, ("symmetric",)) | {"map": ("symmetric", "unsigned")}
-    return rule.operands.keys() == schemes.keys() and all(
-        fmt.granularity == "tensor" and fmt.scheme in schemes[operand] and has_kernel(input_format=fmt)
+    return rule.operands.keys() == native.SCHEMES.keys() and all(
+        fmt.granularity == "tensor" and fmt.scheme in native.SCHEMES[operand] and has_kernel(input_format=fmt)
         for operand, fmt in rule.operands.items()
     )

@@ -119,10 +119,16 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     return out
 
 
+# Schemes that the kernels know of each operand of attention.
+SCHEMES: dict[str, tuple[str, ...]] = {
+    operand: ("symmetric", "unsigned") if operand == "map" else ("symmetric",) for operand in OPERANDS
+}
+
+
 def check_codings(codings: Mapping[str, Coding]) -> None:
     """Raises ValueError for what the kernels cannot do with an operand of attention."""
     for name, coding in codings.items():
-        if coding.scheme == "asymmetric" or (name != "map" and coding.scheme != "symmetric") or coding.by_row:
+        if coding.scheme not in SCHEMES[name] or coding.by_row:
             raise ValueError(f"the kernels have no {coding.scheme} {name}")
 
 
