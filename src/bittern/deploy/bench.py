@@ -157,11 +157,11 @@ def without_kernel(model: nn.Module) -> dict[str, str]:
     return {
         name: ", ".join(f"{field} {fmt}" for field, fmt in rule.formats.items())
         for name, rule in formats(model).items()
-        if not _served(rule, model.get_submodule(name))
+        if not _has_fast_path(rule, model.get_submodule(name))
     }
 
 
-def _served(rule: Rule, module: nn.Module) -> bool:
+def _has_fast_path(rule: Rule, module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
         return True  # rows are looked up, not multiplied
     if not rule.for_attention:

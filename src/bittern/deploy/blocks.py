@@ -98,8 +98,8 @@ def _inside(block: nn.Module) -> list[nn.Module]:
     return list(block.modules())[1:]
 
 
-Call = Mapping[Any, Any]  # arguments of a block, by place or name
-Whole = Callable[[Call], Tensor | None]  # a block on the kernels; None where they do not serve
+Arguments = Mapping[Any, Any]  # of a call of a block, by place or name
+Whole = Callable[[Arguments], Tensor | None]  # a block on the kernels; None where they do not serve
 
 # Blocks → the ways in which they are called → parts, the state in which the plan holds, and what the kernels then run,
 # if they can. Not kept on the block, since plans hold addresses and a copied block starts anew.
@@ -123,7 +123,7 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind, _Fused), {"forward": forward, "__module__": kind.__module__})
 
 
-def _serves(block: nn.Module, call: Call) -> bool:
+def _serves(block: nn.Module, call: Arguments) -> bool:
     """True if a block may run in one piece now: a float tensor, perhaps a mask, and nothing else that could matter."""
     tensors = [value for value in call.values() if isinstance(value, Tensor)]
     plain = all(value is None or isinstance(value, Tensor | bool | int | float | str) for value in call.values())
@@ -138,7 +138,7 @@ def _serves(block: nn.Module, call: Call) -> bool:
     )
 
 
-def _run(block: nn.Module, call: Call, written: Callable[[], Any]) -> Any:
+def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
     """The block's output by its plan, or as it is written if that is still to be made; None if there is none."""
     plans = _plans.setdefault(block, {})
     way = tuple((key, "tensor" if isinstance(value, Tensor) else value) for key, value in call.items())
@@ -156,7 +156,7 @@ def _run(block: nn.Module, call: Call, written: Callable[[], Any]) -> Any:
     return out
 
 
-def _try(block: nn.Module, parts: Parts, call: Call, written: Callable[[], Any]) -> tuple[Any, Whole | None]:
+def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], Any]) -> tuple[Any, Whole | None]:
     """What the block gives as it is written, and what the kernels may run instead: it gave the same bits."""
     hooks = [hook for m in _inside(block) for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     ran: list[tuple[str, Any]] = []  # kind and module, or what attention was given
@@ -186,7 +186,7 @@ def _try(block: nn.Module, parts: Parts, call: Call, written: Callable[[], Any])
     return out, whole if found is not None and found.shape == out.shape and torch.equal(found, out) else None
 
 
-def _whole(parts: Parts, ran: list[tuple[str, Any]], call: Call) -> Whole:
+def _whole(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> Whole:
     """The block in one piece, by what ran in parts. Raises ValueError if the kernels have no such block."""
     order = "".join(kind for kind, _ in ran)
     if order not in ORDERS:

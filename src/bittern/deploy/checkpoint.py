@@ -217,7 +217,7 @@ class BitternQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError("a Bittern checkpoint loads from safetensors files; got none")
         handles = verify([Path(file) for file in checkpoint_files])
-        _rebuild(model, self.quantization_config, _stored(model, handles))
+        _rebuild(model, self.quantization_config, _quantized_modules(model, handles))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -232,7 +232,7 @@ class BitternQuantizer(HfQuantizer):
         return model
 
 
-def _stored(model: PreTrainedModel, handles: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+def _quantized_modules(model: PreTrainedModel, handles: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """Quantized modules of this model that the checkpoint holds → their tensors by short name, as empty copies,
     with `format_index` read. Keys are mapped to module names by transformers' own renaming.
 
@@ -285,8 +285,7 @@ def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str,
     for name, tensors in stored.items():
         for part, quantizer in fake_quants(model.get_submodule(name)):
             for kind in ("scale", "offset"):
-                if (empty := tensors.get(f"{part}.{kind}")) is not None:
-                    setattr(quantizer, kind, empty)
+                setattr(quantizer, kind, tensors.get(f"{part}.{kind}"))
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"\.{INDEX}$"}
 
 
