@@ -213,7 +213,9 @@ def collects_maps() -> bool:
 def only_watches(hook: Any) -> bool:
     """True if a forward hook does nothing but when `Site.integer` or `collects_maps` says so."""
     method = hook.func if isinstance(hook, partial) else hook
-    return isinstance(getattr(method, "__self__", None), Site) or hook.__name__ == "output_capturing_hook"
+    return (
+        isinstance(getattr(method, "__self__", None), Site) or getattr(hook, "__name__", "") == "output_capturing_hook"
+    )
 
 
 class _LastInput(threading.local):
