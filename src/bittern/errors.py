@@ -31,6 +31,6 @@ class CheckpointError(BitternError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error, or its cause if it has one, says in its first line; its type if it says nothing."""
+    """Return the first line of an error, or of its cause if it has one; its type if it says nothing."""
     error = error.__cause__ or error
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -194,7 +194,7 @@ def _check_unfinished(folder: Path, allowed: bool) -> None:
 
 @dataclass
 class _Job:
-    """What all commands share: load, measure, find scales or train, pack, measure again, save."""
+    """The steps that all commands share: load, measure, find scales or train, pack, measure again, save."""
 
     source: str | Path
     recipe_name: str | Recipe

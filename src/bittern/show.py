@@ -1,4 +1,4 @@
-"""What the commands show: tables on stdout, progress on stderr."""
+"""Output of the commands: tables on stdout, progress on stderr."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def print_trained(result: dict[str, Any], title: str) -> None:
 
 
 def _intervened(phases: list[dict[str, Any]], baseline: dict[str, Any] | None) -> str:
-    """What the teacher did when, and how many steps that saved against a run without it, if one is known."""
+    """Tell what the teacher did when, and how many steps that saved against a run without it, if one is known."""
     *acts, alone = phases
     spans = ", ".join(f"{act['name']} in steps {act['from'] + 1} to {act['to']}" for act in acts)
     text = f"the teacher intervened: {spans}; the student was alone from step {alone['from'] + 1}"
@@ -151,7 +151,7 @@ def print_estimate(seconds: Mapping[str, float]) -> None:
 
 
 def watchers(job: Callable[..., Any], arguments: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
-    """What a job tells its progress to, by the names of its parameters; nothing if it shall be quiet."""
+    """Return what a job tells its progress to, by the names of its parameters; nothing if it shall be quiet."""
     intervention = arguments.get("intervention")
     watching: dict[str, Any] = {"track": track(quiet), "on_missing": lambda text: say(text, err_console)}
     if not quiet:

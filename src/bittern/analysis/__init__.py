@@ -1,1 +1,1 @@
-"""What quantization did to a model: diagnostics that read two models side by side, and a report of them."""
+"""Analysis of what quantization did to a model: diagnostics that read two models side by side, and a report of them."""

@@ -1,4 +1,4 @@
-"""How sharp the loss is around a student's weights [TI]: top eigenvalues and trace of the Hessian, and a 2-D slice.
+"""Sharpness of the loss around a student's weights [TI]: top eigenvalues and trace of the Hessian, and a 2-D slice.
 
 A loss here is a function of a dict of parameters, as `torch.func.functional_call` takes them, so nothing is ever
 written into a model. Quantizers pass gradients straight through, once and twice: the Hessian is that of the loss as a
@@ -58,7 +58,7 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 def prediction_loss_of(
     model: PreTrainedModel, teacher: PreTrainedModel, batch: Mapping[str, Any], weight_decay: float = 0.0
 ) -> Loss:
-    """How far the predictions for a batch are from the teacher's: needs no labels.
+    """Return how far the predictions for a batch are from the teacher's: needs no labels.
 
     Soft cross-entropy of logits; squared error of one logit, or of the embeddings of an encoder without a head.
     weight_decay: λ of λ/2·‖w‖² of all matrices, which moves their eigenvalues by λ [TI].

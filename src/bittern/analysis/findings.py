@@ -1,4 +1,4 @@
-"""What stands out in an analysis, in plain sentences: the worst blocks, the worst head of each, and what may help."""
+"""Findings of an analysis, in plain sentences: the worst blocks, the worst head of each, and what may help."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def worst_blocks(student: dict[str, Any], count: int = 3) -> list[dict[str, Any]
 
 
 def _advice(name: str, by_attention: bool, how: str, learned: Collection[str]) -> str:
-    """What to try next, by where the harm is, how the student was made, and the terms that it learned by."""
+    """Return what to try next, by where the harm is, how the student was made, and the terms that it learned by."""
     wide = f"a first rule of the recipe with modules: “{name}.*” and 8-bit formats"
     if how == "qat":
         term = "map" if by_attention else "output"

@@ -121,7 +121,7 @@ def _data_uri(pixels: Tensor) -> str:
 
 
 def _predictions(models: Sequence[PreTrainedModel], batch: Mapping[str, Any]) -> list[str]:
-    """What each model says of a sample, if it is a classifier: the class and its probability."""
+    """Return what each model says of a sample, if it is a classifier: the class and its probability."""
     found = []
     for model in models:
         logits = model(**batch).get("logits")

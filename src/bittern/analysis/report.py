@@ -69,7 +69,7 @@ def write_plot(figure: Figure, folder: Path) -> None:
 
 
 def script_data(result: Result) -> Markup:
-    """What the page's script needs, as JSON that cannot end the element that it stands in."""
+    """Return the data of the page's script, as JSON that cannot end the element that it stands in."""
     worst = result["students"][0]["worst"]
     data = {
         "shown": result["shown"],

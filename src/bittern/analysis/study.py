@@ -47,7 +47,7 @@ MINI_BATCH = 16  # samples whose Hessian is looked at
 
 @dataclass(frozen=True)
 class Curvature:
-    """How much of the loss around a student is looked at.
+    """The part of the loss around a student that is looked at.
 
     batches: mini-batches, each with a spectrum of its own; eigenvalues: of each; probes: of the trace;
     grid: points along each side of the loss surface, which reaches from -span to span.

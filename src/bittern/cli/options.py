@@ -1,4 +1,4 @@
-"""How a command is made of a job: its options are the job's parameters, and fields of the dataclasses it takes.
+"""Commands made of jobs: the options are the job's parameters, and fields of the dataclasses it takes.
 
 Types and defaults stand where the job is; a command adds flags and help, in a table by parameter name.
 `training.epochs` is a field of the parameter `training`; a name with a space in it is one option for two parameters.
@@ -119,7 +119,10 @@ def look_up(job: Callable[..., Any], path: str) -> Parameter:
 
 
 def typer_parameter(job: Callable[..., Any], path: str, option: Option, switches: bool) -> inspect.Parameter:
-    """What typer makes an option of. switches: it decides if the dataclass it belongs to is made, so has no default."""
+    """Make the parameter that typer makes an option of.
+
+    switches: it decides if the dataclass it belongs to is made, so it has no default.
+    """
     kind, optional, default = look_up(job, path)
     if dataclasses.is_dataclass(kind):  # an option of its own switches it on
         kind, optional, default = bool, False, False

@@ -100,7 +100,7 @@ def omse_scale(x: Tensor, fmt: Format, name: str = "tensor") -> Scale:
             stride = 4
 
     def best(lows: Tensor, highs: Tensor, count: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of (candidates, units, 1) ends of ranges, those with the least errors, each as (units, 1)."""
+        """Yield those of (candidates, units, 1) ends of ranges with the least errors, each as (units, 1)."""
         lows, highs = torch.broadcast_tensors(lows, highs)
         clips = (_clip(*ends, row) for ends in zip(lows, highs, strict=True))
         errors = torch.stack([_error(points, row, found, counts) for found in clips])
@@ -218,7 +218,7 @@ def aciq_scale(x: Tensor, fmt: Format, name: str = "tensor") -> Scale:
 
 
 def _least(rows: Tensor, row: Format, found: list[Scale]) -> Scale:
-    """Of some scales and offsets the ones with the least error, unit by unit."""
+    """Return the scales and offsets with the least error, unit by unit."""
     choice = torch.stack([_error(rows, row, scale) for scale in found]).argmin(0, keepdim=True)
     scale = torch.stack([scale for scale, _ in found]).gather(0, choice)[0]
     offsets = [offset for _, offset in found if offset is not None]

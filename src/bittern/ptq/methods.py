@@ -22,7 +22,7 @@ Rounding = Callable[[Tensor, Format, Scale, Tensor, Tensor], tuple[Tensor, Forma
 
 @dataclass(frozen=True)
 class Method:
-    """How scales, biases and rounded weights are found.
+    """A way to find scales, biases and rounded weights.
 
     weight_clip, activation_clip: scales from a tensor alone, where the search starts or what stays without one.
     space: what is searched, if anything. ranking, margin: γ and θ of the ranking loss [VT eq. 12]; 0 leaves it out.

@@ -55,7 +55,7 @@ from bittern.recipe import Recipe, load_recipe
 
 @dataclass
 class Result:
-    """What `quantize` did.
+    """The result of `quantize`.
 
     solved: every layer and product. by_extremes: what no search reaches, set from its smallest and largest value.
     bits, frontier: with mixed precision, of each part of a block. seconds: by phase. peak_memory: in bytes.
@@ -87,7 +87,7 @@ class Result:
 
 @dataclass
 class _Run:
-    """What all units of one call share."""
+    """State that all units of one call share."""
 
     model: PreTrainedModel
     batches: list[dict[str, Any]]
@@ -109,7 +109,7 @@ class _Run:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def parts(self, unit: str) -> dict[str, Part]:
-        """Of a block, with mixed precision."""
+        """Return the parts of a block, for mixed precision."""
         block = next((b for b in self.anatomy.blocks if b.name == unit), None)
         return block_parts(block) if block is not None and self.mixed is not None else {}
 
@@ -173,7 +173,7 @@ def _job(
     mixed: Mixed | None,
     seed: int,
 ) -> dict[str, Any]:
-    """What a run is: another of these gives other bits."""
+    """Return the facts that a run depends on: another of these gives other bits."""
     named = ((f"{i} {k}", batch[k]) for i, batch in enumerate(batches) for k in sorted(batch))
     return {
         "model": digest(sorted(model.state_dict().items())),

@@ -17,14 +17,14 @@ Fold = tuple[Tensor, Tensor] | None  # r and t of (x + t)/r, for each channel
 
 
 def searchable(quantizer: FakeQuant | None) -> bool:
-    """Whether there is a static scale to choose; ternary and binary ones have closed forms."""
+    """True if there is a static scale to choose; ternary and binary ones have closed forms."""
     if quantizer is None:
         return False
     return quantizer.format.range == "static" and quantizer.format.kind not in ("ternary", "binary")
 
 
 def needs_search(side: Operand | Weight, *others: object) -> bool:
-    """Whether a side has to be searched: not if all it depends on is as it was when it was searched last."""
+    """True if a side has to be searched: not if all it depends on is as it was when it was searched last."""
     new = side.searched_for != others
     side.searched_for = others
     return new
@@ -119,7 +119,7 @@ class Weight:
 
     @property
     def state(self) -> tuple[float, float]:
-        """What tells present scales and shift from others."""
+        """Return what tells present scales and shift from others."""
         shift = self.product.shift
         scale = 0.0 if self.fixed else float(self.scale[0].double().sum())
         return scale, 0.0 if shift is None else float(shift.double().sum())

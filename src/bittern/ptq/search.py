@@ -43,7 +43,7 @@ TOLERANCE = 1e-7  # of the loss, by which another candidate may be better than t
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched: `candidates` factors from `low` to `high` times the scale of the extremes [VT 3.2].
+    """The space that is searched: `candidates` factors from `low` to `high` times the scale of the extremes [VT 3.2].
 
     slack: what a choice may lose, relative to the loss, for the time it saves; 0 finds the best candidate.
     ends: both ends of an asymmetric range are searched, not only their common factor.

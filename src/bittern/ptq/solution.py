@@ -1,4 +1,4 @@
-"""What was found for a unit, at one width or at several: to keep on disk, and to put into the model."""
+"""Solutions of a unit, at one width or at several: to keep on disk, and to put into the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Found:
     sensitivity: dict[str, float]  # of each part of a block, with mixed precision
 
     def names(self) -> set[str]:
-        """Of all quantizers and parameters that are set."""
+        """Return the names of all quantizers and parameters that are set."""
         return {*self.formats, *self.tensors}
 
 

@@ -25,7 +25,7 @@ FOLD_ROWS = 1024  # on which folds are compared
 
 @dataclass
 class Solved:
-    """What was found for a layer or an attention product.
+    """The solution of a layer or an attention product.
 
     before, after: 1 - similarity to the float output (by the method's objective) with the scales of the extremes, and
     with what was found. scales: found scale / scale of the extremes, mean over rows.
@@ -89,10 +89,10 @@ def _best_fold(
     tied: frozenset[str],
 ) -> Fold:
     """The fold that leaves the least error after one round on a part of the rows."""
-    some = random_rows(len(x), FOLD_ROWS).to(x.device)
-    few = torch.unique(sample[some], return_inverse=True)[1]
+    subset = random_rows(len(x), FOLD_ROWS).to(x.device)
+    samples = torch.unique(sample[subset], return_inverse=True)[1]
     trial = replace(method, rounding=None, space=method.space and replace(method.space, rounds=1))
-    return min(folds, key=lambda fold: sum(_solve_group(layers, x[some], few, trial, tied, fold).after))
+    return min(folds, key=lambda fold: sum(_solve_group(layers, x[subset], samples, trial, tied, fold).after))
 
 
 def _folds(x: Tensor, norm: nn.Module, layers: Mapping[str, QuantLayer], exponents: Sequence[float]) -> list[Fold]:

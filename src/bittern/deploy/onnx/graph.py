@@ -55,7 +55,7 @@ def use_operators(layers: Mapping[str, PackedLayer], plans: Mapping[str, Plan], 
 
 
 def _stored(layer: PackedLayer, known: Plan, safe: bool) -> dict[str, Tensor | None]:
-    """What the operators of a layer read beside its input and bias."""
+    """Tensors that the operators of a layer read beside its input and bias."""
     if known.kind == "float":
         return {"values": layer.unpacked()}
     codes = integer_codes(layer)

@@ -1,4 +1,4 @@
-"""How each packed layer is written to ONNX: its plan, its integer codes, and what the plan rounds."""
+"""Plans of packed layers for ONNX: the form of each, its integer codes, and what the form rounds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Clip(FakeQuant):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a layer is written.
+    """The form in which a layer is written.
 
     kind: `static` and `dynamic` multiply 8-bit integers; `nbits` is MatMulNBits, which rounds inputs to 8 bits block by
     block (without that it unpacks all weights in each call); `portable` is DequantizeLinear and MatMul; `rows` an
