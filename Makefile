@@ -1,9 +1,10 @@
-# make demo: quantize real models on real data.   make test: everything that CI checks.   make quick: the first minute of it.
+# make demo: quantize real models on real data.   make test: everything that CI checks.
+# make quick: the first minute of it.             make kinds: the tests on each kind of kernels, threads and roundings.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test quick venv lint
+.PHONY: demo test quick kinds venv lint
 
 demo: venv
 	$(BIN)/bittern demo all --out bittern-demo --force
@@ -13,6 +14,9 @@ test: venv lint
 
 quick: venv
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" tests
+
+kinds: venv
+	scripts/test_kinds.sh
 
 lint: venv
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ BITTERN_TEST_THREADS says otherwise."""
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,19 +21,14 @@ from test_budget import summary
 torch.set_num_threads(int(os.environ.get("BITTERN_TEST_THREADS", "1")))
 # What `make quick` leaves out: whole jobs, processes, a browser, long searches and training; and all families but BERT.
 SLOW_FILES = {
-    *(
-        "test_analyze",
-        "test_cli",
-        "test_curvature",
-        "test_demo",
-        "test_detection",
-        "test_docs",
-        "test_jobs",
-        "test_onnx",
-    ),
-    *("test_package", "test_qat", "test_report", "test_run", "test_search", "test_store", "test_trainer"),
+    f"test_{name}"
+    for name in (
+        *("benchmarks", "cli", "curvature", "demo", "detection", "docs", "jobs", "onnx", "package", "ptq", "qat"),
+        *("report", "search", "store", "study", "trainer"),
+    )
 }
 SLOW_TESTS = {"test_fuzz_under_sanitizers", "test_switch_is_read_at_first_use", "test_training"}
+assert all(Path(__file__).with_name(f"{name}.py").exists() for name in SLOW_FILES)
 OTHER_FAMILIES = {*SUPPORTED, *UNSUPPORTED} - {"bert"}
 
 logging.disable_progress_bar()  # its lock is shared with forked processes, and a killed one would keep it
