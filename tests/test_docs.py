@@ -3,10 +3,11 @@
 import os
 import re
 import shlex
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -53,6 +54,7 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All commands and all Python of the documents run, in order, in one empty folder."""
     monkeypatch.chdir(tmp_path)
     shown = list(blocks("sh", "python"))
+    names: dict[str, dict[str, Any]] = defaultdict(lambda: {"__name__": "document"})  # a page goes on where it was
     # The demo's own test measures; here it only has to leave its files: one step of training, no fresh processes.
     monkeypatch.setattr(demo, "TRAINING", replace(demo.TRAINING, steps=1))
     monkeypatch.setattr(demo, "_start_check", lambda packed, data, other: (packed, data, other))
@@ -63,7 +65,7 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             for line in block.text.replace("\\\n", " ").splitlines():
                 check_line(line, block.place)
         else:
-            exec(compile(block.text, block.place, "exec"), {"__name__": block.place})
+            exec(compile(block.text, block.place, "exec"), names[block.place.partition(":")[0]])
 
 
 def test_recipes_are_valid() -> None:
