@@ -1,5 +1,5 @@
 # make demo: quantize real models on real data.   make test: everything that CI checks.
-# make quick: the first minute of it.             make kinds: the tests on each kind of kernels, threads and roundings.
+# make quick: a short share of it.                make kinds: the tests on each kind of kernels, threads and roundings.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
