@@ -9,7 +9,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <mutex>
 #include <thread>
 
@@ -25,7 +24,7 @@ class Pool {
   // Runs all chunks on up to `threads` threads. A second caller at the same time does its own job alone.
   void run(int chunks, int threads, Work work, void* context) {
     threads = threads < kMost ? threads : kMost;
-    if (threads < 2 || chunks < 2 || !callers_.try_lock()) {
+    if (threads < 2 || chunks < 2 || busy_.exchange(true)) {
       for (int chunk = 0; chunk < chunks; ++chunk) work(context, chunk, 0);
       return;
     }
@@ -36,7 +35,7 @@ class Pool {
     job_.fetch_add(1);
     if (sleeping_.load() > 0) {
       std::lock_guard<std::mutex> lock(sleep_);
-      wake_.notify_all();
+      pthread_cond_broadcast(&wake_);
     }
     take(0);
     open_.store(false);
@@ -44,7 +43,7 @@ class Pool {
       if (spins < 4000) _mm_pause();
       else std::this_thread::yield();
     }
-    callers_.unlock();
+    busy_.store(false);
   }
 
  private:
@@ -71,7 +70,7 @@ class Pool {
         if (std::chrono::steady_clock::now() - start > std::chrono::microseconds(100)) {
           std::unique_lock<std::mutex> lock(sleep_);
           sleeping_.fetch_add(1);
-          wake_.wait(lock, [&] { return job_.load() != seen; });
+          while (job_.load() == seen) pthread_cond_wait(&wake_, sleep_.native_handle());
           sleeping_.fetch_sub(1);
         }
       }
@@ -82,11 +81,12 @@ class Pool {
     }
   }
 
-  std::mutex callers_, sleep_;
-  std::condition_variable wake_;
+  // std::condition_variable and try_lock would need a newer C++ and C library than wheels for all Linux systems may.
+  std::mutex sleep_;
+  pthread_cond_t wake_ = PTHREAD_COND_INITIALIZER;
   std::atomic<unsigned> job_{0};
   std::atomic<int> next_{0}, inside_{0}, sleeping_{0};
-  std::atomic<bool> open_{false};
+  std::atomic<bool> busy_{false}, open_{false};
   int started_ = 0, chunks_ = 0, helpers_ = 0;
   Work work_ = nullptr;
   void* context_ = nullptr;
