@@ -1,5 +1,6 @@
 """Whole blocks on the kernels against the same blocks part by part."""
 
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from bittern import attention
 from bittern.deploy import blocks
 from bittern.layers import fake_quants
-from bittern.native.block import Block
 from bittern.recipe import Format, Recipe, Rule
 from families import SUPPORTED
 from helpers import outputs, quantized, same
@@ -26,8 +26,8 @@ WHOLE = ["bert", "roberta", "distilbert", "electra", "albert", "vit", "deit", "b
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Each block that the kernels are asked for."""
     made: list[Any] = []
-    run = Block.__call__
-    monkeypatch.setattr(Block, "__call__", lambda self, *args: made.append(self) or run(self, *args))
+    run = blocks.run_blocks
+    monkeypatch.setattr(blocks, "run_blocks", lambda whole, *args: made.extend(whole) or run(whole, *args))
     return made
 
 
@@ -156,3 +156,85 @@ def test_other_modules_are_seen(calls: list[Any]) -> None:
     assert len(calls) == model.config.num_hidden_layers - 1
     assert not same(found, before)
     assert same(found, in_parts(model, batch))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_stack_in_one_call(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that follow each other run in one call from the third forward on, each gives what it gives alone, and no
+    output shares its memory with another."""
+    counts: list[int] = []
+    run = blocks.run_blocks
+    monkeypatch.setattr(blocks, "run_blocks", lambda whole, *args: counts.append(len(whole)) or run(whole, *args))
+    for name in ("bert", "vit", "bart", "albert"):
+        model, batch = quantized(name, "w8a8")
+        batch = batch | {"output_hidden_states": True}
+        found = None
+        for _ in range(4):
+            counts.clear()
+            with mode():
+                found = model(**batch)
+        expected = in_parts(model, batch)
+        states = found.get("hidden_states") or found["encoder_hidden_states"]
+        assert same({key: value for key, value in found.items() if isinstance(value, Tensor)}, expected)
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blocks, "_serves", lambda *_: False)
+            alone = model(**batch)
+        assert all(map(torch.equal, states, alone.get("hidden_states") or alone["encoder_hidden_states"]))
+        assert len({state.untyped_storage().data_ptr() for state in states}) == len(states)
+        assert counts == ([1, 1] if name == "albert" else [2])  # ALBERT calls one block again and again
+
+
+@torch.no_grad()
+def test_what_was_ready_may_be_stale(calls: list[Any]) -> None:
+    """A block does not give an output that was made ready before its input, its mask or its weights changed."""
+    model, batch = quantized("bert", "w8a8")
+    first, second = model.bert.encoder.layer
+    norm = next(m for m in second.modules() if isinstance(m, nn.LayerNorm))
+    masks: list[Tensor] = []
+
+    def change_weights(*_: Any) -> None:
+        norm.weight.mul_(1.5)
+
+    def change_output(module: nn.Module, args: Any, out: Tensor) -> None:
+        out.mul_(1.5)
+
+    def other_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out * 1.5
+
+    def change_mask(module: nn.Module, args: Any, out: Tensor) -> None:
+        args[1][..., -2:] = torch.finfo(torch.float32).min
+        masks.append(args[1])
+
+    for mode in (torch.no_grad, torch.inference_mode):
+        for hook in (change_weights, change_output, other_output, change_mask):
+            for _ in range(3):
+                outputs(model, batch)
+            original = norm.weight.clone()
+            with first.register_forward_hook(hook), mode():
+                expected = in_parts(model, batch)
+                norm.weight.copy_(original)
+                for _ in range(3):
+                    calls.clear()
+                    assert same(outputs(model, batch), expected), (mode, hook)
+                    norm.weight.copy_(original)
+    assert masks
+    x = torch.randn(2, 5, model.config.hidden_size)
+    for _ in range(3):
+        second(first(x))
+    given = first(x)  # the second block's output is ready
+    norm.weight.mul_(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_serves", lambda *_: False)
+        expected_one = second(given)
+    assert torch.equal(second(given), expected_one)
+
+
+def test_copies_have_plans_of_their_own() -> None:
+    """A model that ran can be copied and pickled; no plan, which holds addresses, goes with it."""
+    model, batch = quantized("bert", "w8a8")
+    expected = outputs(model, batch)
+    layer = model.bert.encoder.layer[0]
+    assert layer.__dict__["_plans"]
+    for copied in (deepcopy(layer), pickle.loads(pickle.dumps(layer._plans))):
+        assert not getattr(copied, "_plans", copied)
+    assert same(outputs(deepcopy(model), batch), expected)

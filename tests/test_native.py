@@ -21,7 +21,7 @@ from torch import Tensor
 from bittern import native
 from bittern.errors import InputError
 from bittern.native import Coding, Panels, linear, padded_bias, quantize, rounding
-from bittern.native.block import PARTS, Block, Layer, Norm
+from bittern.native.block import PARTS, Block, Layer, Norm, run_blocks
 from bittern.quantizers import encode, find_scale, kernel_coding
 from bittern.recipe import Format
 
@@ -114,14 +114,21 @@ def test_defaults_of_pytorch_do_not_matter(kind: str, dtype: torch.dtype) -> Non
         assert attended is not None
         layers = dict.fromkeys(PARTS, Layer(square, padded_bias(None, square), SIGNED))
         norms = (Norm(x[0], x[1], 1e-5),) * 2
-        block = Block(layers, norms, codings, pre_norm=True, activation="gelu", heads=2, key_heads=2, scaling=0.5)(
-            x[None], None
-        )
-        assert block is not None
+        block = Block(layers, norms, codings, pre_norm=True, activation="gelu", heads=2, key_heads=2, scaling=0.5)
+        blocks = run_blocks([block, block], x[None], None)
+        assert blocks is not None
         rounded = rounding.uniform(x, SIGNED), rounding.ternary(x, 0.7, None, True)
         product = linear(rows, panels, padded_bias(bias, panels))
         loss = rounding.losses(x, (-128, 127), scales, None, x.T[:, :3].contiguous(), x[0])
-        return [product, native.norm(x, x[0], x[1], 1e-5), native.activate(x, "gelu"), loss, block, *attended, *rounded]
+        return [
+            product,
+            native.norm(x, x[0], x[1], 1e-5),
+            native.activate(x, "gelu"),
+            loss,
+            *blocks,
+            *attended,
+            *rounded,
+        ]
 
     torch.manual_seed(0)
     codes, scale, bias = torch.randint(-1, 2, (20, 32)), torch.rand(20), torch.randn(20)
@@ -343,19 +350,23 @@ def test_block(kind: str, shape: tuple[int, int], pre_norm: bool) -> None:
         expected = expected if pre_norm else norm(expected, 1)
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            out = block(x, mask)
+            outs = run_blocks([block, block], x, mask)
             torch.set_num_threads(1)
-            assert out is not None
-            assert torch.equal(out, expected)
+            assert outs is not None
+            assert torch.equal(outs[0], expected)
+            again = run_blocks([block], expected, mask)
+            assert again is not None
+            assert torch.equal(outs[1], again[0])
     broken = x.clone()
     broken[0, 0, 0] = torch.inf
-    assert block(broken, None) is None
+    assert run_blocks([block, block], broken, None) is None
     wrong: list[Any] = [
-        lambda: block(x[..., :-1], None),
-        lambda: block(x[0], None),
-        lambda: block(x.double(), None),
-        lambda: block(torch.randn(2, hidden, 3).transpose(1, 2), None),
-        lambda: block(x, torch.zeros(1, 1, 1, tokens, dtype=torch.float64)),
+        lambda: run_blocks([block], x[..., :-1], None),
+        lambda: run_blocks([block], x[0], None),
+        lambda: run_blocks([block], x.double(), None),
+        lambda: run_blocks([block], torch.randn(2, hidden, 3).transpose(1, 2), None),
+        lambda: run_blocks([block], x, torch.zeros(1, 1, 1, tokens, dtype=torch.float64)),
+        lambda: run_blocks([block, Block(layers, norms, codings, **rest | {"heads": 2})], x, None),
         lambda: Block(layers | {"up": layers["down"]}, norms, codings, **rest),
         lambda: Block(layers, norms, codings | {"key": UNSIGNED}, **rest),
         lambda: Block(layers, norms, codings, **rest | {"key_heads": 3}),

@@ -177,15 +177,20 @@ void block(int threads) {
   const Weights output(heads * value_dim, hidden), up(hidden, wide), down(wide, hidden);
   const std::vector<float> x = floats(size_t(batch) * tokens * hidden), weight = floats(hidden), bias = floats(hidden);
   const std::vector<float> mask = floats(size_t(tokens) * tokens);
-  std::vector<float> out(x.size());
+  std::vector<float> first(x.size()), out(x.size());
   const Norm norm{weight.data(), bias.data(), 1e-5f};
   const Block b{query.layer, key.layer, value.layer, output.layer, up.layer, down.layer, {norm, norm}, pick(0, 1),
                 pick(0, 4), heads, key_heads, dim, value_dim, 0.2f, any_format(true, false), any_format(true, false),
                 any_format(true, false), any_format(true, true)};
   const int64_t strides[3] = {0, 0, tokens};
-  const int failed = bittern_block(&b, x.data(), batch, tokens, pick(0, 1) ? mask.data() : nullptr, strides, threads,
-                                   out.data());
-  if (failed) fail("block failed");
+  const float* masked = pick(0, 1) ? mask.data() : nullptr;
+  const Block* const blocks[2] = {&b, &b};
+  float* const outs[2] = {first.data(), out.data()};
+  if (bittern_blocks(blocks, 2, x.data(), batch, tokens, masked, strides, threads, outs)) fail("blocks failed");
+  std::vector<float> again(x.size());
+  float* const alone = again.data();
+  if (bittern_blocks(blocks, 1, first.data(), batch, tokens, masked, strides, threads, &alone)) fail("block failed");
+  if (again != out) fail("two blocks in one call differ from one after the other");
   for (const float v : out)
     if (!std::isfinite(v)) fail("a block gave what is not finite");
 }

@@ -5,6 +5,10 @@ and an activation. The first time that it is called in some way it runs as it is
 order. What the kernels then give for the same input must be the same, bit for bit, or the block stays as it is. It also
 runs as it is written whenever something watches or changes its inside: hooks, recorded or replaced signals, attention
 maps that are asked for, gradients.
+
+Blocks that were seen to run one after the other, each on what the one before gave and all with one mask, run in one
+call as far as their outputs fit the caches. The model still calls each: those after the first find their output ready,
+if their plan holds and nothing touched what they are given.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
-from weakref import WeakKeyDictionary
+from itertools import chain, pairwise
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +29,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from bittern import attention, kernels, native
 from bittern.deploy.packed import PackedLayer
-from bittern.native.block import PARTS, Block, Layer, Norm
-from bittern.quantizers import stamp
+from bittern.native.block import PARTS, Block, Layer, Norm, run_blocks
 from bittern.recipe import OPERANDS
 
 # Whether norms come first, by the order of norms (n), linear layers (l), attention (a) and activation (f).
@@ -76,35 +81,110 @@ class Parts:
         known = {id(p) for module in steps for p in module.parameters(recurse=False)}
         return Parts(steps, sites[0]) if all(id(p) in known for p in block.parameters()) else None
 
-    def codings(self) -> dict[str, native.Coding | None]:
-        return {operand: kernels.input_coding(self.site.quantizer(operand)) for operand in OPERANDS}
 
-    def state(self, block: nn.Module) -> tuple[Any, ...]:
-        """Everything that a plan takes for granted; things compare by identity."""
-        found: list[Any] = [self.site.integer(None), *self.codings().values()]
-        for module in _inside(block):  # classes are exchanged where models are packed or made trainable
-            watching = len(module._forward_hooks) + len(module._forward_pre_hooks)
-            found += module, type(module), module.training, watching
-        for module, kind in self.steps.items():
-            if kind == "n":
-                found.append(module.eps)
-            if kind == "l":
-                found += module._panels, kernels.input_coding(module.input_quantizer)  # type: ignore[arg-type]
-            found.append(stamp(*module._parameters.values()))
-        return tuple(found)
+# What decides how modules run: attributes of layers, norms, quantizers and sites.
+ATTRIBUTES = "training", "eps", "_panels", "format", "bypass", "observed", "on_kernels", "taps", "replacements"
 
 
-def _inside(block: nn.Module) -> list[nn.Module]:
-    return list(block.modules())[1:]
+class Guard:
+    """Everything that a plan takes for granted, in flat lists: a look at all of it takes some microseconds."""
+
+    def __init__(self, block: nn.Module):
+        every = list(block.modules())
+        self.modules = every[1:]
+        self.tables: list[dict[str, Any]] = [t for m in every for t in (m._modules, m._parameters, m._buffers)]
+        self.hooks = [table for m in self.modules for table in (m._forward_hooks, m._forward_pre_hooks)]
+        self.attributes = [(m.__dict__, name) for m in self.modules for name in ATTRIBUTES if name in m.__dict__]
+        self.things = self._things()
+        self.tensors = [thing for thing in self.things if isinstance(thing, Tensor)]
+        self.changes = self._changes()
+
+    def _things(self) -> list[object]:
+        """Modules, their classes (exchanged where models are packed or made trainable) and all that they hold."""
+        held = chain(*map(dict.values, self.tables), *self.hooks)  # of hooks their numbers, of which none comes twice
+        return [*held, *map(type, self.modules), *(table.get(name) for table, name in self.attributes)]
+
+    def _changes(self) -> list[int]:
+        return [*map(attrgetter("_version"), self.tensors), *map(Tensor.data_ptr, self.tensors)]
+
+    def holds(self) -> bool:
+        now = self._things()
+        return len(now) == len(self.things) and all(map(is_, now, self.things)) and self._changes() == self.changes
 
 
-Arguments = Mapping[Any, Any]  # of a call of a block, by place or name
-Whole = Callable[[Arguments], Tensor | None]  # a block on the kernels; None where they do not serve
+@dataclass(eq=False)
+class Plan:
+    """A block on the kernels when it is called in one way. `x` and `mask` name these arguments."""
 
-# Blocks → the ways in which they are called → parts, the state in which the plan holds, and what the kernels then run,
-# if they can. Not kept on the block, since plans hold addresses and a copied block starts anew.
-_plans: WeakKeyDictionary[nn.Module, dict[Any, tuple[Parts, tuple[Any, ...], Whole | None]]] = WeakKeyDictionary()
+    whole: Block
+    x: Any
+    mask: Any
+    following: Plan | None = None  # of the block that was last seen to run on what this one gave
+
+    def run(self, call: Arguments) -> Tensor | None:
+        """The block's output, made now or ready before; None where the kernels do not serve."""
+        x, mask = call[self.x], call.get(self.mask)
+        if _thread.ahead:
+            ready = _thread.ahead.pop(0)
+            if ready.serves(self, x, mask):
+                return ready.out
+            ready.before.following, _thread.ahead = None, []
+        if (last := _thread.last) is not None and last[1]() is x and last[2] == id(mask) and (before := last[0]()):
+            before.following = self if before.whole.shape == self.whole.shape else None
+        plans = [self]
+        while (plan := plans[-1].following) and plan not in plans and len(plans) * x.nbytes < AHEAD_BYTES:
+            plans.append(plan)
+        with torch.inference_mode(torch.is_inference_mode_enabled() and len(plans) == 1):  # else without `_version`
+            outs = run_blocks([plan.whole for plan in plans], x.contiguous(), mask)
+        if outs is None:
+            return None
+        seen = None if mask is None else mask.clone() if mask.is_inference() else mask._version
+        _thread.ahead = [
+            _Ready(*pair, given, given._version, mask, seen, out)
+            for pair, (given, out) in zip(pairwise(plans), pairwise(outs), strict=True)
+        ]
+        _thread.last = ref(plans[-1]), ref(outs[-1]), id(mask)
+        return outs[0]
+
+
+AHEAD_BYTES = (
+    2 << 20
+)  # of outputs that wait for their blocks; where they are larger, a call costs little beside its work
+
+
+class _Ready(NamedTuple):
+    """An output that waits for its block to be called, and what the block must then be given, unchanged."""
+
+    before: Plan
+    plan: Plan
+    x: Tensor
+    version: int
+    mask: Tensor | None
+    seen: int | Tensor | None  # the mask's version, or a copy if PyTorch does not count its changes
+    out: Tensor
+
+    def serves(self, plan: Plan, x: Tensor, mask: Tensor | None) -> bool:
+        same = plan is self.plan and x is self.x and x._version == self.version and mask is self.mask
+        if isinstance(self.seen, Tensor):
+            return same and torch.equal(mask, self.seen)  # type: ignore[arg-type]
+        return same and (mask is None or mask._version == self.seen)
+
+
+class _Thread(threading.local):
+    ahead: list[_Ready] = []
+    last: tuple[ref[Plan], ref[Tensor], int] | None = None  # what ran last, what it gave, and with which mask
+
+
+_thread = _Thread()
 _making = threading.RLock()  # one thread at a time hooks the parts of a block, and makes its plan
+Arguments = Mapping[Any, Any]  # of a call of a block, by place or name
+
+
+class _Plans(dict[Any, tuple[Guard, Plan | None]]):
+    """The plans of a block by the way it is called, and when each holds. Copies are empty: plans hold addresses."""
+
+    def __reduce__(self) -> tuple[type[_Plans], tuple[()]]:
+        return _Plans, ()
 
 
 class _Fused(nn.Module):
@@ -140,25 +220,26 @@ def _serves(block: nn.Module, call: Arguments) -> bool:
 
 def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
     """The block's output by its plan, or as it is written if that is still to be made; None if there is none."""
-    plans = _plans.setdefault(block, {})
+    plans: _Plans = block.__dict__.setdefault("_plans", _Plans())
     way = tuple((key, "tensor" if isinstance(value, Tensor) else value) for key, value in call.items())
-    parts, state, whole = plans.get(way, (None, None, None))
-    if parts is not None and parts.state(block) == state:
-        return whole and whole(call)
+    guard, plan = plans.get(way, (None, None))
+    if guard is not None and guard.holds():
+        return plan and plan.run(call)
     parts = Parts.of(block)
     if parts is None or len(plans) > 8:  # somebody put other modules in, or an argument is another number each time
         plans.clear()
     if parts is None:
         return None
     with _making:
-        out, whole = _try(block, parts, call, written)
-        plans[way] = parts, parts.state(block), whole
+        out, plan = _try(block, parts, call, written)
+        plans[way] = Guard(block), plan
     return out
 
 
-def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], Any]) -> tuple[Any, Whole | None]:
-    """What the block gives as it is written, and what the kernels may run instead: it gave the same bits."""
-    hooks = [hook for m in _inside(block) for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], Any]) -> tuple[Any, Plan | None]:
+    """What the block gives as it is written, and how the kernels may run it instead: they gave the same bits."""
+    hooked = [table for m in list(block.modules())[1:] for table in (m._forward_hooks, m._forward_pre_hooks)]
+    hooks = list(chain.from_iterable(table.values() for table in hooked))
     ran: list[tuple[str, Any]] = []  # kind and module, or what attention was given
 
     def runs(module: nn.Module, *_: Any) -> None:
@@ -179,14 +260,14 @@ def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], 
     if not all(map(attention.only_watches, hooks)) or not isinstance(out, Tensor):
         return out, None
     try:
-        whole = _whole(parts, ran, call)
+        plan = _plan(parts, ran, call)
     except ValueError:  # parts that do not fit together so
         return out, None
-    found = whole(call)
-    return out, whole if found is not None and found.shape == out.shape and torch.equal(found, out) else None
+    found = plan.run(call)
+    return out, plan if found is not None and found.shape == out.shape and torch.equal(found, out) else None
 
 
-def _whole(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> Whole:
+def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> Plan:
     """The block in one piece, by what ran in parts. Raises ValueError if the kernels have no such block."""
     order = "".join(kind for kind, _ in ran)
     if order not in ORDERS:
@@ -201,14 +282,14 @@ def _whole(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> Whole:
     block = Block(
         {part: _layer(module) for part, module in zip(PARTS, layers, strict=True)},
         tuple(Norm(norm.weight, norm.bias, norm.eps) for norm in norms),  # type: ignore[arg-type]
-        parts.codings(),  # type: ignore[arg-type]
+        {operand: kernels.input_coding(parts.site.quantizer(operand)) for operand in OPERANDS},  # type: ignore[misc]
         pre_norm=ORDERS[order],
         activation=activation[0].activation,
         heads=query.shape[1],
         key_heads=key.shape[1],
         scaling=scaling,
     )
-    return lambda call: block(call[inputs[0]].contiguous(), call[masks[0]] if masks else None)
+    return Plan(block, inputs[0], masks[0] if masks else None)
 
 
 def _layer(module: Any) -> Layer:

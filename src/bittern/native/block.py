@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,26 +62,27 @@ class Block:
         key_heads: int,
         scaling: float,
     ):
-        self.layers, self.norms, self.hidden, self.heads = layers, norms, layers["query"].panels.inputs, heads
+        self.layers, self.norms, hidden = layers, norms, layers["query"].panels.inputs
+        self.shape = hidden, heads
         sizes = {part: (layers[part].panels.inputs, layers[part].panels.outputs) for part in PARTS}
         if heads < 1 or key_heads < 1 or heads % key_heads:
             raise ValueError(f"{heads} heads cannot share {key_heads} of keys")
         dim, value_dim = sizes["query"][1] // heads, sizes["value"][1] // key_heads
         self.widest = max(max(size) for size in sizes.values())
         expected = {
-            "query": (self.hidden, heads * dim),
-            "key": (self.hidden, key_heads * dim),
-            "value": (self.hidden, key_heads * value_dim),
-            "output": (heads * value_dim, self.hidden),
-            "up": (self.hidden, sizes["up"][1]),
-            "down": (sizes["up"][1], self.hidden),
+            "query": (hidden, heads * dim),
+            "key": (hidden, key_heads * dim),
+            "value": (hidden, key_heads * value_dim),
+            "output": (heads * value_dim, hidden),
+            "up": (hidden, sizes["up"][1]),
+            "down": (sizes["up"][1], hidden),
         }
         if sizes != expected:
             raise ValueError(f"layers of sizes {sizes} do not make a block")
         check_codings(codings)
         self._structure = c.Block(
             *(layers[part].structure() for part in PARTS),
-            (c.Norm * 2)(*(n.structure(self.hidden) for n in norms)),
+            (c.Norm * 2)(*(n.structure(hidden) for n in norms)),
             pre_norm,
             ACTIVATIONS.index(activation),
             heads,
@@ -91,31 +92,34 @@ class Block:
             scaling,
             *(codings[name].structure for name in OPERANDS),
         )
-        self._address = ctypes.addressof(self._structure)
+        self.address = ctypes.addressof(self._structure)
 
-    def __call__(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Run the block on x (batch, tokens, hidden), with an additive mask.
 
-        None if a value is not finite, or x so large that its parts should run one by one.
-        """
-        library = required()
-        if x.dim() != 3 or x.shape[2] != self.hidden:
-            raise ValueError(f"x has shape {tuple(x.shape)}; the block takes (batch, tokens, {self.hidden})")
-        batch, tokens, _ = x.shape
-        if max(batch * tokens * self.widest, batch * self.heads * tokens * tokens) >= 2**31 or tokens > 2**15:
-            return None
-        mask = strided_mask(mask, (batch, self.heads, tokens, tokens))
-        out = buffer(batch, tokens, self.hidden)
-        failed = library.bittern_block(
-            self._address,
-            address(x, "x", tuple(x.shape)),
-            batch,
-            tokens,
-            None if mask is None else mask.data_ptr(),
-            strides(mask),
-            torch.get_num_threads(),
-            out.data_ptr(),
-        )
-        if failed == 2:
-            raise MemoryError("no memory for the kernels' buffers")
-        return None if failed else out
+def run_blocks(blocks: Sequence[Block], x: Tensor, mask: Tensor | None) -> list[Tensor] | None:
+    """Run blocks one after the other on x (batch, tokens, hidden), with an additive mask: the output of each.
+
+    None if a value is not finite, or x so large that the parts of a block should run one by one.
+    """
+    library, (hidden, heads) = required(), blocks[0].shape
+    if x.dim() != 3 or x.shape[2] != hidden or any(block.shape != (hidden, heads) for block in blocks):
+        shapes = [block.shape for block in blocks]
+        raise ValueError(f"x of shape {tuple(x.shape)} does not suit blocks of (hidden, heads) {shapes}")
+    batch, tokens, _ = x.shape
+    if batch * tokens * max(heads * tokens, *(block.widest for block in blocks)) >= 2**31 or tokens > 2**15:
+        return None
+    mask = strided_mask(mask, (batch, heads, tokens, tokens))
+    outs = [buffer(batch, tokens, hidden) for _ in blocks]
+    failed = library.bittern_blocks(
+        (ctypes.c_void_p * len(blocks))(*(block.address for block in blocks)),
+        len(blocks),
+        address(x, "x", (batch, tokens, hidden)),
+        batch,
+        tokens,
+        None if mask is None else mask.data_ptr(),
+        strides(mask),
+        torch.get_num_threads(),
+        (ctypes.c_void_p * len(blocks))(*(out.data_ptr() for out in outs)),
+    )
+    if failed == 2:
+        raise MemoryError("no memory for the kernels' buffers")
+    return None if failed else outs

@@ -12,7 +12,7 @@
 extern "C" {
 
 // Counts changes of functions and structures below; library.py has the same number.
-int bittern_interface() { return 2; }
+int bittern_interface() { return 3; }
 
 // Lets this process use the AMX tiles, which Linux grants on request; 0 if they are granted or not needed.
 int bittern_start() {
@@ -80,10 +80,13 @@ int bittern_activate(const float* x, int64_t count, int activation, int threads,
 // Attention with quantized queries, keys, values and map; see attention.h.
 int bittern_attention(const Attention* attention, int threads) { return attend(*attention, threads); }
 
-// A whole Transformer block; see block.h. mask: null, or with its strides as in Attention.
-int bittern_block(const Block* block, const float* x, int batch, int tokens, const float* mask,
-                  const int64_t* mask_strides, int threads, float* out) {
-  const int result = run_block(*block, x, batch, tokens, mask, mask_strides, threads, out);
+// Whole Transformer blocks, of which each reads what the one before gave; see block.h. mask: null, or with its strides as
+// in Attention. outs: where each block's output goes.
+int bittern_blocks(const Block* const* blocks, int count, const float* x, int batch, int tokens, const float* mask,
+                   const int64_t* mask_strides, int threads, float* const* outs) {
+  int result = kOk;
+  for (int i = 0; i < count && result == kOk; ++i)
+    result = run_block(*blocks[i], i == 0 ? x : outs[i - 1], batch, tokens, mask, mask_strides, threads, outs[i]);
   block_scratch.trim(64 << 20);
   return result;
 }

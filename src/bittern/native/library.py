@@ -21,7 +21,7 @@ from bittern.errors import InputError
 from bittern.native import structures as c
 
 SWITCH = "BITTERN_KERNELS"
-INTERFACE = 2  # see bittern_interface in kernels.cpp
+INTERFACE = 3  # see bittern_interface in kernels.cpp
 SWITCHED_OFF = "the kernels are switched off"  # by `disabled` or BITTERN_KERNELS=none
 
 # Best first: what it is called, and what the CPU must have.
@@ -111,7 +111,7 @@ def _load(file: Path) -> ctypes.CDLL | None:
         "norm": (p, i, i, p, p, f, i, p),
         "activate": (p, n, i, i, p),
         "attention": (ctypes.POINTER(c.Attention), i),
-        "block": (p, p, i, i, p, p, i, p),
+        "blocks": (p, i, p, i, i, p, p, i, p),
     }.items():
         getattr(library, f"bittern_{name}").argtypes = arguments
     return library
