@@ -45,8 +45,7 @@ from bittern.analysis.report import write_plot
 from bittern.analysis.tokens import token_kinds
 from bittern.data import load_data
 from bittern.demo import DIGITS
-from bittern.qat.distill import parse_distill
-from bittern.qat.training import Training
+from bittern.options import Training, parse_distill
 
 STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("none", {}),

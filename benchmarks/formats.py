@@ -35,9 +35,9 @@ from bittern.data import Data, load_data
 from bittern.data.evaluate import accuracy, predict
 from bittern.demo import DIGITS
 from bittern.errors import RecipeError
+from bittern.options import Distill, Training
 from bittern.ptq import quantize
-from bittern.qat.distill import Distill
-from bittern.qat.training import Training, train
+from bittern.qat.training import train
 from bittern.recipe import Recipe
 
 SEEDS = (0, 1, 2)

@@ -28,9 +28,8 @@ from ptq_grid import add, read
 from bittern import load, simulate
 from bittern.data import load_splits
 from bittern.data.evaluate import LOWER_IS_BETTER, headline, metrics, predict
-from bittern.qat.distill import Distill, parse_distill
-from bittern.qat.intervention import Intervention
-from bittern.qat.training import Training, train
+from bittern.options import Distill, Intervention, Training, parse_distill
+from bittern.qat.training import train
 
 VARIANTS = [
     "none",

@@ -23,7 +23,8 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 from bittern import simulate
 from bittern.deploy.bench import alternate, ratios
-from bittern.qat.distill import Distiller, balanced, parse_distill
+from bittern.options import parse_distill
+from bittern.qat.distill import Distiller, balanced
 
 SHAPES = {
     "MiniLM-L6": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},

@@ -26,8 +26,8 @@ from bittern import load, simulate
 from bittern.attention import recording
 from bittern.data import load_data
 from bittern.data.evaluate import LOWER_IS_BETTER
-from bittern.qat.distill import Distiller, parse_distill
-from bittern.qat.intervention import POINTS, Act, Intervention
+from bittern.options import POINTS, Act, Intervention, parse_distill
+from bittern.qat.distill import Distiller
 
 VARIANTS = ["plain", "output-30", "context-30", "map-30", "gradual-30", "inverted-30", "stochastic-30", "fade-30"]
 

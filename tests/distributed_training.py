@@ -14,10 +14,9 @@ import transformers as hf
 from torch import Tensor
 
 from bittern import simulate
-from bittern.qat.distill import parse_distill
-from bittern.qat.intervention import Intervention
+from bittern.options import Intervention, parse_distill
+from bittern.progress import leave_processes
 from bittern.qat.trainer import QATTrainer
-from bittern.qat.training import leave_processes
 from bittern.recipe import Format, Recipe, Rule
 from families import SUPPORTED, TEXT, VISION
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import bittern
 from bittern import native
-from bittern.cli import app
+from bittern.cli.commands import app
 from bittern.deploy import bench as benches
 from bittern.deploy.bench import alternate, ratios
 from bittern.errors import InputError, ModelError

@@ -1,5 +1,7 @@
 """The commands as a user types them: what they print, write and refuse, and how they end."""
 
+import dataclasses
+import inspect
 import json
 import os
 import platform
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,11 @@ from PIL import Image
 
 import bittern
 from bittern import jobs
+from bittern.cli import commands
 from bittern.data import load_data
 from bittern.demo import DIGITS
 from bittern.deploy.files import Journal
+from bittern.options import Reading
 from bittern.recipe import load_recipe, recipe_names
 from material import LABELS, TEXTS, command, save_text_model, succeed, tree, write_tables
 
@@ -181,7 +186,7 @@ def test_columns(inside: Path, tmp_path: Path) -> None:
     known = succeed(f"bittern quantize bert -r w8a8 --data texts -o {tmp_path}/a --batch-size 10 --json")
     options = "--columns words --label-column kind --batch-size 10 --json"
     renamed = succeed(f"bittern quantize bert -r w8a8 --data renamed -o {tmp_path}/a --force {options}")
-    assert renamed == known
+    assert one_object(renamed) == one_object(known) | {"data": "renamed"}
     assert "accuracy" in one_object(
         succeed("bittern eval bert --data renamed --columns words --label-column kind --json")
     )
@@ -242,8 +247,39 @@ def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--help` names all commands, and of each all arguments and options as they always were."""
     monkeypatch.setenv("COLUMNS", "80")
     known = json.loads((Path(__file__).parent / "data" / "command_line.json").read_text())
-    commands = re.findall(r"^  ([a-z]+)  ", succeed("bittern --help").partition("Commands:")[2], re.MULTILINE)
-    assert {name: documented(name) for name in commands} == known
+    names = re.findall(r"^  ([a-z]+)  ", succeed("bittern --help").partition("Commands:")[2], re.MULTILINE)
+    assert {name: documented(name) for name in names} == known
+
+
+@pytest.mark.parametrize(
+    "name", ["demo", "quantize", "ptq", "qat", "evaluate", "inspect", "analyze", "export", "bench"]
+)
+def test_defaults(name: str) -> None:
+    """Each option of a command is a parameter of its job, or of what reads its data, and has the same default."""
+    run = getattr(commands, name)
+    module, _, function = run.job.partition(":")
+    job = inspect.signature(getattr(import_module(f"bittern.{module}"), function)).parameters
+    for parameter in inspect.signature(run.options).parameters.values():
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            assert parameter.default == job[parameter.name].default, parameter
+    reading = inspect.signature(load_data).parameters
+    for field in dataclasses.fields(Reading):
+        assert field.default == reading[field.name].default, field
+
+
+@pytest.mark.parametrize("line", ["--help", "--version", "qat --help", "quantize vit --recipe w8a8"])
+@pytest.mark.parametrize(
+    "program", [[str(Path(sys.executable).with_name("bittern"))], [sys.executable, "-m", "bittern"]]
+)
+def test_help_without_torch(program: list[str], line: str) -> None:
+    """Help, the version and what is typed wrongly are told at once: neither torch nor transformers is loaded."""
+    environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+    ran = subprocess.run([*program, *line.split()], env=environment, capture_output=True, text=True, check=False)
+    modules = {row.rpartition("|")[2].strip() for row in ran.stderr.splitlines()}
+    assert "bittern.cli.commands" in modules
+    assert not modules & {"torch", "transformers", "numpy"}
+    if line == "--version":
+        assert ran.stdout == f"bittern {bittern.__version__}\n"
 
 
 # What is refused: one line that names what was given and what to do

@@ -17,8 +17,8 @@ from bittern.anatomy import Anatomy
 from bittern.attention import Point, Taps, recording, sites
 from bittern.errors import InputError, ModelError
 from bittern.layers import QuantLayer, fake_quants
-from bittern.qat.distill import Distiller, parse_distill
-from bittern.qat.intervention import POINTS, Act, Intervention
+from bittern.options import POINTS, Act, Intervention, parse_distill
+from bittern.qat.distill import Distiller
 from bittern.qat.trainer import QATTrainer
 from bittern.recipe import Format, Recipe, Rule
 from families import SUPPORTED, TEXT, Batch

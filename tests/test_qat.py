@@ -21,8 +21,8 @@ from bittern import jobs
 from bittern.data import load_data
 from bittern.demo import DIGITS
 from bittern.errors import InputError, ModelError
-from bittern.qat.distill import parse_distill
-from bittern.qat.training import ByLength, Training, collator, first_step, last_checkpoint
+from bittern.options import Training, parse_distill
+from bittern.qat.training import ByLength, collator, first_step, last_checkpoint
 from families import SUPPORTED
 from helpers import refused
 from material import LABELS, SENTENCE, TEXTS, command, save_text_model, write_tables

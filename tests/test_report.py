@@ -15,10 +15,9 @@ import pytest
 from bittern import jobs
 from bittern.analysis.charts import contour, heat_map, lines, styles, surface
 from bittern.analysis.report import write_report
-from bittern.analysis.study import Curvature, analyze
+from bittern.analysis.study import analyze
 from bittern.demo import DIGITS
-from bittern.qat.distill import Distill
-from bittern.qat.training import Training
+from bittern.options import Curvature, Distill, Training
 from material import save_text_model, write_tables
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"

@@ -11,9 +11,10 @@ import transformers as hf
 from bittern import jobs, load, save, simulate
 from bittern.analysis import study
 from bittern.analysis.findings import worst_blocks
-from bittern.analysis.study import Curvature, analyze
+from bittern.analysis.study import analyze
 from bittern.demo import DIGITS
 from bittern.errors import CheckpointError, InputError, ModelError
+from bittern.options import Curvature
 from families import SUPPORTED
 from helpers import refused
 from material import WORDS, command, save_text_model, succeed, tree, write_tables

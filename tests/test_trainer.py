@@ -14,7 +14,8 @@ import transformers as hf
 
 from bittern import calibrate, load, pack, save, simulate
 from bittern.errors import InputError, ModelError
-from bittern.qat.distill import Distill, Distiller, balanced, parse_distill
+from bittern.options import Distill, parse_distill
+from bittern.qat.distill import Distiller, balanced
 from bittern.qat.trainer import QATTrainer
 from families import SUPPORTED, TEXT
 from helpers import outputs, refused, same

@@ -9,15 +9,28 @@ A model is float, simulated or packed; each step is one call:
 Importing this package also teaches transformers' `from_pretrained` to load packed checkpoints.
 """
 
-from bittern.anatomy import Anatomy
-from bittern.deploy.checkpoint import is_packed, pack
-from bittern.deploy.store import inspect, load, save
-from bittern.dry_run import read_anatomy
-from bittern.errors import BitternError, CheckpointError, InputError, ModelError, RecipeError
-from bittern.layers import Simulation, is_simulated, restore, simulate
-from bittern.ptq.calibrate import calibrate
-from bittern.quantizers import FakeQuant, fake_quantize
-from bittern.recipe import Format, Recipe, Rule, load_recipe, recipe_names
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+__version__ = version("bittern")
+
+_script = Path(sys.argv[0])
+_is_command = (
+    sys.orig_argv[sys.orig_argv.index("-m") + 1] == "bittern"
+    if _script.name == "-m"  # while `python -m` imports the package
+    else _script.stem == "bittern" and _script.parent.samefile(Path(sys.executable).parent)
+)
+if not _is_command:  # which imports what it needs, when it needs it: its help answers without torch
+    from bittern.anatomy import Anatomy
+    from bittern.deploy.checkpoint import is_packed, pack
+    from bittern.deploy.store import inspect, load, save
+    from bittern.dry_run import read_anatomy
+    from bittern.errors import BitternError, CheckpointError, InputError, ModelError, RecipeError
+    from bittern.layers import Simulation, is_simulated, restore, simulate
+    from bittern.ptq.calibrate import calibrate
+    from bittern.quantizers import FakeQuant, fake_quantize
+    from bittern.recipe import Format, Recipe, Rule, load_recipe, recipe_names
 
 __all__ = [
     "Anatomy",

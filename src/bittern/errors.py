@@ -34,3 +34,12 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error, or of its cause if it has one; its type if it says nothing."""
     error = error.__cause__ or error
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Return a line to say if there was no memory left, on a GPU or for the process; "" for any other error."""
+    known = ("out of memory", "can't allocate memory", "not enough memory", "bad allocation")  # torch has no one type
+    text = str(error).lower()
+    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and any(k in text for k in known)):
+        return ""
+    return f"out of memory ({first_line(error)}); give a smaller --batch-size, fewer --samples or a smaller model"

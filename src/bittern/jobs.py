@@ -22,13 +22,12 @@ from bittern.deploy.files import Journal, check_output, digest
 from bittern.deploy.store import load, measure, save
 from bittern.errors import InputError, ModelError
 from bittern.layers import Simulation, fake_quants, is_simulated, restore, simulate
-from bittern.progress import OnStep, Track, ignore, peak_memory, silent
-from bittern.ptq import Mixed, check_mixed, find_method
+from bittern.options import Distill, Intervention, Mixed, Training
+from bittern.progress import OnStep, Track, ignore, is_main_process, peak_memory, silent
+from bittern.ptq import check_mixed, find_method
 from bittern.ptq import quantize as post_training
 from bittern.ptq.calibrate import calibrate
-from bittern.qat.distill import Distill
-from bittern.qat.intervention import Intervention
-from bittern.qat.training import Training, first_step, is_main_process, last_checkpoint, read_baseline, train
+from bittern.qat.training import first_step, last_checkpoint, read_baseline, train
 from bittern.recipe import Recipe, load_recipe
 
 
@@ -79,7 +78,7 @@ def ptq(
     """
     chosen = find_method(method)
     if mixed is not None:
-        check_mixed(mixed, chosen)
+        check_mixed(chosen)
     folder = Path(f"{Path(out)}.work")
 
     job = _Job(source, recipe, out, data, samples, seed, force, track, columns)
@@ -261,6 +260,7 @@ class _Job:
         result: dict[str, Any] = {
             "source": str(self.source),
             "recipe": self.recipe.name,
+            "data": self.source_of_data,
             "quantized": len(simulation.quantized),
             "kept_float": [{"name": layer.name, "type": layer.type} for layer in simulation.kept_float],
             "float_bytes": self.float_bytes,

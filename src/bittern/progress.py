@@ -1,12 +1,11 @@
-"""Reports of how far work has come, and how much memory it took."""
+"""Reports of how far work has come, and how much memory it took; which of several processes reports."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-
-import torch
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]  # passes items through; their description
 OnStep = Callable[[int, int, Mapping[str, float]], None]  # step of a training, of how many, what is logged now
@@ -24,6 +23,8 @@ def ignore(*_: Any) -> None:
 
 def peak_memory() -> int:
     """The most bytes that this process held so far, on the GPU if it used one; 0 where the system does not tell."""
+    import torch
+
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     try:
@@ -31,3 +32,18 @@ def peak_memory() -> int:
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def is_main_process() -> bool:
+    """True in the process that writes and shows, the first of several; torchrun numbers them by RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def leave_processes() -> None:
+    """End this process at once if it is one of several: gloo's threads abort some at an ordinary exit."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -37,33 +37,13 @@ from bittern.deploy.bench import alternate
 from bittern.deploy.files import Journal, atomic_folder, check_output, digest, read_json
 from bittern.deploy.store import REPORT as RUN
 from bittern.deploy.store import inspect, load
-from bittern.errors import InputError, ModelError
+from bittern.errors import ModelError
+from bittern.options import Curvature
 from bittern.progress import OnEstimate, Track, silent
 
 PRODUCTS = 30  # with the Hessian that Lanczos takes, about
 SURFACE = 2  # mini-batches whose mean loss makes the surface
 MINI_BATCH = 16  # samples whose Hessian is looked at
-
-
-@dataclass(frozen=True)
-class Curvature:
-    """The part of the loss around a student that is looked at.
-
-    batches: mini-batches, each with a spectrum of its own; eigenvalues: of each; probes: of the trace;
-    grid: points along each side of the loss surface, which reaches from -span to span.
-    """
-
-    batches: int = 8
-    eigenvalues: int = 5
-    probes: int = 10
-    grid: int = 15
-    span: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.grid % 2 == 0:
-            raise InputError(
-                f"grid is {self.grid}; expected an odd number, so that the student itself is in the middle"
-            )
 
 
 def analyze(
@@ -98,7 +78,7 @@ def analyze(
     with atomic_folder(out, force=force, holds=REPORT) as folder:
         write_report(result, folder)
     Journal.delete(study.journal.folder)
-    return result
+    return result | {"out": str(out)}
 
 
 class _Study:

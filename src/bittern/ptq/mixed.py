@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,28 +25,13 @@ Sensitivity = Literal["relative", "paper"]
 SAMPLES = 32  # at least, as far as there are
 
 
-@dataclass(frozen=True)
-class Mixed:
-    """Mixed precision [VT 3.4]: `target` bits a weight on average in the blocks, from the candidates `bits`."""
-
-    target: float
-    bits: tuple[int, ...] = (4, 5, 6, 7, 8)
-    sensitivity: Sensitivity = "relative"
-
-
-def check_mixed(mixed: Mixed, method: Method) -> None:
-    """Raise InputError if mixed precision is impossible, as far as that can be told without a model."""
+def check_mixed(method: Method) -> None:
+    """Raise InputError if the method cannot serve mixed precision."""
     if method.inputs == "sequential":
         raise InputError(
             f"method {method.name} calibrates each block on the quantized ones before it, whose widths mixed precision "
             "chooses only in the end; use a method with parallel inputs"
         )
-    if mixed.sensitivity not in get_args(Sensitivity):
-        raise InputError(f"sensitivity is {mixed.sensitivity!r}; expected {' or '.join(get_args(Sensitivity))}")
-    if not mixed.bits or min(mixed.bits) < 2 or max(mixed.bits) > 12:
-        raise InputError(f"candidate bits must be 2 to 12, got {', '.join(map(str, mixed.bits)) or 'none'}")
-    if mixed.target < min(mixed.bits):
-        raise InputError(f"no choice from {', '.join(map(str, mixed.bits))} bits has {mixed.target:g} on average")
 
 
 # Parts of a block

@@ -27,6 +27,7 @@ from bittern.layers import (
     simulate,
     weight_matrix,
 )
+from bittern.options import Mixed
 from bittern.progress import Track, peak_memory, silent
 from bittern.ptq.calibrate import calibrate
 from bittern.ptq.capture import Captured, capture, unit_layers
@@ -34,7 +35,6 @@ from bittern.ptq.clips import omse_scale
 from bittern.ptq.methods import Method, find_method
 from bittern.ptq.mixed import (
     Choice,
-    Mixed,
     Part,
     block_parts,
     check_mixed,
@@ -139,7 +139,7 @@ def quantize(
         raise InputError("calibration got no batches; give at least one")
     sizes = [_samples(batch) for batch in given]
     if mixed is not None:
-        check_mixed(mixed, method)
+        check_mixed(method)
     journal = None if folder is None else Journal(folder, _job(model, recipe, given, method, mixed, seed))
     model.eval()
     start = time.perf_counter()

@@ -1,16 +1,15 @@
 """Distillation: what a student learns from its teacher, how much of each term, at which layers.
 
-A `Distill` is data; `Distiller` binds one to a teacher and a student, and gives the terms of a batch.
+A `Distill` is data (see `bittern.options`); `Distiller` binds one to a teacher and a student, and gives the terms of a
+batch.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,9 @@ from bittern.anatomy import Anatomy
 from bittern.attention import Point, Taps, attach, recording
 from bittern.errors import InputError, ModelError
 from bittern.layers import anatomy_of
+from bittern.options import Distill, Intervention
 from bittern.qat import losses
-from bittern.qat.intervention import Intervener, Intervention
+from bittern.qat.intervention import Intervener
 
 # what a term compares at each layer; for those with several points, or none, see `_points`
 POINT_OF: dict[str, Point] = {
@@ -33,82 +33,7 @@ POINT_OF: dict[str, Point] = {
     "key_relation": "key",
     "value_relation": "value",
 }
-TERMS = (
-    "truth",  # the task loss of the labels
-    "prediction",
-    "hidden",  # outputs of blocks, and what the first one reads
-    "output",  # Y: the attention output with its residual
-    *POINT_OF,
-)
 ALL_LAYERS = ("hidden",)  # terms that `layers` does not narrow down
-RECIPES: dict[str, dict[str, float]] = {
-    "none": {"truth": 1.0},
-    "prediction": {"prediction": 1.0},
-    "ternarybert": {"prediction": 1.0, "hidden": 1.0, "score": 1.0},
-    "map": {"prediction": 1.0, "hidden": 1.0, "map": 1.0},
-    "output": {"prediction": 1.0, "hidden": 1.0, "output": 1.0},
-    "unified": {"prediction": 1.0, "hidden": 1.0, "map": 1.0, "output": 1.0},
-}
-
-
-@dataclass(frozen=True)
-class Distill:
-    """Terms of the loss, and what they compare.
-
-    terms: name → weight. balance: `auto` gives every tensor that a term compares the same share of the loss, in
-    whatever units it is, times the term's weight. layers: blocks whose attention is compared, from 0, negative from the
-    end; None: all. mapping: block of the student → block of the teacher, where their depths differ. temperature: of the
-    prediction; map_temperature: τ. relations: heads that relations are split into."""
-
-    terms: Mapping[str, float] = field(default_factory=lambda: dict(RECIPES["unified"]))
-    balance: Literal["fixed", "auto"] = "auto"
-    layers: tuple[int, ...] | None = None
-    mapping: Mapping[int, int] | None = None
-    temperature: float = 1.0
-    map_temperature: float = 1.0
-    relations: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, weight in self.terms.items():
-            if name not in TERMS:
-                near = get_close_matches(name, TERMS, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
-                raise InputError(f"no distillation term {name!r}; {hint}there are {', '.join(TERMS)}")
-            if not weight > 0:
-                raise InputError(f"distillation term {name} has the weight {weight:g}; expected more than 0")
-        if not self.terms:
-            raise InputError(f"there is nothing to learn from; give terms of {', '.join(TERMS)}")
-        if self.balance not in ("fixed", "auto"):
-            raise InputError(f"balance is {self.balance!r}; expected fixed or auto")
-        for name in ("temperature", "map_temperature"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name):g}; expected more than 0")
-
-    @property
-    def needs_teacher(self) -> bool:
-        return any(name != "truth" for name in self.terms)
-
-    @property
-    def layerwise(self) -> tuple[str, ...]:
-        return tuple(name for name in self.terms if name not in ("truth", "prediction"))
-
-
-def parse_distill(text: str, **options: Any) -> Distill:
-    """Read a ready-made set of terms by name, or terms separated by commas, each with a weight if not 1.
-
-    >>> parse_distill("prediction,map=0.3,output=0.7").terms
-    {'prediction': 1.0, 'map': 0.3, 'output': 0.7}
-    """
-    if text in RECIPES:
-        return Distill(RECIPES[text], **options)
-    terms: dict[str, float] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, _, weight = part.partition("=")
-        try:
-            terms[name.strip()] = float(weight) if weight else 1.0
-        except ValueError:
-            raise InputError(f"distillation term {part!r} has no number as its weight; write {name}=0.5") from None
-    return Distill(terms, **options)
 
 
 class Distiller:

@@ -1,16 +1,13 @@
 """Teacher Intervention [TI]: in the first steps of a training the teacher's signals stand in for the student's.
 
-An `Intervention` is data, and says what happens in a step as a pure function of its number, so that resuming needs no
-state; an `Intervener` binds one to a student.
+An `Intervention` is data (see `bittern.options`), and says what happens in a step as a pure function of its number, so
+that resuming needs no state; an `Intervener` binds one to a student.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,83 +16,10 @@ from transformers import PreTrainedModel
 from bittern.anatomy import Anatomy
 from bittern.attention import NAME, Point, Site, Taps, recording, replace
 from bittern.dry_run import dummy_batch
-from bittern.errors import InputError, ModelError
+from bittern.errors import ModelError
 from bittern.layers import QuantLayer
+from bittern.options import Act
 from bittern.quantizers import FakeQuant
-
-POINTS: tuple[Point, ...] = ("output", "context", "map")  # TI-O: AO, TI-C: AC, TI-M: SA
-SCHEDULES = (*POINTS, "gradual", "inverted", "stochastic", "fade")
-
-
-class Act(NamedTuple):
-    """The teacher's part in a step: at which point, and how much of the signal there is its own."""
-
-    point: Point
-    share: float = 1.0
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """Steps in which the teacher's signals replace the student's.
-
-    schedule: one point throughout, or `gradual` (TI-G: output for a sixth of the steps, context for a sixth, then
-    map), `inverted` (map, context, output for a third each), `stochastic` (one of the three at random each step),
-    `fade` (beyond [TI]: output, mixed with the student's own, from all the teacher's to none).
-    steps: of the optimizer, before the student goes on alone, with optimizer and learning rate started afresh.
-    scope: `part` quantizes only what the paper trains in these steps: the FFN; under context also W_O; under map also
-    W_O and V (not where one layer gives Q, K and V). `all` quantizes everything, as the paper's code does.
-    """
-
-    schedule: str = "gradual"
-    steps: int = 60
-    scope: Literal["all", "part"] = "all"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise InputError(f"no intervention {self.schedule!r}; there are {', '.join(SCHEDULES)}")
-        if not self.steps > 0:
-            raise InputError(f"intervention has {self.steps} steps; expected at least 1")
-        if self.scope not in ("all", "part"):
-            raise InputError(f"scope of the intervention is {self.scope!r}; expected all or part")
-
-    def act(self, step: int) -> Act | None:
-        """Return what the teacher does in the step with this number, from 0; None if the student is alone.
-
-        >>> [Intervention(steps=6).act(step).point for step in range(6)]
-        ['output', 'context', 'map', 'map', 'map', 'map']
-        """
-        if step >= self.steps:
-            return None
-        match self.schedule:
-            case "gradual":
-                return Act(POINTS[min(6 * step // self.steps, 2)])
-            case "inverted":
-                return Act(POINTS[::-1][3 * step // self.steps])
-            case "stochastic":
-                return Act(random.Random(f"{self.seed} {step}").choice(POINTS))
-            case "fade":
-                return Act("output", 1 - step / self.steps)
-        return Act(self.schedule)  # type: ignore[arg-type]
-
-    def phases(self, total: int) -> list[dict[str, Any]]:
-        """Return the phases of a training of so many steps: `name`, `from` and `to` in steps.
-
-        >>> [(p["name"], p["to"]) for p in Intervention("inverted", steps=60).phases(500)]
-        [('map', 20), ('context', 40), ('output', 60), ('alone', 500)]
-        """
-        found: list[dict[str, Any]] = []
-        for name, steps in groupby(range(total), self.phase):
-            first, *others = steps
-            found.append({"name": name, "from": first, "to": first + len(others) + 1})
-        return found
-
-    def phase(self, step: int) -> str:
-        """Name what the teacher does in a step."""
-        act = self.act(step)
-        if act is None:
-            return "alone"
-        return self.schedule if self.schedule in ("stochastic", "fade") else act.point
 
 
 class _Weaken(torch.autograd.Function):

@@ -16,8 +16,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from bittern.deploy.checkpoint import mark
 from bittern.errors import InputError, ModelError
 from bittern.layers import is_simulated
-from bittern.qat.distill import Distill, Distiller, balanced
-from bittern.qat.intervention import Intervention
+from bittern.options import Distill, Intervention
+from bittern.qat.distill import Distiller, balanced
 
 
 class QATTrainer(Trainer):

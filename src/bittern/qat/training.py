@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,43 +27,11 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from bittern.data import Data, has_classes, is_language_model, is_regression
 from bittern.data.evaluate import LOWER_IS_BETTER
 from bittern.errors import InputError, first_line
+from bittern.options import Distill, Intervention, Training
 from bittern.progress import OnStep, ignore
-from bittern.qat.distill import Distill
-from bittern.qat.intervention import Intervention
 from bittern.qat.trainer import QATTrainer
 
 Measure = Callable[[], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Training:
-    """Options of a training run. Defaults are those of [KD]: Adam, linear warm-up of a tenth, then linear decay.
-
-    epochs: over the training data; steps: of the optimizer, in place of epochs. batch_size: of one process.
-    evaluations: how often in a run the student is measured and a checkpoint written. patience: stop when so many of
-    them in a row were no better than the best. metric: decides which is the best; by default `evaluate.headline`.
-    arguments: more of `transformers.TrainingArguments`, by name.
-    """
-
-    epochs: float = 3.0
-    steps: int | None = None
-    batch_size: int = 32
-    learning_rate: float = 2e-5
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    seed: int = 0
-    evaluations: int = 10
-    patience: int | None = None
-    metric: str | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "batch_size", "learning_rate", "evaluations", "patience"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"{name} is {value:g}; expected more than 0")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"warmup is {self.warmup:g}; expected a share of the steps, at least 0 and below 1")
 
 
 @dataclass
@@ -162,19 +128,6 @@ def first_step(history: Sequence[Mapping[str, float]], metric: str, value: float
     sign = -1 if metric in LOWER_IS_BETTER else 1
     good = (e["step"] for e in history if sign * e.get(f"eval_{metric}", -sign * math.inf) >= sign * value)
     return next((int(step) for step in good), None)
-
-
-def is_main_process() -> bool:
-    """True in the process that writes and shows, the first of several; torchrun numbers them by RANK."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def leave_processes() -> None:
-    """End this process at once if it is one of several: gloo's threads abort some at an ordinary exit."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

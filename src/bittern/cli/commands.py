@@ -1,0 +1,189 @@
+"""The commands: what each is for, its options, the job that it runs, and what shows the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bittern import __version__
+from bittern.cli import results
+from bittern.cli.parse import command
+from bittern.options import BATCH_SIZE, Curvature, Distill, Intervention, Mixed, Option, Reading, Training
+from bittern.show import say
+
+DATA_HELP = (
+    "Folder or file of texts or images, for detectors a folder in COCO format, a dataset name, or the built-in digits "
+    "or sentences."
+)
+Model = Annotated[str, Option("Folder of a model with config.json and .safetensors, or a hub name.", ("MODEL",))]
+Recipe = Annotated[str, Option("A ready-made recipe, or a YAML file.", ("--recipe", "-r"))]
+Data = Annotated[str, Option(DATA_HELP)]
+Out = Annotated[Path, Option("Folder for the packed model.", ("--out", "-o"))]
+Samples = Annotated[int, Option("Calibration samples, drawn at random.", least=1)]
+Seed = Annotated[int, Option("Seed of the draw.")]
+Force = Annotated[bool, Option("Overwrite the output if it exists.")]
+
+
+@command("demo:demo", results.demo)
+def demo(
+    what: Annotated[str, Option("digits, minilm, or all of what is installed.", ("what",))] = "digits",
+    out: Annotated[Path, Option("Folder for the packed models.", ("--out", "-o"))] = Path("bittern-demo"),
+    force: Force = False,
+) -> None:
+    """Quantize real models on real data that come with the package, and check them in a fresh process."""
+
+
+@command("jobs:quantize", results.quantize)
+def quantize(
+    source: Model,
+    recipe: Recipe,
+    out: Out,
+    data: Data | None = None,
+    samples: Samples = 128,
+    seed: Seed = 0,
+    force: Force = False,
+    **reading: Reading,
+) -> None:
+    """Quantize a model by a recipe and write it packed: the file is really smaller."""
+
+
+@command("jobs:ptq", results.ptq)
+def ptq(
+    source: Model,
+    data: Data,
+    recipe: Recipe,
+    out: Out,
+    method: Annotated[str, Option("How scales and weights are found.", ("--method", "-m"))] = "bittern",
+    mixed: Mixed | None = None,
+    samples: Samples = 128,
+    seed: Seed = 0,
+    force: Force = False,
+    **reading: Reading,
+) -> None:
+    """Quantize after training: search for the scales that lose least, on a few samples of data.
+
+    Interrupted, the same command goes on where it was.
+    """
+
+
+@command("jobs:qat", results.qat)
+def qat(
+    source: Model,
+    data: Data,
+    recipe: Recipe,
+    out: Out,
+    distill: Distill,
+    training: Training,
+    intervention: Intervention | None = None,
+    baseline_run: Annotated[
+        str, Option("Folder of a finished run without intervention, to count the steps saved.", ("--plain",))
+    ]
+    | None = None,
+    student: Annotated[str, Option("Float model that the student starts from.")] | None = None,
+    samples: Annotated[int, Option("Samples for static scales of activations.", least=1)] = 128,
+    resume: Annotated[bool, Option("Go on from the last checkpoint of the same run.")] = False,
+    force: Force = False,
+    **reading: Reading,
+) -> None:
+    """Train a quantized student with a float teacher, down to ternary weights, and write it packed.
+
+    On several GPUs: torchrun --nproc_per_node N -m bittern qat …
+    """
+
+
+@command("jobs:evaluate", results.evaluate)
+def evaluate(
+    source: Model,
+    data: Data,
+    against: Annotated[str, Option("Another model to compare outputs with.")] | None = None,
+    kernels: Annotated[
+        bool, Option("Multiply in integers; without, a packed model gives the simulated one's bits.")
+    ] = True,
+    **reading: Reading,
+) -> None:
+    """Measure a float, simulated or packed model on data."""
+
+
+@command("deploy.store:inspect", results.inspect)
+def inspect(path: Model) -> None:
+    """Show what a model folder holds: sizes, which module has which format, and what stayed float."""
+
+
+@command("analysis.study:analyze", results.analyze)
+def analyze(
+    student: Annotated[str, Option("Folder of a packed or simulated model.", ("STUDENT",))],
+    teacher: Annotated[str, Option("Folder of the float model that it was made from.")],
+    data: Data,
+    out: Annotated[Path, Option("Folder for the report.", ("--out", "-o"))],
+    against: Annotated[str, Option("Another student of this teacher, shown beside it.")] | None = None,
+    samples: Annotated[int, Option("Samples of the test data, drawn at random.", least=3)] = 128,
+    subset: Annotated[int, Option("How many of them serve what runs the model many times.", ("--few",), least=1)] = 32,
+    curvature: Annotated[Curvature, Option("Hessian and loss surface too; takes long on large models.")] | None = None,
+    seed: Annotated[int, Option("Seed of the draw and of random directions.")] = 0,
+    force: Force = False,
+    **reading: Reading,
+) -> None:
+    """Show what quantization did to a model: a report by layer and head, in one HTML file.
+
+    Interrupted, the same command goes on where it was.
+    """
+
+
+@command("deploy.onnx.export:export", results.export)
+def export(
+    source: Model,
+    out: Annotated[Path, Option("A folder, or a file that ends in .onnx.", ("--out", "-o"))],
+    to: Annotated[str, Option("The format to write; onnx is what there is.")] = "onnx",
+    form: Annotated[
+        str, Option("Of the weights: int8 (fast), nbits (small, for onnxruntime) or portable (small).")
+    ] = "int8",
+    dynamic: Annotated[bool, Option("Find ranges of inputs at run time, not before.")] = False,
+    safe: Annotated[bool, Option("Full 8-bit weights that cannot saturate on x86 without VNNI.")] = False,
+    data: Annotated[str, Option(f"To check the file on. {DATA_HELP} Made up by default.")] | None = None,
+    samples: Annotated[int, Option("Samples to check the file on.", least=1)] = 64,
+    seed: Annotated[int, Option("Of the samples.")] = 0,
+    force: Force = False,
+    **reading: Reading,
+) -> None:
+    """Write a model for another runtime, run the file and compare it with the simulated model."""
+
+
+@command("deploy.bench:bench", results.bench)
+def bench(
+    path: Model,
+    against: Annotated[str, Option("The float model; by default the one it was made from.")] | None = None,
+    batch_size: Annotated[int, Option(BATCH_SIZE, least=1)] = 1,
+    length: Annotated[int, Option("Tokens of each text.", least=1)] = 128,
+    threads: Annotated[int, Option("Threads of both models.", least=1)] | None = None,
+    rounds: Annotated[int, Option("Timed runs of each model, in turn.", least=1)] = 15,
+) -> None:
+    """Time a packed model beside its float model in PyTorch."""
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        say(f"bittern {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="The version.")
+    ] = False,
+) -> None:
+    """Make Transformers small and fast without losing what they know."""
+
+
+for function in (demo, quantize, ptq, qat, evaluate, inspect, analyze, export, bench):
+    app.command("eval" if function is evaluate else function.__name__)(function)

@@ -1,0 +1,240 @@
+"""What each command shows of the result of its job."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+from bittern.show import megabytes, print_table, say, warn
+
+Result = dict[str, Any]
+
+
+def wrote(out: str) -> None:
+    """Where the result lies, and what to do with it next."""
+    say(f"Wrote {out}. Next: ", (f"bittern inspect {out}", "bold"))
+
+
+def kept(modules: list[Result]) -> str:
+    """Layers by name, if few; what has no weight matrix, such as norms, by type and count."""
+    layers = [m["name"] for m in modules if m["type"] in ("Linear", "Conv2d", "Embedding", "Conv1D")]
+    others = Counter(m["type"] for m in modules if m["name"] not in layers)
+    named = layers[:6] + ([f"{len(layers) - 6} more layers"] if len(layers) > 6 else [])
+    return ", ".join(named + [f"{count} {kind}" for kind, count in others.items()]) or "nothing"
+
+
+def of_blocks(name: str) -> str:
+    """A name that the same part of all blocks shares."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+# ---- commands that make a smaller model
+
+
+def demo(result: Result) -> None:
+    from bittern.demo import TITLES
+
+    for name, rows in result.items():
+        accuracies = [] if rows[0]["accuracy"] is None else ["accuracy"]
+        cells = [
+            (
+                row["format"],
+                f"{row['bits']:.2f}",
+                f"{row['bytes'] / 1e3:,.0f}",
+                f"{rows[0]['bytes'] / row['bytes']:.1f}",
+                *(f"{row[metric]:.4f}" for metric in (*accuracies, "agreement")),
+                "" if row["max_error"] is None else f"{row['max_error']:g}",
+            )
+            for row in rows
+        ]
+        print_table(("format", "bits", "kB", "×", *accuracies, "agreement", "max error"), cells, TITLES[name])
+    say(
+        "bits: per quantized weight, with scales · kB: whole file · agreement: with float · max error: "
+        "simulated against packed, loaded in a fresh process, without kernels"
+    )
+    say(
+        "Next: ",
+        (f"bittern inspect {rows[1]['path']}", "bold"),
+        "    your own model: ",
+        ("bittern quantize MODEL --recipe w8a8 --data DATA -o OUT", "bold"),
+    )
+
+
+def sizes_and_metrics(result: Result, how: str = "") -> None:
+    """Float against packed."""
+    rows = [
+        ("size", megabytes(result["float_bytes"]), megabytes(result["file"])),
+        ("bits per quantized weight", "32", f"{result['bits']:.2f}"),
+    ]
+    if "packed" in result:
+        for name, value in result["packed"].items():
+            rows.append((name.replace("_", " "), f"{result['float'][name]:.4f}", f"{value:.4f}"))
+        rows.append(("kernels", "", result["kernels"]))
+        error = result["max_error_simulated_packed"]
+        rows.append(("max error simulated–packed, without kernels", "", f"{error:g}"))
+    print_table(("", "float", "packed"), rows, f"{result['source']} by {result['recipe']}{how}")
+
+
+def quantize(result: Result) -> None:
+    sizes_and_metrics(result)
+    say(f"{result['quantized']} modules quantized; kept float: {kept(result['kept_float'])}")
+    if "packed" not in result:
+        why = "the data has no test or validation split" if result["data"] else "no data was given; add --data"
+        say(f"No accuracy was measured: {why}.")
+    wrote(result["out"])
+
+
+def ptq(result: Result) -> None:
+    found = result["ptq"]
+    say(result["what"])
+    losses(found["solved"])
+    if found["bits"]:
+        say("bits: " + " ".join(f"{part} {width}" for part, width in found["bits"].items()))
+    if found["by_extremes"]:
+        say(f"by extremes: {', '.join(found['by_extremes'])}")
+    sizes_and_metrics(result, f", method {found['method']}, {found['samples']} samples")
+    memory = f"; peak memory {megabytes(found['peak_memory'])}" if found["peak_memory"] else ""
+    say(", ".join(f"{phase} {value:.1f} s" for phase, value in found["seconds"].items()) + memory)
+    wrote(result["out"])
+
+
+def losses(solved: list[Result]) -> None:
+    """1 - similarity of outputs before and after, the same part of all blocks in one row."""
+    groups: dict[str, list[Result]] = {}
+    for entry in solved:
+        groups.setdefault(of_blocks(entry["name"]), []).append(entry)
+    rows = []
+    for name, entries in groups.items():
+        before, after = (sum(e[k] for e in entries) / len(entries) for k in ("before", "after"))
+        worst, rounds = (max(e[k] for e in entries) for k in ("after", "rounds"))
+        rows.append((name, str(len(entries)), f"{before:.2e}", f"{after:.2e}", f"{worst:.2e}", str(rounds)))
+    title = "output error: with scales of the extremes, and as found (mean; worst)"
+    print_table(("layer or product", "count", "before", "after", "worst", "rounds"), rows, title)
+
+
+def qat(result: Result) -> None:
+    run = result["qat"]
+    kept_step = f"step {run['best_step']}" if run["best_step"] else "the last step"
+    say(
+        f"{run['steps']} steps in {run['seconds'] / 60:.1f} minutes; {kept_step} is kept: {run['metric']} "
+        f"{run['best']:.4f}; peak memory {megabytes(result['peak_memory'])}"
+    )
+    if run["phases"]:
+        say(intervened(run["phases"], result.get("plain")))
+    sizes_and_metrics(result, f", learned from {', '.join(result['distill']['terms'])}")
+    wrote(result["out"])
+
+
+def intervened(phases: list[Result], baseline: Result | None) -> str:
+    """Tell what the teacher did when, and how many steps that saved against a run without it, if one is known."""
+    *acts, alone = phases
+    spans = ", ".join(f"{act['name']} in steps {act['from'] + 1} to {act['to']}" for act in acts)
+    text = f"the teacher intervened: {spans}; the student was alone from step {alone['from'] + 1}"
+    if baseline is None:
+        return f"{text}; --plain OUT of a run without intervention tells how many steps that saved"
+    best = f"{baseline['metric']}, {baseline['best']:.4f}"
+    text += f". {baseline['folder']} reached its best {best}, at step {baseline['best_step']} of {baseline['steps']}; "
+    if baseline["reached"] is None:
+        return f"{text}this run did not"
+    saved = baseline["best_step"] / baseline["reached"]
+    return f"{text}this run was there at step {baseline['reached']}: {saved:.1f} times fewer steps"
+
+
+# ---- commands that look
+
+
+def evaluate(result: Result) -> None:
+    for name, value in result.items():
+        shown = megabytes(value) if name in ("file", "float32") else value
+        say(f"{name.replace('_', ' '):16} " + (f"{shown:.4f}" if isinstance(shown, float) else str(shown)))
+
+
+def inspect(result: Result) -> None:
+    recipe = f" by {result['recipe']}" if result["recipe"] else ""
+    say(
+        f"{result['model']}, {result['state']}{recipe}: {megabytes(result['file'])} on disk "
+        f"({megabytes(result['float32'])} in float32), {result['bits']:.2f} bits per quantized weight, "
+        f"{result['tensors']} tensors"
+    )
+    if result["state"] == "packed":
+        kernels = result["kernels"] or "none: weights are unpacked in each forward, which is slow"
+        say(f"integer kernels on this machine: {kernels}")
+    groups = Counter(
+        (of_blocks(m["name"]), "\n".join(f"{point}: {form}" for point, form in m.items() if point != "name"))
+        for m in result["modules"]
+    )
+    if groups:
+        rows = [(name, str(count), formats) for (name, formats), count in groups.items()]
+        print_table(("modules", "count", "formats"), rows, left=("modules", "formats"), show_lines=True)
+    total = sum(module["parameters"] for module in result["kept_float"])
+    say(f"kept float: {kept(result['kept_float'])}; {total:,} parameters in all")
+
+
+def analyze(result: Result) -> None:
+    for model in result["students"]:
+        say(f"What stands out in {model['name']}:")
+        for i, block in enumerate(model["worst"], 1):
+            say(
+                f"{i}. {block['name']}: alone it changes the output by {100 * block['error']:.2g} %; head "
+                f"{block['head']} diverges most, {block['times']:.1f}× the median. {block['advice']}"
+            )
+    out = result["out"]
+    say(f"Wrote {out}. Next: open ", (f"{out}/report.html", "bold"), " in a browser")
+
+
+# ---- commands for models in use
+
+KINDS = {
+    "static": "multiplied as bytes, static ranges of inputs",
+    "dynamic": "multiplied as bytes, ranges of inputs found at run time",
+    "nbits": "MatMulNBits, codes packed",
+    "portable": "DequantizeLinear and MatMul, codes packed",
+    "rows": "embeddings, rows unpacked as they are read",
+    "stored": "integer weights, computed in float",
+    "float": "float",
+}
+
+
+def export(result: Result) -> None:
+    for kind, count in result["layers"].items():
+        say(f"{count:4} layers: {KINDS[kind]}")
+    nodes = ", ".join(f"{count} {kind}" for kind, count in result["float_nodes"].items())
+    say(f"in float: {kept(result['kept_float'])}; of all operators {nodes}")
+    if result["may_saturate"]:
+        say(
+            f"{len(result['may_saturate'])} layers have 8-bit weights that may saturate on x86 without VNNI: there "
+            "set session.x64quantprecision=1, or export with --safe"
+        )
+    parity = result["parity"]
+    same = "" if parity["agreement"] is None else f"agreement {parity['agreement']:.4f}, "
+    say(
+        f"against the simulated model on {parity['samples']} samples ({result['data']}): {same}relative error "
+        f"{parity['error']:.2e}, largest {parity['largest']:.2e}"
+    )
+    say(
+        f"against the exact model: the file {parity['file']:.2e}, its arithmetic in PyTorch {parity['twin']:.2e} "
+        f"(limit {parity['limit']:.2e}; {parity['drift']:.2e} apart), the simulated model {parity['simulated']:.2e}"
+    )
+    say(f"Wrote {result['out']}, {megabytes(result['bytes'])}")
+
+
+def bench(result: Result) -> None:
+    rows = [
+        (
+            name,
+            f"{engine['latency_ms']:.2f}",
+            f"{engine['samples_per_second']:.1f}",
+            f"{engine['times_ours']:.2f}",
+            *("" if engine[size] is None else megabytes(engine[size]) for size in ("weights_in_memory", "file")),
+        )
+        for name, engine in result["engines"].items()
+    ]
+    title = f"batch {result['batch_size']}, {result['threads']} threads, kernels: {result['kernels'] or 'none'}"
+    print_table(("engine", "ms", "samples/s", "time / ours", "weights in memory", "file"), rows, title)
+    error = result["difference_kernels_simulated"]
+    say(f"medians of runs in turn; kernels and simulated model differ by {error:.1e}")
+    if not result["kernels"]:
+        warn(f"no kernels here: {result['why_none']}; packed layers unpack their weights, which is slow")
+    for formats, count in Counter(result["without_kernel"].values()).items():
+        warn(f"no fast path for {formats} ({count} modules): they compute in float")
