@@ -13,7 +13,9 @@ from bittern import native
 from bittern.cli.commands import app
 from bittern.deploy import bench as benches
 from bittern.deploy.bench import alternate, ratios
+from bittern.deploy.packed import pack_layers, weight_bytes
 from bittern.errors import InputError, ModelError
+from bittern.layers import swap
 from families import SUPPORTED
 from helpers import quantized, refused
 
@@ -73,15 +75,12 @@ def test_refusals(folders: tuple[Path, Path], tmp_path: Path) -> None:
 def test_weights_take_a_sixteenth() -> None:
     """Ternary weights take at most 1/15 of the memory of floats once the kernels run."""
     layer = torch.nn.ModuleList([torch.nn.Linear(768, 3072)])
-    size = benches.weight_bytes(layer)
-    from bittern.deploy.packed import pack_layers
-    from bittern.layers import swap
-
+    size = weight_bytes(layer)
     swap(layer[0], "linear", bittern.Format(kind="ternary"), bittern.Format())
     pack_layers(layer)
     with torch.no_grad():
         assert layer[0].integer_product(torch.randn(2, 768)) is not None
-    assert size / benches.weight_bytes(layer) > 15
+    assert size / weight_bytes(layer) > 15
 
 
 def test_ratios_are_paired() -> None:

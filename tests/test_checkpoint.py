@@ -28,7 +28,7 @@ from bittern.deploy.files import digest
 from bittern.errors import BitternError, CheckpointError
 from bittern.layers import QuantLayer, formats
 from bittern.recipe import Format, Recipe, Rule
-from families import SUPPORTED, Batch
+from families import SUPPORTED, TEXT, Batch, family, text
 from helpers import outputs, quantized, refused, same
 
 states = pytest.mark.parametrize("packed", [True, False], ids=["packed", "simulated"])
@@ -68,6 +68,35 @@ def test_save_and_load(name: str, recipe: str, tmp_path: Path) -> None:
         assert same(outputs(again, batch), expected)
         assert formats(again) == formats(model)
         assert (is_packed(again), again.config.quantization_config.recipe) == (packed, recipe)
+
+
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+MASKED: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT)),
+    "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**TEXT)),
+    "distilbert": lambda: hf.DistilBertForMaskedLM(hf.DistilBertConfig(vocab_size=99, dim=32, n_layers=2, n_heads=4)),
+    "electra": lambda: hf.ElectraForMaskedLM(hf.ElectraConfig(**TEXT, embedding_size=16)),
+    "albert": lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**TEXT, embedding_size=16)),
+    "modernbert": lambda: hf.ModernBertForMaskedLM(hf.ModernBertConfig(**TEXT, **SPECIAL, decoder_bias=True)),
+    "nomic": lambda: hf.NomicBertModel(hf.NomicBertConfig(**TEXT)),  # transformers saves its Q, K and V as one
+}
+
+
+@states
+@pytest.mark.parametrize("name", MASKED)
+def test_tied_bias_and_fused_weights(name: str, packed: bool, tmp_path: Path) -> None:
+    """A tied head keeps each entry of its bias, and weights that transformers renames, merges or splits in files come
+    back as they were."""
+    model, batch = family(lambda: (MASKED[name](), text()))()
+    simulate(model, "w8a8", batch)
+    bittern.calibrate(model, [batch])
+    expected = outputs(model, batch)
+    STATES[packed](model).save_pretrained(tmp_path / "once")
+    again = reload(model, tmp_path / "once")
+    assert same(outputs(again, batch), expected)
+    again.tie_weights(recompute_mapping=False)
+    save(again, tmp_path / "twice")
+    assert same(outputs(load(tmp_path / "twice"), batch), expected)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)

@@ -1,5 +1,7 @@
 """Codes in bytes, and packed layers that give what simulated layers give."""
 
+import io
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
@@ -149,13 +151,14 @@ def test_packed_layer_is_simulated_layer(name: str, kind: str) -> None:
     make, inputs = LAYERS[name]
     for granularity, range_ in product(("tensor", "row", "group"), ("dynamic", "static")):
         layer, x = make(), inputs()
+        shape = layer.weight.shape
         group = {"group_size": 4} if granularity == "group" else {}
         fmt = Format(granularity=granularity, range=range_, **group, **KINDS[kind])
         swap(layer, name, fmt, Format(scheme="asymmetric") if x.is_floating_point() else None)
         matrix = weight_matrix(layer)
         if range_ == "static":
             layer.weight_quantizer.set_scale(*find_scale(matrix, fmt))
-        expected, simulated = layer(x), type(layer)
+        expected, simulated, weight = layer(x), type(layer), layer.quantized_weight()
         pack_layers(nn.ModuleList([layer]))
         assert type(layer) is PACKED[simulated]
         assert torch.equal(layer(x), expected)
@@ -163,7 +166,8 @@ def test_packed_layer_is_simulated_layer(name: str, kind: str) -> None:
         assert layer.weight_codes.shape == (len(matrix), bytes_per_row(COLUMNS, fmt))
         assert layer.weight_scale.numel() == {"tensor": 1, "row": len(matrix), "group": len(matrix) * 3}[granularity]
         assert (layer.weight_offset is not None) == (fmt.scheme == "asymmetric")
-        assert layer.weight.shape == (1,)
+        assert layer.weight.shape == shape
+        assert torch.equal(weight_matrix(layer), weight)
 
 
 def test_embedding_unpacks_rows() -> None:
@@ -295,9 +299,56 @@ def test_deep_copy(name: str) -> None:
     assert same(outputs(model, batch), expected)
 
 
-def test_weight_is_a_placeholder() -> None:
-    """What is left of a packed layer's float weight is one number of its type that takes no gradient."""
-    model, _ = quantized("vit")
-    layer = next(m for m in model.modules() if isinstance(m, PackedLayer))
-    assert (layer.weight.shape, layer.weight.dtype) == ((1,), torch.float32)
-    assert not any(p.requires_grad for p in layer.parameters())
+def test_weight_is_read_only() -> None:
+    """The weight of a packed layer costs one number until somebody reads values, takes no gradient, and is not changed:
+    whoever tries is told, also transformers when it resizes embeddings."""
+    model, _ = quantized("bert")
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, nn.Parameter)
+    assert (weight.shape, weight.dtype, weight.untyped_storage().nbytes()) == ((99, 32), torch.float32, 4)
+    assert not any(p.requires_grad for p in model.parameters())
+    changes: tuple[Callable[[], Any], ...] = (
+        weight.zero_,
+        lambda: nn.init.normal_(weight),
+        lambda: weight.data.copy_(torch.zeros(99, 32)),
+        lambda: weight.__setitem__(0, 1.0),
+        lambda: setattr(weight, "data", torch.zeros(99, 32)),
+        lambda: model.resize_token_embeddings(120, mean_resizing=False),
+    )
+    for change in changes:
+        with refused(ModelError, "weight of a packed layer", "float model"):
+            change()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit"])
+def test_sizes_are_true(name: str) -> None:
+    """Parameters are counted as in the float model, memory is what codes and the rest take, also after a call."""
+    count = SUPPORTED[name]()[0].num_parameters()
+    model, batch = quantized(name, "ternary-2-2-8")
+    assert model.num_parameters() == count
+    before = model.get_memory_footprint()
+    tensors = {t.data_ptr(): t for t in (*model.state_dict().values(), *model.buffers())}.values()
+    assert before == sum(t.nbytes for t in tensors)
+    outputs(model, batch)
+    assert before <= model.get_memory_footprint() < 4 * count
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit"])
+@pytest.mark.kernels
+def test_other_processes(name: str) -> None:
+    """A packed model survives torch.save and pickle, before and after its first call, with its ties."""
+    model, batch = quantized(name)
+    for _ in range(2):
+        torch.save(model, file := io.BytesIO())
+        file.seek(0)
+        for again in (torch.load(file, weights_only=False), pickle.loads(pickle.dumps(model))):
+            assert same(outputs(again, batch), outputs(model, batch))
+            assert again.num_parameters() == model.num_parameters()
+
+
+@pytest.mark.parametrize("ids", [[[5, -100]], [[-1]], [[99]]])
+def test_ids_out_of_range(ids: list[list[int]]) -> None:
+    """Ids that a float embedding refuses are refused by the packed one."""
+    model, _ = quantized("bert")
+    with pytest.raises(IndexError):
+        outputs(model, {"input_ids": torch.tensor(ids)})

@@ -23,8 +23,10 @@ check_version(INSTALLED)
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
+        PrefixChange,
         WeightConverter,
         WeightRenaming,
+        WeightTransform,
         rename_source_key,
         revert_weight_conversion,
     )
@@ -37,5 +39,13 @@ except ImportError as error:
         f"pip install 'transformers>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}'"
     ) from error
 
-__all__ = ["WeightConverter", "WeightRenaming", "active_collector", "eager_mask", "get_model_conversion_mapping"]
+__all__ = [
+    "PrefixChange",
+    "WeightConverter",
+    "WeightRenaming",
+    "WeightTransform",
+    "active_collector",
+    "eager_mask",
+    "get_model_conversion_mapping",
+]
 __all__ += ["remove_tied_weights_from_state_dict", "rename_source_key", "revert_weight_conversion"]

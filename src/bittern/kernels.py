@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +91,23 @@ _ACTIVATIONS: dict[type[nn.Module], native.Activation] = {
 }
 
 
-def _served(kind: type[nn.Module], activation: native.Activation) -> type[nn.Module]:
+Maker = Callable[..., type[nn.Module]]  # of classes at run time, each from a model's own
+
+
+def _remade(make: Maker, kind: type[nn.Module]) -> nn.Module:
+    return make(kind).__new__(make(kind))
+
+
+def reduction(make: Maker, kind: type[nn.Module]) -> Callable[..., Any]:
+    """Return `__reduce_ex__` for the class that `make` makes of a kind: copies and other processes make it anew."""
+    return lambda self, _protocol: (_remade, (make, kind), self.__getstate__())
+
+
+def _served(kind: type[nn.Module]) -> type[nn.Module]:
     """A class for activations of this kind in packed models, of the same name."""
+    if kind in SERVED:
+        return SERVED[kind]
+    activation = _ACTIVATIONS[kind]
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         if native.serves(input):
@@ -99,7 +115,9 @@ def _served(kind: type[nn.Module], activation: native.Activation) -> type[nn.Mod
         out: Tensor = kind.forward(self, input)
         return out
 
-    return type(kind.__name__, (kind,), {"forward": forward, "activation": activation})
+    reduce = reduction(_served, kind)
+    return type(kind.__name__, (kind,), {"forward": forward, "activation": activation, "__reduce_ex__": reduce})
 
 
-SERVED = {kind: _served(kind, activation) for kind, activation in _ACTIVATIONS.items()}
+SERVED: dict[type[nn.Module], type[nn.Module]] = {}
+SERVED |= {kind: _served(kind) for kind in _ACTIVATIONS}

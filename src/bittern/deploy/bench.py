@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from bittern import native
 from bittern.deploy.checkpoint import is_packed
-from bittern.deploy.packed import PackedLayer
+from bittern.deploy.packed import weight_bytes
 from bittern.deploy.store import REPORT, load, measure
 from bittern.dry_run import dummy_batch
 from bittern.errors import InputError, ModelError
@@ -143,13 +143,6 @@ def sample_batch(model: PreTrainedModel, size: int, length: int) -> dict[str, Te
         batch["input_ids"] = (torch.arange(size * length) % min(model.config.vocab_size, 97)).view(size, length)
         batch["attention_mask"] = torch.ones(size, length, dtype=torch.long)
     return batch
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights, scales and codes in memory, in whatever order the kernels keep them."""
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    panels = (m._panels for m in model.modules() if isinstance(m, PackedLayer))
-    return sum(tensors.values()) + sum(p.nbytes for p in panels if p is not None)
 
 
 def without_kernel(model: nn.Module) -> dict[str, str]:

@@ -200,7 +200,8 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
         found = _run(self, call, written) if _serves(self, call) else None
         return written() if found is None else found
 
-    return type(kind.__name__, (kind, _Fused), {"forward": forward, "__module__": kind.__module__})
+    own = {"forward": forward, "__module__": kind.__module__, "__reduce_ex__": kernels.reduction(_fused, kind)}
+    return type(kind.__name__, (kind, _Fused), own)
 
 
 def _serves(block: nn.Module, call: Arguments) -> bool:
@@ -211,7 +212,7 @@ def _serves(block: nn.Module, call: Arguments) -> bool:
         plain
         and len(tensors) in (1, 2)
         and native.serves(*tensors)
-        and not torch.is_grad_enabled()
+        and not (torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters()))
         and not block.training
         and not _has_any_global_hook()
         and not attention.collects_maps()

@@ -8,7 +8,9 @@ of all tensors and of the configuration, verified on every load.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +27,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bittern import attention
 from bittern.anatomy import record_of
 from bittern.compat import (
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     get_model_conversion_mapping,
     remove_tied_weights_from_state_dict,
     rename_source_key,
@@ -34,9 +38,9 @@ from bittern.compat import (
 )
 from bittern.deploy.blocks import use_kernels
 from bittern.deploy.files import digest, open_tensors, read_json
-from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers
+from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers, weight_bytes
 from bittern.errors import CheckpointError, ModelError
-from bittern.layers import QuantLayer, fake_quants, formats, is_simulated, swap, weight_matrix
+from bittern.layers import QuantizedLayer, QuantLayer, fake_quants, formats, is_simulated, swap, weight_matrix
 from bittern.recipe import Rule
 
 METHOD = "bittern"
@@ -142,8 +146,14 @@ def pack(model: PreTrainedModel) -> PreTrainedModel:
     if not is_simulated(model):
         raise ModelError("the model is not simulated; call simulate(model, recipe) before pack(model)")
     pack_layers(model)
+    return mark(_ready(model), "packed")
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model with packed layers what its users get: on the kernels, frozen, with a true size in memory."""
     use_kernels(model)
-    return mark(model, "packed")
+    model.get_memory_footprint = partial(weight_bytes, model)
+    return model.requires_grad_(False)
 
 
 def mark(model: PreTrainedModel, state: Literal["simulated", "packed"]) -> PreTrainedModel:
@@ -157,9 +167,22 @@ def mark(model: PreTrainedModel, state: Literal["simulated", "packed"]) -> PreTr
     return model
 
 
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    """Return the packed layers of a model by name, each before those that are tied to it."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+
+
 def is_packed(model: nn.Module) -> bool:
     """True if the model has packed layers."""
-    return any(isinstance(m, PackedLayer) for m in model.modules())
+    return bool(packed_layers(model))
+
+
+def _conversions_on_save(model: PreTrainedModel) -> list[WeightTransform]:
+    """What transformers reverts when it saves a model: the conversions it was loaded with, or those of its class."""
+    if (loaded_with := getattr(model, "_weight_conversions", None)) is not None:
+        return list(loaded_with)
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    return [conversion for conversion in known if not isinstance(conversion, PrefixChange)]
 
 
 @register_quantizer(METHOD)
@@ -167,6 +190,7 @@ class BitternQuantizer(HfQuantizer):
     """Rebuilds quantized modules from what the checkpoint itself holds; no module names in config.json."""
 
     requires_calibration = True
+    keys_in_file: Iterable[str] = ()  # while a model is loaded
 
     def is_serializable(self) -> bool:
         return True
@@ -191,7 +215,11 @@ class BitternQuantizer(HfQuantizer):
             self.remove_quantization_config(model)
             return state, {}
         self.quantization_config.formats = [f.model_dump(mode="json", exclude_defaults=True) for f in table]
+        for name, layer in packed_layers(model).items():
+            if not layer.owner:  # so that the file does not load without Bittern: one number where a matrix should be
+                state[f"{name}.weight"] = torch.zeros(1, dtype=layer.weight.dtype)
         # What transformers does next, done before the checksums:
+        model._weight_conversions = self.update_weight_conversions(_conversions_on_save(model), model)
         model.config.quantization_config = self.quantization_config
         model.config.architectures, model.config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
         written = {k: t for k, t in state.items() if k not in (model._keys_to_ignore_on_save or ())}
@@ -203,6 +231,21 @@ class BitternQuantizer(HfQuantizer):
             "config": config_digest(json.loads(model.config.to_json_string())),
         }
         return state, {METHOD: json.dumps(checks)}
+
+    def update_weight_conversions(self, weight_conversions: list[WeightTransform], model: Any) -> list[WeightTransform]:
+        """Without those that merge, split or turn around weights of quantized layers, whose tensors are only renamed:
+        unless the file holds such a weight, as older ones of simulated models may."""
+        weights = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
+
+        def keep(conversion: WeightTransform) -> bool:
+            if not isinstance(conversion, WeightConverter):
+                return True
+            back = conversion.reverse_transform()
+            return not any(_matches(back, weight) for weight in weights) or any(
+                _matches(conversion, key) and not _matches(back, key) for key in self.keys_in_file
+            )
+
+        return [conversion for conversion in weight_conversions if keep(conversion)]
 
     # ---- loading
 
@@ -217,19 +260,25 @@ class BitternQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError("a Bittern checkpoint loads from safetensors files; got none")
         handles = verify([Path(file) for file in checkpoint_files])
+        self.keys_in_file = tuple(handles)
         _rebuild(model, self.quantization_config, _quantized_modules(model, handles))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        self.keys_in_file = ()
+        for layer in packed_layers(model).values():  # in the order of modules: owners before what is tied to them
+            layer.hold_weight(torch.empty_like(layer.weight, device=layer.source.weight_codes.device))
+        for name, tensor in (*model.named_buffers(), *model.named_parameters()):
             if tensor.device.type == "meta":
                 raise CheckpointError(f"the checkpoint holds no {name}; it is damaged or belongs to another model")
         for _name, quantizer in fake_quants(model):
             if quantizer.scale is not None:
                 quantizer.set_scale(quantizer.scale, quantizer.offset)
-        if self.quantization_config.state == "packed":
-            use_kernels(model)
-        return model
+        return _ready(model) if self.quantization_config.state == "packed" else model
+
+
+def _matches(conversion: WeightTransform, key: str) -> bool:
+    return conversion.rename_source_key(key)[1] is not None
 
 
 def _quantized_modules(model: PreTrainedModel, handles: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
@@ -286,7 +335,10 @@ def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str,
         for part, quantizer in fake_quants(model.get_submodule(name)):
             for kind in ("scale", "offset"):
                 setattr(quantizer, kind, tensors.get(f"{part}.{kind}"))
-    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"\.{INDEX}$"}
+    prefix = f"{model.base_model_prefix}."
+    packed = "|".join(re.escape(name.removeprefix(prefix)) for name in packed_layers(model))
+    unexpected = {rf"\.{INDEX}$", *([rf"(^|\.)({packed})\.weight$"] if packed else ())}
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *unexpected}
 
 
 def _rebuild_packed(

@@ -9,19 +9,20 @@ back, and the panels are dropped until the next product. Only a layer that is ti
 beside the other's codes. One lock holds off other threads while the two change places.
 
 A packed layer holds `weight_codes` (uint8, rows × bytes), `weight_scale` and, if asymmetric, `weight_offset` (float32).
-Its `weight` is a placeholder of one number: model code that asks for `weight.dtype` gets the model's type, and loading
-the file without Bittern fails on the shape instead of giving random weights.
+Whoever reads its `weight` gets a `PackedWeight`.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -107,6 +108,60 @@ def _unpack_bits(packed: Tensor, columns: int, bits: int) -> Tensor:
     return codes
 
 
+class PackedWeight(nn.Parameter):
+    """The `weight` of a packed layer: it has the shape, type and device of the float weight, takes the memory of one
+    number, computes its values whenever something reads them, and cannot be changed.
+
+    Models read the weights of their layers, and transformers does to count, tie and initialize them. A placeholder of
+    one zero, tried before, cut the bias of a tied head to its size, and whoever multiplied by it got zeros.
+    """
+
+    layer: weakref.ref[PackedLayer]
+
+    @classmethod
+    def of(cls, layer: PackedLayer, like: Tensor) -> PackedWeight:
+        """The weight of a layer, with the shape, type and device of a tensor."""
+        weight: PackedWeight = torch.Tensor._make_subclass(cls, like.new_zeros(1).expand(like.shape), False)
+        weight.layer = weakref.ref(layer)
+        return weight
+
+    def values(self) -> Tensor:
+        """The float weight in the shape that the layer's class has it."""
+        layer = self.layer()
+        assert layer is not None
+        matrix = layer.unpacked()
+        return matrix.t().contiguous() if isinstance(layer, Conv1D) else matrix.view(self.shape)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _WITHOUT_VALUES:
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        name = func.__name__
+        if isinstance(next(iter((*args, *kwargs.values()))), cls):
+            if name in ("__set__", "__setitem__", "set_data") or (name[-1] == "_" and name[-2] != "_"):
+                raise ModelError(
+                    "the weight of a packed layer cannot be changed; change the float model and pack it again"
+                )
+            if func in _SAME:
+                return args[0]
+        args, kwargs = tree_map_only(cls, cls.values, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+_ASKED = (
+    "shape dtype device ndim layout nbytes itemsize requires_grad grad grad_fn is_leaf _version is_meta is_cpu is_cuda"
+)
+_CALLED = "size dim numel nelement element_size stride is_floating_point is_complex requires_grad_ get_device data_ptr"
+_tensor: Any = Tensor
+_SAME = {_tensor.data.__get__, _tensor.detach}
+_WITHOUT_VALUES = {
+    *(getattr(_tensor, name).__get__ for name in _ASKED.split()),
+    *(getattr(_tensor, name) for name in _CALLED.split()),
+    *(_tensor.__len__, _tensor.__hash__, _tensor.untyped_storage, _tensor.requires_grad.__set__, _tensor.grad.__set__),
+    *(torch.is_floating_point, torch.is_complex, torch.numel),
+}
+
 _exchange = threading.RLock()  # held while codes and panels change places
 
 
@@ -181,26 +236,60 @@ class PackedLayer(QuantizedLayer):
                 return super().__getattr__(name)
         return super().__getattr__(name)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.drop_panels()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    def hold_weight(self, like: Tensor) -> None:
+        """Show a weight with the shape, type and device of a tensor; a tied layer shows that of its owner."""
+        own = nn.Parameter(like, False) if like.is_meta else PackedWeight.of(self, like)  # meta: while it is loaded
+        self._parameters["weight"] = self.owner[0].weight if self.owner else own
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move the layer; codes, scales and offsets keep their types."""
+        self.drop_panels()
+        weight, bias = self.weight, self._parameters.get("bias")
+        del self._parameters["weight"]
+
+        def move(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if tensor is bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        like = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
+        self._parameters = {"weight": weight, **self._parameters}  # the first parameter again
+        self.hold_weight(like.new_empty(1).expand(weight.shape))
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         with _exchange:
             self.drop_panels()
-            super()._save_to_state_dict(*args)
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination.pop(f"{prefix}weight")
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.drop_panels()
         super()._load_from_state_dict(*args)
+        prefix, missing = args[1], args[4]
+        missing.remove(f"{prefix}weight")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for copies and other processes, which make panels of their own."""
+        with _exchange:
+            self.drop_panels()
+            state = self.__dict__ | {"_bias": None}
+        like = torch.empty(self.weight.shape, dtype=self.weight.dtype, device="meta")
+        return state | {"_parameters": {**self._parameters, "weight": like}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        like = self._parameters["weight"]
+        assert like is not None
+        self.hold_weight(torch.empty(1, dtype=like.dtype, device=self.source.weight_codes.device).expand(like.shape))
 
     def unpacked(self, rows: Tensor | None = None) -> Tensor:
         """The weight's values (rows, columns), or those of the given rows (…, columns), in the model's type."""
         layer = self.source
         codes, fmt, scale, offset = layer.weight_codes, layer.weight_format, layer.weight_scale, layer.weight_offset
         if rows is not None:
-            flat = rows.flatten()
-            codes, scale = codes[flat], scale[flat] if scale.dim() else scale
+            flat = rows.flatten()  # index_select refuses rows below zero, as a float embedding does
+            codes, scale = codes.index_select(0, flat), scale[flat] if scale.dim() else scale
             offset = offset[flat] if offset is not None and offset.dim() else offset
         values = decode(unpack_codes(codes, layer.weight_shape[1], fmt), fmt, scale, offset).to(self.weight.dtype)
         return values if rows is None else values.view(*rows.shape, -1)
@@ -212,6 +301,13 @@ class PackedLayer(QuantizedLayer):
         rows, columns = self.weight_shape
         numbers = sum(tensor.nbytes for tensor in (self.weight_scale, self.weight_offset) if tensor is not None)
         return rows * bytes_per_row(columns, self.weight_format) + numbers
+
+
+def weight_bytes(model: nn.Module, return_buffers: bool = True) -> int:
+    """Bytes of all weights, scales and codes in memory, in whatever order the kernels keep them."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, PackedWeight)]
+    panels = (m._panels for m in model.modules() if isinstance(m, PackedLayer))
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values()) + sum(p.nbytes for p in panels if p is not None)
 
 
 class PackedLinear(PackedLayer, nn.Linear):
@@ -271,7 +367,8 @@ def make_packed(layer: QuantLayer, tensors: Mapping[str, Tensor], owner: PackedL
     layer.__class__ = PACKED[type(layer)]  # type: ignore[assignment]
     packed: PackedLayer = layer  # type: ignore[assignment]
     packed.weight_format, packed.weight_shape, packed.owner = fmt, (rows, columns), [] if owner is None else [owner]
-    packed.weight = nn.Parameter(weight.new_zeros(1), False) if owner is None else owner.weight
+    packed._parameters = {"weight": None, **packed._parameters}
+    packed.hold_weight(weight)
     for name in ("weight_codes", "weight_scale", "weight_offset"):
         packed.register_buffer(name, tensors.get(name))
     return packed.requires_grad_(False)

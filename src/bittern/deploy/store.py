@@ -150,10 +150,9 @@ def measure(model: PreTrainedModel, folder: str | Path) -> Size:
     """Sizes of a saved model. Packed layers count codes and scales; layers tied to them count once."""
     packed = [m for m in model.modules() if isinstance(m, PackedLayer) and not m.owner]
     weights = sum(prod(m.weight_shape) for m in packed)
-    rest = sum(p.numel() for p in model.parameters()) - len({m.weight for m in packed})  # placeholders of one number
     file = sum(f.stat().st_size for f in tensor_files(folder))
     bits = 8 * sum(m.weight_bytes() for m in packed) / weights if weights else 32.0
-    return Size(file, 4 * (weights + rest), bits)
+    return Size(file, 4 * model.num_parameters(), bits)
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

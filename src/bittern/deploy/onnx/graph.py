@@ -48,6 +48,7 @@ def use_operators(layers: Mapping[str, PackedLayer], plans: Mapping[str, Plan], 
         known = plans[name]
         for part, tensor in _stored(layer, known, safe).items():
             layer.register_buffer(part, tensor)
+        layer.weight = nn.Parameter(torch.zeros(1, dtype=layer.weight.dtype), False)  # no value that a trace may keep
         # on the instance: other models of this process keep their methods
         vars(layer)["unpacked"] = partial(_weight, layer, known)
         if known.input is not None:
