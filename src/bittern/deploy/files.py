@@ -11,11 +11,12 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +26,7 @@ from torch import Tensor
 from bittern.errors import CheckpointError, InputError, first_line
 
 JOB = "job.json"
+WRITTEN = ".bittern-files.json"  # names and sizes of what a run wrote beside it: nothing else is ever deleted
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -94,22 +96,23 @@ def atomic_file(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(out: str | Path, *, force: bool = False, holds: str = "config.json") -> Iterator[Path]:
+def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
     """A new folder under a temporary name beside `out`, renamed to it if the block ends well, removed if not."""
-    out = Path(out).absolute()
-    check_output(out, force, holds)
-    with _telling(f"to {out.parent}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    check_output(out, force)
+    place = Path(out).resolve()  # what a symbolic link names
+    with _telling(f"to {place.parent}"):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
     with _telling(out):
         try:
             yield folder
-            for file in folder.rglob("*"):
-                if file.is_file():
-                    file.chmod(0o644)
-                    _sync(file)
+            sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+            (folder / WRITTEN).write_text(json.dumps(sizes, indent=1) + "\n")
+            for name in (*sizes, WRITTEN):
+                (folder / name).chmod(0o644)
+                _sync(folder / name)
             folder.chmod(0o755)
-            _replace(out, folder)
+            _replace(place, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -124,26 +127,97 @@ def _replace(out: Path, folder: Path) -> None:
     finally:
         if old.exists() and not out.exists():
             old.rename(out)
-        shutil.rmtree(old.parent, ignore_errors=True)
+        for name in (*_written(old), WRITTEN):
+            (old / name).unlink(missing_ok=True)
+        for empty in (*sorted(old.rglob("*"), reverse=True), old, old.parent):
+            with suppress(OSError):  # what was put there in the meantime is nobody's to delete
+                empty.rmdir()
 
 
-def check_output(out: str | Path, force: bool, holds: str = "config.json") -> None:
+def _written(folder: Path) -> dict[str, int]:
+    """Return names and sizes of the files that a run of ours wrote to a folder."""
+    try:
+        return dict(json.loads((folder / WRITTEN).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _foreign(folder: Path) -> str | None:
+    """Name a file that no run of ours wrote to the folder, or that was changed since; None if there is none."""
+    sizes = _written(folder)
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        if name != WRITTEN and (file.is_symlink() or (file.is_file() and file.stat().st_size != sizes.get(name))):
+            return name
+    return None
+
+
+def check_output(out: str | Path, force: bool, *sources: str | Path | None) -> None:
     """Refuse an output that exists (unless forced) or cannot be written, before long work starts.
 
-    holds: the file by which an output of ours is known; nothing else is overwritten.
+    Forced, only what runs of ours wrote is overwritten, and never one of the `sources`, which are read.
     """
+    check_kept(out, *sources)
     out = Path(out)
     if os.path.isfile(out):
         raise InputError(f"{out} is a file; give a folder to write to")
     if os.path.exists(out) and any(out.iterdir()):
         if not force:
             raise InputError(f"{out} exists; choose another output or overwrite it with --force")
-        if not (out / holds).exists():
-            what = "a model" if holds == "config.json" else "a report"
-            raise InputError(f"{out} holds something other than {what}; choose another output")
+        if foreign := _foreign(out.resolve()):
+            raise InputError(f"{out} holds {foreign}, which no run of Bittern wrote; choose another output")
+    check_parent(out)
+
+
+def check_kept(out: str | Path, *sources: str | Path | None) -> None:
+    """Refuse an output that is, or holds, a folder that is read."""
+    places = Path(out).resolve(), Path(f"{Path(out)}.work").resolve()
+    for source in sources:
+        if source and os.path.exists(source) and any(Path(source).resolve().is_relative_to(p) for p in places):
+            raise InputError(f"{out} would overwrite {source}, which is read; choose another output")
+
+
+def check_parent(out: Path) -> None:
+    """Refuse an output whose folder cannot be written to."""
     parent = next(p for p in out.absolute().parents if os.path.exists(p))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"cannot write to {parent}; choose another output")
+
+
+@contextmanager
+def reserved(out: str | Path) -> Iterator[None]:
+    """Hold an output for one run. Raises InputError that names the process, if another one writes to it."""
+    name = sha256(str(Path(out).resolve()).encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"bittern-{name}.lock"
+    lock = _lock(path, out)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            path.unlink(missing_ok=True)
+            lock.close()
+
+
+def _lock(path: Path, out: str | Path) -> IO[str] | None:
+    """Lock a file, as long as it is open and this process lives; None where that cannot be."""
+    try:
+        import fcntl
+
+        lock = path.open("a+")
+    except (ImportError, OSError):  # Windows; the file of another user
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        with lock:
+            raise InputError(
+                f"{out} is being written by {lock.read()}; wait for it, or choose another output"
+            ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()}, since {time.strftime('%H:%M')}")
+    lock.flush()
+    return lock
 
 
 # ---- long jobs
@@ -157,12 +231,11 @@ class Journal:
         job = json.loads(json.dumps(job))
         with _telling(f"to {folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
+        self.check_ours(self.folder)
         if not any(self.folder.rglob("*.safetensors")):  # nothing is finished that could be lost
             with atomic_file(self.folder / JOB) as file:
                 file.write_text(json.dumps(job, indent=1) + "\n")
             return
-        if not (self.folder / JOB).exists():
-            raise InputError(f"{self.folder} holds files but no {JOB}; delete it or choose another output")
         try:
             known = read_json(self.folder / JOB)
         except CheckpointError as error:
@@ -197,12 +270,23 @@ class Journal:
             raise CheckpointError(f"{path} is damaged ({error}); delete it and run the same command again") from None
 
     @staticmethod
+    def check_ours(folder: Path) -> None:
+        """Refuse a folder of other things than a job."""
+        if any(folder.iterdir()) and not (folder / JOB).exists():
+            raise InputError(f"{folder} holds files but no {JOB}; move it away or choose another output")
+
+    @staticmethod
     def delete(folder: Path) -> None:
-        """Remove a job's folder once its result is written elsewhere; job.json last, so that it stays known as one."""
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == JOB):
-            if file.name == JOB or file.suffix == ".safetensors" or file.name.startswith("."):
+        """Remove a job's folder once its result is written elsewhere, or dropped. job.json comes last, so that it stays
+        known as one, and stays if other things lie there, such as TensorBoard's logs."""
+        Journal.check_ours(folder)
+        for file in folder.iterdir():
+            if file.name.startswith("checkpoint-") and file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            elif file.suffix == ".safetensors" or file.name.startswith("."):
                 file.unlink()
-        if not any(folder.iterdir()):  # else something else lies there, such as TensorBoard's logs
+        if [file.name for file in folder.iterdir()] == [JOB]:
+            (folder / JOB).unlink()
             folder.rmdir()
 
 

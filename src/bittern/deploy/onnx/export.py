@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 from bittern import native
 from bittern.data import load_any_split
 from bittern.deploy.checkpoint import is_packed, pack
-from bittern.deploy.files import atomic_folder, check_output
+from bittern.deploy.files import atomic_folder, check_output, check_parent
 from bittern.deploy.onnx.parity import check, compare, complete, made_up, run, run_file
 from bittern.deploy.onnx.plan import Form, Plan, integer_codes, may_saturate, plan, remove_rounding, round_inputs
 from bittern.deploy.packed import PackedLayer
@@ -65,7 +64,7 @@ def export(
 
     if form not in get_args(Form):
         raise InputError(f"no form {form!r}; give one of {', '.join(get_args(Form))}")
-    _check_output(Path(out), force)
+    _check_output(Path(out), force, source)
     model = load(source)
     if is_simulated(model) and not is_packed(model):
         pack(model)
@@ -136,18 +135,18 @@ def _batches(
     return [complete(model, batch) for batch in loaded.subset(samples, seed)]
 
 
-def _check_output(out: Path, force: bool) -> None:
+def _check_output(out: Path, force: bool, source: str | Path) -> None:
     if out.suffix != ".onnx":
-        check_output(out, force)
-    elif out.is_dir():
+        return check_output(out, force, source)
+    if out.is_dir():
         raise InputError(f"{out} is a folder; give a file, or a folder whose name does not end in .onnx")
-    else:
-        there = next((p for p in (out, out.with_suffix(".json")) if p.exists()), None)
-        if there and not force:
+    report = out.with_suffix(".json")
+    if there := next((p for p in (out, report) if p.exists()), None):
+        if not force:
             raise InputError(f"{there} exists; choose another output or overwrite it with --force")
-        parent = next(p for p in out.absolute().parents if os.path.exists(p))
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise InputError(f"cannot write to {parent}; choose another output")
+        if not report.is_file() or "parity" not in report.read_text(errors="replace"):
+            raise InputError(f"no export of Bittern wrote {there}; choose another output")
+    check_parent(out)
 
 
 @contextmanager
