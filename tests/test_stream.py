@@ -165,3 +165,14 @@ def test_different_ways() -> None:
     with refused(ModelError, "different ways", *units):
         run(model, units, [batch, texts])
     check_as_before(model, units, threads)
+
+
+def test_input_changed_in_place() -> None:
+    """A unit whose input was changed in place cannot run on it again, and says so."""
+    model, batch = SUPPORTED["vit"]()
+    with torch.no_grad():
+        for unit, calls in stream(model, ["vit.layers.0"], [batch]):
+            calls[0].output = calls[0].run()
+            calls[0].args[0].mul_(2)
+            with refused(ModelError, unit, "changed in place"):
+                calls[0].run()

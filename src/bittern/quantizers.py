@@ -295,7 +295,8 @@ class FakeQuant(nn.Module):
         if self.bypass:
             return x
         if self.observed is not None:
-            self.observed.append(self.extremes(x))
+            if x.numel():
+                self.observed.append(self.extremes(x))
             return x
         if self.format.range == "static" and self.scale is None:
             raise ModelError(f"{self.name} has a static format and no scale yet; calibrate the model with data first")

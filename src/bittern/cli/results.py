@@ -91,6 +91,8 @@ def ptq(result: Result) -> None:
     losses(found["solved"])
     if found["bits"]:
         say("bits: " + " ".join(f"{part} {width}" for part, width in found["bits"].items()))
+        errors = ", ".join(f"{name} {error:.3g}" for name, error in found["divergence"].items())
+        say(f"error of the outputs, of which the least was taken: {errors}")
     if found["by_extremes"]:
         say(f"by extremes: {', '.join(found['by_extremes'])}")
     sizes_and_metrics(result, f", method {found['method']}, {found['samples']} samples")

@@ -1,8 +1,8 @@
-"""Capture what a unit's layers and attention read, in one float run over all batches."""
+"""Capture what a unit's layers and attention read, in one float run over all calls."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,21 +24,12 @@ MAX_MAP = 1 << 24  # entries of attention maps that are kept
 
 @dataclass
 class Inputs:
-    """The tensor that some layers of a unit read: rows (N, in) of all samples, padding left out."""
+    """The tensor that some layers of a unit read: rows (N, in) of all samples, padding left out, and their samples."""
 
-    layers: list[str] = field(default_factory=list)
+    layers: list[str]
+    x: Tensor
+    sample: Tensor  # (N)
     norm: str | None = None  # the norm whose output this is, if these layers are all that read it
-    parts: list[Tensor] = field(default_factory=list)
-    samples: list[Tensor] = field(default_factory=list)
-
-    @property
-    def x(self) -> Tensor:
-        return torch.cat(self.parts)
-
-    @property
-    def sample(self) -> Tensor:
-        found: Tensor = torch.unique(torch.cat(self.samples), return_inverse=True)[1]
-        return found
 
 
 @dataclass
@@ -60,92 +51,130 @@ class Heads:
 
 @dataclass
 class Captured:
+    """What the layers and attention modules of a unit read. unclear: those whose rows belong to no known sample."""
+
     inputs: list[Inputs]
     heads: dict[str, Heads]
+    unclear: list[str]
+
+
+@dataclass
+class _Rows:
+    """What layers read at once: rows, the sample of each, and the norm that made them; no rows if that is unclear."""
+
+    rows: tuple[Tensor, Tensor] | None
+    norm: str | None
 
 
 def unit_layers(name: str, module: nn.Module) -> dict[str, QuantLayer]:
     """Simulated layers of a unit that read activations and whose product is a matrix product, by full name."""
     found = ((f"{name}.{n}" if n else name, m) for n, m in module.named_modules())
-    return {n: m for n, m in found if isinstance(m, QuantLayer) and not isinstance(m, QuantEmbedding) and _dense(m)}
-
-
-def _dense(layer: QuantLayer) -> bool:
-    return not isinstance(layer, QuantConv2d) or layer.groups == 1
+    return {
+        n: m
+        for n, m in found
+        if isinstance(m, QuantLayer)
+        and not isinstance(m, QuantEmbedding)
+        and not (isinstance(m, QuantConv2d) and m.groups > 1)
+    }
 
 
 def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: Sequence[int], seed: int) -> Captured:
     """Run a unit in float on every call, keep what its layers and attention read, and set each call's output.
 
-    sizes: samples in each batch. Of very many rows a random part is kept, the same for the same seed.
+    sizes: samples in each batch; a unit that runs several times has a call for each run, with samples of its own. Of
+    very many rows a random part is kept, the same for the same seed. Raises ModelError if a layer never runs.
     """
     unit, module = calls[0].unit, calls[0].module
     layers = unit_layers(unit, module)
     sites = [m for m in module.modules() if isinstance(m, Site) and m.formats]
-    groups: dict[str, Inputs] = {}
-    heads: dict[str, list[tuple[Tensor, ...]]] = {site.name: [] for site in sites}
-    grouped: dict[str, int] = {}
+    norms = [(n, m) for n, m in module.named_modules() if _is_norm(m)]
+    reads: dict[str, list[_Rows]] = {name: [] for name in layers}
+    heads: dict[str, list[tuple[Tensor, ...] | None]] = {}
+    groups: dict[str, int] = {}
 
     def capture_call(call: Call, first: int) -> None:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + call.batch)
         batch, size = batches[call.batch], sizes[call.batch]
-        seen: dict[tuple[Any, ...], str] = {}  # tensors of this call → the first layer that read it
-        norms: dict[tuple[Any, ...], str] = {}  # → the norm that made it
-        keep: list[Tensor] = []  # so that no address is used twice
+        seen: dict[tuple[Any, ...], _Rows] = {}  # what was read in this call
+        made: dict[tuple[Any, ...], str] = {}  # tensors → the norm that made them
+        keep: list[Any] = []  # so that no address is used twice
 
-        def read(name: str, x: Tensor) -> None:
-            owner = seen.setdefault((*_address(x), _unfolding(layers[name])), name)
+        def on_read(name: str, x: Tensor) -> None:
             keep.append(x)
-            if owner == name:
-                rows, sample = _rows(layers[name], x, batch, size)  # (rows, in), (rows)
-                if (wanted := MAX_ROWS // len(calls)) < len(rows):
-                    some = torch.randperm(len(rows), generator=generator)[:wanted].sort().values.to(rows.device)
-                    rows, sample = rows[some], sample[some]
-                group = groups.setdefault(name, Inputs(norm=norms.get(_address(x))))
-                group.parts.append(rows.detach().float().clone())
-                group.samples.append(sample + first)
-            if name not in groups[owner].layers:
-                groups[owner].layers.append(name)
+            key = *_address(x), *_unfolding(layers[name])
+            if key not in seen:
+                rows = _rows(layers[name], x, batch, size)
+                if rows is not None:
+                    kept = _part(len(rows[0]), MAX_ROWS // len(calls), generator, x.device)
+                    rows = rows[0][kept].detach().float().clone(), rows[1][kept] + first
+                seen[key] = _Rows(rows, made.get(_address(x)))
+            reads[name].append(seen[key])
 
-        def made(name: str, out: Any) -> None:
+        def on_norm(name: str, out: Any) -> None:
             if isinstance(out, Tensor):
-                norms[_address(out)] = name
                 keep.append(out)
+                made[_address(out)] = name
 
         with ExitStack() as stack:
             for name, layer in layers.items():
-                hook = layer.register_forward_pre_hook(lambda m, args, name=name: read(name, args[0]))
+                hook = layer.register_forward_pre_hook(lambda m, args, name=name: on_read(name, args[0]))
                 stack.callback(hook.remove)
-            for name, norm in _norms(module):
-                stack.callback(norm.register_forward_hook(lambda m, args, out, name=name: made(name, out)).remove)
+            for name, norm in norms:
+                stack.callback(norm.register_forward_hook(lambda m, args, out, name=name: on_norm(name, out)).remove)
             stack.enter_context(as_float(module))
             taps = stack.enter_context(recording(sites, *OPERANDS))
             if unit in layers:
-                read(unit, call.args[0])
+                on_read(unit, call.args[0])
             call.output = call.run()
         for name, *tensors in zip(taps.names["map"], *(taps[point] for point in OPERANDS), strict=True):
-            grouped[name] = tensors[0].shape[1] // tensors[1].shape[1]
-            heads[name].append(_heads(tensors, batch, size, first, len(calls), generator))
+            groups[name] = tensors[0].shape[1] // tensors[1].shape[1]
+            heads.setdefault(name, []).append(_heads(tensors, batch, size, first, len(calls), generator))
 
     first = 0
     for call in calls:
         capture_call(call, first)
         first += sizes[call.batch]
-    for name in set(layers) - {n for g in groups.values() for n in g.layers}:
-        raise ModelError(f"{name} never ran during calibration; use batches that reach it, or keep it float")
-    for group in groups.values():
+    inputs: dict[tuple[int, ...], Inputs] = {}
+    unclear = [name for name, parts in heads.items() if None in parts]
+    for name, parts in reads.items():
+        if not parts:
+            raise ModelError(f"{name} never ran during calibration; use batches that reach it, or keep it float")
+        rows = [part.rows for part in parts if part.rows is not None]
+        if len(rows) < len(parts) or not any(len(x) for x, _ in rows):
+            unclear.append(name)
+            continue
+        key = tuple(map(id, parts))
+        if key not in inputs:
+            x, sample = (torch.cat(tensors) for tensors in zip(*rows, strict=True))
+            made_by = {part.norm for part in parts}
+            norm = made_by.pop() if len(made_by) == 1 else None
+            inputs[key] = Inputs([], x, torch.unique(sample, return_inverse=True)[1], norm)
+        inputs[key].layers.append(name)
+    for group in inputs.values():
         if group.norm is not None and not _alone(module, group, layers, calls[0]):
             group.norm = None
     joined = {
-        n: Heads(*map(_pad_and_join, zip(*parts, strict=True)), groups=grouped[n])
-        for n, parts in heads.items()
-        if parts
+        name: Heads(*map(_pad_and_join, zip(*parts, strict=True)), groups=groups[name])
+        for name, parts in heads.items()
+        if name not in unclear
     }
-    return Captured(list(groups.values()), joined)
+    return Captured(list(inputs.values()), joined, unclear)
 
 
 def _address(x: Tensor) -> tuple[Any, ...]:
     return *stamp(x), tuple(x.shape), tuple(x.stride())
+
+
+def _part(count: int, wanted: int, generator: torch.Generator, device: torch.device) -> Tensor | slice:
+    """Return a random part of so many indices, in order; all, if there are not more than wanted."""
+    if count <= wanted:
+        return slice(None)
+    return torch.randperm(count, generator=generator)[:wanted].sort().values.to(device)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """True if this is a norm that scales its channels."""
+    return "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)
 
 
 def _alone(module: nn.Module, group: Inputs, layers: Mapping[str, QuantLayer], call: Call) -> bool:
@@ -171,27 +200,26 @@ def _alone(module: nn.Module, group: Inputs, layers: Mapping[str, QuantLayer], c
     return bool((first - was).norm() <= 1e-4 * was.norm())
 
 
-def _norms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the norms that scale their channels."""
-    for name, m in module.named_modules():
-        if "norm" in type(m).__name__.lower() and isinstance(getattr(m, "weight", None), nn.Parameter):
-            yield name, m
-
-
 def _unfolding(layer: QuantLayer) -> tuple[Any, ...]:
     if not isinstance(layer, QuantConv2d):
         return ()
     return layer.kernel_size, layer.stride, layer.padding, layer.dilation
 
 
-def _rows(layer: QuantLayer, x: Tensor, batch: Mapping[str, Any], size: int) -> tuple[Tensor, Tensor]:
-    """Return the rows of a layer's matrix product that are not padding, and the sample in the batch of each."""
+def _rows(layer: QuantLayer, x: Tensor, batch: Mapping[str, Any], size: int) -> tuple[Tensor, Tensor] | None:
+    """Return the rows (N, in) of a layer's matrix product that are not padding, and the sample in the batch of each.
+
+    None if the samples cannot be told apart.
+    """
+    is_conv = isinstance(layer, QuantConv2d)
+    if x.dim() < (4 if is_conv else 2) or x.shape[0] % size:
+        return None
     if isinstance(layer, QuantConv2d):
-        x = F.pad(x, layer._reversed_padding_repeated_twice)  # (batch, channels, height, width)
-        x = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride).mT  # (batch, places, in)
-    sample = _samples(x.shape[0], size, layer.weight.device)  # type: ignore[arg-type]
+        x = F.pad(x, layer._reversed_padding_repeated_twice)  # (items, channels, height, width)
+        x = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride).mT  # (items, places, in)
+    sample = _samples(x.shape[0], size, x.device)
     sample = sample.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])  # all dimensions of x but the last
-    valid = _valid(batch, x.shape[:2]) if x.dim() == 3 else None
+    valid = padding_mask(batch, x.shape[:2]) if x.dim() == 3 else None
     if valid is not None:
         return x[valid], sample[valid]  # (rows, in), (rows)
     return x.reshape(-1, x.shape[-1]), sample.reshape(-1)
@@ -199,12 +227,10 @@ def _rows(layer: QuantLayer, x: Tensor, batch: Mapping[str, Any], size: int) -> 
 
 def _samples(items: int, size: int, device: torch.device) -> Tensor:
     """Return the sample of each item of the leading dimension: windows and beams of a sample lie side by side."""
-    if items % size:
-        raise ModelError(f"a layer reads {items} items from {size} samples; their samples cannot be told apart")
-    return torch.arange(items, device=device) // (items // size)
+    return torch.arange(items, device=device) // max(items // size, 1)
 
 
-def _valid(batch: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
+def padding_mask(batch: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
     """Return the padding mask of these tokens (samples, tokens), if the batch has one."""
     for name in ("attention_mask", "decoder_attention_mask"):
         mask = batch.get(name)
@@ -215,18 +241,19 @@ def _valid(batch: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
 
 def _heads(
     tensors: list[Tensor], batch: Mapping[str, Any], size: int, first: int, calls: int, generator: torch.Generator
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...] | None:
+    """Return the fields of `Heads` for one call; None if there is nothing, or samples cannot be told apart."""
     query, key, value, map_ = tensors
     items, device = len(query), query.device
-    wanted = max(1, MAX_MAP // (calls * map_[0].numel()))
-    some = torch.randperm(items, generator=generator)[:wanted].sort().values.to(device)
-    rows, keys = query.shape[2], key.shape[2]
-    groups = query.shape[1] // key.shape[1]
+    if items % size or not map_.numel():
+        return None
+    some = _part(items, max(1, MAX_MAP // (calls * map_[0].numel())), generator, device)
+    masks = (padding_mask(batch, (items, x.shape[2])) for x in (query, key))
     valid_rows, valid_keys = (
-        torch.ones(items, n, dtype=torch.bool, device=device) if (mask := _valid(batch, (items, n))) is None else mask
-        for n in (rows, keys)
+        torch.ones(items, x.shape[2], dtype=torch.bool, device=device) if mask is None else mask
+        for x, mask in zip((query, key), masks, strict=True)
     )
-    valid_rows = valid_rows.repeat(1, groups)  # (items, groups · queries)
+    valid_rows = valid_rows.repeat(1, query.shape[1] // key.shape[1])  # (items, groups · queries)
 
     def chosen(x: Tensor, valid: Tensor) -> Tensor:
         x = x.reshape(items, key.shape[1], -1, x.shape[-1])  # (items, key heads, rows, ·): grouped queries become rows

@@ -6,23 +6,27 @@ solved exactly, for all sizes at once: states that are larger and no better than
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bittern.anatomy import Block
 from bittern.attention import Site, Taps, recording
-from bittern.errors import InputError
-from bittern.layers import fake_quants
+from bittern.errors import InputError, ModelError
+from bittern.layers import fake_quants, weight_matrix
+from bittern.ptq.capture import padding_mask
 from bittern.ptq.methods import Method
 from bittern.ptq.stream import Call
+from bittern.quantizers import find_scale
 
 Part = Literal["attention", "ffn"]
 Sensitivity = Literal["relative", "paper"]
 SAMPLES = 32  # at least, as far as there are
+MAX_OUTPUT = 1 << 22  # entries of each output of a batch by which widths are compared
 
 
 def check_mixed(method: Method) -> None:
@@ -54,10 +58,13 @@ def part_of(name: str, parts: Mapping[str, Part]) -> Part | None:
 
 
 def widen(module: nn.Module, unit: str, parts: Mapping[str, Part], bits: int) -> None:
-    """Give every uniform format of a block's parts this width."""
+    """Give every uniform format of a block's parts this width, and weights the scales of their extremes at it."""
     for name, quantizer in fake_quants(module):
         if quantizer.format.kind == "uniform" and part_of(f"{unit}.{name}", parts) is not None:
             quantizer.format = quantizer.format.model_copy(update={"bits": bits})
+            owner = module.get_submodule(name.rpartition(".")[0])
+            if quantizer.format.range == "static" and name.endswith("weight_quantizer"):
+                quantizer.set_scale(*find_scale(weight_matrix(owner), quantizer.format, quantizer.name))
 
 
 def weights_of(module: nn.Module, unit: str, parts: Mapping[str, Part], part: Part) -> int:
@@ -74,9 +81,9 @@ def weights_of(module: nn.Module, unit: str, parts: Mapping[str, Part], part: Pa
 
 def sensitivities(
     calls: Sequence[Call], sizes: Sequence[int], parts: Mapping[str, Part], measure: Sensitivity
-) -> dict[str, float]:
+) -> dict[Part, float]:
     """Ω of each part at the present formats [VT eq. 18], or the relative error that it leaves in the block's output."""
-    totals, seen = dict.fromkeys(dict.fromkeys(parts.values()), 0.0), 0
+    totals, seen = dict[Part, float].fromkeys(parts.values(), 0.0), 0
     for call in calls:
         if seen >= SAMPLES:
             break
@@ -99,7 +106,8 @@ def _run(call: Call, parts: Mapping[str, Part], part: Part | None) -> tuple[Tens
     before = [quantizer.bypass for quantizer in quantizers.values()]
     try:
         for name, quantizer in quantizers.items():
-            quantizer.bypass = part is None or part_of(name, parts) != part
+            unset = quantizer.format.range == "static" and quantizer.scale is None  # by extremes, in the end
+            quantizer.bypass = part is None or part_of(name, parts) != part or unset
         with recording([m for m in call.module.modules() if isinstance(m, Site)], "map", "ffn") as taps:
             out = call.run()
     finally:
@@ -129,6 +137,34 @@ def relative_sensitivity(out: Tensor, changed: Tensor) -> float:
     """‖Ŷ - Y‖²/‖Y‖² of a block's output (samples, …), mean over samples: the same units for attention and FFN."""
     power = out.double().square().flatten(1).sum(1).clamp(min=1e-30)
     return float(((changed - out).double().square().flatten(1).sum(1) / power).mean())
+
+
+def model_outputs(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """Return each float output of a model on each batch as (rows, columns), without padding; of very many rows a part.
+
+    Raises ModelError if there is none.
+    """
+    found = []
+    for batch in batches:
+        out = model(**batch)
+        for value in out.values() if isinstance(out, Mapping) else out:
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
+                valid = padding_mask(batch, value.shape[:2]) if value.dim() == 3 else None
+                rows = value.reshape(-1, value.shape[-1]) if valid is None else value[valid]
+                found.append(rows[:: 1 + rows.numel() // MAX_OUTPUT].float().clone())
+    if not found:
+        raise ModelError(f"{type(model).__name__} gives no float outputs, by which widths could be compared")
+    return found
+
+
+def divergence(outputs: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
+    """‖Ŷ - Y‖²/‖Y‖² of a model's outputs, mean over outputs and batches; what is infinite in Y does not count."""
+    total = 0.0
+    for out, other in zip(outputs, changed, strict=True):
+        finite = out.isfinite()
+        power = out[finite].double().square().sum().clamp(min=1e-30)
+        total += float((other - out)[finite].double().square().sum() / power) / len(outputs)
+    return math.inf if math.isnan(total) else total
 
 
 # Allocation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from bittern.anatomy import Anatomy
 from bittern.attention import Site
 from bittern.deploy.files import Journal, digest
-from bittern.errors import InputError, ModelError
+from bittern.errors import InputError
 from bittern.layers import (
     QuantEmbedding,
     QuantLayer,
@@ -32,6 +33,7 @@ from bittern.progress import Track, peak_memory, silent
 from bittern.ptq.calibrate import calibrate
 from bittern.ptq.capture import Captured, capture, unit_layers
 from bittern.ptq.clips import omse_scale
+from bittern.ptq.found import Found
 from bittern.ptq.methods import Method, find_method
 from bittern.ptq.mixed import (
     Choice,
@@ -39,14 +41,15 @@ from bittern.ptq.mixed import (
     block_parts,
     check_mixed,
     choose_bits,
+    divergence,
     frontier,
+    model_outputs,
     sensitivities,
     weights_of,
     widen,
 )
 from bittern.ptq.operands import searchable
 from bittern.ptq.search import Space
-from bittern.ptq.solution import Found, Solution, from_tensors, named_quantizers, put, to_tensors
 from bittern.ptq.solve import Solved, solve_attention, solve_layers
 from bittern.ptq.stream import Call, stream
 from bittern.quantizers import find_scale
@@ -58,7 +61,9 @@ class Result:
     """The result of `quantize`.
 
     solved: every layer and product. by_extremes: what no search reaches, set from its smallest and largest value.
-    bits, frontier: with mixed precision, of each part of a block. seconds: by phase. peak_memory: in bytes.
+    With mixed precision, bits: of each part of a block; frontier: all best choices by their sensitivities; divergence:
+    of the model's outputs with the mixed and with the uniform widths, of which the better are taken.
+    seconds: by phase. peak_memory: in bytes.
     """
 
     simulation: Simulation
@@ -68,6 +73,7 @@ class Result:
     by_extremes: list[str] = field(default_factory=list)
     bits: dict[str, int] = field(default_factory=dict)
     frontier: list[Choice] = field(default_factory=list)
+    divergence: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
 
@@ -80,6 +86,7 @@ class Result:
             "by_extremes": self.by_extremes,
             "bits": self.bits,
             "frontier": [asdict(point) for point in self.frontier],
+            "divergence": self.divergence,
             "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
             "peak_memory": self.peak_memory,
         }
@@ -108,11 +115,6 @@ class _Run:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    def parts(self, unit: str) -> dict[str, Part]:
-        """Return the parts of a block, for mixed precision."""
-        block = next((b for b in self.anatomy.blocks if b.name == unit), None)
-        return block_parts(block) if block is not None and self.mixed is not None else {}
-
 
 @torch.no_grad()
 def quantize(
@@ -128,9 +130,9 @@ def quantize(
 ) -> Result:
     """Simulate a float model by `recipe`, in place, with scales, biases and weights that `method` finds on `batches`.
 
-    mixed: a width of its own for each attention and each FFN. folder: where finished units are kept; the same call on
-    the same model after a crash goes on there, to the same bits. seed: of the rows that are kept of very large inputs.
-    Raises InputError, ModelError and RecipeError.
+    mixed: a width of its own for each attention and each FFN, or one for all if that is better. folder: where finished
+    units are kept; the same call on the same model after a crash goes on there, to the same bits. seed: of the rows
+    that are kept of very large inputs. Raises InputError, ModelError and RecipeError.
     """
     recipe, method = load_recipe(recipe), find_method(method)
     device = model.device
@@ -148,17 +150,25 @@ def quantize(
     result = Result(simulation, method, sum(sizes))
     _solve_without_data(model, method)
     run.seconds["embeddings"] = time.perf_counter() - start
-    if mixed is None:  # one solution at a time in memory
-        for solution in _stream(run, track):
-            result.solved += solution.settle(model, {})
-    else:
-        found = list(_stream(run, track))
+    with run.clock("forward"), as_float(model):
+        reference = model_outputs(model, given) if mixed is not None else []
+    pending: list[dict[int, Found]] = []  # blocks that wait for their widths
+    for widths in _stream(run, track):
+        *_, last = widths.values()
+        result.by_extremes += last.unclear
+        solved = last.put(model)
+        if 0 in widths:  # one solution at a time in memory
+            result.solved += solved
+        else:
+            result.solved += last.put(model, None)
+            pending.append(widths)
+    unset = [q.name for _, q in fake_quants(model) if q.format.range == "static" and q.scale is None]
+    named = tuple(f"{name}." for name in result.by_extremes)
+    result.by_extremes += [name for name in unset if not name.startswith(named)]
+    if mixed is not None:
         with run.clock("allocation"):
-            result.bits, result.frontier = _allocate(run, found, mixed)
-        for solution in found:
-            result.solved += solution.settle(model, result.bits)
+            _allocate(run, pending, mixed, reference, result)
     with run.clock("extremes"):
-        result.by_extremes = [q.name for _, q in fake_quants(model) if q.format.range == "static" and q.scale is None]
         calibrate(model, given)
     result.simulation = describe(model)
     result.seconds, result.peak_memory = run.seconds, peak_memory()
@@ -190,71 +200,87 @@ def _job(
     }
 
 
-def _stream(run: _Run, track: Track) -> Iterator[Solution]:
-    """Solve unit by unit, in the order in which the model runs them."""
+def _stream(run: _Run, track: Track) -> Iterator[dict[int, Found]]:
+    """Solve unit by unit, in the order in which the model runs them; yield what was found by width (0: the recipe's).
+
+    A unit that runs several times is solved once, on the inputs of all its runs, when the last of them comes; in those
+    before it, it computes in float.
+    """
     units = _units(run.model, run.anatomy)
-    parallel, done = run.method.inputs == "parallel", set[str]()
+    parallel, number = run.method.inputs == "parallel", 0
+    left: Counter[str] = Counter()  # runs of each unit to come
+    with as_float(run.model):
+        for unit, calls in stream(run.model, units, run.batches[:1]):
+            left[unit] += 1
+            calls[0].output = calls[0].run()
+    held: dict[str, list[Call]] = defaultdict(list)
     steps = stream(run.model, units, run.batches)
     with closing(steps), as_float(run.model) if parallel else nullcontext():
-        for _ in track(range(len(units)), "calibrating"):
+        for _ in track(range(left.total()), "calibrating"):
             with run.clock("forward"):
                 step = next(steps, None)
             if step is None:
                 break
             unit, calls = step
-            if unit in done:
-                raise ModelError(
-                    f"{unit} runs more than once in a forward, as in ALBERT; a search would fit its first run only: "
-                    "use `bittern quantize`, which takes scales from extremes"
-                )
-            done.add(unit)
-            yield _solve_unit(run, calls, len(done))
-            if not parallel:
-                with run.clock("forward"):
+            held[unit] += calls
+            left[unit] -= 1
+            if left[unit]:
+                with run.clock("forward"), as_float(calls[0].module):
                     for call in calls:
                         call.output = call.run()
+                continue
+            number += 1
+            yield _solve_unit(run, held.pop(unit), number)
+            with run.clock("forward"):
+                for call in calls if not parallel else ():
+                    call.output = call.run()
 
 
-def _solve_unit(run: _Run, calls: list[Call], number: int) -> Solution:
+def _solve_unit(run: _Run, calls: list[Call], number: int) -> dict[int, Found]:
+    """Return what is found for a unit, by width, and set the output of its calls."""
     unit, module = calls[0].unit, calls[0].module
-    name = f"{number:03}-{unit}"
-    kept = run.journal.load(name) if run.journal else None
-    if kept is not None:
-        solution = from_tensors(unit, *kept)
+    block = next((b for b in run.anatomy.blocks if b.name == unit), None)
+    parts = block_parts(block) if block is not None and run.mixed is not None else {}
+    files = {
+        bits: f"{number:03}-{unit}" + f"@{bits}" * bool(bits)
+        for bits in (run.mixed.bits if run.mixed and parts else (0,))
+    }
+    kept = {bits: run.journal.load(file) for bits, file in files.items()} if run.journal else {}
+    if kept and None not in kept.values():
         with run.clock("forward"), as_float(module):
             for call in calls:
                 call.output = call.run()
-        if not solution.parts:
-            put(module, solution.found[0], solution.found[0].names())
-        return solution
+        return {bits: Found(unit, part[0], **part[1]) for bits, part in kept.items() if part}
     with run.clock("forward"):
         captured = capture(calls, run.batches, run.sizes, run.seed)
-    parts = run.parts(unit)
     for group in captured.inputs:
         if parts and group.norm is not None:
             parts[f"{unit}.{group.norm}"] = parts[group.layers[0]]
-    solution = Solution(unit, {}, parts)
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
-    for bits in run.mixed.bits if run.mixed and parts else (0,):
-        with run.clock("search"):
-            if bits:
-                widen(module, unit, parts, bits)
-            solved = _solve(run, unit, module, captured)
-        sensitivity = {}
-        if bits and run.mixed:
-            with run.clock("sensitivity"):
-                sensitivity = sensitivities(calls, run.sizes, parts, run.mixed.sensitivity)
-        changed = {n: p.detach().clone() for n, p in module.named_parameters() if not torch.equal(p, before[n])}
-        scales = {n: b.clone() for n, b in module.named_buffers() if n.endswith((".scale", ".offset"))}
-        formats = {n: q.format.model_dump(mode="json", exclude_defaults=True) for n, q in named_quantizers(module)}
-        solution.found[bits] = Found(changed | scales, formats, [asdict(s) for s in solved], sensitivity)
+    changed: set[str] = set()
+    found: dict[int, Found] = {}
+    for bits in files:
+        for name, parameter in module.named_parameters() if found else ():
+            parameter.detach().copy_(before[name])
         if bits:
-            for n, p in module.named_parameters():
-                p.detach().copy_(before[n])
-    if run.journal:
-        with run.clock("disk"):
-            run.journal.save(name, *to_tensors(solution))
-    return solution
+            widen(module, unit, parts, bits)
+        with run.clock("search"):
+            solved = _solve(run, unit, module, captured)
+        with run.clock("sensitivity"):
+            omega = sensitivities(calls, run.sizes, parts, run.mixed.sensitivity) if run.mixed and parts else {}
+        tensors = {n: p.detach().clone() for n, p in module.named_parameters()}
+        changed |= {n for n, p in tensors.items() if not torch.equal(p, before[n])}
+        tensors |= {n: b.clone() for n, b in module.named_buffers() if n.endswith((".scale", ".offset"))}
+        formats = {n: q.format.model_dump(mode="json", exclude_defaults=True) for n, q in fake_quants(module)}
+        found[bits] = Found(unit, tensors, formats, [asdict(s) for s in solved], captured.unclear, parts, omega)
+    for bits, file in files.items():
+        for name in before.keys() - changed:
+            del found[bits].tensors[name]
+        if run.journal:
+            with run.clock("disk"):
+                notes = vars(found[bits]).copy()
+                run.journal.save(file, notes.pop("tensors"), {k: v for k, v in notes.items() if k != "unit"})
+    return found
 
 
 def _solve(run: _Run, unit: str, module: nn.Module, captured: Captured) -> list[Solved]:
@@ -269,17 +295,43 @@ def _solve(run: _Run, unit: str, module: nn.Module, captured: Captured) -> list[
     return solved
 
 
-def _allocate(run: _Run, solutions: Sequence[Solution], mixed: Mixed) -> tuple[dict[str, int], list[Choice]]:
-    """Bits of each part for the target, and all other best choices."""
+def _allocate(
+    run: _Run, blocks: Sequence[dict[int, Found]], mixed: Mixed, reference: list[Tensor], result: Result
+) -> None:
+    """Choose the bits of each part for the target, and put what was found with them into the model.
+
+    Sums of what parts lose by themselves may mislead, so the choice has to give better outputs than the one width that
+    is no larger.
+    """
+    width = max(bits for bits in mixed.bits if bits <= mixed.target)
     sensitivity: dict[str, dict[int, float]] = {}
     weights: dict[str, int] = {}
-    for solution in solutions:
-        for part in dict.fromkeys(solution.parts.values()):
-            name = f"{solution.unit}.{part}"
-            sensitivity[name] = {bits: found.sensitivity[part] for bits, found in solution.found.items()}
-            weights[name] = weights_of(run.model.get_submodule(solution.unit), solution.unit, solution.parts, part)
-    points = frontier(sensitivity, weights)
-    return choose_bits(points, weights, mixed.target).bits, points
+    owners: dict[str, tuple[Part, dict[int, Found]]] = {}
+    for widths in blocks:
+        found = widths[width]
+        for part in found.sensitivity:
+            name = f"{found.unit}.{part}"
+            owners[name] = part, widths
+            sensitivity[name] = {bits: other.sensitivity[part] for bits, other in widths.items()}
+            weights[name] = weights_of(run.model.get_submodule(found.unit), found.unit, found.parts, part)
+    result.frontier = frontier(sensitivity, weights)
+    choices = {
+        "mixed": choose_bits(result.frontier, weights, mixed.target).bits,
+        f"{width} bits": dict.fromkeys(weights, width),
+    }
+
+    def put(bits: Mapping[str, int]) -> list[Solved]:
+        solved = []
+        for name, (part, widths) in owners.items():
+            solved += widths[bits[name]].put(run.model, part)
+        calibrate(run.model, run.batches)
+        return solved
+
+    for name, bits in choices.items():
+        put(bits)
+        result.divergence[name] = divergence(reference, model_outputs(run.model, run.batches))
+    result.bits = choices[min(choices, key=result.divergence.__getitem__)]
+    result.solved += put(result.bits)
 
 
 def _units(model: nn.Module, anatomy: Anatomy) -> list[str]:
@@ -288,10 +340,9 @@ def _units(model: nn.Module, anatomy: Anatomy) -> list[str]:
     outside = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, QuantLayer)
-        and not isinstance(module, QuantEmbedding)
-        and name not in anatomy.idle
+        if name not in anatomy.idle
         and not any(name.startswith(f"{block}.") for block in blocks)
+        and isinstance(module, QuantLayer)
         and unit_layers(name, module)
     ]
     return [*outside, *(b for b in blocks if _has_work(b, model.get_submodule(b)))]
@@ -307,14 +358,12 @@ def _solve_without_data(model: nn.Module, method: Method) -> None:
     At 8 bits and more that is the scale of the extremes, nearly, which they have.
     """
     for module in model.modules():
-        if isinstance(module, QuantEmbedding) and searchable(module.weight_quantizer):
-            assert module.weight_quantizer is not None
+        quantizer = module.weight_quantizer if isinstance(module, QuantEmbedding) else None
+        if quantizer is not None and searchable(quantizer):
             clip = method.weight_clip
             if method.space is not None:
-                clip = omse_scale if module.weight_quantizer.format.bits < 8 else find_scale
-            module.weight_quantizer.set_scale(
-                *clip(weight_matrix(module).detach().float(), module.weight_quantizer.format)
-            )
+                clip = omse_scale if quantizer.format.bits < 8 else find_scale
+            quantizer.set_scale(*clip(weight_matrix(module).detach().float(), quantizer.format))
 
 
 def _tied(model: nn.Module) -> frozenset[str]:

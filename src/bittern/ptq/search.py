@@ -86,7 +86,8 @@ def choose(
 
     The error is smooth but for a rest: it is interpolated between the candidates that were scored, and scoring goes on
     while another candidate could be the best if that missed by more than it did lately, the more the less is known.
-    start: the present candidate, which is scored too. slack: what may be lost, relative to the loss, for fewer scores.
+    start: the present candidate, which is scored too. slack: what may be lost, relative to the loss, for fewer scores:
+    a present candidate that the estimate keeps is then scored with its neighbours alone, unless one of these is better.
     rough: the estimate leaves out a part of the loss.
 
     >>> losses = [0.30, 0.10, 0.25]
@@ -99,6 +100,10 @@ def choose(
     wanted = dict.fromkeys([int(estimates.argmin()), *spread, *([] if start is None else [start])])
     tried: dict[int, float] = {c: exact(c) for c in wanted}
     missed: list[float] = []
+    if slack and start is not None and [*wanted] == [start]:
+        tried |= {c: exact(c) for c in (start - 1, start + 1) if 0 <= c < count}
+        if tried[start] - min(tried.values()) <= slack * tried[start]:
+            return min(tried, key=tried.__getitem__)
     while len(tried) < count:
         at = sorted(tried)
         errors = [tried[c] - estimates[c] for c in at]

@@ -13,16 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bittern.attention import attention_configs
 from bittern.errors import ModelError
+from bittern.quantizers import stamp
 
 
 @dataclass
 class Call:
-    """A unit about to run on one batch. `run()` computes its output; the model goes on with what `output` holds."""
+    """A unit about to run on one batch. The model goes on with what `output` holds."""
 
     batch: int
     unit: str
@@ -31,7 +32,16 @@ class Call:
     kwargs: dict[str, Any]
     output: Any = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        self.given = self._stamp()
+
+    def _stamp(self) -> tuple[Any, ...]:
+        return stamp(*(x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)))
+
     def run(self) -> Any:
+        """Compute the unit's output. Raises ModelError if an input was changed in place since the unit was called."""
+        if self.given != self._stamp():
+            raise ModelError(f"{self.unit}: its input is changed in place, so that it cannot run on it again")
         return type(self.module).forward(self.module, *self.args, **self.kwargs)
 
 
