@@ -311,18 +311,18 @@ def test_mixed_precision_of_one_width() -> None:
 @pytest.mark.parametrize(
     ("mixed", "method", "parts"),
     [
-        (Mixed(3.5), "minmax", ("no choice", "3.5")),
-        (Mixed(5.0, ()), "minmax", ("candidate bits", "none")),
-        (Mixed(5.0, (1, 8)), "minmax", ("candidate bits must be 2 to 12", "1, 8")),
-        (Mixed(5.0, (4, 13)), "minmax", ("candidate bits must be 2 to 12", "13")),
-        (Mixed(5.0), "easyquant", ("easyquant", "parallel inputs")),
+        ((3.5,), "minmax", ("no choice", "3.5")),
+        ((5.0, ()), "minmax", ("candidate bits", "none")),
+        ((5.0, (1, 8)), "minmax", ("candidate bits must be 2 to 12", "1, 8")),
+        ((5.0, (4, 13)), "minmax", ("candidate bits must be 2 to 12", "13")),
+        ((5.0,), "easyquant", ("easyquant", "parallel inputs")),
     ],
 )
-def test_impossible_mixed_precision(mixed: Mixed, method: str, parts: tuple[str, ...]) -> None:
+def test_impossible_mixed_precision(mixed: tuple[Any, ...], method: str, parts: tuple[str, ...]) -> None:
     """A target that no choice meets, impossible widths and sequential methods are refused before the model changes."""
     model = bittern.load(DIGITS)
     with refused(InputError, *parts):
-        run("mixed", model=model, mixed=mixed, method=method)
+        run("mixed", model=model, mixed=Mixed(*mixed), method=method)
     assert not bittern.is_simulated(model)
 
 
