@@ -141,7 +141,9 @@ def test_distance() -> None:
     """Distances of a class are means over real queries and its keys; a class that is not there is NaN."""
     student, teacher, seen = random_maps(), random_maps(seed=1), causal()
     kinds = torch.tensor([[0, 1, 1, 1, 2, 1, 1], [0, 1, 1, 1, 1, 1, 1]])
-    found = recovery.distance(student, teacher, seen, kinds, 3)
+    everywhere, *of_kinds = recovery.distance(student, teacher, seen, kinds, 3).unbind(-1)
+    torch.testing.assert_close(everywhere, recovery.distance(student, teacher, seen)[..., 0])
+    found = torch.stack(of_kinds, -1)
     for i in range(2):
         for kind in range(3):
             pairs = [(q, k) for q in range(7) for k in range(7) if seen[i, 0, q, k] and kinds[i, k] == kind]

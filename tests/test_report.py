@@ -142,14 +142,14 @@ def test_nothing_stands_out(place: Path, tmp_path: Path) -> None:
 
 def test_plots() -> None:
     """Cells and points say what they are; missing values leave gaps; the teacher has its colour in every plot."""
-    plot = heat_map([[0.1, None], [0.2, 0.4]], ["layer 0", "layer <1>"], "x")
+    plot = heat_map([[0.1, None], [0.2, 0.4]], "x", rows=["layer 0", "layer <1>"])
     assert plot.svg.count("data-head") == 3
     assert "layer &lt;1&gt;, head 1: x 0.4" in plot.svg
     assert plot.rows[1] == ["layer 0", 0.1, None]
-    broken = lines({"a": [(0, 1.0), (1, 2.0), (0, float("nan")), (0, -1.0), (1, -2.0)]}, x_name="", y_name="")
+    broken = lines({"a": [(0, 1.0), (1, 2.0), (0, float("nan")), (0, -1.0), (1, -2.0)]}, "")
     assert re.search(r'd="M[\d., ]+M[\d., ]+"', broken.svg)
     assert styles(["a", "teacher", "b"]) == [1, 0, 2]
-    assert "no values" in lines({"a": []}, x_name="", y_name="").svg
+    assert "no values" in lines({"a": []}, "").svg
 
 
 def test_contour() -> None:
@@ -158,7 +158,7 @@ def test_contour() -> None:
     pieces = list(contour(plane, 10.5))
     assert pieces
     assert all(abs(x + 10 * y - 10.5) < 1e-9 for piece in pieces for x, y in piece)
-    assert "<path" in surface([-1.0, 0.0, 1.0], [[3.0, 2.0, 3.0], [2.0, 1.0, 2.0], [3.0, 2.0, 3.0]]).svg
+    assert "<path" in surface([[3.0, 2.0, 3.0], [2.0, 1.0, 2.0], [3.0, 2.0, 3.0]], "loss", steps=[-1.0, 0.0, 1.0]).svg
 
 
 # ---- in a browser
@@ -266,7 +266,7 @@ def test_files(page: Any, tmp_path: Path) -> None:
             from PIL import Image
 
             with Image.open(file) as image:
-                assert image.size[0] == 3 * 440
+                assert image.size[0] == 3 * 340
                 assert len(image.convert("RGB").getcolors(1 << 20)) > 20
         else:
             assert "var(" not in file.read_text()

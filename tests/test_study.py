@@ -9,8 +9,7 @@ import pytest
 import transformers as hf
 
 from bittern import jobs, load, save, simulate
-from bittern.analysis import study
-from bittern.analysis.findings import worst_blocks
+from bittern.analysis import curvature, study
 from bittern.analysis.study import analyze
 from bittern.demo import DIGITS
 from bittern.errors import CheckpointError, InputError, ModelError
@@ -54,7 +53,7 @@ def test_texts(place: Path, tmp_path: Path, student: str) -> None:
     """Packed and simulated students of texts give the same numbers, by class of token, and maps with their tokens."""
     result = analyze(place / student, place / "bert", str(place / "texts"), tmp_path / "out", **FAST)
     kept = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert kept == json.loads(json.dumps(result))
+    assert kept | {"out": str(tmp_path / "out")} == json.loads(json.dumps(result))
     attention = result["students"][0]["compare"]["attentions"][0]
     assert set(attention["gen"]) == {"all", "[CLS]", "[SEP]", "other"}
     sample = result["shown"][0]
@@ -89,25 +88,26 @@ def test_resumes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Killed before its last spectrum, the same call goes on there, without a second pass, to the same numbers."""
     options = FAST | {"curvature": Curvature(2, 2, 2, 3)}
     whole = analyze(place / "vit", DIGITS, "digits", tmp_path / "whole", **options)
-    seen: list[int] = []
-    spectrum = study._Study._spectrum
+    seen: list[float] = []
+    top_eigenvalues = curvature.top_eigenvalues
 
-    def dies(self: Any, pair: Any, batch: int, options: Any) -> Any:
-        seen.append(batch)
+    def dies(hessian: curvature.Hessian, *arguments: int) -> list[float]:
+        seen.append(float(hessian.gradient.detach().norm()))
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return spectrum(self, pair, batch, options)
+        return top_eigenvalues(hessian, *arguments)
 
-    monkeypatch.setattr(study._Study, "_spectrum", dies)
+    monkeypatch.setattr(curvature, "top_eigenvalues", dies)
     monkeypatch.setattr(study, "MINI_BATCH", 8)
     with pytest.raises(KeyboardInterrupt):
         analyze(place / "vit", DIGITS, "digits", tmp_path / "out", **options)
-    assert seen == [0, 1]
+    assert len(seen) == 2
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(study, "compare", lambda *_, **__: pytest.fail("compared again"))
     monkeypatch.setattr(study._Study, "estimate", lambda self: {})
     result = analyze(place / "vit", DIGITS, "digits", tmp_path / "out", **options)
-    assert seen == [0, 1, 1]
+    assert (len(seen), seen[2]) == (3, pytest.approx(seen[1]))  # the second mini-batch again, not the first
+    assert seen[0] != pytest.approx(seen[1])
     own, expected = (r["students"][0]["compare"] for r in (result, whole))
     assert own == expected
 
@@ -165,6 +165,12 @@ def test_refusals(place: Path, tmp_path: Path) -> None:
         analyze(place / "packed", place / "bert", "digits", out, **FAST)
     with refused(InputError, "no such folder"):
         analyze(place / "nothing", place / "bert", str(place / "texts"), out, **FAST)
+    with refused(ModelError, f"teacher {place / 'vit'} is quantized", f"{DIGITS} is not", "swapped"):
+        analyze(DIGITS, place / "vit", "digits", out, **FAST)
+    with refused(ModelError, "is quantized; give the float model"):
+        analyze(place / "vit", place / "vit", "digits", out, **FAST)
+    with refused(ModelError, "is not quantized"):
+        analyze(DIGITS, DIGITS, "digits", out, **FAST)
     shutil.copytree(place / "vit", tmp_path / "damaged")
     (tmp_path / "damaged" / "bittern.json").write_text("{")
     with refused(CheckpointError, "bittern.json"):
@@ -186,28 +192,3 @@ def test_command(place: Path, tmp_path: Path) -> None:
     ran = command(line + " --force --curvature --grid 4")
     assert (ran.code, len(ran.err.splitlines())) == (1, 1)
     assert "odd" in ran.err
-
-
-@pytest.mark.parametrize("how", ["qat", "ptq", "quantize"])
-def test_findings(how: str) -> None:
-    """The worst blocks come by their own error, with the head that diverges most, and advice that names the block."""
-    student = {
-        "how": how,
-        "learned": ["prediction", "map"],
-        "blocks": [{"name": f"b.{i}", "error": e} for i, e in enumerate((0.1, 0.4, 0.0, 0.2))]
-        + [{"name": "rest", "error": 9.0}, {"name": "all", "error": 9.0}],
-        "compare": {
-            "attentions": [
-                {"block": i, "divergence": d} for i, d in enumerate(([0.12, 0.1], [0.1, 0.9], [0.1, 0.1], [0.1, 0.11]))
-            ]
-        },
-    }
-    worst = worst_blocks(student)
-    assert [(b["name"], b["block"], b["head"]) for b in worst] == [("b.1", 1, 1), ("b.3", 3, 1), ("b.0", 0, 0)]
-    assert worst[0]["times"] > 8
-    assert all(f"“{b['name']}.*”" in b["advice"] for b in worst)
-    assert worst[0]["advice"].replace("b.1", "b.3") != worst[1]["advice"]
-    if how == "qat":  # what it learned by gets more weight, what it did not is added
-        advice = sorted(b["advice"].partition(";")[0] for b in worst)
-        assert "Add the output term (--distill unified) or train longer" in advice
-        assert "Train longer, or give the map term more weight (--distill prediction,map=2)" in advice

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bittern.analysis.findings import CLASSES
 from bittern.analysis.pair import Pair
 from bittern.analysis.recovery import relative_error
 from bittern.data import is_language_model
 from bittern.data.evaluate import predict
-from bittern.layers import fake_quants
+from bittern.layers import as_float, fake_quants
 from bittern.progress import Track, silent
-
-CLASSES = {  # of activations, by the name of their quantizers
-    "inputs of layers": ("input_quantizer",),
-    "query and key": ("quantize_query", "quantize_key"),
-    "map and value": ("quantize_map", "quantize_value"),
-}
 
 
 @torch.no_grad()
@@ -62,24 +56,18 @@ def _error(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], referen
 @torch.no_grad()
 def class_errors(pair: Pair, batches: Sequence[Mapping[str, Any]], track: Track = silent) -> list[dict[str, Any]]:
     """Measure the student with its quantized weights alone, these with one class of activations, and with all."""
-    reference = outputs(pair.teacher, batches)
-    there = [c for c, ends in CLASSES.items() if any(n.endswith(ends) for n, _ in fake_quants(pair.student))]
-    steps = [("weights", ()), *((c, CLASSES[c]) for c in there), ("all", sum(CLASSES.values(), ()))]
+    reference, quantizers = outputs(pair.teacher, batches), list(fake_quants(pair.student))
+    there = {_field(name) for name, _ in quantizers}
+    steps = {name: ("weight", *fields) for name, fields in CLASSES.items() if name == "weights" or there & {*fields}}
     found = []
-    for name, ends in track(steps, "one class of tensors at a time"):
-        with only_activations(pair.student, ends):
-            found.append({"name": name, "error": _error(pair.student, batches, reference)})
+    for step, fields in track([*steps.items(), ("all", there)], "one class of tensors at a time"):
+        with as_float(pair.student):
+            for name, quantizer in quantizers:
+                quantizer.bypass = _field(name) not in fields
+            found.append({"name": step, "error": _error(pair.student, batches, reference)})
     return found
 
 
-@contextmanager
-def only_activations(model: PreTrainedModel, ends: tuple[str, ...]) -> Iterator[None]:
-    """Quantize, inside the block, all weights and of the activations only those whose quantizers' names end so."""
-    off = [q for name, q in fake_quants(model) if not name.endswith(("weight_quantizer", *ends)) and not q.bypass]
-    try:
-        for quantizer in off:
-            quantizer.bypass = True
-        yield
-    finally:
-        for quantizer in off:
-            quantizer.bypass = False
+def _field(quantizer: str) -> str:
+    """Name the field of a rule that gives a quantizer, known by its name in the model, its format."""
+    return quantizer.rpartition(".")[2].removeprefix("quantize_").removesuffix("_quantizer")

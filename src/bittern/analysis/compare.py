@@ -3,44 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from bittern.analysis import recovery
-from bittern.analysis.pair import AttentionRun, Pair, output_weight, real_tokens, site_of
+from bittern.analysis.pair import AttentionRun, Pair, output_weight
 from bittern.analysis.tokens import Kinds
 from bittern.anatomy import Anatomy
-from bittern.attention import Point, Taps, recording, replace
+from bittern.attention import NAME, Point, Site, Taps, recording, replace
 from bittern.errors import InputError
+from bittern.layers import anatomy_of
+from bittern.options import POINTS
 from bittern.progress import Track, silent
 from bittern.ptq.mixed import nuclear_norm
-from bittern.qat.distill import attention_output
+from bittern.recorded import TokenMasks, attention_output, by_module, by_place, real_tokens, token_masks
 
-INTERVENTIONS: tuple[Point, ...] = ("map", "context", "output")  # TI-M, TI-C, TI-O
+INTERVENTIONS = POINTS[::-1]  # TI-M, TI-C, TI-O
 ALL = "all"
 
 
-class Means:
-    """Sums of values of samples by name; a sample that has none (NaN) does not count."""
+Values = defaultdict[str, list[Tensor]]  # by name, of the samples of each batch (samples, …)
 
-    def __init__(self) -> None:
-        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def add(self, name: str, values: Tensor) -> None:
-        """values: (samples, …)."""
-        there = ~values.isnan()
-        new = values.double().nan_to_num().sum(0).cpu(), there.sum(0).cpu()
-        old = self.sums.get(name)
-        self.sums[name] = new if old is None else (old[0] + new[0], old[1] + new[1])
+def means(values: Values, *prefix: str) -> dict[str, Any]:
+    """Means over samples of the values whose names begin so, as numbers and lists: of NaN, None, which do not count."""
+    start = "/".join(prefix) + "/"
+    found = {name: torch.cat(parts) for name, parts in values.items() if name.startswith(start)}
+    return {name.removeprefix(start): numbers(x.double().nanmean(0)) for name, x in found.items()}
 
-    def take(self, *prefix: str) -> dict[str, Any]:
-        """Means of the names that begin so, as numbers and lists; None where no sample had a value."""
-        start = "/".join(prefix) + "/"
-        found = {name: sums for name, sums in self.sums.items() if name.startswith(start)}
-        return {name.removeprefix(start): numbers(total / count) for name, (total, count) in found.items()}
+
+def size_of(batch: Mapping[str, Any]) -> int:
+    """Return how many samples a batch has."""
+    return len(next(v for v in batch.values() if isinstance(v, Tensor)))
 
 
 def numbers(x: Tensor) -> Any:
@@ -62,37 +62,42 @@ def compare(
     the first token), and by class of token `gen`, `norm` and `prop`, with `summed` over heads. depth: relative errors
     by block, plain and with the teacher's signals put in. extremes: of the attention output Y.
     """
-    means, samples = Means(), 0
-    runs: list[AttentionRun] = []
-    heads: list[int] = []
+    found, samples = Values(list), 0
+    names = kinds.names if kinds else ()
     y_point = output_point(pair.anatomy)
     points = dict.fromkeys(("map", "value", "hidden", "embedding", *INTERVENTIONS, y_point))
     for batch in track(batches, "comparing"):
         batch = {k: v.to(pair.student.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         own, shown = pair.record(batch, *points)
-        runs, heads = pair.runs(own), [maps.shape[1] for maps in own["map"]]
-        samples += len(next(v for v in batch.values() if isinstance(v, Tensor)))
+        runs, masks = pair.runs(own), token_masks(own.masks, pair.anatomy)
+        samples += size_of(batch)
         for i, run in enumerate(runs):
-            classes = _classes(kinds, batch, own["map"][i])
-            for name, values in _recovery(pair, run, i, own, shown, classes, len(kinds.names) if kinds else 0, top):
-                means.add(f"attention/{i}/{name}", values)
-        _add_errors(means, "plain", own, shown, runs)
-        _add_extremes(means, y_point, own, shown, runs)
-        _add_intervened(means, pair, batch, shown, runs)
+            maps = own["map"][i]
+            classes = kinds.of(batch, maps.shape[-1]) if kinds else None
+            if classes is not None and len(classes) != len(maps):  # windows: keys are not the tokens of the samples
+                classes = None
+            for name, values in _recovery(pair, run, i, own, shown, classes, len(names), top):
+                found[f"attention/{i}/{name}"].append(values)
+        _add_errors(found, "plain", pair, own, shown, masks)
+        _add_extremes(found, y_point, own, shown, masks)
+        for point in INTERVENTIONS:
+            if len(shown[point]) == len(runs):
+                given = by_module(own.names["map"], shown[point])
+                _add_errors(found, point, pair, _intervened(pair, batch, point, given), shown, masks)
     if not samples:
         raise InputError("there is nothing to compare: the data is empty")
     attentions = [
-        {"name": run.name, "block": run.block, "cross": run.cross, "heads": count}
-        | _by_kind(means.take("attention", str(i)), kinds.names if kinds else ())
-        for i, (run, count) in enumerate(zip(runs, heads, strict=True))
+        {"name": run.name, "block": run.block, "cross": run.cross, "heads": maps.shape[1]}
+        | _by_kind(means(found, "attention", str(i)), names)
+        for i, (run, maps) in enumerate(zip(runs, own["map"], strict=True))
     ]
     return {
         "samples": samples,
         "top": top,
         "attentions": attentions,
-        "depth": {how: list(means.take("depth", how).values()) for how in ("plain", *INTERVENTIONS)},
-        "places": list(means.take("depth", "plain")),
-        "extremes": {who: means.take("extremes", who) for who in ("student", "teacher")},
+        "depth": {how: list(means(found, "depth", how).values()) for how in ("plain", *INTERVENTIONS)},
+        "places": list(means(found, "depth", "plain")),
+        "extremes": {who: means(found, "extremes", who) for who in ("student", "teacher")},
     }
 
 
@@ -100,16 +105,9 @@ def _by_kind(found: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """Turn lists by head and class into lists by head for each class that there is."""
     for name in ("gen", "norm", "prop", "summed"):
         if name in found:
-            rows = found[name] if isinstance(found[name][0], list) else [found[name]]
-            by_name = zip((ALL, *names), zip(*rows, strict=True), strict=False)
+            by_name = zip((ALL, *names), zip(*found[name], strict=True), strict=False)
             found[name] = {kind: list(values) for kind, values in by_name if None not in values}
     return found
-
-
-def _classes(kinds: Kinds | None, batch: Mapping[str, Any], maps: Tensor) -> Tensor | None:
-    """The class of each key (samples, keys); None where keys are not the tokens of the samples."""
-    found = kinds.of(batch, maps.shape[-1]) if kinds else None
-    return found if found is not None and len(found) == len(maps) else None
 
 
 def _recovery(
@@ -126,25 +124,23 @@ def _recovery(
     yield "first_student", recovery.ranking_ratio(student, seen)
     yield "first_teacher", recovery.ranking_ratio(teacher, seen)
 
-    def distance(x: Tensor, y: Tensor, where: Tensor) -> Tensor:
-        overall = recovery.distance(x, y, where)
-        return overall if classes is None else torch.cat([overall, recovery.distance(x, y, where, classes, kinds)], -1)
-
+    distance = partial(recovery.distance, classes=classes, kinds=kinds)
     yield "gen", distance(student, teacher, seen)
-    norms = [_propagated(m, pair.anatomies[m], taps, i) for m, taps in ((pair.student, own), (pair.teacher, shown))]
-    if norms[0] is not None and norms[1] is not None:
-        (f, alpha_f, summed), (f_shown, alpha_f_shown, summed_shown) = norms[0], norms[1]
-        yield "norm", distance(f, f_shown, seen.any(2, keepdim=True))
-        yield "prop", distance(alpha_f, alpha_f_shown, seen)
-        yield "summed", distance(summed, summed_shown, seen)[:, 0]  # (samples, classes)
+    both = [_propagated(m, taps, i) for m, taps in ((pair.student, own), (pair.teacher, shown))]
+    norms = [found for found in both if found is not None]
+    if len(norms) == 2:
+        where = {"norm": seen.any(2, keepdim=True), "prop": seen, "summed": seen}
+        for (name, seen_there), x, y in zip(where.items(), *norms, strict=True):
+            yield name, distance(x, y, seen_there)
 
 
-def _propagated(model: nn.Module, anatomy: Anatomy, taps: Taps, i: int) -> tuple[Tensor, Tensor, Tensor] | None:
+def _propagated(model: PreTrainedModel, taps: Taps, i: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """‖f(x)‖, ‖αf(x)‖ and ‖Σ αf(x)‖ over heads, f and α as the model multiplies them; None without a W_O."""
     name = taps.names["map"][i]
-    site, w_o = site_of(model, name), output_weight(model, anatomy, name)
+    w_o = output_weight(model, next(a.output for a in anatomy_of(model).attentions if a.name == name))
     if w_o is None:
         return None
+    site: Site = model.get_submodule(name)._modules[NAME]
     value, alpha = site.quantize("value", taps["value"][i]), site.quantize("map", taps["map"][i])
     value = value.repeat_interleave(alpha.shape[1] // value.shape[1], 1)  # (samples, heads, keys, head dim)
     f = recovery.transformed_norms(value, w_o).unsqueeze(2)  # (samples, heads, 1, keys)
@@ -156,45 +152,45 @@ def output_point(anatomy: Anatomy) -> Point:
     return attention_output(anatomy) if all(a.norm_reads_residual for a in anatomy.attentions) else "output"
 
 
-def _places(taps: Taps) -> Iterator[tuple[str, str, Tensor]]:
+def _states(taps: Taps, anatomy: Anatomy) -> Iterator[tuple[str, str, Tensor]]:
     """Label, attention module and hidden states of what each stack reads and each block gives, in order of depth."""
-    for i, (name, x) in enumerate(zip(taps.names["embedding"], taps["embedding"], strict=True)):
+    for i, (name, x) in enumerate(by_place(taps, anatomy, "embedding").values()):
         yield f"embedding{' ' + str(i + 1) if i else ''}", name, x
-    for i, (name, x) in enumerate(zip(taps.names["hidden"], taps["hidden"], strict=True)):
-        yield f"block {i}", name, x
+    for (block, _), (name, x) in by_place(taps, anatomy, "hidden").items():
+        yield f"block {block}", name, x
 
 
-def _add_errors(means: Means, how: str, own: Taps, shown: Taps, runs: Sequence[AttentionRun]) -> None:
-    for (place, name, x), (_, _, y) in zip(_places(own), _places(shown), strict=True):
-        means.add(f"depth/{how}/{place}", recovery.relative_error(x, y, real_tokens(runs, name, x)))
+def _add_errors(found: Values, how: str, pair: Pair, own: Taps, shown: Taps, masks: TokenMasks) -> None:
+    states = (_states(taps, anatomy_of(m)) for taps, m in ((own, pair.student), (shown, pair.teacher)))
+    for (label, name, x), (_, _, y) in zip(*states, strict=True):
+        real = real_tokens(masks, name, *x.shape[:2])
+        found[f"depth/{how}/{label}"].append(recovery.relative_error(x, y, real))
 
 
-def _add_intervened(
-    means: Means, pair: Pair, batch: Mapping[str, Any], shown: Taps, runs: Sequence[AttentionRun]
-) -> None:
-    """Errors by depth with the teacher's map, context or attention output in place of the student's [TI]."""
-    for point in INTERVENTIONS:
-        if len(shown[point]) != len(runs):
-            continue
-        given: dict[tuple[str, Point], list[Tensor]] = {}
-        for run, x in zip(runs, shown[point], strict=True):  # of a block that runs more than once, each run's own
-            given.setdefault((run.name, point), []).append(x)
-        replace(pair.student, given)
-        try:
-            with recording(pair.student, "hidden", "embedding") as own:
-                pair.student(**batch)
-        finally:
-            replace(pair.student, {})
-        _add_errors(means, point, own, shown, runs)
+def _intervened(pair: Pair, batch: Mapping[str, Any], point: Point, given: Mapping[str, Sequence[Tensor]]) -> Taps:
+    """Record the student with the teacher's map, context or attention output in place of its own [TI]."""
+    replace(pair.student, {(name, point): tensors for name, tensors in given.items()})
+    try:
+        with recording(pair.student, "hidden", "embedding") as taps:
+            pair.student(**batch)
+    finally:
+        replace(pair.student, {})
+    return taps
 
 
-def _add_extremes(means: Means, point: Point, own: Taps, shown: Taps, runs: Sequence[AttentionRun]) -> None:
+def _add_extremes(found: Values, point: Point, own: Taps, shown: Taps, masks: TokenMasks) -> None:
     """Mean over tokens of the smallest and the largest hidden unit of the attention output Y, by block."""
     for who, taps in (("student", own), ("teacher", shown)):
         for i, (name, y) in enumerate(zip(own.names[point], taps[point], strict=True)):
-            real = real_tokens(runs, name, y)
+            real = _real(masks, name, y)
             for side, values in zip(("low", "high"), recovery.min_max(y), strict=True):
-                means.add(f"extremes/{who}/{i} {side}", (values * real).sum(1) / real.sum(1).clamp(min=1))
+                found[f"extremes/{who}/{i} {side}"].append((values * real).sum(1) / real.sum(1).clamp(min=1))
+
+
+def _real(masks: TokenMasks, name: str, x: Tensor) -> Tensor:
+    """True where a token of x (samples, tokens, …) is real."""
+    real = real_tokens(masks, name, *x.shape[:2])
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
 
 
 def nuclear_norm_of_scores(query: Tensor, key: Tensor) -> Tensor:
@@ -207,10 +203,10 @@ def nuclear_norm_of_scores(query: Tensor, key: Tensor) -> Tensor:
 def nuclear_norms(pair: Pair, batches: Sequence[Mapping[str, Any]], track: Track = silent) -> dict[str, Any]:
     """Nuclear norms [VT] of the map and of QKᵀ (sums over heads) of each attention module, and of the FFN's output by
     block, of student and teacher; padding adds nothing. Means over samples."""
-    means = Means()
+    found = Values(list)
     for batch in track(batches, "nuclear norms"):
         both = pair.record(batch, "map", "query", "key", "ffn")
-        runs = pair.runs(both[0])
+        runs, masks = pair.runs(both[0]), token_masks(both[0].masks, pair.anatomy)
         samples = {run.name: len(run.rows) for run in runs}
         for who, taps in zip(("student", "teacher"), both, strict=True):
             for i, run in enumerate(runs):
@@ -218,12 +214,12 @@ def nuclear_norms(pair: Pair, batches: Sequence[Mapping[str, Any]], track: Track
                 query, key = taps["query"][i], taps["key"][i]
                 scale = query.shape[-1] ** -0.5
                 key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)  # (samples, heads, keys, head dim)
-                means.add(f"map/{who}/{i}", nuclear_norm(taps["map"][i] * real).sum(1))
-                means.add(f"scores/{who}/{i}", nuclear_norm_of_scores(query * real * scale, key * keys).sum(1))
+                found[f"map/{who}/{i}"].append(nuclear_norm(taps["map"][i] * real).sum(1))
+                found[f"scores/{who}/{i}"].append(nuclear_norm_of_scores(query * real * scale, key * keys).sum(1))
             for i, (name, x) in enumerate(zip(taps.names["ffn"], taps["ffn"], strict=True)):
                 x = x.unflatten(0, (samples[name], -1)).flatten(1, -2) if x.dim() != 3 else x  # (samples, tokens, out)
-                means.add(f"ffn/{who}/{i}", nuclear_norm(x * real_tokens(runs, name, x)[..., None]))
+                found[f"ffn/{who}/{i}"].append(nuclear_norm(x * _real(masks, name, x)[..., None]))
     return {
-        what: {who: list(means.take(what, who).values()) for who in ("student", "teacher")}
+        what: {who: list(means(found, what, who).values()) for who in ("student", "teacher")}
         for what in ("map", "scores", "ffn")
     }

@@ -9,7 +9,9 @@ torch's fused ones have no second derivative.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import compress
 from typing import Any
 
@@ -20,12 +22,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from bittern.analysis.pair import Pair
 from bittern.deploy.packed import PACKED, PackedConv1D, PackedLayer
 from bittern.errors import InputError
+from bittern.options import Curvature
+from bittern.progress import Track
 from bittern.qat.losses import prediction_loss, squared_loss
 
+PRODUCTS = 30  # with the Hessian that Lanczos takes, about
+SURFACE = 2  # mini-batches whose mean loss makes the surface
 Parameters = Mapping[str, Tensor]
 Loss = Callable[[Parameters], Tensor]
+Batches = Sequence[Mapping[str, Any]]
+Part = Callable[[str, Callable[[], Any]], Any]
 
 
 def trainable(model: PreTrainedModel) -> PreTrainedModel:
@@ -159,3 +168,49 @@ def surface_row(
         with torch.enable_grad():
             found.append(float(np.mean([float(loss(moved)) for loss in losses])))
     return found
+
+
+def measure(options: Curvature, pair: Pair, batches: Batches, seed: int, part: Part, track: Track) -> dict[str, Any]:
+    """Return spectra of mini-batches, the trace of the first one, and the loss surface, of a pair's student.
+
+    part: makes each part of this name, or returns it as it was made before.
+    """
+    model = trainable(pair.student)
+    parameters = parameters_of(model)
+    losses = [prediction_loss_of(model, pair.teacher, batch) for batch in batches[: max(options.batches, SURFACE)]]
+
+    def spectrum(batch: int) -> dict[str, Any]:
+        hessian = Hessian(losses[batch], parameters)
+        found = {"eigenvalues": top_eigenvalues(hessian, options.eigenvalues, seed)}
+        return found | ({"trace": trace(hessian, options.probes, seed)} if batch == 0 else {})
+
+    numbers = range(min(options.batches, len(losses)))
+    spectra = [part(f"spectrum-{b}", partial(spectrum, b)) for b in track(numbers, "spectrum")]
+    steps = np.linspace(-options.span, options.span, options.grid).tolist()
+    rows = [
+        part(f"surface-{n}", partial(surface_row, losses[:SURFACE], parameters, b, steps, seed))
+        for n, b in track(list(enumerate(steps)), "loss surface")
+    ]
+    return {
+        "spectra": [found["eigenvalues"] for found in spectra],
+        "trace": spectra[0]["trace"],
+        "surface": {"steps": steps, "loss": rows},
+    }
+
+
+def estimate(options: Curvature, pair: Pair, batch: Mapping[str, Any]) -> float:
+    """Estimate the seconds that `measure` will take, from one product with the Hessian and one loss."""
+    model = trainable(pair.student)
+    loss = prediction_loss_of(model, pair.teacher, batch)
+    hessian = Hessian(loss, parameters_of(model))
+    product = seconds(lambda: hessian.product(torch.ones(hessian.size)))
+    with torch.no_grad():
+        value = seconds(lambda: loss(hessian.parameters))
+    return product * (options.batches * PRODUCTS + options.probes) + value * options.grid**2 * SURFACE
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Return how long work takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
-from markupsafe import Markup
 
-from bittern.analysis.charts import Plot, bars, heat_map, lines, short, strips, surface
+from bittern.analysis.charts import Plot, Point, bars, heat_map, lines, short, surface
 
 Result = Mapping[str, Any]
 TEMPLATES = Path(__file__).parent / "templates"
-TEXTS: dict[str, dict[str, str]] = yaml.safe_load((TEMPLATES / "figures.yaml").read_text(encoding="utf-8"))
-HEATS = {  # figure → the values of heads that it shows, and their name in it
-    "divergence": ("divergence", "divergence"),
-    "cover": ("cover", "cover length ratio"),
-    "ranking": ("ranking", "loss per pair"),
-    "sa-gen": ("gen", "distance"),
-}
-SIGNALS = {"map": "teacher's maps", "context": "teacher's context", "output": "teacher's attention output"}
+TEXTS: dict[str, dict[str, Any]] = yaml.safe_load((TEMPLATES / "figures.yaml").read_text(encoding="utf-8"))
+KINDS: dict[str, Callable[..., Plot]] = {"heat": heat_map, "lines": lines, "bars": bars, "surface": surface}
+HEATS = {"divergence": "divergence", "cover": "cover", "ranking": "ranking", "sa-gen": "gen"}  # figure → its measure
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """One plot of the report. name: of its file; look: one sentence on what to look for."""
 
     name: str
@@ -35,24 +29,23 @@ class Figure:
     look: str
     plot: Plot
 
-    @property
-    def is_heat(self) -> bool:
-        return "data-head" in self.plot.svg
 
-    @property
-    def svg(self) -> Markup:
-        return Markup(self.plot.svg)
-
-    @property
-    def table(self) -> list[list[str]]:
-        return [[short(x) if isinstance(x, float | None) else str(x) for x in row] for row in self.plot.rows]
-
-
-def figure(name: str, plot: Plot, student: str = "", **values: object) -> Figure:
-    """A figure with its texts of figures.yaml, filled in with `values`. student: whose it is, if there are two."""
-    title, look = (TEXTS[name][part].format(**values) for part in ("title", "look"))
+def figure(name: str, data: Any, student: str = "", values: Mapping[str, str] = {}, **options: Any) -> Figure:
+    """Draw data as figures.yaml says, its texts filled in with `values`. student: whose it is, if there are two."""
+    known = TEXTS[name]
+    title, look, y_name = (known[part].format(**values) for part in ("title", "look", "shows"))
+    plot = KINDS[known["kind"]](data, name=y_name, **known.get("options", {}), **options)
     suffix, more = ("-" + re.sub(r"[^A-Za-z0-9]+", "-", student).strip("-"), f", {student}") if student else ("", "")
     return Figure(name + suffix, title + more, look, plot)
+
+
+def paired(
+    name: str, data: Mapping[str, Any], each: Sequence[Mapping[str, Any]] = (), **options: Any
+) -> Iterator[Figure]:
+    """Draw a figure for each student that has data for it, all on the same scale. each: options of each student."""
+    for (student, own), more in zip(data.items(), each or [{}] * len(data), strict=True):
+        if own:
+            yield figure(name, own, student, beside=[other for other in data.values() if other], **options, **more)
 
 
 def names_of(result: Result) -> list[str]:
@@ -61,13 +54,12 @@ def names_of(result: Result) -> list[str]:
     return names if len(set(names)) == len(names) else [s["path"] for s in result["students"]]
 
 
-def students_of(result: Result) -> list[tuple[str, Result]]:
-    return list(zip(names_of(result), result["students"], strict=True))
-
-
-def each_of(result: Result) -> list[tuple[str, Result]]:
-    """Students with a name where there are two, for figures that show one of them."""
-    return students_of(result) if len(result["students"]) > 1 else [("", result["students"][0])]
+def by_name(result: Result, get: Callable[[Result], Any], teacher: Any = None) -> dict[str, Any]:
+    """What `get` tells of each student, after the teacher's; a single one alone has no name, and needs no legend."""
+    found = {name: get(student) for name, student in zip(names_of(result), result["students"], strict=True)}
+    if teacher is not None:
+        return {"teacher": teacher, **found}
+    return found if len(found) > 1 else {"": next(iter(found.values()))}
 
 
 def attentions_of(student: Result) -> list[Any]:
@@ -81,144 +73,142 @@ def labels_of(result: Result) -> list[str]:
     return [f"layer {a['block']}{' cross' if a['cross'] else ''}" for a in attentions]
 
 
+def of_heads(student: Result, key: str, kind: str = "all") -> list[list[float]]:
+    """A measure of attention, by module and head; of the keys of one kind, where it is told by kind."""
+    return [a[key] if isinstance(a[key], list) else a[key].get(kind, []) for a in attentions_of(student) if key in a]
+
+
+def over_heads(student: Result, key: str) -> list[float]:
+    return [fmean(row) for row in of_heads(student, key)]
+
+
+def numbered(values: Mapping[str, Sequence[float]]) -> dict[str, list[Point]]:
+    """Curves of values over their numbers from 0."""
+    return {name: list(enumerate(of)) for name, of in values.items()}
+
+
+def two_sided(low: Sequence[float], high: Sequence[float]) -> list[Point]:
+    """Two curves as one, with a break between."""
+    return [*enumerate(low), (0, float("nan")), *enumerate(high)]
+
+
 def heads(result: Result) -> Iterator[Figure]:
-    for name, (key, unit) in HEATS.items():
-        maps = [
-            [a[key]["all"] if isinstance(a[key], dict) else a[key] for a in attentions_of(student)]
-            for student in result["students"]
-        ]
-        top = max(v for values in maps for row in values for v in row)
-        for (of, student), values in zip(each_of(result), maps, strict=True):
-            floors = [v for a in attentions_of(student) for v in a["cover_floor"]]
-            plot = heat_map(values, labels_of(result), unit, low=min(floors) if key == "cover" else 0.0, top=top)
-            yield figure(name, plot, of, floor=short(fmean(floors)))
+    floors = [v for row in of_heads(result["students"][0], "cover_floor") for v in row]
+    for name, key in HEATS.items():
+        low = min(floors) if key == "cover" else 0.0
+        maps = by_name(result, partial(of_heads, key=key))
+        yield from paired(name, maps, rows=labels_of(result), low=low, values={"floor": short(fmean(floors))})
 
 
 def classes(result: Result) -> Iterator[Figure]:
     for key in ("gen", "prop"):
         kinds = list(dict.fromkeys(k for a in attentions_of(result["students"][0]) for k in a.get(key, {})))
-        series = {
-            name: [fmean(v for a in attentions_of(s) for v in a.get(key, {}).get(kind, [])) for kind in kinds]
-            for name, s in students_of(result)
-        }
+
+        def means(student: Result, key: str = key, kinds: Sequence[str] = kinds) -> list[float]:
+            return [fmean(v for row in of_heads(student, key, kind) for v in row) for kind in kinds]
+
         if kinds:
-            yield figure(f"sa-{key}-classes", bars(kinds, _named(series), "mean over layers and heads"))
-
-
-def _named(series: Mapping[str, Any]) -> dict[str, Any]:
-    """The series; a single student's needs no legend."""
-    return {"": next(iter(series.values()))} if len(series) == 1 else dict(series)
+            yield figure(f"sa-{key}-classes", by_name(result, means), labels=kinds)
 
 
 def depth(result: Result) -> Iterator[Figure]:
-    def errors(series: Mapping[str, Sequence[float]]) -> Plot:
-        curves = {name: list(enumerate(values)) for name, values in series.items()}
-        places = result["students"][0]["compare"]["places"]
-        return lines(_named(curves), x_name="", y_name="‖X - teacher's‖² / ‖teacher's‖²", labels=places)
+    first = result["students"][0]
+    places = first["compare"]["places"]
+    yield figure("depth", numbered(by_name(result, lambda s: s["compare"]["depth"]["plain"])), labels=places)
+    ratios = by_name(result, partial(over_heads, key="first_student"), over_heads(first, "first_teacher"))
+    yield figure("first-token", numbered(ratios), labels=labels_of(result))
 
-    yield figure("depth", errors({name: s["compare"]["depth"]["plain"] for name, s in students_of(result)}))
-    for of, student in each_of(result):
-        depths = student["compare"]["depth"]
-        given = {SIGNALS.get(how, "nothing put in"): values for how, values in depths.items() if values}
-        if len(given) > 1:
-            yield figure("interventions", errors(given), of)
-    students = students_of(result)
-    keys = [("teacher", students[0][1], "first_teacher"), *((name, s, "first_student") for name, s in students)]
-    curves = {who: [(i, fmean(a[key])) for i, a in enumerate(attentions_of(s))] for who, s, key in keys}
-    yield figure(
-        "first-token", lines(curves, x_name="", y_name="mean over heads", labels=labels_of(result), layers=True)
-    )
+    def given(student: Result) -> dict[str, list[Point]]:
+        found = {
+            TEXTS["interventions"]["signals"][how]: values
+            for how, values in student["compare"]["depth"].items()
+            if values
+        }
+        return numbered(found) if len(found) > 1 else {}
+
+    yield from paired("interventions", by_name(result, given), labels=places)
 
 
 def extremes(result: Result) -> Iterator[Figure]:
-    students = students_of(result)
-    ranges = {"teacher": students[0][1]["compare"]["extremes"]["teacher"]}
-    ranges |= {name: student["compare"]["extremes"]["student"] for name, student in students}
+    first = result["students"][0]
+    ranges = by_name(result, lambda s: s["compare"]["extremes"]["student"], first["compare"]["extremes"]["teacher"])
     curves = {
-        who: _two(*([v for place, v in found.items() if place.endswith(side)] for side in ("low", "high")))
+        who: two_sided(*([v for place, v in found.items() if place.endswith(side)] for side in ("low", "high")))
         for who, found in ranges.items()
     }
-    yield figure("min-max", lines(curves, x_name="", y_name="units of Y", labels=labels_of(result), layers=True))
+    yield figure("min-max", curves, labels=labels_of(result))
     sample = next((s for s in result["shown"] if "extremes" in s), None)
     if sample is not None:
-        worst = students[0][1]["worst"]
-        layer = worst[0]["block"] if worst and worst[0]["block"] < len(sample["extremes"][0]) else 0
-        curves = {who: _two(*found[layer]) for who, found in zip(ranges, sample["extremes"], strict=True)}
-        plot = lines(curves, x_name="", y_name="units of Y", labels=sample["tokens"])
-        yield figure("min-max-tokens", plot, layer=layer)
-
-
-def _two(low: Sequence[float], high: Sequence[float]) -> list[tuple[float, float]]:
-    """Two curves as one, with a break between."""
-    return [*enumerate(low), (0, float("nan")), *enumerate(high)]
+        layer = first["worst"][0]["layer"] if first["worst"] else 0
+        curves = {who: two_sided(*found[layer]) for who, found in zip(ranges, sample["extremes"], strict=True)}
+        yield figure("min-max-tokens", curves, labels=sample["tokens"], values={"layer": labels_of(result)[layer]})
 
 
 def sensitivity(result: Result) -> Iterator[Figure]:
-    def errors(part: str, labels: Sequence[str], linked: int = 0) -> Plot:
-        series = {name: [entry["error"] for entry in s[part]] for name, s in students_of(result)}
-        return bars(labels, _named(series), "relative error of the output", linked)
-
     first = result["students"][0]
+    of_block = [a["block"] for a in attentions_of(first)]
     count = len(first["blocks"]) - 2  # the last two are the rest and the whole
-    blocks = [*(f"block {i}" for i in range(count)), first["blocks"][-2]["name"], "all"]
-    yield figure("blocks", errors("blocks", blocks, count))
-    names = [c["name"] for c in first["classes"]]
-    if all([c["name"] for c in s["classes"]] == names for s in result["students"]):
-        labels = [n if n in ("weights", "all") else f"weights, {n}" for n in names]
-        yield figure("classes", errors("classes", labels))
-    for what in ("map", "ffn", "scores"):
-        norms = {"teacher": first["nuclear"][what]["teacher"]}
-        norms |= {name: s["nuclear"][what]["student"] for name, s in students_of(result)}
-        curves = {name: list(enumerate(values)) for name, values in norms.items()}
-        x_name, tick_labels = ("block", None) if what == "ffn" else ("", labels_of(result))
-        plot = lines(curves, x_name=x_name, y_name="mean over samples", labels=tick_labels)
-        yield figure(f"nuclear-{what}", plot)
+    blocks = by_name(result, lambda s: [entry["error"] for entry in s["blocks"]])
+    labels, layers = [*(f"block {i}" for i in range(count)), "the rest", "all"], map(of_block.index, range(count))
+    yield figure("blocks", blocks, labels=labels, layers=list(layers))
+    names = [[entry["name"] for entry in s["classes"]] for s in result["students"]]
+    if all(own == names[0] for own in names):
+        errors = by_name(result, lambda s: [entry["error"] for entry in s["classes"]])
+        yield figure("classes", errors, labels=[n if n in ("weights", "all") else f"+ {n}" for n in names[0]])
+    teacher = {what: both["teacher"] for what, both in first["nuclear"].items()}
+    nuclear = by_name(result, lambda s: {what: both["student"] for what, both in s["nuclear"].items()}, teacher)
+    for what in teacher:
+        norms = numbered({who: found[what] for who, found in nuclear.items()})
+        yield figure(f"nuclear-{what}", norms, labels=None if what == "ffn" else labels_of(result))
 
 
 def training(result: Result) -> Iterator[Figure]:
-    for of, student in each_of(result):
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for entry in student["history"]:
-            for name, value in entry.items():
-                curves.setdefault(name, []).append((entry["step"], value))
-        losses = {n.removeprefix("loss_"): c for n, c in curves.items() if n.startswith("loss_")}
-        losses = losses or {n: c for n, c in curves.items() if n == "loss"}
-        bands, metric = student["phases"], student["metric"]
-        if losses:
-            yield figure("losses", lines(losses, x_name="step", y_name="terms of the loss", log=True, bands=bands), of)
-        if f"eval_{metric}" in curves:
-            name = str(metric).replace("_", " ")
-            plot = lines({"": curves[f"eval_{metric}"]}, x_name="step", y_name=name, bands=bands, zero=False)
-            yield figure("metric", plot, of, metric=name)
+    def curves(student: Result, prefix: str) -> dict[str, list[Point]]:
+        names = [name for entry in student["history"] for name in entry if name.startswith(prefix)]
+        return {
+            name.removeprefix(prefix): [(e["step"], e[name]) for e in student["history"] if name in e]
+            for name in dict.fromkeys(names)
+        }
+
+    bands = [{"bands": s["phases"]} for s in result["students"]]
+    yield from paired("losses", by_name(result, lambda s: curves(s, "loss_") or curves(s, "loss")), bands)
+    best = by_name(result, lambda s: {"": p} if (p := curves(s, "eval_").get(s["metric"])) else {})
+    more = [
+        own | {"values": {"metric": str(s["metric"]).replace("_", " ")}}
+        for own, s in zip(bands, result["students"], strict=True)
+    ]
+    yield from paired("metric", best, more)
 
 
 def frontier(result: Result) -> Iterator[Figure]:
-    for of, student in each_of(result):
-        points = student["frontier"]
-        if len(points) < 2:
-            continue
-        chosen = next((p for p in points if p["bits"] == student["bits"]), None)
-        marked = [] if chosen is None else [(chosen["size"] / 8e6, chosen["sensitivity"], "chosen")]
-        curve = [(p["size"] / 8e6, p["sensitivity"]) for p in points[:: -(-len(points) // 300)]]
-        log, x_name = all(y > 0 for _, y in curve), "megabytes of weights in blocks"
-        yield figure("frontier", lines({"": curve}, x_name=x_name, y_name="sensitivity", log=log, marked=marked), of)
+    def points(student: Result) -> list[tuple[float, float]]:
+        return [(p["size"] / 8e6, p["sensitivity"]) for p in student["frontier"]]
+
+    chosen = [
+        [at for at, p in zip(points(s), s["frontier"], strict=True) if p["bits"] == s["bits"]]
+        for s in result["students"]
+    ]
+    curves = by_name(result, lambda s: {"": p[:: -(-len(p) // 300)]} if len(p := points(s)) > 1 else {})
+    log = all(y > 0 for s in result["students"] for _, y in points(s))
+    yield from paired(
+        "frontier", curves, [{"marked": [(*at, "chosen") for at in some[:1]]} for some in chosen], log=log
+    )
 
 
 def sharpness(result: Result) -> Iterator[Figure]:
-    curved = {name: s["curvature"] for name, s in students_of(result) if "curvature" in s}
-    if not curved:
+    if any("curvature" not in s for s in result["students"]):
         return
-    traces = [
-        f"trace {short(c['trace'][0])} ± {short(c['trace'][1])}" + (f" ({name})" if len(curved) > 1 else "")
-        for name, c in curved.items()
-    ]
-    spectra = strips({name: c["spectra"] for name, c in curved.items()}, "eigenvalue")
-    yield figure("spectrum", spectra, traces="; ".join(traces))
-    top = max(v for c in curved.values() for row in c["surface"]["loss"] for v in row)
-    for of, student in each_of(result):
-        if "curvature" in student:
-            found = student["curvature"]["surface"]
-            yield figure("surface", surface(found["steps"], found["loss"], top), of)
+    curved = by_name(result, lambda s: s["curvature"])
+    traces = [f"trace {short(c['trace'][0])} ± {short(c['trace'][1])}{of and f' ({of})'}" for of, c in curved.items()]
+    spectra = {
+        name: [(v, float(k)) for k, group in enumerate(c["spectra"]) for v in group] for name, c in curved.items()
+    }
+    drawn = figure("spectrum", spectra, values={"traces": "; ".join(traces)})
+    rows = [[name, k, *group] for name, c in curved.items() for k, group in enumerate(c["spectra"])]
+    head = ["", "batch", *(f"λ{i + 1}" for i in range(len(rows[0]) - 2))]
+    yield drawn._replace(plot=replace(drawn.plot, rows=[head, *rows]))
+    losses = {of: c["surface"]["loss"] for of, c in curved.items()}
+    yield from paired("surface", losses, steps=next(iter(curved.values()))["surface"]["steps"])
 
 
 SECTIONS = {

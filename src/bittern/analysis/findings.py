@@ -1,47 +1,207 @@
-"""Findings of an analysis, in plain sentences: the worst blocks, the worst head of each, and what may help."""
+"""What a quantized model lost, where, and what to try, in plain sentences: of the whole and of its worst blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from statistics import median
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+from bittern.data.evaluate import LOWER_IS_BETTER
+from bittern.recipe import Rule
+
+Level = Literal["kept", "small", "large", "collapse"]
+LEVELS: dict[Level, tuple[float, str]] = {  # the relative loss that it begins with, and how it is said
+    "kept": (-float("inf"), "Nothing was lost"),
+    "small": (0.01, "A little was lost"),
+    "large": (0.05, "Much was lost"),
+    "collapse": (0.25, "The model collapsed"),
+}
+OF_THE_TEACHER = ("agreement", "similarity")  # metrics that are 1 for the float model itself
+NOT_JUDGED = (*OF_THE_TEACHER, "logits_error", "boxes_error", "max_difference")  # where the data has labels
+CLASSES = {  # of tensors: the fields of a rule that give their formats
+    "weights": ("weight",),
+    "inputs of layers": ("input",),
+    "query and key": ("query", "key"),
+    "map and value": ("map", "value"),
+}
 STANDS_OUT = 2.0  # times the median divergence of heads
+NEGLIGIBLE = 1e-3  # relative squared error of the output
+WIDE, NARROW = 8, 2  # bits that rarely cost anything; bits of weights that need training
 
 
-def worst_blocks(student: dict[str, Any], count: int = 3) -> list[dict[str, Any]]:
-    """The blocks that alone do most harm: `name`, `block`, `error`, its `head` of largest divergence, and `advice`."""
+class Verdict(NamedTuple):
+    """How much was lost, the metric that tells, its relative loss, and a sentence for people."""
+
+    level: Level
+    metric: str
+    lost: float
+    text: str
+
+
+def verdict(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    formats: Iterable[Rule],
+    how: str,
+    *,
+    learned: Collection[str] = (),
+    where: str = "",
+    blamed: str = "",
+) -> Verdict | None:
+    """Judge a quantized model by its metrics: one sentence of what was lost, where, and what to try. None without any.
+
+    before, after: metrics of the float and of the quantized model, as `data.evaluate.metrics` gives them; agreement
+    with the float model counts only where no other metric does. formats: values of `layers.formats` of the quantized
+    model. how: what made it, `quantize`, `ptq` or `qat`; learned: the terms of its distillation. where: the place of
+    the error, if it is known, such as “most of it in block 3”; blamed: the one of CLASSES that most of it comes from.
+    """
+    before = dict.fromkeys(OF_THE_TEACHER, 1.0) | dict(before)
+    names = [name for name in after if name in before and name not in NOT_JUDGED]
+    lost = {name: _lost(name, before[name], after[name]) for name in names or OF_THE_TEACHER if name in after}
+    if not lost:
+        return None
+    levels = {name: sum(value >= start for start, _ in LEVELS.values()) for name, value in lost.items()}
+    metric = max(levels, key=lambda name: levels[name])  # the first of those that fare worst
+    level: Level = list(LEVELS)[levels[metric] - 1]
+    text = f"{LEVELS[level][1]}: {metric.replace('_', ' ')} {before[metric]:.4f} in float, {after[metric]:.4f} now"
+    if level != "kept":
+        text += f"{where and f'; {where}'}. What to try: {advice(formats, how, learned, blamed=blamed)}"
+    return Verdict(level, metric, lost[metric], text.removesuffix(".") + ".")
+
+
+def _lost(metric: str, before: float, after: float) -> float:
+    """Return the loss relative to the better value; one near 0, as correlations have, counts as 0.1."""
+    if metric in LOWER_IS_BETTER:
+        return 1 - before / max(after, 1e-12)
+    return (before - after) / max(before, 0.1)
+
+
+def advice(
+    formats: Iterable[Rule],
+    how: str,
+    learned: Collection[str] = (),
+    *,
+    blamed: str = "",
+    block: str = "",
+    by_attention: bool = False,
+) -> str:
+    """Say what to try next with a model, or a `block` of it, by its formats and by what made it (see `verdict`).
+
+    by_attention: the block's maps are far from the teacher's.
+    """
+    given = [(field, fmt.bits) for rule in formats for field, fmt in rule.formats.items()]
+    bits = {name: min((b for f, b in given if f in fields), default=WIDE) for name, fields in CLASSES.items()}
+    narrow = [name for name in CLASSES if bits[name] < WIDE]
+    narrow = [blamed] if blamed in narrow else narrow
+    weights = bits["weights"]
+    if block and narrow:
+        wider = f"a first rule of the recipe with modules: “{block}.*” and 8 bits for {', '.join(narrow)}"
+    elif block:
+        wider = f"a first rule of the recipe with modules: “{block}.*” and no formats, which keeps it in float"
+    elif narrow:
+        recipe = "w8a8" if "weights" in narrow and weights >= 4 else "w4a8"
+        wider = f"a recipe with more bits for {', '.join(narrow)}, such as {recipe}"
+    else:
+        wider = "float for the block that bittern analyze names first"
+    if how == "qat":
+        term = "map" if by_attention else "output"
+        more = ",".join(f"{t}=2" if t == term else t for t in learned)
+        give = f"more weight for the term {term} (--distill {more})"
+        first = f"longer training, or {give if term in learned else f'the term {term} too (--distill unified)'}"
+    elif weights <= NARROW:
+        first = f"training (bittern qat), which weights of {weights} bits need"
+    elif how == "ptq" and narrow:
+        first = "more bits where they count (bittern ptq --target)"
+    elif how == "ptq" or (not narrow and block):
+        return f"{wider}."
+    else:
+        first = "better scales (bittern ptq)"
+    return f"{first}; else {wider}."
+
+
+def add_findings(result: dict[str, Any], formats: Iterable[Mapping[str, Rule]]) -> None:
+    """Give each student of an analysis its `verdict` and `worst` blocks. formats: of each (see `layers.formats`)."""
+    _, before, after = measured(result)
+    for student, own, rules in zip(result["students"], after, formats, strict=True):
+        where, blamed = place_of_loss(student)
+        how, learned = student["how"], student["learned"]
+        found = verdict(before, own, rules.values(), how, learned=learned, where=where, blamed=blamed)
+        student |= {"verdict": found and found._asdict(), "worst": worst_blocks(student, rules, blamed)}
+
+
+def measured(result: Mapping[str, Any]) -> tuple[int, dict[str, float], list[dict[str, float]]]:
+    """Return the number of samples, and metrics of the teacher and of each student on them.
+
+    They are those of all of the test data, where the runs that made the students measured them.
+    """
+    students = result["students"]
+    runs = [student["run"] for student in students]
+    counts = {run.get("samples", 0) for run in runs}
+    if len(counts) == 1 and all("packed" in run for run in runs):
+        return counts.pop(), runs[0]["float"], [run["packed"] for run in runs]
+    return result["samples"], result["teacher"]["metrics"], [student["metrics"] for student in students]
+
+
+def place_of_loss(student: Mapping[str, Any]) -> tuple[str, str]:
+    """Return in words where most of the error of the output comes from, and the one of CLASSES that it comes from."""
+    *blocks, _ = student["blocks"]
+    total = sum(block["error"] for block in blocks) or 1.0
+    share, where = max((b["error"] / total, f"block {i}") for i, b in enumerate(blocks))
+    if share * len(blocks) < STANDS_OUT:
+        where = "all over the blocks"
+    elif where == f"block {len(blocks) - 1}":
+        where = f"most of it in the {blocks[-1]['name']}"
+    else:
+        where = f"most of it in {where}"
+    weights, *others, everything = student["classes"]
+    blamed = max([weights, *others], key=lambda entry: entry["error"])["name"]
+    if weights["error"] >= everything["error"] / 2:
+        blamed = weights["name"]
+    return f"{where}, by {blamed}", blamed
+
+
+def worst_blocks(
+    student: Mapping[str, Any], formats: Mapping[str, Rule], blamed: str = "", count: int = 3
+) -> list[dict[str, Any]]:
+    """List the blocks that alone do most harm.
+
+    Of each `name`, `block`, `error`, its `head` of largest divergence and the `layer` (attention module) of that, how
+    many `times` the median divergence that is, what was `found` in a sentence, and `advice`.
+    """
     blocks = [b | {"block": i} for i, b in enumerate(student["blocks"][:-2]) if b["error"] > 0]
     attentions = student["compare"]["attentions"]
     typical = median(d for a in attentions for d in a["divergence"])
-    found = []
+    depth, found = len(student["blocks"]) - 2, []
     for block in sorted(blocks, key=lambda b: -b["error"])[:count]:
-        inside = [a for a in attentions if a["block"] == block["block"]]
-        divergence, head = max(((d, i) for a in inside for i, d in enumerate(a["divergence"])), default=(0.0, 0))
-        by_attention = typical > 0 and divergence > STANDS_OUT * typical
+        heads = [
+            (d, i, j)
+            for i, a in enumerate(attentions)
+            if a["block"] % depth == block["block"]
+            for j, d in enumerate(a["divergence"])
+        ]
+        divergence, layer, head = max(heads, default=(0.0, 0, 0))
+        times = divergence / typical if typical > 0 else 0.0
+        name, text = block["name"], f"alone it changes the output by {100 * block['error']:.2g} % (squared error)"
+        if block["error"] < NEGLIGIBLE:
+            what = "nothing: that is too little to matter."
+        else:
+            own = [rule for module, rule in formats.items() if module.startswith(f"{name}.")]
+            what = advice(
+                own, student["how"], student["learned"], blamed=blamed, block=name, by_attention=times > STANDS_OUT
+            )
+        if times > STANDS_OUT:
+            text += f"; head {head} is furthest from the teacher's, {times:.1f} × the median divergence"
+        else:
+            text += "; none of its heads stands out"
         found.append(
             block
             | {
+                "layer": layer,
                 "head": head,
                 "divergence": divergence,
-                "times": divergence / typical if typical > 0 else 0.0,
-                "advice": _advice(block["name"], by_attention, student["how"], student["learned"]),
+                "times": times,
+                "found": f"{text}.",
+                "advice": what,
             }
         )
     return found
-
-
-def _advice(name: str, by_attention: bool, how: str, learned: Collection[str]) -> str:
-    """Return what to try next, by where the harm is, how the student was made, and the terms that it learned by."""
-    wide = f"a first rule of the recipe with modules: “{name}.*” and 8-bit formats"
-    if how == "qat":
-        term = "map" if by_attention else "output"
-        if term not in learned:
-            return f"Add the {term} term (--distill unified) or train longer; else {wide}."
-        weighted = ",".join(f"{t}=2" if t == term else t for t in learned)
-        return f"Train longer, or give the {term} term more weight (--distill {weighted}); else {wide}."
-    if by_attention:
-        return f"Keep its queries and keys at 8 bits: {wide}. Or train with the map term (bittern qat --distill map)."
-    if how == "ptq":
-        return f"Let mixed precision give it more bits (bittern ptq --target), or {wide}."
-    return f"Search for better scales (bittern ptq), or {wide}."

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from bittern.analysis.compare import numbers, output_point
 from bittern.analysis.pair import Pair
 from bittern.analysis.recovery import min_max
-from bittern.attention import Taps
+from bittern.attention import Point, Taps
 from bittern.data import Data
 from bittern.data.texts import load_tokenizer
 
@@ -33,7 +33,7 @@ def shown_samples(
     given; for images the queries are the first token and the mean of all. `extremes`: per token smallest and largest
     hidden unit of Y, by attention module (texts only). Empty where maps are not between tokens of one sequence.
     """
-    model, size = pairs[0].teacher, 0
+    model, size, point = pairs[0].teacher, 0, output_point(pairs[0].anatomy)
     found: list[dict[str, Any]] = []
     tokenizer = load_tokenizer(processor_path) if model.main_input_name == "input_ids" else None
     rows = list(range(len(data))) if order is None else list(order)
@@ -42,7 +42,13 @@ def shown_samples(
     ]
     for i in (short or rows)[:SAMPLES]:
         batch = {k: v.to(model.device) for k, v in data.collate([data.rows[i]]).items()}
-        sample = _text(pairs, batch, tokenizer) if tokenizer else _image(pairs, batch)
+        both = [pair.record(batch, "map", point) for pair in pairs]
+        taps = [both[0][1], *(own for own, _ in both)]
+        shapes = {x.shape for tap in taps for x in tap["map"]}
+        if len(shapes) > 1 or any(shape[0] > 1 or shape[2] != shape[3] for shape in shapes):
+            break
+        maps = [torch.cat(tap["map"]) for tap in taps]
+        sample = _text(taps, maps, point, batch, tokenizer) if tokenizer else _image(maps, batch, model)
         if sample is None:
             break
         size += sum(len(text) for text in sample["maps"])
@@ -52,42 +58,25 @@ def shown_samples(
     return found
 
 
-def _record(pairs: Sequence[Pair], batch: Mapping[str, Any]) -> list[Taps] | None:
-    """Maps and outputs Y of the teacher and of each student; None if a map is not between tokens of one sequence."""
-    point = output_point(pairs[0].anatomy)
-    both = [pair.record(batch, "map", point) for pair in pairs]
-    taps = [both[0][1], *(own for own, _ in both)]
-    shapes = {x.shape for tap in taps for x in tap["map"]}
-    if len(shapes) > 1 or any(shape[0] > 1 or shape[2] != shape[3] for shape in shapes):
-        return None
-    return taps
-
-
-def _text(pairs: Sequence[Pair], batch: Mapping[str, Any], tokenizer: Any) -> dict[str, Any] | None:
-    taps = _record(pairs, batch)
-    if taps is None:
-        return None
+def _text(
+    taps: Sequence[Taps], maps: Sequence[Tensor], point: Point, batch: Mapping[str, Any], tokenizer: Any
+) -> dict[str, Any]:
     tokens = tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())[:TOKENS]
-    maps = [torch.cat(tap["map"])[..., : len(tokens), : len(tokens)] for tap in taps]
-    point = output_point(pairs[0].anatomy)
-    extremes = [[[numbers(side[0, : len(tokens)]) for side in min_max(y)] for y in tap[point]] for tap in taps]
-    text = tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
-    words = [t.replace("Ġ", "·").replace("▁", "·") for t in tokens]
+    maps = [m[..., : len(tokens), : len(tokens)] for m in maps]
     return {
-        "text": text,
-        "tokens": words,
+        "text": tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True),
+        "tokens": [t.replace("Ġ", "·").replace("▁", "·") for t in tokens],
         "shape": list(maps[0].shape),
         "maps": [_encoded(m) for m in maps],
-        "extremes": extremes,
+        "extremes": [[[numbers(side[0, : len(tokens)]) for side in min_max(y)] for y in tap[point]] for tap in taps],
     }
 
 
-def _image(pairs: Sequence[Pair], batch: Mapping[str, Any]) -> dict[str, Any] | None:
-    taps, size = _record(pairs, batch), getattr(pairs[0].teacher.config, "patch_size", None)
-    if taps is None or not isinstance(size, int):
+def _image(maps: Sequence[Tensor], batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any] | None:
+    size = getattr(model.config, "patch_size", None)
+    if not isinstance(size, int):
         return None
     height, width = (side // size for side in batch["pixel_values"].shape[-2:])
-    maps = [torch.cat(tap["map"]) for tap in taps]
     extra = maps[0].shape[-1] - height * width
     if not 0 <= extra < maps[0].shape[-1]:
         return None

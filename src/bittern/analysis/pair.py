@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bittern.anatomy import Anatomy
-from bittern.attention import NAME, Point, Site, Taps, attach, recording
+from bittern.attention import Point, Taps, attach, recording
 from bittern.deploy.packed import PackedLayer
 from bittern.errors import ModelError
 from bittern.layers import QuantLayer, anatomy_of, weight_matrix
-from bittern.qat.distill import token_masks
+from bittern.recorded import attended, by_place, check_shapes, real_tokens, token_masks
 
 
 @dataclass(frozen=True)
@@ -39,19 +38,17 @@ class Pair:
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel):
         self.student, self.teacher = student, teacher
-        self.anatomies = {}
         for model in (student, teacher):
-            self.anatomies[model] = anatomy_of(model)
-            attach(model, self.anatomies[model])
+            attach(model, anatomy_of(model))
             model.eval()
-        depths = [len(self.anatomies[m].attentions) for m in (student, teacher)]
+        depths = [len(anatomy_of(m).attentions) for m in (student, teacher)]
         if depths[0] != depths[1]:
             raise ModelError(f"the student has {depths[0]} attention modules, the teacher {depths[1]}; they must agree")
 
     @property
     def anatomy(self) -> Anatomy:
         """The student's structure."""
-        return self.anatomies[self.student]
+        return anatomy_of(self.student)
 
     def record(self, batch: Mapping[str, Any], *points: Point) -> tuple[Taps, Taps]:
         """Run both on a batch; return what the student and what the teacher has at the points."""
@@ -61,57 +58,32 @@ class Pair:
             self.teacher(**batch)
         for point in points:
             for name, x, y in zip(own.names[point], own[point], shown[point], strict=True):
-                if x.shape != y.shape and point != "value":  # whose heads may be fewer
-                    raise ModelError(
-                        f"{point} of {name}: the student has the shape {tuple(x.shape)}, the teacher {tuple(y.shape)}; "
-                        "they must have the same heads and widths"
-                    )
+                if point != "value":  # whose heads may be fewer
+                    check_shapes(point, name, x, y)
         return own, shown
 
     def runs(self, taps: Taps) -> list[AttentionRun]:
         """The runs of attention modules in the student's recorded maps, in order."""
-        anatomy = self.anatomy
-        index = {a.name: (i, a.cross) for i, block in enumerate(anatomy.blocks) for a in block.attentions}
-        rows, counts, found = token_masks(taps.masks, anatomy), Counter[str](), []
-        for name, maps, (_, mask) in zip(taps.names["map"], taps["map"], taps.masks, strict=True):
-            block, cross = index[name]
+        masks, places = token_masks(taps.masks, self.anatomy), by_place(taps, self.anatomy, "map")
+        cross = {a.name for a in self.anatomy.attentions if a.cross}
+        found = []
+        for ((block, _), (name, maps)), (_, mask) in zip(places.items(), taps.masks, strict=True):
+            samples, _, queries, _ = maps.shape
             seen = torch.ones_like(maps[:, :1], dtype=torch.bool)  # (samples, 1, queries, keys)
-            given = None if mask is None else mask if mask.dtype == torch.bool else mask > -1e4
-            if given is not None and given.dim() == 4 and len(given) in (1, len(maps)):
+            given = attended(mask)
+            if given is not None and given.dim() == 4 and len(given) in (1, samples):
                 seen = seen & given.any(1, keepdim=True)  # BEiT and Swin give a bias by head instead of a mask
-            real = rows.get((name, "queries"))
-            if real is None or real.shape[-1] != maps.shape[2] or len(real) not in (1, len(maps)):
-                real = torch.ones_like(maps[:, 0, :, 0], dtype=torch.bool)
-            real = real.expand(len(maps), -1)  # (samples, queries)
-            block += counts[name] * len(anatomy.blocks)  # a block that runs again (ALBERT) counts as the next one
-            counts[name] += 1
-            found.append(AttentionRun(name, block, cross, seen & real[:, None, :, None], real))
+            real = real_tokens(masks, name, samples, queries)
+            real = seen.new_ones(samples, queries) if real is None else real
+            found.append(AttentionRun(name, block, name in cross, seen & real[:, None, :, None], real))
         return found
 
 
-def real_tokens(runs: Iterable[AttentionRun], name: str, x: Tensor) -> Tensor:
-    """True where a token of x (samples, tokens, …), recorded at an attention module, is real: (samples, tokens).
-
-    All are where x is not laid out as the module's queries.
-    """
-    rows = next((run.rows for run in runs if run.name == name), None)
-    if rows is not None and rows.shape == x.shape[:2]:
-        return rows
-    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-
-
-def output_weight(model: nn.Module, anatomy: Anatomy, name: str) -> Tensor | None:
-    """Return the values of W_O of an attention module as they are used (out, heads · head dim); None without one."""
-    output = next(a.output for a in anatomy.attentions if a.name == name)
-    layer = None if output is None else model.get_submodule(output)
+def output_weight(model: nn.Module, name: str | None) -> Tensor | None:
+    """Return the values of the W_O of this name as they are used (out, heads · head dim); None without one."""
+    layer = None if name is None else model.get_submodule(name)
     if isinstance(layer, PackedLayer):
         return layer.unpacked()
     if isinstance(layer, QuantLayer):
         return layer.quantized_weight()
     return None if layer is None else weight_matrix(layer)
-
-
-def site_of(model: nn.Module, name: str) -> Site:
-    site = model.get_submodule(f"{name}.{NAME}")
-    assert isinstance(site, Site)
-    return site

@@ -64,19 +64,18 @@ def divergence(student: Tensor, teacher: Tensor, seen: Tensor) -> Tensor:
     return _of_rows((torch.where(seen, t, 0.0) * (t.clamp(min=TINY).log() - s.log())).sum(-1), seen)
 
 
-def distance(student: Tensor, teacher: Tensor, seen: Tensor, classes: Tensor | None = None, kinds: int = 1) -> Tensor:
-    """Mean of |student - teacher| over real queries and the keys of a class: (samples, heads, kinds).
+def distance(student: Tensor, teacher: Tensor, seen: Tensor, classes: Tensor | None = None, kinds: int = 0) -> Tensor:
+    """Mean of |student - teacher| over real queries and all keys, then keys of each class: (samples, heads, 1 + kinds).
 
     SA-GEN distance of attention probabilities α [TI], SA-PROP distance of ‖αf(x)‖; of ‖f(x)‖, with one query. classes
-    (samples, keys): from 0; all keys are of one class if not given. A class that a sample does not have gives NaN.
+    (samples, keys): from 0; without, there is the mean over all. A class that a sample does not have gives NaN.
     """
-    error = (student - teacher).abs().double()
-    found = []
-    for kind in range(kinds):
-        of_kind = seen if classes is None else seen & (classes == kind)[:, None, None, :]
+    error, found = (student - teacher).abs().double(), []
+    for kind in range(-1, kinds if classes is not None else 0):
+        of_kind = seen if classes is None or kind < 0 else seen & (classes == kind)[:, None, None, :]
         count = of_kind.expand_as(error).sum((-2, -1))  # (samples, heads)
         found.append((error * of_kind).sum((-2, -1)) / count)
-    return torch.stack(found, -1)  # (samples, heads, kinds)
+    return torch.stack(found, -1)  # (samples, heads, 1 + kinds)
 
 
 def transformed_norms(value: Tensor, w_o: Tensor) -> Tensor:

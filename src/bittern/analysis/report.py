@@ -11,25 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from bittern.analysis.charts import WIDTH, short
-from bittern.analysis.figures import SECTIONS, Figure, Result, labels_of, names_of
+from bittern.analysis.figures import SECTIONS, TEMPLATES, Figure, Result, labels_of, names_of
+from bittern.analysis.findings import measured
 
 REPORT = "report.json"
-PAPER = {  # after Okabe and Ito, whose colours colour-blind people tell apart; the page has brighter ones in the dark
-    "ink": "#1b1f24",
-    "line": "#d5d9df",
-    "band": "#eef0f3",
-    "s0": "#0072b2",
-    "s1": "#d55e00",
-    "s2": "#009e73",
-    "s3": "#b4558b",
-    "s4": "#8a6d00",
-    "s5": "#5f3dc4",
-}
-
+PAPER: dict[str, str] = yaml.safe_load((TEMPLATES / "paper.yaml").read_text(encoding="utf-8"))  # colours
 
 ENVIRONMENT = Environment(
     loader=PackageLoader("bittern.analysis"),
@@ -76,53 +67,39 @@ def script_data(result: Result) -> Markup:
         "names": ["teacher", *names_of(result)],
         "labels": labels_of(result),
         "colours": PAPER,
-        "first": {"layer": worst[0]["block"], "head": worst[0]["head"]} if worst else {},
+        "first": {"layer": worst[0]["layer"], "head": worst[0]["head"]} if worst else {},
     }
     return Markup(json.dumps(data).replace("<", "\\u003c"))
 
 
 def summary(result: Result) -> list[list[str]]:
     """The table at the top: a row for each fact, a column for the teacher and each student."""
-    students, teacher = result["students"], result["teacher"]
-    rows = [["", "teacher", *names_of(result)]]
-    runs = [s["run"] for s in students]
-    counts = {run.get("samples", 0) for run in runs}
-    whole = all("packed" in run for run in runs) and len(counts) == 1  # measured on all of the test data by the runs
-    count = counts.pop() if whole else result["samples"]
-    own = [run["packed"] if whole else s["metrics"] for run, s in zip(runs, students, strict=True)]
-    reference = runs[0]["float"] if whole else teacher["metrics"]
-    for name in own[0]:
-        if name != "max_difference":
-            label = f"{name.replace('_', ' ')} ({count:,} samples)"
-            rows.append([label, _metric(reference.get(name)), *(_metric(m.get(name)) for m in own)])
-    sizes = [s["holds"] for s in students]
-    rows.append(
+    count, reference, own = measured(result)
+    students = result["students"]
+    sizes, speeds = [s["holds"] for s in students], [s["speed"] for s in students]
+    metrics = [
         [
-            "size of the file",
-            megabytes(sizes[0]["float32"]),
-            *(f"{megabytes(h['file'])} ({h['float32'] / h['file']:.1f}× smaller)" for h in sizes),
+            f"{name.replace('_', ' ')} ({count:,} samples)",
+            *(f"{m[name]:.4f}" if name in m else "" for m in (reference, *own)),
         ]
-    )
-    rows.append(["bits per quantized weight", "32", *(f"{h['bits']:.2f}" for h in sizes)])
-    speeds = [s["speed"] for s in students]
-    rows.append(
-        [
-            f"time of {speeds[0]['batch']} samples, threads: {speeds[0]['threads']}",
-            f"{1e3 * speeds[0]['teacher']:.0f} ms",
-            *(_speed(s) for s in speeds),
-        ]
-    )
-    rows.append(["made by", "", *(f"{s['how']} {s['holds']['recipe']}" for s in students)])
-    rows.append(["stayed float", "everything", *(_kept(h["kept_float"]) for h in sizes)])
-    return rows
+        for name in own[0]
+        if name != "max_difference"
+    ]
+    smaller = (f"{megabytes(h['file'])} ({h['float32'] / h['file']:.1f}× smaller)" for h in sizes)
+    time = f"time of {speeds[0]['batch']} samples, threads: {speeds[0]['threads']}"
+    return [
+        ["", "teacher", *names_of(result)],
+        *metrics,
+        ["size of the file", megabytes(sizes[0]["float32"]), *smaller],
+        ["bits per quantized weight", "32", *(f"{h['bits']:.2f}" for h in sizes)],
+        [time, f"{1e3 * speeds[0]['teacher']:.0f} ms", *map(_speed, speeds)],
+        ["made by", "", *(f"{s['how']} {s['holds']['recipe']}" for s in students)],
+        ["stayed float", "everything", *(_kept(h["kept_float"]) for h in sizes)],
+    ]
 
 
 def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-
-
-def _metric(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _speed(seconds: Mapping[str, float]) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,18 +14,9 @@ import torch
 from torch import Tensor
 
 from bittern.analysis.ablation import block_errors, class_errors
-from bittern.analysis.compare import compare, nuclear_norms
-from bittern.analysis.curvature import (
-    Hessian,
-    Loss,
-    parameters_of,
-    prediction_loss_of,
-    surface_row,
-    top_eigenvalues,
-    trace,
-    trainable,
-)
-from bittern.analysis.findings import worst_blocks
+from bittern.analysis.compare import compare, nuclear_norms, size_of
+from bittern.analysis.curvature import estimate, measure, seconds
+from bittern.analysis.findings import add_findings
 from bittern.analysis.maps import shown_samples
 from bittern.analysis.pair import Pair
 from bittern.analysis.report import write_report
@@ -38,11 +28,10 @@ from bittern.deploy.files import Journal, atomic_folder, check_output, digest, r
 from bittern.deploy.store import REPORT as RUN
 from bittern.deploy.store import inspect, load
 from bittern.errors import ModelError
+from bittern.layers import formats
 from bittern.options import Curvature
 from bittern.progress import OnEstimate, Track, silent
 
-PRODUCTS = 30  # with the Hessian that Lanczos takes, about
-SURFACE = 2  # mini-batches whose mean loss makes the surface
 MINI_BATCH = 16  # samples whose Hessian is looked at
 
 
@@ -82,48 +71,51 @@ def analyze(
     return result | {"out": str(out)}
 
 
+@dataclass
 class _Study:
     """Models, data and options of one analysis, all checked, and its parts."""
 
-    def __init__(
-        self,
-        students: list[str | Path],
-        teacher: str | Path,
-        data: str,
-        out: str | Path,
-        samples: int,
-        subset: int,
-        seed: int,
-        curvature: Curvature | None,
-        track: Track,
-        columns: dict[str, Any],
-    ):
-        self.paths, self.teacher_path, self.track = students, teacher, track
-        self.seed, self.curvature = seed, curvature
-        self.teacher = load(teacher)
-        found = load_any_split(data, self.teacher, teacher, **columns)
-        self.data = found.subset(samples, seed)
-        self.subset = list(found.subset(min(subset, samples), seed))
+    paths: list[str | Path]
+    teacher_path: str | Path
+    source: str
+    out: str | Path
+    samples: int
+    few: int
+    seed: int
+    curvature: Curvature | None
+    track: Track
+    columns: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.teacher = load(self.teacher_path)
+        data = load_any_split(self.source, self.teacher, self.teacher_path, **self.columns)
+        self.data = data.subset(self.samples, self.seed)
+        self.subset = list(data.subset(min(self.few, self.samples), self.seed))
         self.mini = list(replace(self.data, batch_size=min(MINI_BATCH, self.data.batch_size)))
-        self.pairs = [self._pair(path) for path in students]
-        self.kinds = token_kinds(self.teacher, teacher)
+        self.pairs = [self._pair(path) for path in self.paths]
+        self.kinds = token_kinds(self.teacher, self.teacher_path)
         models = [self.teacher, *(pair.student for pair in self.pairs)]
         job: dict[str, Any] = {
             f"model {i}": digest(sorted(model.state_dict().items())) for i, model in enumerate(models)
         }
-        job |= {"data": self.data.fingerprint(), "batch size": self.data.batch_size, "samples": samples}
-        job |= {"few": subset, "seed": seed, "curvature": None if curvature is None else vars(curvature)}
-        self.journal = Journal(f"{Path(out)}.work", job)
+        job |= {"data": self.data.fingerprint(), "batch size": self.data.batch_size, "samples": self.samples}
+        job |= {"few": self.few, "seed": self.seed, "curvature": self.curvature and vars(self.curvature)}
+        self.journal = Journal(f"{Path(self.out)}.work", job)
 
     def _pair(self, path: str | Path) -> Pair:
-        model = load(path)
-        if type(model) is not type(self.teacher):
-            kinds = type(model).__name__, type(self.teacher).__name__
+        model, teacher = load(path), self.teacher
+        if formats(teacher):
+            swapped = "" if formats(model) else f", and {path} is not: they are swapped"
             raise ModelError(
-                f"{path} is a {kinds[0]}, its teacher {self.teacher_path} a {kinds[1]}; they must be the same"
+                f"the teacher {self.teacher_path} is quantized{swapped}; give the float model as --teacher"
             )
-        check_same_inputs(model, path, self.teacher, self.teacher_path)
-        return Pair(model, self.teacher)
+        if not formats(model):
+            raise ModelError(f"{path} is not quantized; give a folder that bittern quantize, ptq or qat wrote")
+        if type(model) is not type(teacher):
+            own, other = type(model).__name__, type(teacher).__name__
+            raise ModelError(f"{path} is a {own}, its teacher {self.teacher_path} a {other}; they must be the same")
+        check_same_inputs(model, path, teacher, self.teacher_path)
+        return Pair(model, teacher)
 
     def part(self, name: str, make: Callable[[], Any]) -> Any:
         """Return a part of the result: as a run before this kept it, or made and kept now."""
@@ -138,115 +130,80 @@ class _Study:
         """Seconds that each part will take, about, from one batch; parts that are done count still."""
         batch, pair = next(iter(self.data)), self.pairs[0]
         pair.record(batch, "map")  # the first run is slower
-        one = _seconds(lambda: compare(pair, [batch], self.kinds))
-        forward = _seconds(lambda: predict(pair.student, [batch]))
-        norms = _seconds(lambda: nuclear_norms(pair, self.subset[:1])) * len(self.subset)
-        passes = len(pair.anatomy.blocks) + 12
-        batches = -(-len(self.data) // self.data.batch_size)
+        one = seconds(lambda: compare(pair, [batch], self.kinds))
+        forward = seconds(lambda: predict(pair.student, [batch]))
+        norms = seconds(lambda: nuclear_norms(pair, self.subset[:1]))
+        batches, passes = -(-len(self.data) // self.data.batch_size), len(pair.anatomy.blocks) + 12
         found = {"comparing": (one + 2 * forward) * batches}
-        found["sensitivity"] = forward * passes * len(self.subset) + norms
+        found["sensitivity"] = (forward * passes + norms) * len(self.subset)
         if self.curvature is not None:
-            hessian, loss = self._hessian(pair, 0)
-            product = _seconds(lambda: hessian.product(torch.ones(hessian.size)))
-            with torch.no_grad():
-                value = _seconds(lambda: loss(hessian.parameters))
-            products = self.curvature.batches * PRODUCTS + self.curvature.probes
-            found["curvature"] = product * products + value * self.curvature.grid**2 * SURFACE
-        return {name: seconds * len(self.pairs) for name, seconds in found.items()}
+            found["curvature"] = estimate(self.curvature, pair, self.mini[0])
+        return {name: once * len(self.pairs) for name, once in found.items()}
 
     def result(self) -> dict[str, Any]:
         """Do all parts that are not there yet, and return what the report shows."""
         reference = predict(self.teacher, self.track(self.data, "teacher"))
         predicted = [predict(pair.student, self.track(self.data, "student")) for pair in self.pairs]
-        students = [self._student(i, output, reference) for i, output in enumerate(predicted)]
         order = list(range(len(self.data)))
         if has_classes(self.teacher):  # up to three on which they disagree come first
             differ = [i for i in order if any(p[i].argmax() != reference[i].argmax() for p in predicted)][:3]
             order = [*differ, *(i for i in order if i not in differ)]
-        return {
+        found = {
             "bittern": version("bittern"),
             "teacher": {
                 "path": str(self.teacher_path),
                 "model": type(self.teacher).__name__,
-                "metrics": metrics(self.teacher, self.data, reference),
+                "metrics": metrics(self.teacher, self.data, reference, reference),
             },
             "data": self.data.name,
             "samples": len(self.data),
-            "few": sum(map(_size, self.subset)),
-            "students": students,
+            "few": sum(map(size_of, self.subset)),
+            "students": [self._student(i, output, reference) for i, output in enumerate(predicted)],
             "shown": self.part("shown", lambda: shown_samples(self.pairs, self.data, self.teacher_path, order)),
         }
+        add_findings(found, [formats(pair.student) for pair in self.pairs])
+        return found
 
     def _student(self, i: int, predicted: Tensor, reference: Tensor) -> dict[str, Any]:
         path, pair, track = Path(self.paths[i]), self.pairs[i], self.track
         run = read_json(path / RUN) if (path / RUN).is_file() else {}  # what made the student, if Bittern did
+        same_data = (run.get("calibration") or {}).get("data") == self.source
         qat, ptq = run.get("qat", {}), run.get("ptq", {})
+        kept = ("float_bytes", *(("float", "packed", "samples") if same_data else ()))
+
+        def part(name: str, make: Callable[[], Any]) -> Any:
+            return self.part(f"{i}-{name}", make)
+
+        parts: dict[str, Callable[[], Any]] = {
+            "speed": lambda: speed(pair, next(iter(self.data))),
+            "compare": lambda: compare(pair, self.data, self.kinds, track=track),
+            "blocks": lambda: block_errors(pair, self.subset, track),
+            "classes": lambda: class_errors(pair, self.subset, track),
+            "nuclear": lambda: nuclear_norms(pair, self.subset, track),
+        }
         found: dict[str, Any] = {
             "path": str(self.paths[i]),
             "name": path.name,
             "how": next((how for how in ("qat", "ptq") if how in run), "quantize" if run else ""),
             "learned": list(run.get("distill", {}).get("terms", ())),
             "metrics": metrics(pair.student, self.data, predicted, reference),
-            "run": {key: run[key] for key in ("float", "packed", "samples", "float_bytes") if key in run},
+            "run": {key: run[key] for key in kept if key in run},
             "holds": inspect(path),
-            "speed": self.part(f"{i}-speed", lambda: speed(pair, next(iter(self.data)))),
             "history": qat.get("history", []),
             "phases": qat.get("phases", []),
             "metric": qat.get("metric"),
             "frontier": ptq.get("frontier", []),
             "bits": ptq.get("bits", {}),
-            "compare": self.part(f"{i}-compare", lambda: compare(pair, self.data, self.kinds, track=track)),
-            "blocks": self.part(f"{i}-blocks", lambda: block_errors(pair, self.subset, track)),
-            "classes": self.part(f"{i}-classes", lambda: class_errors(pair, self.subset, track)),
-            "nuclear": self.part(f"{i}-nuclear", lambda: nuclear_norms(pair, self.subset, track)),
+            **{name: part(name, make) for name, make in parts.items()},
         }
         if self.curvature is not None:
-            found["curvature"] = self._curvature(i, pair, self.curvature)
-        return found | {"worst": worst_blocks(found)}
-
-    def _hessian(self, pair: Pair, batch: int) -> tuple[Hessian, Loss]:
-        model = trainable(pair.student)
-        loss = prediction_loss_of(model, self.teacher, self.mini[batch])
-        return Hessian(loss, parameters_of(model)), loss
-
-    def _spectrum(self, pair: Pair, batch: int, options: Curvature) -> dict[str, Any]:
-        hessian, _ = self._hessian(pair, batch)
-        found: dict[str, Any] = {"eigenvalues": top_eigenvalues(hessian, options.eigenvalues, self.seed)}
-        return found | ({"trace": trace(hessian, options.probes, self.seed)} if batch == 0 else {})
-
-    def _curvature(self, i: int, pair: Pair, options: Curvature) -> dict[str, Any]:
-        batches = range(min(options.batches, len(self.mini)))
-        spectra = [
-            self.part(f"{i}-spectrum-{b}", partial(self._spectrum, pair, b, options))
-            for b in self.track(batches, "spectrum")
-        ]
-        steps = torch.linspace(-options.span, options.span, options.grid).tolist()
-        model = trainable(pair.student)
-        losses = [prediction_loss_of(model, self.teacher, b) for b in self.mini[:SURFACE]]
-        rows = [
-            self.part(f"{i}-surface-{n}", partial(surface_row, losses, parameters_of(model), b, steps, self.seed))
-            for n, b in self.track(list(enumerate(steps)), "loss surface")
-        ]
-        return {
-            "spectra": [s["eigenvalues"] for s in spectra],
-            "trace": spectra[0]["trace"],
-            "surface": {"steps": steps, "loss": rows},
-        }
+            found["curvature"] = measure(self.curvature, pair, self.mini, self.seed, part, track)
+        return found
 
 
 @torch.no_grad()
 def speed(pair: Pair, batch: Mapping[str, Any], rounds: int = 5) -> dict[str, Any]:
     """Seconds of a batch, teacher and student in turns, medians, on this machine."""
     times = alternate({"teacher": partial(pair.teacher, **batch), "student": partial(pair.student, **batch)}, rounds)
-    medians = {name: median(seconds) for name, seconds in times.items()}
-    return medians | {"threads": torch.get_num_threads(), "batch": _size(batch)}
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _size(batch: Mapping[str, Any]) -> int:
-    return len(next(v for v in batch.values() if isinstance(v, Tensor)))
+    medians = {name: median(each) for name, each in times.items()}
+    return medians | {"threads": torch.get_num_threads(), "batch": size_of(batch)}

@@ -175,12 +175,11 @@ def inspect(result: Result) -> None:
 
 def analyze(result: Result) -> None:
     for model in result["students"]:
+        if model["verdict"]:
+            say(f"{model['name']}: {model['verdict']['text']}")
         say(f"What stands out in {model['name']}:")
         for i, block in enumerate(model["worst"], 1):
-            say(
-                f"{i}. {block['name']}: alone it changes the output by {100 * block['error']:.2g} %; head "
-                f"{block['head']} diverges most, {block['times']:.1f}× the median. {block['advice']}"
-            )
+            say(f"{i}. {block['name']}: {block['found']} What to try: {block['advice']}")
     out = result["out"]
     say(f"Wrote {out}. Next: open ", (f"{out}/report.html", "bold"), " in a browser")
 

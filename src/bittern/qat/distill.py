@@ -6,8 +6,7 @@ batch.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -22,6 +21,7 @@ from bittern.layers import anatomy_of
 from bittern.options import Distill, Intervention
 from bittern.qat import losses
 from bittern.qat.intervention import Intervener
+from bittern.recorded import TokenMasks, attention_output, by_place, check_shapes, real_tokens, token_masks
 
 # what a term compares at each layer; for those with several points, or none, see `_points`
 POINT_OF: dict[str, Point] = {
@@ -126,7 +126,7 @@ class Distiller:
             self.intervener.end()
 
     def _prediction(self, logits: Tensor, expected: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        _check_shapes("prediction", "logits", logits, expected)
+        check_shapes("prediction", "logits", logits, expected)
         if logits.shape[-1] == 1:
             return losses.squared_loss(logits, expected)
         rows = None
@@ -138,10 +138,8 @@ class Distiller:
                 rows = mask.bool()
         return losses.prediction_loss(logits, expected, self.distill.temperature, rows)
 
-    def _of_layers(
-        self, term: str, point: Point, taught: Taps, shown: Taps, masks: Mapping[tuple[str, str], Tensor]
-    ) -> Iterator[Tensor]:
-        mine, theirs = _by_place(taught, self.anatomy, point), _by_place(shown, self.teacher_anatomy, point)
+    def _of_layers(self, term: str, point: Point, taught: Taps, shown: Taps, masks: TokenMasks) -> Iterator[Tensor]:
+        mine, theirs = by_place(taught, self.anatomy, point), by_place(shown, self.teacher_anatomy, point)
         mapping, chosen = self.distill.mapping, self.distill.layers
         depth = 1 + max((block for block, _ in mine), default=-1)
         if chosen is not None and term not in ALL_LAYERS:
@@ -156,12 +154,9 @@ class Distiller:
             other = block if mapping is None or block < 0 else mapping[block]
             y = theirs[other, attention][1]
             if not term.endswith("_relation"):
-                _check_shapes(term, name, x, y)
-            tokens = x.shape[1] if x.dim() == 3 else x.shape[2]
-            rows = masks.get((name, "keys" if point in ("key", "value") else "queries"))
-            if rows is not None and rows.shape != (len(x), tokens):  # windows of Swin: nothing of them is padding
-                rows = None
-            yield self._loss(term, x, y, rows)
+                check_shapes(term, name, x, y, " (relations of queries, keys and values need neither)")
+            side = "keys" if point in ("key", "value") else "queries"
+            yield self._loss(term, x, y, real_tokens(masks, name, len(x), x.shape[1 if x.dim() == 3 else 2], side))
 
     def _loss(self, term: str, x: Tensor, y: Tensor, rows: Tensor | None) -> Tensor:
         if term == "score":
@@ -200,52 +195,6 @@ def balanced(
     return torch.stack(parts).sum()
 
 
-def _check_shapes(term: str, name: str, x: Tensor, y: Tensor) -> None:
-    if x.shape != y.shape:
-        raise ModelError(
-            f"{term} at {name}: the student has the shape {tuple(x.shape)}, the teacher {tuple(y.shape)}; they must be "
-            "of the same width, heads and classes (relations of queries, keys and values need neither)"
-        )
-
-
-Place = tuple[int, int]  # block in order of execution, attention within it
-
-
-def _by_place(taps: Taps, anatomy: Anatomy, point: Point) -> dict[Place, tuple[str, Tensor]]:
-    """Return attention module and tensor of each place. A block that runs again (ALBERT) counts as the next one; what a
-    stack reads has the places -1, -2 and so on."""
-    index = {a.name: (i, j) for i, block in enumerate(anatomy.blocks) for j, a in enumerate(block.attentions)}
-    runs: Counter[str] = Counter()
-    found: dict[Place, tuple[str, Tensor]] = {}
-    for name, x in zip(taps.names[point], taps[point], strict=True):
-        block, attention = index[name]
-        if point != "embedding":
-            found[block + runs[name] * len(anatomy.blocks), attention] = name, x
-        elif not runs[name]:
-            found[-1 - len(found), 0] = name, x
-        runs[name] += 1
-    return found
-
-
-def token_masks(masks: Sequence[tuple[str, Tensor | None]], anatomy: Anatomy) -> dict[tuple[str, str], Tensor]:
-    """Return which tokens are real (batch, tokens) of the queries and the keys of each attention module with a mask.
-
-    A token that no query may attend to is padding. The queries of cross-attention are those of the self-attention
-    before it.
-    """
-    cross = {a.name for a in anatomy.attentions if a.cross}
-    found: dict[tuple[str, str], Tensor] = {}
-    queries: Tensor | None = None
-    for name, mask in masks:
-        seen = None if mask is None else mask if mask.dtype == torch.bool else mask > -1e4  # (batch, 1, queries, keys)
-        keys = None if seen is None else seen.any(-2).any(1)  # (batch, keys)
-        queries = queries if name in cross else keys
-        for side, real in (("queries", queries), ("keys", keys)):
-            if real is not None:
-                found[name, side] = real
-    return found
-
-
 def _points(distill: Distill, student: Anatomy, teacher: Anatomy) -> Iterator[tuple[str, tuple[Point, ...]]]:
     """Yield each layer-wise term with the points that it compares."""
     for term in distill.layerwise:
@@ -260,15 +209,3 @@ def _points(distill: Distill, student: Anatomy, teacher: Anatomy) -> Iterator[tu
             yield term, (points[0],)
         else:
             yield term, (POINT_OF[term],)
-
-
-def attention_output(anatomy: Anatomy) -> Point:
-    """Return the point of Y: the norm of X + AO if a block's first norm gives that (post-norm), else the sum itself."""
-    for attention in anatomy.attentions:
-        if not attention.norm_reads_residual:
-            raise ModelError(
-                f"{attention.name} has no sum of its output and its input before a norm, so there is no term output; "
-                "use self_output"
-            )
-    post_norm = all(b.norms and b.norms[0] == b.attentions[0].norm for b in anatomy.blocks)
-    return "norm" if post_norm else "residual"

@@ -20,6 +20,7 @@ from bittern.errors import ModelError
 from bittern.layers import QuantLayer
 from bittern.options import Act
 from bittern.quantizers import FakeQuant
+from bittern.recorded import by_module
 
 
 class _Weaken(torch.autograd.Function):
@@ -88,9 +89,7 @@ class Intervener:
 
     def begin(self, act: Act, shown: Taps, scope: str) -> None:
         """Until `end`, the student's forward has the teacher's signals. shown: what was recorded of the teacher."""
-        theirs: dict[str, list[Tensor]] = {}  # several of a block that runs again (ALBERT, which has no checkpointing)
-        for name, x in zip(shown.names[act.point], shown[act.point], strict=True):
-            theirs.setdefault(name, []).append(x)
+        theirs = by_module(shown.names[act.point], shown[act.point])  # of ALBERT, which has no checkpointing, several
         replace(self.student, {(mine, act.point): theirs[name] for mine, name in self.source.items()}, act.share)
         for gate in self.gates.values():
             gate.act = act
