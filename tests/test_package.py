@@ -24,6 +24,7 @@ PUBLIC = [
     "Rule",
     "Simulation",
     "calibrate",
+    "compress",
     "fake_quantize",
     "inspect",
     "is_packed",

@@ -12,6 +12,7 @@ Importing this package also teaches transformers' `from_pretrained` to load pack
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 __version__ = version("bittern")
 
@@ -45,6 +46,7 @@ __all__ = [
     "Rule",
     "Simulation",
     "calibrate",
+    "compress",
     "fake_quantize",
     "inspect",
     "is_packed",
@@ -58,3 +60,12 @@ __all__ = [
     "save",
     "simulate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load `compress` when it is asked for: it needs what serving a model does not."""
+    if name != "compress":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from bittern.ladder import compress
+
+    return compress

@@ -78,7 +78,7 @@ def watchers(job: Callable[..., Any], arguments: Mapping[str, Any], quiet: bool)
     watching: dict[str, Any] = {"on_missing": warn}
     if not quiet:
         bar = TrainingBar(intervention.phase if intervention else None)
-        watching |= {"track": track, "on_step": bar, "on_estimate": print_estimate}
+        watching |= {"track": track, "on_step": bar, "on_estimate": print_estimate, "on_rung": print_rung}
     return {name: watcher for name, watcher in watching.items() if name in signature(job).parameters}
 
 
@@ -87,6 +87,14 @@ def print_estimate(seconds: Mapping[str, float]) -> None:
     total = sum(seconds.values())
     if total > (10 if err_console.is_terminal else PAUSE):
         warn(f"about {duration(total)}: {', '.join(f'{name} {duration(part)}' for name, part in seconds.items())}")
+
+
+def print_rung(row: Mapping[str, Any]) -> None:
+    """Tell of a rung of the ladder as soon as it is measured."""
+    warn(
+        f"{row['rung']:14} loses {row['points']:.2f} ± {row['error']:.2f} points, {row['smaller']:.1f}× smaller, "
+        f"{row['faster']:.2f}× as fast ({duration(row['seconds'])})"
+    )
 
 
 def _progress(disable: bool = False) -> Progress:

@@ -35,6 +35,28 @@ def demo(
     """Quantize real models on real data that come with the package, and check them in a fresh process."""
 
 
+@command("ladder:compress", results.compress)
+def compress(
+    source: Model,
+    data: Data,
+    out: Out,
+    max_loss: Annotated[float, Option("The most that may be lost, in points of the task's metric.")] = 1.0,
+    goal: Annotated[str, Option("What the choice serves: size, speed or balanced.", ("--for",))] = "balanced",
+    train_minutes: Annotated[
+        float, Option("Minutes that training may take; without, nothing is trained.", ("--train",))
+    ] = 0.0,
+    keep: Annotated[str, Option("Write this rung of the ladder, whatever it lost.")] | None = None,
+    samples: Samples = 128,
+    seed: Annotated[int, Option("Seed of all draws.")] = 0,
+    force: Force = False,
+    **reading: Reading,
+) -> None:
+    """Make a model as small or fast as a limit on its loss allows: the command decides how.
+
+    Interrupted, the same command goes on where it was; with another limit it measures only what is missing.
+    """
+
+
 @command("jobs:quantize", results.quantize)
 def quantize(
     source: Model,
@@ -185,5 +207,5 @@ def main(
     """Make Transformers small and fast without losing what they know."""
 
 
-for function in (demo, quantize, ptq, qat, evaluate, inspect, analyze, export, bench):
+for function in (demo, compress, quantize, ptq, qat, evaluate, inspect, analyze, export, bench):
     app.command("eval" if function is evaluate else function.__name__)(function)

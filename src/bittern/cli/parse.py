@@ -12,6 +12,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
+from keyword import iskeyword
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -87,7 +88,8 @@ class Entry(NamedTuple):
     @property
     def key(self) -> str:
         """The name by which typer knows it."""
-        return self.flags[0].strip("-").replace("-", "_").lower()
+        name = self.flags[0].strip("-").replace("-", "_").lower()
+        return f"{name}_" if iskeyword(name) else name
 
 
 def entries(function: Callable[..., Any]) -> Iterator[Entry]:

@@ -32,6 +32,26 @@ def of_blocks(name: str) -> str:
 # ---- commands that make a smaller model
 
 
+def compress(result: Result) -> None:
+    rows = [("", "float", f"{result['float']:.4f}", "", megabytes(result["float_bytes"]), "", "")]
+    for row in result["rows"]:
+        mark = "→" if row["rung"] == result["chosen"] else "" if row["within"] else "✗"
+        loss, size = f"{row['points']:.2f} ± {row['error']:.2f}", f"{megabytes(row['file'])} ({row['smaller']:.1f}×)"
+        value, speed = f"{row[result['metric']]:.4f}", (f"{row['latency_ms']:.1f}", f"{row['faster']:.2f}×")
+        rows.append((mark, row["rung"], value, loss, size, *speed))
+    title = f"{result['source']} on {result['rows'][0]['samples']:,} samples; →: chosen, ✗: may lose too much"
+    print_table(("", "rung", result["metric"], "points lost", "size", "ms", "faster"), rows, title, left=("rung",))
+    fresh = result["fresh"]
+    say(
+        f"{result['chosen']}: {result['why']}. On {fresh['samples']:,} samples that had no part in the choice it loses "
+        f"{fresh['points']:.2f} points, at most {fresh['at_most']:.2f} with 95 %."
+    )
+    if fresh["at_most"] > result["max_loss"]:
+        say(f"That is too little data to be sure of {result['max_loss']:g} points; more labelled samples would tell.")
+    say(f"The other rungs are in {result['rungs']}, for --keep RUNG; delete it when you are content.")
+    wrote(result["out"])
+
+
 def demo(result: Result) -> None:
     from bittern.demo import TITLES
 

@@ -37,20 +37,21 @@ class Data:
         for start in range(0, len(self.rows), self.batch_size):
             yield self.collate([self.rows[i] for i in range(start, min(start + self.batch_size, len(self.rows)))])
 
-    def _take(self, indices: list[int]) -> Data:
+    def take(self, indices: list[int]) -> Data:
+        """Return the rows of these numbers."""
         labels = None if self.labels is None else self.labels[indices]
         return replace(self, rows=[self.rows[i] for i in indices], labels=labels)
 
     def subset(self, samples: int, seed: int = 0) -> Data:
         """Draw at most `samples` random rows; the same for the same seed."""
-        return self._take(np.random.default_rng(seed).permutation(len(self.rows))[:samples].tolist())
+        return self.take(np.random.default_rng(seed).permutation(len(self.rows))[:samples].tolist())
 
     def split(self, samples: int, seed: int = 0) -> tuple[Data, Data]:
         """Return all but `samples` random rows, in order, and these. Raises InputError if there are too few of them."""
         if not 0 < samples < len(self.rows):
             raise InputError(f"{self.name} has {len(self.rows)} samples, too few to hold some out; add a test split")
         held_out = set(np.random.default_rng(seed).permutation(len(self.rows))[:samples].tolist())
-        return self._take([i for i in range(len(self)) if i not in held_out]), self._take(sorted(held_out))
+        return self.take([i for i in range(len(self)) if i not in held_out]), self.take(sorted(held_out))
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all inputs and labels: that of the same data is the same, however batched."""

@@ -1,0 +1,386 @@
+"""Compress a model as far as a limit on its loss allows.
+
+`LADDER` goes from safe to small. Each rung is packed, written, loaded again as its users load it, and measured on one
+half of the test data, beside the float model. The rung that serves the goal best, among those whose loss is within the
+limit, is measured once more on the other half, by which nothing was chosen.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bittern import native
+from bittern.analysis.ablation import block_errors
+from bittern.analysis.pair import Pair
+from bittern.data import Data, load_splits
+from bittern.data.evaluate import LOWER_IS_BETTER, headline, metrics, predict
+from bittern.deploy.bench import alternate
+from bittern.deploy.checkpoint import is_packed, pack
+from bittern.deploy.files import Journal, atomic_folder, check_output, digest
+from bittern.deploy.store import REPORT, load, measure, save
+from bittern.errors import InputError, ModelError
+from bittern.layers import is_simulated, simulate
+from bittern.options import Distill, Training
+from bittern.progress import OnEstimate, Track, ignore, silent
+from bittern.ptq import quantize as post_training
+from bittern.ptq.calibrate import calibrate
+from bittern.qat.training import train
+from bittern.recipe import Recipe, Rule, load_recipe
+
+Goal = Literal["size", "speed", "balanced"]
+Row = dict[str, Any]  # of the table: a rung and what was measured
+OnRung = Callable[[Row], None]
+ROUNDS, DRAWS = 11, 400  # of timing; of the bootstrap
+PASSES = {"extremes": 4, "search": 90}  # how many times a float model's forward of the calibration samples, about
+Z95 = 1.645  # 95 % of a normal distribution lie below
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to make a smaller model.
+
+    how: `extremes` (scales from extremes), `search` (PTQ by the default method) or `train` (QAT with the float model as
+    teacher). bits: of weights, in place of the recipe's 4. wide: share of the blocks, those that lose most by
+    themselves, whose weights keep 8 bits.
+    """
+
+    name: str
+    how: Literal["extremes", "search", "train"]
+    recipe: str = "w4a8"
+    bits: int | None = None
+    wide: float = 0.0
+
+
+Ladder = Sequence[Sequence[Rung]]
+LADDER: Ladder = (  # of each step the first rung within the limit is enough
+    (Rung("w8a8", "extremes", "w8a8"), Rung("w8a8-searched", "search", "w8a8")),
+    (Rung("w4a8", "search"), Rung("w4a8-wide", "search", wide=0.34), Rung("w6a8", "search", bits=6)),
+    (Rung("w3a8", "search", bits=3), Rung("w3a8-wide", "search", bits=3, wide=0.34)),
+    (Rung("w2a8", "search", bits=2),),
+    (Rung("ternary", "train", "ternary-2-2-8"),),
+)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How much worse a model is than the float one on the same samples, in points (percent for perplexity).
+
+    error: the standard error of that; samples: how many were compared.
+    """
+
+    points: float
+    error: float
+    samples: int
+
+    @property
+    def at_most(self) -> float:
+        """The end of the one-sided 95 % confidence interval."""
+        return self.points + Z95 * self.error
+
+    @property
+    def at_least(self) -> float:
+        return self.points - Z95 * self.error
+
+
+def paired_loss(metric: str, model: PreTrainedModel, data: Data, output: Tensor, reference: Tensor) -> Loss:
+    """Compare two models' outputs for the same samples by a metric of `metrics`.
+
+    For the accuracy and the agreement of classes the standard error is that of Agresti and Min (2005): half a sample is
+    added to each cell of the table of pairs, so that even no difference at all, on few samples, leaves some doubt. For
+    other metrics it comes from a bootstrap over samples.
+    """
+    count = len(data)
+    if metric in ("accuracy", "agreement") and output.dim() == 2:
+        right = reference.argmax(-1) if metric == "agreement" or data.labels is None else data.labels
+        hits, theirs = output.argmax(-1) == right, reference.argmax(-1) == right
+        lost, won = int((theirs & ~hits).sum()), int((hits & ~theirs).sum())
+        variance = lost + won + 1 - (lost - won) ** 2 / (count + 2)
+        return Loss(100 * (lost - won) / count, 100 * math.sqrt(variance) / (count + 2), count)
+
+    def points(data: Data, output: Tensor, reference: Tensor) -> float:
+        worse, better = (metrics(model, data, o, reference)[metric] for o in (output, reference))
+        return float(100 * (worse / better - 1 if metric in LOWER_IS_BETTER else better - worse))
+
+    draw, found = torch.Generator().manual_seed(0), []
+    for _ in range(DRAWS):
+        rows = torch.randint(count, (count,), generator=draw)
+        found.append(points(data.take(rows.tolist()), output[rows], reference[rows]))
+    return Loss(points(data, output, reference), statistics.stdev(found), count)
+
+
+def with_bits(recipe: Recipe, bits: int, name: str) -> Recipe:
+    """Give weights of 4 bits another width."""
+
+    def change(rule: Rule) -> Rule:
+        if rule.weight is None or rule.weight.bits != 4:
+            return rule
+        return rule.model_copy(update={"weight": rule.weight.model_copy(update={"bits": bits})})
+
+    return Recipe(name=name, rules=tuple(map(change, recipe.rules)))
+
+
+def keep_wide(recipe: Recipe, blocks: Iterable[str], name: str) -> Recipe:
+    """Let the weights of some blocks have 8 bits."""
+    rule = next(rule for rule in recipe.rules if "ffn" in rule.roles)
+    assert rule.weight is not None
+    wide = {"roles": ("qkv", "attention_output", "ffn"), "weight": rule.weight.model_copy(update={"bits": 8})}
+    rules = [rule.model_copy(update=wide | {"modules": f"{block}.*"}) for block in blocks]
+    return Recipe(name=name, rules=(*rules, *recipe.rules))
+
+
+@dataclass
+class Workshop:
+    """What the rungs are made from and measured with. reference: outputs of the float model for `choice`."""
+
+    source: str | Path
+    folder: Path
+    model: PreTrainedModel
+    train: Data
+    calibration: Data
+    choice: Data
+    reference: Tensor
+    metric: str
+    minutes: float
+    seed: int
+    track: Track
+
+    def make(self, rung: Rung) -> None:
+        """Write the packed model of a rung to its folder."""
+        recipe = load_recipe(rung.recipe)
+        if rung.bits:
+            recipe = with_bits(recipe, rung.bits, rung.name)
+        if rung.wide:
+            recipe = keep_wide(recipe, self.weakest(recipe, rung.wide), rung.name)
+        model, work = copy.deepcopy(self.model), self.folder / f"{rung.name}.work"
+        if rung.how == "search":
+            post_training(model, recipe, self.calibration, folder=work, seed=self.seed, track=self.track)
+        else:
+            self.by_extremes(model, recipe)
+        if rung.how == "train":
+            self.distill(model, work)
+        pack(model)
+        save(model, self.folder / rung.name, processors_from=self.source, force=True)
+        shutil.rmtree(work, ignore_errors=True)
+
+    def by_extremes(self, model: PreTrainedModel, recipe: Recipe) -> None:
+        simulate(model, recipe, next(iter(self.calibration)))
+        calibrate(model, self.calibration)
+
+    def scores(self, model: PreTrainedModel) -> dict[str, float]:
+        return metrics(model, self.choice, predict(model, self.choice), self.reference)
+
+    def weakest(self, recipe: Recipe, share: float) -> list[str]:
+        """Name the blocks that change the model's outputs most when they alone are quantized."""
+        student = copy.deepcopy(self.model)
+        self.by_extremes(student, recipe)
+        *errors, _, _ = block_errors(Pair(student, copy.deepcopy(self.model)), list(self.calibration), self.track)
+        ranked = sorted(errors, key=lambda row: float(row["error"]), reverse=True)
+        return [row["name"] for row in ranked[: math.ceil(share * len(ranked))]]
+
+    def distill(self, model: PreTrainedModel, work: Path) -> None:
+        """Train a student for about as many minutes as are allowed; a few steps of a copy tell how long one takes.
+
+        The learning rate falls with the width, as in μP: 1e-4 for 768, 2e-4 for 384, which served best of those tried.
+        """
+        rate, ends = 0.0768 / getattr(model.config, "hidden_size", 768), dict[int, float]()
+
+        def note(step: int, *_: Any) -> None:
+            ends.setdefault(step, time.perf_counter())
+
+        def run(student: PreTrainedModel, steps: int) -> None:
+            size, metric = self.train.batch_size, self.metric
+            training = Training(
+                steps=steps, batch_size=size, learning_rate=rate, evaluations=1, metric=metric, seed=self.seed
+            )
+            measure, teacher = lambda: self.scores(student), self.model
+            train(student, teacher, self.train, measure, Distill(), training, work, on_step=note)
+
+        run(copy.deepcopy(model), 8)
+        run(model, max(8, int(60 * self.minutes * 7 / (ends[8] - ends[1]))))
+
+    def measure(self, rung: Rung) -> dict[str, Any]:
+        """Measure a rung as its users run it: the loaded file, with kernels, in turn with the float model."""
+        packed = load(self.folder / rung.name)
+        output = predict(packed, self.track(self.choice, f"{rung.name}: measuring"))
+        loss = paired_loss(self.metric, packed, self.choice, output, self.reference)
+        one = next(iter(replace(self.choice, batch_size=1)))
+        with torch.no_grad():
+            times = alternate({"packed": lambda: packed(**one), "float": lambda: self.model(**one)}, ROUNDS)
+        size = measure(packed, self.folder / rung.name)
+        return {
+            "rung": rung.name,
+            "how": rung.how,
+            self.metric: metrics(packed, self.choice, output, self.reference)[self.metric],
+            **asdict(loss),
+            "at_most": loss.at_most,
+            "at_least": loss.at_least,
+            "bits": size.bits,
+            "file": size.file,
+            "smaller": size.float32 / size.file,
+            "latency_ms": 1e3 * statistics.median(times["packed"]),
+            "faster": statistics.median(f / p for p, f in zip(times["packed"], times["float"], strict=True)),
+            "kernels": native.engine()[0] or "none",
+        }
+
+
+GOALS: dict[Goal, Callable[[Row], float]] = {  # what is to be small
+    "size": lambda row: float(row["file"]),
+    "speed": lambda row: float(row["latency_ms"]),
+    "balanced": lambda row: float(row["file"] * row["latency_ms"]),
+}
+
+
+def climb(ladder: Ladder, workshop: Workshop, journal: Journal, max_loss: float) -> Iterator[Row]:
+    """Measure rung after rung, from the journal what was measured before.
+
+    Within a step the first rung within the limit is enough. After a step whose rungs all fail clearly, by 95 %, no
+    smaller rung is searched for; training may still find one.
+    """
+    failed = False
+    for step in ladder:
+        rows = []
+        for rung in step:
+            if failed and rung.how != "train":
+                continue
+            part = f"{rung.name}-{workshop.minutes:g}" if rung.how == "train" else rung.name
+            if (kept := journal.load(part)) is None:
+                start = time.perf_counter()
+                workshop.make(rung)
+                row = workshop.measure(rung) | {"seconds": time.perf_counter() - start}
+                journal.save(part, {}, row)
+            else:
+                row = kept[1]
+            rows.append(row | {"within": row["points"] + row["error"] <= max_loss})
+            yield rows[-1]
+            if rows[-1]["within"]:
+                break
+        failed = failed or (bool(rows) and all(row["at_least"] > max_loss for row in rows))
+
+
+def choose(rows: Sequence[Row], goal: Goal, max_loss: float) -> tuple[Row, str]:
+    """The row that serves the goal best among those within the limit, and why. Raises InputError if there is none."""
+    within = [row for row in rows if row["within"]]
+    if not within:
+        nearest = min(rows, key=lambda row: float(row["points"]))
+        raise InputError(
+            f"no rung loses at most {max_loss:g} points; nearest is {nearest['rung']}, {nearest['points']:.2f} ± "
+            f"{nearest['error']:.2f}: raise --max-loss, take it with --keep {nearest['rung']}, or allow --train"
+        )
+    best = min(within, key=GOALS[goal])
+    what = {"size": "the smallest", "speed": "the fastest", "balanced": "the least size × time"}[goal]
+    return best, f"{what} of {len(within)} rungs within {max_loss:g} points, of {len(rows)} measured"
+
+
+def compress(
+    source: str | Path,
+    out: str | Path,
+    *,
+    data: str,
+    max_loss: float = 1.0,
+    goal: Goal = "balanced",
+    train_minutes: float = 0.0,
+    keep: str | None = None,
+    ladder: Ladder = LADDER,
+    samples: int = 128,
+    seed: int = 0,
+    force: bool = False,
+    on_estimate: OnEstimate = ignore,
+    on_rung: OnRung = ignore,
+    track: Track = silent,
+    **columns: Any,
+) -> dict[str, Any]:
+    """Write the model that serves `goal` best among those that lose at most `max_loss` points to `out`, packed.
+
+    The metric is the task's own; without labels it is the agreement with the float model. A rung is within the limit
+    if its loss on one half of the test data is, by one standard error; the choice is measured again on the other half.
+    goal: size, speed (of one sample) or balanced (the product of both). train_minutes: how long distillation may take,
+    which alone makes ternary weights useful. All rungs are kept in the folder `out`.rungs: the same call after a crash,
+    or with another limit or goal, measures only what is missing there. keep: name of a rung to write whatever it lost.
+    ladder: own steps, each of rungs of which the first within the limit is enough.
+    on_rung: told of each rung. Raises InputError if no rung is within the limit.
+    """
+    if goal not in get_args(Goal):
+        raise InputError(f"--for is {goal!r}; expected {', '.join(get_args(Goal))}")
+    if not max_loss >= 0 or not train_minutes >= 0:
+        raise InputError(f"--max-loss is {max_loss:g}, --train {train_minutes:g}; expected 0 or more")
+    ladder = [steps for step in ladder if (steps := [r for r in step if train_minutes or r.how != "train"])]
+    if keep is not None and keep not in (names := [rung.name for step in ladder for rung in step]):
+        raise InputError(f"no rung {keep!r} to keep; there are {', '.join(names)}")
+    check_output(out, force)
+    model, folder = load(source), Path(f"{Path(out)}.rungs")
+    if is_packed(model) or is_simulated(model):
+        raise ModelError(f"{source} is quantized already; give the float model that it was made from")
+    train_data, test = load_splits(data, model, source, **columns)
+    if train_data is None:
+        raise InputError(f"{data} has no train split to calibrate with; name one of its files train.parquet")
+    if test is None:
+        train_data, test = train_data.split(min(2000, len(train_data) // 10), seed)
+    choice, fresh = test.split(len(test) // 2, seed)
+    start = time.perf_counter()
+    reference = predict(model, track(choice, "float"))
+    seconds = (time.perf_counter() - start) / len(choice)  # of one sample
+    metric = headline(data, metrics(model, choice, reference, reference))
+    calibration = train_data.subset(samples, seed)
+    journal = Journal(
+        folder,
+        {
+            "model": digest(sorted(model.state_dict().items())),
+            "data": [part.fingerprint() for part in (train_data.subset(256), calibration, choice)],
+            "seed": seed,
+        },
+    )
+    workshop = Workshop(
+        source, folder, model, train_data, calibration, choice, reference, metric, train_minutes, seed, track
+    )
+    on_estimate(
+        {
+            rung.name: 60 * train_minutes
+            if rung.how == "train"
+            else seconds * (PASSES[rung.how] * len(calibration) + 2 * len(choice))
+            for step in ladder
+            for rung in step
+        }
+    )
+    rows = []
+    for row in climb(ladder, workshop, journal, max_loss):
+        rows.append(row)
+        on_rung(row)
+    if keep is None:
+        chosen, why = choose(rows, goal, max_loss)
+    elif keep in (names := [row["rung"] for row in rows]):
+        chosen, why = rows[names.index(keep)], "asked for by --keep"
+    else:
+        raise InputError(f"rung {keep} was not measured, as a larger one failed; there are {', '.join(names)}")
+    packed = load(folder / chosen["rung"])
+    loss = paired_loss(metric, packed, fresh, predict(packed, track(fresh, "fresh data")), predict(model, fresh))
+    result = {
+        "source": str(source),
+        "data": data,
+        "metric": metric,
+        "float": metrics(model, choice, reference, reference)[metric],
+        "float_bytes": 4 * sum(p.numel() for p in model.parameters()),
+        "max_loss": max_loss,
+        "goal": goal,
+        "rows": rows,
+        "chosen": chosen["rung"],
+        "why": why,
+        "fresh": asdict(loss) | {"at_most": loss.at_most},
+        "rungs": str(folder),
+    }
+    with atomic_folder(out, force=force) as place:
+        shutil.copytree(folder / chosen["rung"], place, dirs_exist_ok=True)
+        (place / REPORT).write_text(json.dumps(result, indent=2) + "\n")
+    return result | {"out": str(out)}

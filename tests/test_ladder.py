@@ -1,0 +1,171 @@
+"""`compress`: the ladder, what is within the limit, how sure that is, and what a second call repeats."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import bittern
+from bittern import ladder
+from bittern.data import Data, load_splits
+from bittern.data.evaluate import metrics, predict
+from bittern.demo import DIGITS
+from bittern.deploy.files import Journal
+from bittern.errors import InputError
+from bittern.ladder import LADDER, Loss, Rung, Workshop, choose, climb, compress, keep_wide, paired_loss, with_bits
+from bittern.layers import formats, simulate
+from bittern.recipe import load_recipe
+
+SHORT = ((Rung("w8a8", "extremes", "w8a8"),), (Rung("w4a8", "extremes"),), (Rung("w2a8", "extremes", bits=2),))
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[PreTrainedModel, Data]:
+    """The ViT of the demo, and its test data."""
+    model = bittern.load(DIGITS)
+    _, test = load_splits("digits", model, DIGITS)
+    assert test is not None
+    return model, test
+
+
+def outputs(classes: Iterable[int]) -> torch.Tensor:
+    """Logits that choose these of ten classes."""
+    return torch.nn.functional.one_hot(torch.tensor(list(classes)), 10).float()
+
+
+def test_loss_of_pairs(digits: tuple[PreTrainedModel, Data]) -> None:
+    """Of 100 samples, 6 lost and 2 won: 4 points, and the adjusted interval of Agresti and Min (2005)."""
+    model, test = digits
+    data = replace(test.subset(100), labels=torch.zeros(100, dtype=torch.long))
+    reference = outputs([1, 1] + [0] * 98)  # the first two are wrong
+    output = outputs([0, 0] + [0] * 92 + [1] * 6)
+    loss = paired_loss("accuracy", model, data, output, reference)
+    lost, won, n = 6.5, 2.5, 102.0  # half a sample more in each cell of the table
+    error = math.sqrt(lost + won - (lost - won) ** 2 / n) / n
+    assert loss == Loss(pytest.approx(4.0), pytest.approx(100 * error), 100)
+    assert loss.at_least < 4 < loss.at_most == pytest.approx(4 + 100 * 1.645 * error)
+    same = paired_loss("accuracy", model, data, reference, reference)
+    assert (same.points, same.error) == (0, pytest.approx(100 / 102))  # no difference on few samples is not certainty
+
+
+def test_loss_by_bootstrap(digits: tuple[PreTrainedModel, Data]) -> None:
+    """For a mean over samples the bootstrap's standard error is the textbook's, and lower perplexity is better."""
+    data = digits[1].subset(200)
+    model = type("Decoder", (), {})()
+    draw = torch.Generator().manual_seed(1)
+    reference = torch.rand(200, 5, 2, generator=draw)
+    output = reference + 0.1 * torch.rand(200, 5, 2, generator=draw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladder, "metrics", lambda model, data, out, ref: {"perplexity": out[..., 0].mean().exp().item()})
+        loss = paired_loss("perplexity", model, data, output, reference)
+    gaps = (output - reference)[..., 0].mean(1)
+    ratio = gaps.mean().exp().item()
+    assert loss.points == pytest.approx(100 * (ratio - 1), rel=1e-4)
+    assert loss.error == pytest.approx(100 * ratio * gaps.std().item() / math.sqrt(200), rel=0.15)
+
+
+class Bench(Workshop):
+    """A workshop that makes nothing, and measures what it is told."""
+
+    def __init__(self, losses: dict[str, float], minutes: float = 0) -> None:
+        self.losses, self.minutes, self.made = losses, minutes, list[str]()
+
+    def make(self, rung: Rung) -> None:
+        self.made.append(rung.name)
+
+    def measure(self, rung: Rung) -> dict[str, Any]:
+        points = self.losses[rung.name]
+        loss = Loss(points, 0.2, 100)
+        return {"rung": rung.name, "points": points, "error": 0.2, "at_least": loss.at_least, "at_most": loss.at_most}
+
+
+def steps(*names: str) -> list[list[Rung]]:
+    """A ladder from names of rungs: of one step separated by spaces; capitals are trained."""
+    return [[Rung(n, "train" if n.isupper() else "search") for n in step.split()] for step in names]
+
+
+@pytest.mark.parametrize(
+    ("ladder", "losses", "made"),
+    [
+        (steps("a b", "c", "d"), {"a": 0.5, "c": 0.7, "d": 0.9}, "acd"),  # the first of a step is enough
+        (steps("a b", "c"), {"a": 0.9, "b": 0.1, "c": 0.2}, "abc"),  # not within one standard error: 1.1
+        (steps("a", "b", "c", "D"), {"a": 0.0, "b": 1.4, "c": 0.0, "D": 0.5}, "abD"),  # fails clearly: only training
+        (steps("a", "b", "c"), {"a": 0.0, "b": 1.2, "c": 3.0}, "abc"),  # fails, not clearly
+    ],
+)
+def test_climb(ladder: list[list[Rung]], losses: dict[str, float], made: str, tmp_path: Path) -> None:
+    """Rungs are tried from safe to small, until one fails clearly; what was measured is not made again."""
+    bench, journal = Bench(losses), Journal(tmp_path / "rungs", {"model": "x"})
+    rows = list(climb(ladder, bench, journal, 1.0))
+    assert "".join(row["rung"] for row in rows) == "".join(bench.made) == made
+    assert all(row["within"] == (losses[row["rung"]] + 0.2 <= 1) for row in rows)
+    again = Bench(losses)
+    assert list(climb(ladder, again, Journal(tmp_path / "rungs", {"model": "x"}), 1.0)) == rows
+    assert again.made == []
+
+
+def test_choose() -> None:
+    """The goal decides between rungs within the limit; none within it is an error that names the nearest."""
+    table = [("a", 100, 9.0, True), ("b", 40, 8.0, True), ("c", 35, 9.2, True), ("d", 10, 1.0, False)]
+    rows = [{"rung": n, "file": f, "latency_ms": t, "within": w, "points": 1.0, "error": 0.1} for n, f, t, w in table]
+    assert [choose(rows, goal, 1.0)[0]["rung"] for goal in ("size", "speed", "balanced")] == ["c", "b", "b"]
+    with pytest.raises(InputError, match=r"nearest is d, 1\.00 ± 0\.10: raise --max-loss"):
+        choose(rows[3:], "size", 0.5)
+
+
+def test_recipes(digits: tuple[PreTrainedModel, Data]) -> None:
+    """Other widths and wide blocks change weights of 4 bits only, and of the blocks that are named."""
+    model = bittern.load(DIGITS)
+    blocks = [block.name for block in bittern.read_anatomy(model).blocks]
+    simulate(model, keep_wide(with_bits(load_recipe("w4a8"), 3, "w3a8"), blocks[:1], "wide"))
+    widths = {name: rule.weight.bits for name, rule in formats(model).items() if rule.weight}
+    inside = {name for name in widths if name.startswith(f"{blocks[0]}.")}
+    assert inside
+    assert all(widths[name] == 8 for name in inside)
+    rest = {bits for name, bits in widths.items() if name not in inside and any(name.startswith(b) for b in blocks)}
+    assert rest == {3}
+
+
+def test_ladder_is_sound() -> None:
+    """Names of rungs are unique, and every recipe is there."""
+    rungs = [rung for step in LADDER for rung in step]
+    assert len({rung.name for rung in rungs}) == len(rungs)
+    for rung in rungs:
+        load_recipe(rung.recipe)
+
+
+def test_compress(tmp_path: Path, digits: tuple[PreTrainedModel, Data], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The written model is the chosen rung, measured on fresh data; another goal or limit makes nothing anew."""
+    seen: list[str] = []
+    options: dict[str, Any] = {"data": "digits", "ladder": SHORT, "on_rung": lambda row: seen.append(row["rung"])}
+    result = compress(DIGITS, tmp_path / "out", max_loss=3, goal="size", **options)
+    assert seen[:2] == ["w8a8", "w4a8"]
+    assert result["chosen"] == "w4a8"
+    assert json.loads((tmp_path / "out" / "bittern.json").read_text()).items() <= result.items()
+    model, test = digits
+    choice, fresh = test.split(180, 0)
+    packed, row = bittern.load(tmp_path / "out"), result["rows"][1]
+    assert row["accuracy"] == metrics(packed, choice, predict(packed, choice))["accuracy"]
+    accuracies = [metrics(m, fresh, predict(m, fresh))["accuracy"] for m in (model, packed)]
+    assert result["fresh"]["points"] == pytest.approx(100 * (accuracies[0] - accuracies[1]), abs=1e-4)
+    monkeypatch.setattr(Workshop, "make", None)  # whoever makes a rung fails
+    kept = compress(DIGITS, tmp_path / "out", max_loss=2, keep="w8a8", force=True, **options)
+    assert (kept["chosen"], bittern.inspect(tmp_path / "out")["recipe"]) == ("w8a8", "w8a8")
+
+
+def test_trained_rung(tmp_path: Path) -> None:
+    """A rung that is trained has ternary weights, and keeps to the minutes that it is given."""
+    short = ((Rung("ternary", "train", "ternary-2-2-8"),),)
+    result = compress(DIGITS, tmp_path / "out", data="digits", ladder=short, train_minutes=0.02, keep="ternary")
+    assert result["chosen"] == "ternary"
+    assert result["rows"][0]["bits"] < 2.1
+    with pytest.raises(InputError, match="no rung 'ternary' to keep"):
+        compress(DIGITS, tmp_path / "other", data="digits", ladder=short, keep="ternary")
