@@ -377,6 +377,22 @@ def test_block(kind: str, shape: tuple[int, int], pre_norm: bool) -> None:
             call()
 
 
+@pytest.mark.parametrize("scale", [None, 1 / 255], ids=["dynamic", "static"])
+def test_mask_makes_nan(kind: str, scale: float | None) -> None:
+    """A map that the mask makes NaN, of whatever sign, is found; what is hidden by -inf is just not attended to."""
+    codings = dict.fromkeys(("query", "key", "value"), SIGNED) | {"map": Coding(0, 255, "unsigned", scale=scale)}
+    x = torch.randn(1, 2, 37, 8)
+    for value, several in ((-torch.inf, True), (torch.inf, False), (torch.nan, False), (-torch.nan, False)):
+        mask = torch.zeros(1, 1, 37, 37)
+        mask[..., 30, : 37 if several else 1] = value
+        assert native.attention(x, x, x, mask, 0.3, codings) is None
+    mask = torch.zeros(1, 1, 37, 37)
+    mask[..., 1:] = -torch.inf
+    found = native.attention(x, x, x, mask, 0.3, codings)
+    assert found is not None
+    assert torch.equal(found[1], F.one_hot(torch.zeros(37, dtype=torch.long), 37).float().expand(1, 2, 37, 37))
+
+
 def test_not_finite(kind: str) -> None:
     """NaN and infinity are found, whatever the format; the caller then goes the other way."""
     for value in (torch.nan, torch.inf, -torch.inf):

@@ -8,7 +8,7 @@ extern "C" {
 // Tensors (batch, heads, tokens, dim) with strides in elements and a contiguous last dimension; fewer key heads serve
 // groups of query heads. mask: added to the scores, null or strided with 0 where it is shared, its keys contiguous.
 // Outputs: context (batch, queries, heads, value dim), contiguous, and map (batch, heads, queries, keys), whose rows have
-// room for a multiple of 16 keys and hold zeros there.
+// room for a multiple of 16 keys and hold zeros there; it may be null if its scale is static.
 struct Attention {
   const float *query, *key, *value, *mask;
   float *map, *context;
@@ -22,7 +22,12 @@ struct Attention {
 
 namespace {
 
-constexpr int kQueries = 32;  // rows of the map that are worked on at a time
+constexpr int kQueries = 32;  // rows of the map that are worked on at a time: they stay in the first cache
+#if defined(__AMX_INT8__)
+constexpr int kDepth = 64;  // what is summed over is padded to this: a row of a tile
+#else
+constexpr int kDepth = 16;
+#endif
 
 // Signed bytes as the unsigned codes that panels hold; a word of four at once.
 inline uint32_t unsigned_codes(const int8_t* four) {
@@ -79,35 +84,33 @@ inline void panels_of_columns(const int8_t* codes, int rows, int columns, uint8_
     }
 }
 
-// Scores to probabilities in place: + mask of `n`, softmax of `width`. Returns the largest probability.
-inline float softmax(float* x, const float* mask, int n, int width) {
-  if (mask != nullptr) {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) x[i] += mask[i];
+// Scores to probabilities in place, of `width` values with the largest score of each lane in `most`. Returns the largest
+// probability.
+inline float softmax(float* x, const Floats& most, int width) {
+  float largest = most[0];
+  for (int i = 1; i < kLanes; ++i) largest = largest > most[i] ? largest : most[i];
+  Floats sum = {};
+  for (int i = 0; i < width; i += kLanes) {
+    const Floats e = exp_negative(load(x + i) - largest);
+    sum += e;
+    store(x + i, e);
   }
-  float most = x[0], sum = 0;
-#pragma omp simd reduction(max : most)
-  for (int i = 0; i < width; ++i) most = most > x[i] ? most : x[i];
-#pragma omp simd
-  for (int i = 0; i < width; ++i) x[i] = exp_negative(x[i] - most);
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < width; ++i) sum += x[i];
-  const float inverse = 1 / sum;
-#pragma omp simd
-  for (int i = 0; i < width; ++i) x[i] *= inverse;
+  const float inverse = 1 / add_up(sum);
+  for (int i = 0; i < width; i += kLanes) store(x + i, load(x + i) * inverse);
   return inverse;  // of the largest score, whose exponential is 1
 }
 
 struct Buffers {
   int8_t *rows, *codes, *map;
+  float* scores;
   uint8_t *keys, *values;
-  int32_t *sums, *row_sums, *columns;
+  int32_t *sums, *row_sums, *map_sums, *columns;
 };
 
 // What one thread needs of memory; `at` null only counts it.
 inline size_t lay_out(const Attention& a, uint8_t* at, Buffers* b) {
-  const int dim = up(a.dim, kAlign), keys = up(a.keys, kAlign), values = up(a.value_dim, kPanel);
-  const int longest = up(a.queries > a.keys ? a.queries : a.keys, kAlign);
+  const int dim = up(a.dim, kDepth), keys = up(a.keys, kDepth), values = up(a.value_dim, kPanel);
+  const int longest = up(a.queries > a.keys ? a.queries : a.keys, kPanel);
   size_t used = 0;
   const auto take = [&](size_t bytes) {
     uint8_t* here = at == nullptr ? nullptr : at + used;
@@ -117,10 +120,12 @@ inline size_t lay_out(const Attention& a, uint8_t* at, Buffers* b) {
   b->rows = reinterpret_cast<int8_t*>(take(size_t(longest) * dim));
   b->codes = reinterpret_cast<int8_t*>(take(size_t(keys) * values));
   b->map = reinterpret_cast<int8_t*>(take(size_t(kQueries) * keys));
+  b->scores = reinterpret_cast<float*>(take(size_t(kQueries) * up(a.keys, kPanel) * 4));
   b->keys = take(size_t(keys) * dim * kPlanes);
   b->values = take(size_t(values) * keys * kPlanes);
   b->sums = reinterpret_cast<int32_t*>(take(size_t(kQueries) * kPanel * kPair * 4));
   b->row_sums = reinterpret_cast<int32_t*>(take(size_t(longest) * 4));
+  b->map_sums = reinterpret_cast<int32_t*>(take(size_t(kQueries) * 4));
   b->columns = reinterpret_cast<int32_t*>(take(size_t(values) * 4));
   return used;
 }
@@ -138,76 +143,93 @@ void all_panels(const int8_t* rows, int count, int width, const uint8_t* panels,
   }
 }
 
-// Probabilities of one head, and the largest of them.
-inline float map_of_head(const Attention& a, int head, const Coding& query, const Coding& key, const Buffers& b) {
-  const int batch = head / a.heads, h = head % a.heads, width = up(a.dim, kAlign), keys = up(a.keys, kPanel);
-  const float* k = a.key + batch * a.key_strides[0] + h / (a.heads / a.key_heads) * a.key_strides[1];
-  const float* q = a.query + batch * a.query_strides[0] + h * a.query_strides[1];
-  for (int t = 0; t < a.keys; ++t) to_codes(k + t * a.key_strides[2], a.dim, key, b.rows + size_t(t) * width, width);
-  panels_of_rows(b.rows, a.keys, width, b.keys);
-  for (int t = 0; t < a.queries; ++t)
-    b.row_sums[t] = to_codes(q + t * a.query_strides[2], a.dim, query, b.rows + size_t(t) * width, width);
-  float* map = a.map + size_t(head) * a.queries * keys;
-  const float unit = query.scale * key.scale;
-  float most = 0;
-  for (int first = 0; first < a.queries; first += kQueries) {
-    const int count = a.queries - first < kQueries ? a.queries - first : kQueries;
-    float* scores = map + size_t(first) * keys;
-    all_panels(b.rows + size_t(first) * width, count, width, b.keys, a.keys, b.sums, [&](int p, const int32_t* sums) {
-      const int real = a.keys - p * kPanel;
+// One head of attention, step by step.
+struct Head {
+  const Attention& a;
+  const Buffers b;
+  const int batch, head, group, depth, keys, values;
+
+  Head(const Attention& all, int number, const Buffers& buffers)
+      : a(all), b(buffers), batch(number / a.heads), head(number % a.heads), group(head / (a.heads / a.key_heads)),
+        depth(up(a.dim, kDepth)), keys(up(a.keys, kDepth)), values(up(a.value_dim, kPanel)) {}
+
+  // Codes of keys, as panels, and of queries.
+  void read_scores(const Coding& query, const Coding& key) const {
+    const float* k = a.key + batch * a.key_strides[0] + group * a.key_strides[1];
+    const float* q = a.query + batch * a.query_strides[0] + head * a.query_strides[1];
+    for (int t = 0; t < a.keys; ++t) to_codes(k + t * a.key_strides[2], a.dim, key, b.rows + size_t(t) * depth, depth);
+    panels_of_rows(b.rows, a.keys, depth, b.keys);
+    for (int t = 0; t < a.queries; ++t)
+      b.row_sums[t] = to_codes(q + t * a.query_strides[2], a.dim, query, b.rows + size_t(t) * depth, depth);
+  }
+
+  // Codes of values, as panels, and what the shift of the map's codes adds to their sums.
+  void read_values(const Coding& value, const Coding& map) const {
+    const float* v = a.value + batch * a.value_strides[0] + group * a.value_strides[1];
+    memset(b.columns, 0, sizeof(int32_t) * size_t(values));
+    for (int t = 0; t < keys; ++t) {
+      int8_t* row = b.codes + size_t(t) * values;
+      if (t < a.keys) to_codes(v + t * a.value_strides[2], a.value_dim, value, row, values);
+      else memset(row, 0, size_t(values));
+      if (map.shift != 0)
+        for (int i = 0; i < values; ++i) b.columns[i] += map.shift * row[i];
+    }
+    panels_of_columns(b.codes, keys, a.value_dim, b.values);
+  }
+
+  // Probabilities of `count` queries, in rows of a multiple of 16. Returns the largest.
+  float probabilities(int first, int count, float unit, float* scores) const {
+    const int width = up(a.keys, kPanel);
+    const float* mask = a.mask == nullptr ? nullptr : a.mask + batch * a.mask_strides[0] + head * a.mask_strides[1];
+    Floats most[kQueries];
+    for (Floats& m : most) m = Floats{} - INFINITY;
+    all_panels(b.rows + size_t(first) * depth, count, depth, b.keys, a.keys, b.sums, [&](int p, const int32_t* sums) {
+      const int real = a.keys - p * kPanel < kPanel ? a.keys - p * kPanel : kPanel;
       for (int r = 0; r < count; ++r, sums += kPanel) {
         const int32_t zero = 128 * b.row_sums[first + r];
-        float* to = scores + size_t(r) * keys + p * kPanel;
-#pragma omp simd
-        for (int i = 0; i < kPanel; ++i) to[i] = float(sums[i] - zero) * unit * a.scaling;
-        for (int i = real; i < kPanel; ++i) to[i] = -INFINITY;
+        const float* added = mask == nullptr ? nullptr : mask + (first + r) * a.mask_strides[2] + p * kPanel;
+        float* to = scores + size_t(r) * width + p * kPanel;
+        float padded[kPanel] = {};
+        if (real < kPanel) {  // beyond the last key
+          for (int i = 0; i < kPanel; ++i) padded[i] = i >= real ? -INFINITY : added == nullptr ? 0 : added[i];
+          added = padded;
+        }
+        for (int i = 0; i < kPanel; i += kLanes) {
+          Floats score = __builtin_convertvector(load<Ints>(sums + i) - zero, Floats) * unit;
+          if (added != nullptr) score += load(added + i);
+          most[r] = most[r] > score ? most[r] : score;
+          store(to + i, score);
+        }
       }
     });
+    float largest = 0;
     for (int r = 0; r < count; ++r) {
-      const float* mask = a.mask == nullptr ? nullptr
-                                            : a.mask + batch * a.mask_strides[0] + h * a.mask_strides[1] +
-                                                  (first + r) * a.mask_strides[2];
-      const float found = softmax(scores + size_t(r) * keys, mask, a.keys, keys);
-      most = found > most || found != found ? found : most;
+      const float found = softmax(scores + size_t(r) * width, most[r], width);
+      largest = found > largest || found != found ? found : largest;
     }
+    return largest;
   }
-  return most;
-}
 
-inline void context_of_head(const Attention& a, int head, const Coding& map, const Coding& value, const Buffers& b) {
-  const int batch = head / a.heads, h = head % a.heads, width = up(a.keys, kAlign), values = up(a.value_dim, kPanel);
-  const float* v = a.value + batch * a.value_strides[0] + h / (a.heads / a.key_heads) * a.value_strides[1];
-  for (int t = 0; t < width; ++t) {
-    int8_t* row = b.codes + size_t(t) * values;
-    if (t < a.keys) to_codes(v + t * a.value_strides[2], a.value_dim, value, row, values);
-    else memset(row, 0, size_t(values));
-  }
-  panels_of_columns(b.codes, width, a.value_dim, b.values);
-  memset(b.columns, 0, sizeof(int32_t) * size_t(values));
-  if (map.shift != 0)
-    for (int t = 0; t < a.keys; ++t)
-      for (int i = 0; i < values; ++i) b.columns[i] += map.shift * b.codes[size_t(t) * values + i];
-  const float unit = map.scale * value.scale;
-  for (int first = 0; first < a.queries; first += kQueries) {
-    const int count = a.queries - first < kQueries ? a.queries - first : kQueries;
+  // What `count` queries get of the values.
+  void context(int first, int count, const float* map, const Coding& coding, float unit) const {
     for (int r = 0; r < count; ++r)
-      b.row_sums[r] = to_codes(a.map + (size_t(head) * a.queries + first + r) * up(a.keys, kPanel), a.keys, map,
-                               b.map + size_t(r) * width, width);
-    all_panels(b.map, count, width, b.values, a.value_dim, b.sums, [&](int p, const int32_t* sums) {
+      b.map_sums[r] = to_codes(map + size_t(r) * up(a.keys, kPanel), a.keys, coding, b.map + size_t(r) * keys, keys);
+    all_panels(b.map, count, keys, b.values, a.value_dim, b.sums, [&](int p, const int32_t* sums) {
       const int real = a.value_dim - p * kPanel < kPanel ? a.value_dim - p * kPanel : kPanel;
-      for (int r = 0; r < count; ++r) {
-        const int32_t zero = 128 * b.row_sums[r];
+      for (int r = 0; r < count; ++r, sums += kPanel) {
+        const int32_t zero = 128 * b.map_sums[r];
         float some[kPanel];
-#pragma omp simd
-        for (int i = 0; i < kPanel; ++i)
-          some[i] = float(sums[r * kPanel + i] - zero + b.columns[p * kPanel + i]) * unit;
-        float* to = a.context + ((size_t(batch) * a.queries + first + r) * a.heads + h) * a.value_dim + p * kPanel;
+        for (int i = 0; i < kPanel; i += kLanes) {
+          const Ints sum = load<Ints>(sums + i) - zero + load<Ints>(b.columns + p * kPanel + i);
+          store(some + i, __builtin_convertvector(sum, Floats) * unit);
+        }
+        float* to = a.context + ((size_t(batch) * a.queries + first + r) * a.heads + head) * a.value_dim + p * kPanel;
         if (real == kPanel) memcpy(to, some, sizeof(some));
         else memcpy(to, some, sizeof(float) * size_t(real));
       }
     });
   }
-}
+};
 
 inline Range range_of(const float* x, const int64_t* strides, int batch, int heads, int tokens, int dim, bool extremes_too,
                       int threads) {
@@ -240,19 +262,36 @@ inline int attend(const Attention& a, int threads) {
     lay_out(a, memory + each * size_t(slot), &b);
     return b;
   };
+  const float score_unit = q.scale * k.scale * a.scaling;
+  const auto tiles = [&](auto each) {
+    for (int first = 0; first < a.queries; first += kQueries)
+      each(first, a.queries - first < kQueries ? a.queries - first : kQueries);
+  };
+  // With a static scale of the map each tile of queries goes all the way; else the largest probability must be known first.
   std::atomic<int32_t> most{0};
   const bool at_once = a.map_format.mode == 0;
-  parallel(all, threads, [&](int head, int slot) {
-    const Buffers b = buffers(slot);
-    const int32_t mine = bits_of(map_of_head(a, head, q, k, b));
-    for (int32_t seen = most.load(); seen < mine && !most.compare_exchange_weak(seen, mine);) {}
-    if (at_once && mine < kInfinity) context_of_head(a, head, coding(a.map_format, Range{}), v, b);
+  const size_t width = size_t(up(a.keys, kPanel));
+  parallel(all, threads, [&](int number, int slot) {
+    const Head head(a, number, buffers(slot));
+    const Coding map = coding(a.map_format, Range{});
+    head.read_scores(q, k);
+    if (at_once) head.read_values(v, map);
+    tiles([&](int first, int count) {
+      float* to = a.map == nullptr ? head.b.scores : a.map + (size_t(number) * a.queries + first) * width;
+      const int32_t mine = bits_of(head.probabilities(first, count, score_unit, to)) & 0x7fffffff;
+      for (int32_t seen = most.load(); seen < mine && !most.compare_exchange_weak(seen, mine);) {}
+      if (at_once && mine < kInfinity) head.context(first, count, to, map, map.scale * v.scale);
+    });
   });
   if (most.load() >= kInfinity) return kNotFinite;
   if (at_once) return kOk;
-  const Range map{0, float_of(most.load()), most.load()};
-  parallel(all, threads, [&](int head, int slot) {
-    context_of_head(a, head, coding(a.map_format, map), v, buffers(slot));
+  const Coding map = coding(a.map_format, Range{0, float_of(most.load()), most.load()});
+  parallel(all, threads, [&](int number, int slot) {
+    const Head head(a, number, buffers(slot));
+    head.read_values(v, map);
+    tiles([&](int first, int count) {
+      head.context(first, count, a.map + (size_t(number) * a.queries + first) * width, map, map.scale * v.scale);
+    });
   });
   return kOk;
 }

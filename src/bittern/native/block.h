@@ -78,12 +78,8 @@ inline void add_and_norm(const float* x, const float* y, int rows, int columns, 
       }
       if (norm == nullptr) continue;
       float* to = out + size_t(r) * columns;
-      float mean = 0, square = 0;
-#pragma omp simd reduction(+ : mean)
-      for (int i = 0; i < columns; ++i) mean += from[i];
-      mean /= float(columns);
-#pragma omp simd reduction(+ : square)
-      for (int i = 0; i < columns; ++i) square += (from[i] - mean) * (from[i] - mean);
+      const float mean = total(from, columns, [](auto v) { return v; }) / float(columns);
+      const float square = total(from, columns, [=](auto v) { return (v - mean) * (v - mean); });
       const float factor = 1 / sqrtf(square / float(columns) + norm->epsilon);
 #pragma omp simd
       for (int i = 0; i < columns; ++i) to[i] = (from[i] - mean) * factor * norm->weight[i] + norm->bias[i];

@@ -93,9 +93,7 @@ inline void expand(const uint8_t* packed, int groups, int bits, uint8_t* out) {
         const V line = load(packed + g * 64 + at);
         store(out + g * 128 + at, field(line, 0)), store(out + g * 128 + 64 + at, field(line, 4));
       }
-    } else if (kPlanes == 1) {
-      for (int g = 0; g < groups; ++g) store(out + g * 64 + at, load(packed + g * 64 + at));
-    } else {
+    } else {  // with one plane they are multiplied as they lie
       for (int g = 0; g < groups; ++g) {
         const V line = load(packed + g * 64 + at);
         store(out + g * 64 + at, field(line, 0)), store(out + (groups + g) * 64 + at, field(line, 4));
@@ -127,7 +125,7 @@ inline void tile(const uint8_t* panel, size_t next, const int8_t* a, size_t stri
       sum[r][p] = add ? _mm512_loadu_si512(sums + p * next_sums + r * kPanel) : _mm512_setzero_si512();
   for (int g = 0; g < groups; ++g) {
     __m512i w[P];
-    for (int p = 0; p < P; ++p) w[p] = _mm512_load_si512(panel + p * next + g * 64);
+    for (int p = 0; p < P; ++p) w[p] = _mm512_loadu_si512(panel + p * next + g * 64);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       int32_t four;

@@ -46,34 +46,34 @@ inline void stream_out(const float* values, int n, float* out) {
 #endif
 }
 
-using Floats = float __attribute__((vector_size(64)));
-using Ints = int32_t __attribute__((vector_size(64)));
+using PanelFloats = float __attribute__((vector_size(4 * kPanel)));
+using PanelInts = int32_t __attribute__((vector_size(4 * kPanel)));
 
 // Outputs of some rows and of P panels from their integer sums, with the activation. A row of the output is written in
 // one go: rows lie far apart, and each visit costs a look-up of its page.
 template <int P, bool offsets>
 inline void finish(const Linear& l, int row0, int rows, int output, const int32_t* sums, size_t next_sums) {
   const int real = l.outputs - output < P * kPanel ? l.outputs - output : P * kPanel;
-  Floats weight_scale[P], bias[P];
-  Ints weight_sums[P];
+  PanelFloats weight_scale[P], bias[P];
+  PanelInts weight_sums[P];
   for (int p = 0; p < P; ++p) {
-    memcpy(&weight_scale[p], l.weight_scale + output + p * kPanel, sizeof(Floats));
-    memcpy(&bias[p], l.bias + output + p * kPanel, sizeof(Floats));
-    memcpy(&weight_sums[p], l.weight_sums + output + p * kPanel, sizeof(Ints));
+    memcpy(&weight_scale[p], l.weight_scale + output + p * kPanel, sizeof(PanelFloats));
+    memcpy(&bias[p], l.bias + output + p * kPanel, sizeof(PanelFloats));
+    memcpy(&weight_sums[p], l.weight_sums + output + p * kPanel, sizeof(PanelInts));
   }
   for (int r = 0; r < rows; ++r, sums += kPanel) {
     const float scale = l.scale[row0 + r], offset = l.offset[row0 + r];
     const int32_t zero = l.zero * l.sums[row0 + r];
-    Floats value[P];
+    PanelFloats value[P];
     for (int p = 0; p < P; ++p) {
-      Ints sum;
+      PanelInts sum;
       memcpy(&sum, sums + p * next_sums, sizeof(sum));
       sum -= zero;
       if (offsets) {
-        const Floats exact = __builtin_convertvector(sum + l.shift * weight_sums[p], Floats);
-        value[p] = weight_scale[p] * (scale * exact + offset * __builtin_convertvector(weight_sums[p], Floats)) + bias[p];
+        const PanelFloats exact = __builtin_convertvector(sum + l.shift * weight_sums[p], PanelFloats);
+        value[p] = weight_scale[p] * (scale * exact + offset * __builtin_convertvector(weight_sums[p], PanelFloats)) + bias[p];
       } else {
-        value[p] = weight_scale[p] * scale * __builtin_convertvector(sum, Floats) + bias[p];
+        value[p] = weight_scale[p] * scale * __builtin_convertvector(sum, PanelFloats) + bias[p];
       }
     }
     float* out = l.out + size_t(row0 + r) * l.outputs + output;
@@ -103,14 +103,15 @@ void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* pan
     return;
   }
 #endif
+  const bool as_they_lie = l.bits == 8 && kPlanes == 1;
   for (int at = 0; at < width; at += kBlock) {
     const int groups = (width - at < kBlock ? width - at : kBlock) / 4;
-    for (int p = 0; p < count; ++p)
-      expand(l.panels + (first + p) * packed + size_t(at) * kPanel * l.bits / 8, groups, l.bits, panel + p * next);
+    const uint8_t* lie = l.panels + first * packed + size_t(at) * kPanel * l.bits / 8;
+    for (int p = 0; p < count && !as_they_lie; ++p) expand(lie + p * packed, groups, l.bits, panel + p * next);
     for (int r = 0; r < rows; r += kTile) {
       const int some = rows - r < kTile ? rows - r : kTile;
       int32_t* mine = width <= kBlock ? sums : sums + size_t(r) * kPanel * kPair;
-      multiply(panel, next, count, l.a + size_t(row0 + r) * width + at, size_t(width), some, groups, l.bits, l.top, mine,
+      multiply(as_they_lie ? lie : panel, as_they_lie ? packed : next, count, l.a + size_t(row0 + r) * width + at, size_t(width), some, groups, l.bits, l.top, mine,
                next_sums, at > 0);
       if (at + kBlock >= width)
         finish(l, row0 + r, some, first * kPanel, count, mine, next_sums);

@@ -23,6 +23,48 @@ inline float float_of(int32_t bits) {
 
 constexpr int32_t kInfinity = 0x7f800000;
 
+// One register of floats, or of integers as wide.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+using Floats = float __attribute__((vector_size(kLanes * 4)));
+using Ints = int32_t __attribute__((vector_size(kLanes * 4)));
+
+template <typename V = Floats, typename T>
+inline V load(const T* from) {
+  V v;
+  memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+template <typename V, typename T>
+inline void store(T* to, const V& v) {
+  memcpy(to, &v, sizeof(v));
+}
+
+inline float add_up(const Floats& v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(__m512(v));
+#else
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(__m256(v)), _mm256_extractf128_ps(__m256(v), 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#endif
+}
+
+// Sum of f of n values.
+template <typename F>
+inline float total(const float* x, int n, F f) {
+  Floats sums[2] = {};
+  int i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) sums[0] += f(load(x + i)), sums[1] += f(load(x + i + kLanes));
+  float sum = add_up(sums[0] + sums[1]);
+  for (; i < n; ++i) sum += f(x[i]);
+  return sum;
+}
+
 // Largest magnitude as bits, whose order as integers is that of the magnitudes, with NaN above infinity.
 inline int32_t largest(const float* x, int n) {
   int32_t most = 0;
@@ -163,25 +205,39 @@ inline void to_values(const float* x, int n, const Coding& c, float* out) {
 }
 #endif
 
+// Whole numbers next to x, and what adding 1.5 * 2**23 leaves in the low bits of a float: them, ready to be an exponent.
+template <typename F>
+inline F nearest(F x, F* exponent) {
+  const F shifted = x + 12582912.0f;
+  *exponent = shifted;
+  return shifted - 12582912.0f;
+}
+
+inline float power(float exponent) { return float_of(int32_t(uint32_t(bits_of(exponent)) << 23) + (127 << 23)); }
+inline Floats power(Floats exponent) { return Floats((Ints(exponent) << 23) + (127 << 23)); }
+
 // e**x for x <= 0, to 1 or 2 units in the last place (Cephes' polynomial); exactly 0 below the smallest normal number.
-inline float exp_negative(float x) {
-  const float limited = x < -87.0f ? -87.0f : x;
-  const float n = rintf(limited * 1.44269504f);
-  const float r = limited - n * 0.693359375f - n * -2.12194440e-4f;
-  float y = 1.9875691500e-4f;
+template <typename F>
+inline F exp_negative(F x) {
+  const F limited = x < -87.0f ? F{} - 87.0f : x;
+  F exponent;
+  const F n = nearest(limited * 1.44269504f, &exponent);
+  const F r = limited - n * 0.693359375f - n * -2.12194440e-4f;
+  F y = F{} + 1.9875691500e-4f;
   y = y * r + 1.3981999507e-3f;
   y = y * r + 8.3334519073e-3f;
   y = y * r + 4.1665795894e-2f;
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.0f;
-  const float value = y * float_of((int32_t(n) + 127) << 23);
-  return x < -87.0f ? 0.0f : value;
+  const F value = y * power(exponent);
+  return x < -87.0f ? F{} : value;
 }
 
 // 2**x for -126 <= x <= 0, to 1 or 2 units in the last place.
 inline float power_of_2(float x) {
-  const float n = rintf(x), r = x - n;
+  float exponent;
+  const float r = x - nearest(x, &exponent);
   float y = 1.534581141e-4f;
   y = y * r + 1.339993121e-3f;
   y = y * r + 9.618488959e-3f;
@@ -189,7 +245,7 @@ inline float power_of_2(float x) {
   y = y * r + 2.402264689e-1f;
   y = y * r + 6.931472057e-1f;
   y = y * r + 1.0f;
-  return y * float_of((int32_t(n) + 127) << 23);
+  return y * power(exponent);
 }
 
 // 1 - erf(x) for x >= 0, to 1.1e-7: 2**-p(x) with p fitted so that the largest error is least; without a division.
