@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging
 
 from bittern import native
-from families import SUPPORTED, UNSUPPORTED
+from families import FLOAT_ATTENTION, SUPPORTED
 from noise import Noise
 from test_budget import summary
 
@@ -29,7 +29,7 @@ SLOW_FILES = {
 }
 SLOW_TESTS = {"test_fuzz_under_sanitizers", "test_switch_is_read_at_first_use", "test_training"}
 assert all(Path(__file__).with_name(f"{name}.py").exists() for name in SLOW_FILES)
-OTHER_FAMILIES = {*SUPPORTED, *UNSUPPORTED} - {"bert"}
+OTHER_FAMILIES = {*SUPPORTED, *FLOAT_ATTENTION} - {"bert"}
 
 logging.disable_progress_bar()  # its lock is shared with forked processes, and a killed one would keep it
 

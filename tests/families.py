@@ -1,7 +1,7 @@
 """Tiny models with random weights of many families, each with a batch that it accepts.
 
-`SUPPORTED` and `UNSUPPORTED` map a family's name to a function that gives (model in eval mode, batch), others for other
-seeds.
+`SUPPORTED` and `FLOAT_ATTENTION` map a family's name to a function that gives (model in eval mode, batch), others for
+other seeds. Of the latter Bittern quantizes the layers only.
 """
 
 from __future__ import annotations
@@ -297,6 +297,12 @@ def bloom() -> tuple[hf.PreTrainedModel, Batch]:
     return hf.BloomForCausalLM(hf.BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4)), text()
 
 
+@family
+def xlnet() -> tuple[hf.PreTrainedModel, Batch]:
+    config = hf.XLNetConfig(vocab_size=99, d_model=32, n_layer=2, n_head=4, d_inner=48, **CLASSES)
+    return hf.XLNetForSequenceClassification(config), text()
+
+
 SUPPORTED: dict[str, Family] = {
     make.__name__: make
     for make in (
@@ -304,6 +310,7 @@ SUPPORTED: dict[str, Family] = {
         *(vit, deit, swin, dinov2, beit, detr, conditional_detr),
         *(gpt2, llama, qwen2, qwen3, mistral, gemma2, opt, gpt_neox),
         *(t5, bart, whisper, clip),
+        *(mpnet, deberta_v2, swinv2, gptj, bloom),  # attention in their own code
     )
 }
-UNSUPPORTED: dict[str, Family] = {make.__name__: make for make in (deberta_v2, mpnet, swinv2, gptj, bloom)}
+FLOAT_ATTENTION: dict[str, Family] = {make.__name__: make for make in (xlnet,)}

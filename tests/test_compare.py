@@ -53,7 +53,7 @@ def test_families(name: str) -> None:
     assert all(math.isfinite(x) for x in flat(found))
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "llama"])
+@pytest.mark.parametrize("name", ["bert", "vit", "llama", "mpnet"])
 def test_teacher_against_itself(name: str) -> None:
     """Two equal models differ nowhere, and the cover length is its floor."""
     teacher, batch = SUPPORTED[name]()
@@ -89,7 +89,7 @@ def rank_margin(pair: Pair, batch: Batch) -> float:
     return min(found)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "mpnet"])
 def test_padding_and_company(name: str) -> None:
     """More padding and other samples in the batch change nothing: means of samples alone are those of a batch.
 

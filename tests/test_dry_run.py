@@ -14,7 +14,8 @@ from transformers.models.bert import modeling_bert
 from bittern.anatomy import Anatomy, Attention, Block
 from bittern.dry_run import read_anatomy
 from bittern.errors import ModelError
-from families import SUPPORTED, UNSUPPORTED
+from bittern.products import Plan
+from families import FLOAT_ATTENTION, SUPPORTED
 
 
 @dataclass(frozen=True)
@@ -425,6 +426,101 @@ EXPECTED = {
             "text_projection": "pooler",
         },
     ),
+    "mpnet": Expected(
+        {"mpnet.encoder.layer": 2},
+        (
+            block(
+                "mpnet.encoder.layer.1",
+                attention("attention.attn", "q k v", "attention.attn.o", "attention.LayerNorm"),
+                ffn="intermediate.dense output.dense",
+                norms="attention.LayerNorm output.LayerNorm",
+            ),
+        ),
+        {
+            "mpnet.embeddings.word_embeddings": "embedding",
+            "mpnet.embeddings.position_embeddings": "position",
+            "mpnet.encoder.relative_attention_bias": "position",
+            "classifier.dense": "head",
+            "classifier.out_proj": "head",
+        },
+    ),
+    "deberta_v2": Expected(
+        {"deberta.encoder.layer": 2},
+        (
+            block(
+                "deberta.encoder.layer.1",
+                attention(
+                    "attention.self",
+                    "query_proj key_proj value_proj pos_key_proj pos_query_proj",
+                    "attention.output.dense",
+                    "attention.output.LayerNorm",
+                ),
+                ffn="intermediate.dense output.dense",
+                norms="attention.output.LayerNorm output.LayerNorm",
+            ),
+        ),
+        {
+            "deberta.embeddings.word_embeddings": "embedding",
+            "deberta.embeddings.position_embeddings": "position",
+            "deberta.encoder.rel_embeddings": "position",
+            "pooler.dense": "head",
+            "classifier": "head",
+        },
+    ),
+    "swinv2": Expected(
+        {"swinv2.encoder.layers.0.blocks": 2, "swinv2.encoder.layers.1.blocks": 2},
+        (
+            block(
+                "swinv2.encoder.layers.0.blocks.1",
+                attention(
+                    "attention.self",
+                    "query key value continuous_position_bias_mlp.0 continuous_position_bias_mlp.2",
+                    "attention.output.dense",
+                    "layernorm_before",
+                    norm_reads_residual=False,  # it reads W_O alone, in another order
+                ),
+                ffn="intermediate.dense output.dense",
+                norms="layernorm_before layernorm_after",
+            ),
+        ),
+        {
+            "swinv2.embeddings.patch_embeddings.projection": "stem",
+            "swinv2.encoder.layers.0.downsample.reduction": "other",
+            "classifier": "head",
+        },
+    ),
+    "gptj": Expected(
+        {"transformer.h": 2},
+        (
+            Block(
+                "transformer.h.1",
+                (
+                    Attention(
+                        "transformer.h.1.attn",
+                        False,
+                        tuple(f"transformer.h.1.attn.{part}_proj" for part in "qkv"),
+                        "transformer.h.1.attn.out_proj",
+                    ),
+                ),
+                ("transformer.h.1.mlp.fc_in",),
+                "transformer.h.1.mlp.fc_out",
+                ("transformer.h.1.ln_1",),
+            ),
+        ),
+        {"transformer.wte": "embedding", "lm_head": "head"},
+    ),
+    "bloom": Expected(
+        {"transformer.h": 2},
+        (
+            block(
+                "transformer.h.1",
+                attention("self_attention", "query_key_value", "self_attention.dense", "post_attention_layernorm"),
+                ffn="mlp.dense_h_to_4h mlp.dense_4h_to_h",
+                norms="input_layernorm post_attention_layernorm",
+            ),
+        ),
+        {"transformer.word_embeddings": "embedding", "lm_head": "head"},
+    ),
 }
 
 
@@ -520,17 +616,21 @@ def test_accessors() -> None:
     assert anatomy.layers("head") == ["lm_head"]
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_unsupported_families(name: str) -> None:
-    """A family outside of transformers' attention interface is refused in one line with the name of its class."""
-    model, batch = UNSUPPORTED[name]()
-    if model._can_set_attn_implementation():  # GPT-J joined it in transformers 5.24: then it is served
-        assert read_anatomy(model, batch).blocks
-        return
-    with pytest.raises(ModelError) as error:
-        read_anatomy(model, batch)
-    assert type(model).__name__ in str(error.value)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize(("name", "products", "heads"), [("mpnet", 2, 0), ("deberta_v2", 4, 4), ("bloom", 2, 4)])
+def test_attention_in_own_code(name: str, products: int, heads: int) -> None:
+    """Where a model computes attention by itself, the products of Q and K and of map and V are found, the first of
+    several before the softmax; heads too, where they are one dimension with the samples."""
+    assert {a.plan for a in read(name).attentions} == {Plan(0, products - 1, products, products + 1, heads)}
+
+
+@pytest.mark.parametrize("name", FLOAT_ATTENTION)
+def test_attention_that_stays_float(name: str) -> None:
+    """Attention that Bittern cannot reach into is named; the roles of the layers around it are found all the same."""
+    model, batch = FLOAT_ATTENTION[name]()
+    anatomy = read_anatomy(model, batch)
+    assert not anatomy.attentions
+    assert anatomy.float_products == tuple(f"transformer.layer.{i}.rel_attn" for i in range(2))
+    assert {"embedding", "ffn", "head"} <= set(anatomy.roles.values())
 
 
 @pytest.mark.parametrize("name", ["bert", "swin", "detr", "t5"])

@@ -39,6 +39,8 @@ ALL = (
     "t5",
     "bart",
     "whisper",
+    "mpnet",
+    "deberta_v2",
 )
 TERNARY, COARSE = Format(kind="ternary", clip=2.5), Format(bits=4, granularity="token")
 
@@ -176,7 +178,7 @@ def test_one_layer_for_three() -> None:
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-4, atol=1e-7, msg=f"{name}: {{}}".format)
 
 
-@pytest.mark.parametrize("family", ["bert", "vit", "gpt2", "gpt_neox", "llama", "t5", "bart", "detr"])
+@pytest.mark.parametrize("family", ["bert", "vit", "gpt2", "gpt_neox", "llama", "t5", "bart", "detr", "mpnet", "bloom"])
 def test_value_columns(family: str) -> None:
     """A gate knows which of its layer's outputs become values: changing the others changes no value, and these do."""
     student, teacher, batch = pair(family)
@@ -289,7 +291,7 @@ def test_own_maps_are_compared() -> None:
         assert taught == alone > 0
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "mpnet"])
 @pytest.mark.parametrize("point", POINTS)
 def test_padding(family: str, point: str) -> None:
     """Padding changes nothing while the teacher intervenes."""

@@ -22,7 +22,10 @@ from helpers import outputs, quantized
 from test_packed import LAYERS
 
 pytestmark = pytest.mark.kernels
-WITHOUT_ATTENTION = ("swin", "beit", "t5", "gemma2")  # on the kernels: theirs has a bias or a cap
+WITHOUT_ATTENTION = (  # on the kernels: theirs has a bias or a cap, or is the family's own code
+    *("swin", "beit", "t5", "gemma2"),
+    *("mpnet", "deberta_v2", "swinv2", "gptj", "bloom"),
+)
 RECIPES = ["ternary-2-2-8", "w8a8", "w4a8", "vt-w6a6"]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from bittern import attention, layers, load, pack, save
+from bittern import calibrate, layers, load, native, pack, save
 from bittern.anatomy import Anatomy, Record, record_of
 from bittern.attention import Site
 from bittern.dry_run import read_anatomy
@@ -37,7 +37,7 @@ from bittern.layers import (
 from bittern.qat.trainer import QATTrainer
 from bittern.quantizers import FakeQuant
 from bittern.recipe import Format, Recipe, Role, Rule, recipe_names
-from families import SUPPORTED, Batch
+from families import FLOAT_ATTENTION, SUPPORTED, Batch
 
 ROW = Format(bits=8, granularity="row")
 INPUT = Format(bits=8, scheme="asymmetric")
@@ -144,6 +144,7 @@ def test_report_as_text_and_data() -> None:
         "ffn                  4 modules        6,144 weights  uniform 8-bit per row",
         "pooler               1 modules        1,024 weights  float",
         "head                 1 modules           96 weights  float",
+        *report.notes,
     ]
     data = json.loads(json.dumps(report.to_dict()))
     assert data["recipe"] == "test"
@@ -368,7 +369,7 @@ def test_shared_input(monkeypatch: pytest.MonkeyPatch) -> None:
             layer.input_quantizer.register_forward_hook(lambda *_: calls.append(1))
     for parted in (False, True):
         if parted:
-            monkeypatch.setattr(attention, "quantize_once", lambda x, how, quantize: quantize(x))
+            monkeypatch.setattr(layers, "quantize_once", lambda x, how, quantize: quantize(x))
         model.zero_grad()
         torch.manual_seed(0)
         model(**batch)["logits"].square().sum().backward()
@@ -561,8 +562,16 @@ def as_it_is(model: hf.PreTrainedModel) -> None:
 
 
 REFUSED = [
-    (with_own_linear, DYNAMIC, rf"{FFN} is a OwnLinear, a subclass of Linear that Bittern does not know"),
-    (with_own_embedding, DYNAMIC, rf"{WORDS} is a OwnScaledWordEmbedding, a subclass of Embedding"),
+    (
+        with_own_linear,
+        recipe(Rule(modules=FFN, weight=ROW)),
+        rf"{FFN} is a OwnLinear, a subclass of Linear that Bittern does not know",
+    ),
+    (
+        with_own_embedding,
+        recipe(Rule(modules=WORDS, weight=ROW)),
+        rf"{WORDS} is a OwnScaledWordEmbedding, a subclass of Embedding",
+    ),
     (with_max_norm, DYNAMIC, rf"{WORDS} is an embedding with max_norm"),
     (with_nan, DYNAMIC, rf"weight {FFN}\.weight holds NaN"),
     (as_it_is, recipe(Rule(roles=("ffn", "embedding"), input=INPUT)), rf"{WORDS} is an embedding: its input"),
@@ -594,12 +603,60 @@ def test_refused_before_anything_changes(
     assert model.config._attn_implementation == implementation
 
 
-def test_unknown_layers_can_stay_float() -> None:
-    """The rule that the refusal of an unknown layer proposes is all it takes to go on."""
+@pytest.mark.parametrize(("change", "name"), [(with_own_linear, FFN), (with_own_embedding, WORDS)])
+def test_unknown_layers_stay_float(change: Callable[[hf.PreTrainedModel], None], name: str) -> None:
+    """A layer of a class whose forward may differ stays float, and is named, unless a rule asks for it by its name."""
     model, batch = SUPPORTED["bert"]()
-    with_own_linear(model)
-    report = simulate(model, Recipe(name="test", rules=(Rule(modules=FFN), *DYNAMIC.rules)), batch)
-    assert FFN in [layer.name for layer in report.kept_float]
+    change(model)
+    report = simulate(model, DYNAMIC, batch)
+    assert name in [layer.name for layer in report.kept_float if layer.unknown]
+    assert report.notes[1:] == (f"layers of classes that Bittern does not know stay float: {name}",)
+
+
+def test_unknown_layers_keep_what_is_tied_to_them_float() -> None:
+    """A head that shares the weight of an embedding of an unknown class is not quantized without it."""
+    model, batch = SUPPORTED["gpt2"]()
+    own = type("OwnEmbedding", (nn.Embedding,), {})(99, 32)
+    own.weight = model.lm_head.weight
+    model.set_input_embeddings(own)
+    report = simulate(model, DYNAMIC, batch)
+    assert {"transformer.wte", "lm_head"} <= {layer.name for layer in report.kept_float}
+
+
+def test_idle_tied_layers_read_nothing() -> None:
+    """A layer that never runs has the quantized weight of the one that it is tied to, and no quantizer of its input."""
+    model, batch = SUPPORTED["bert"]()
+    model.bert.never = nn.Linear(32, 48)
+    model.bert.never.weight = model.get_submodule(FFN).weight
+    simulate(model, "w8a8", batch)
+    assert model.bert.never.weight_quantizer is not None
+    assert model.bert.never.input_quantizer is None
+    calibrate(model, [batch])
+
+
+def test_share() -> None:
+    """A report tells which share of the weights is quantized, and below 80 % what the largest are that are not."""
+    model, batch = SUPPORTED["bert"]()
+    assert simulate(model, "w8a8", batch).notes == ("88.0% of 21,056 weights are quantized",)
+    restore(model)
+    note = simulate(model, recipe(Rule(roles=("ffn",), weight=ROW)), batch).notes[0]
+    assert note.startswith(
+        "29.2% of 21,056 weights are quantized, fewer than 80%; the largest that stay float: bert.emb"
+    )
+
+
+@pytest.mark.parametrize("name", FLOAT_ATTENTION)
+def test_attention_that_stays_float(name: str) -> None:
+    """Where attention stays float, layers are quantized, packed and right all the same, and the report names it."""
+    model, batch = FLOAT_ATTENTION[name]()
+    report = simulate(model, "w8a8", batch)
+    assert report.notes[1].startswith("products of activations stay float in transformer.layer.0.rel_attn, ")
+    assert not any(isinstance(m, Site) for m in model.modules())
+    calibrate(model, [batch])
+    expected = logits(model, batch)
+    pack(model)
+    with native.disabled():
+        assert torch.equal(logits(model, batch), expected)
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), "bert", None], ids=["module", "text", "none"])

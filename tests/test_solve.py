@@ -324,7 +324,7 @@ def test_ties(family: str, owner: str, method: str) -> None:
     assert same(outputs(pack(model), batch), expected)
 
 
-@pytest.mark.parametrize("family", ["vit", "llama", "gpt2", "t5"])
+@pytest.mark.parametrize("family", ["vit", "llama", "gpt2", "t5", "mpnet"])
 def test_heads(family: str) -> None:
     """With scales per head each head of Q, K, V and the map has its own, grouped ones too, and the model runs."""
     model, batch = SUPPORTED[family]()

@@ -111,7 +111,7 @@ def test_families(family: str) -> None:
     assert all(p.grad is None for p in teacher.parameters())
 
 
-@pytest.mark.parametrize("family", ["bert", "vit", "llama", "t5"])
+@pytest.mark.parametrize("family", ["bert", "vit", "llama", "t5", "mpnet"])
 def test_equal(family: str) -> None:
     """A student that computes what its teacher does has no layer-wise loss."""
     teacher, batch = SUPPORTED[family]()
@@ -145,7 +145,7 @@ def test_against_output_attentions() -> None:
     torch.testing.assert_close(terms["map"], maps, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "mpnet"])
 def test_padding(family: str) -> None:
     """More padding changes no term."""
     student, teacher, batch = pair(family, "w8a8")

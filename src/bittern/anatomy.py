@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from bittern.products import Plan
 from bittern.recipe import Recipe, Role
 
 
 @dataclass(frozen=True)
 class Attention:
     """One attention module. `inputs`: its Q, K, V projections (one if fused); `output`: W_O;
-    `norm`: the first norm after W_O; `norm_reads_residual`: whether that norm reads X + AO, and nothing else."""
+    `norm`: the first norm after W_O; `norm_reads_residual`: whether that norm reads X + AO, and nothing else;
+    `plan`: which of its products are QKᵀ and map · V, where it does not call transformers' AttentionInterface."""
 
     name: str
     cross: bool
@@ -20,11 +22,13 @@ class Attention:
     output: str | None = None
     norm: str | None = None
     norm_reads_residual: bool = False
+    plan: Plan | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One Transformer layer: its attention modules (two in decoders with cross-attention), FFN linears and norms."""
+    """One Transformer layer: its attention modules (two in decoders with cross-attention; none if Bittern cannot reach
+    into it), FFN linears and norms."""
 
     name: str
     attentions: tuple[Attention, ...]
@@ -42,13 +46,15 @@ class Block:
 class Anatomy:
     """Blocks in order of execution, the role of every layer that holds a weight matrix, and those that never ran.
 
-    inputs: names of what the model was given in the dry run, without labels.
+    inputs: names of what the model was given in the dry run, without labels. float_products: modules outside of
+    `attentions` that multiply activations with each other, or weigh them by a softmax, which stays float.
     """
 
     blocks: tuple[Block, ...]
     roles: dict[str, Role] = field(hash=False)
     idle: frozenset[str] = frozenset()
     inputs: frozenset[str] = field(default=frozenset(), compare=False)
+    float_products: tuple[str, ...] = ()
 
     @property
     def attentions(self) -> tuple[Attention, ...]:

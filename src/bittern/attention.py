@@ -2,17 +2,16 @@
 
 transformers calls it through `AttentionInterface` under the name `bittern`, with Q, K, V and the mask of each layer.
 A `Site`, a child of each attention module, owns the quantizers of its two matmuls and says what to record or replace.
+Where a family computes attention in its own code, the site gets at the two matmuls by a `products.Watch`.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +22,11 @@ from bittern import kernels
 from bittern.anatomy import Anatomy, Attention, record_of
 from bittern.compat import active_collector, eager_mask
 from bittern.errors import ModelError
-from bittern.quantizers import FakeQuant
+from bittern.products import SITE, Plan, unwatch, watch
+from bittern.quantizers import FakeQuant, forget_input
 from bittern.recipe import OPERANDS, Format
 
-T = TypeVar("T")
-NAME = "bittern"
+NAME = SITE
 
 Point = Literal[
     "query",
@@ -74,11 +73,14 @@ class _Replace(torch.autograd.Function):
 
 
 class Site(nn.Module):
-    """Belongs to one attention module: its quantizers, and what is recorded and replaced there."""
+    """Belongs to one attention module: its quantizers, and what is recorded and replaced there.
 
-    def __init__(self, name: str, formats: Mapping[str, Format]):
+    plan: where the module's own code has the two matmuls; None if it calls transformers' AttentionInterface.
+    """
+
+    def __init__(self, name: str, formats: Mapping[str, Format], plan: Plan | None = None):
         super().__init__()
-        self.name = name
+        self.name, self.plan = name, plan
         # Names that no renaming pattern of a transformers checkpoint conversion touches.
         for point, fmt in formats.items():
             self.add_module(f"quantize_{point}", FakeQuant(fmt, f"{name}.{point}"))
@@ -98,6 +100,16 @@ class Site(nn.Module):
     def points(self) -> tuple[Point, ...]:
         """Points to record and replace here: blocks differ in their norms, and FFN and output have one site."""
         return tuple(p for p in POINTS if p in ("query", "key", "value", "score", "map", "context") or p in self.hooks)
+
+    def begin(self, mask: Tensor | None) -> None:
+        """One attention is computed, with this mask."""
+        forget_input()
+        if self.taps is not None:
+            self.taps.masks.append((self.name, mask))
+
+    def attend(self, *given: Any) -> Tensor:
+        """Context (batch, heads, queries, head dim) of attention that a module's own code gives to one function."""
+        return attention_forward(*given)[0].transpose(1, 2)
 
     def tap(self, point: Point, x: Tensor) -> Tensor:
         """Record x if asked to, and give back what stands for it."""
@@ -136,7 +148,8 @@ class Site(nn.Module):
     def on_embedding(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
             return (self.tap("embedding", args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": self.tap("embedding", kwargs["hidden_states"])}
+        name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
+        return args, kwargs | {name: self.tap("embedding", kwargs[name])}
 
 
 def attention_forward(
@@ -159,9 +172,7 @@ def attention_forward(
     """
     site: Site | None = module._modules.get(NAME)  # type: ignore[assignment]
     if site is not None:
-        _last_input.kept = None
-        if site.taps is not None:
-            site.taps.masks.append((site.name, attention_mask))
+        site.begin(attention_mask)
         plain = position_bias is None and softcap is None and s_aux is None and getattr(module, "sinks", None) is None
         if plain and site.integer(attention_mask) and not (dropout and module.training):
             quantizers: dict[str, FakeQuant | None] = {operand: site.quantizer(operand) for operand in OPERANDS}
@@ -218,31 +229,6 @@ def only_watches(hook: Any) -> bool:
     )
 
 
-class _LastInput(threading.local):
-    """The last input that `quantize_once` quantized in this thread: the tensor, how, and the result."""
-
-    kept: tuple[weakref.ref[Tensor], tuple[int, object], Any] | None = None
-
-
-_last_input = _LastInput()
-
-
-def quantize_once(x: Tensor, how: object, quantize: Callable[[Tensor], T]) -> T:
-    """Return quantize(x), computed once while the same unchanged tensor is given with the same `how`, as Q, K and V do.
-
-    The result is kept until another input comes or the attention is computed. In training only layers that feed an
-    attention module may ask (`shares_input`): a result must not outlive the backward through its graph.
-    """
-    if x.is_inference():  # PyTorch does not count changes of such tensors
-        return quantize(x)
-    kept, key = _last_input.kept, (x._version, how)
-    if kept is not None and kept[0]() is x and kept[1] == key:
-        return kept[2]  # type: ignore[no-any-return]
-    made = quantize(x)
-    _last_input.kept = weakref.ref(x), key, made
-    return made
-
-
 AttentionInterface.register(NAME, attention_forward)
 # Without a mask function under the same name, transformers passes no mask at all and says nothing.
 AttentionMaskInterface.register(NAME, eager_mask)
@@ -259,13 +245,19 @@ def attach(model: PreTrainedModel, anatomy: Anatomy, formats: Mapping[str, Mappi
     for part in anatomy.attentions:
         site = modules[part.name]._modules.get(NAME)
         if not isinstance(site, Site):
-            site = Site(part.name, (formats or {}).get(part.name, {}))
-            modules[part.name].add_module(NAME, site)
+            site = add_site(modules[part.name], Site(part.name, (formats or {}).get(part.name, {}), part.plan))
         for name in part.inputs:
             modules[name].shares_input = True
         if not site.hooks:
             site.hooks = dict(_hook(site, part, modules, anatomy, hooked))
     use_attention(model)
+
+
+def add_site(module: nn.Module, site: Site) -> Site:
+    module.add_module(NAME, site)
+    if site.plan is not None:
+        watch(module)
+    return site
 
 
 def _hook(
@@ -291,7 +283,8 @@ def _hook(
 
 def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """The configurations that decide which attention function each part of the model calls."""
-    return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
+    configs = (getattr(module, "config", None) for module in model.modules())  # plain modules may have their own
+    return list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
 
 
 def use_attention(model: PreTrainedModel) -> None:
@@ -311,6 +304,7 @@ def detach(model: PreTrainedModel) -> None:
         if isinstance(site, Site):
             for hook in site.hooks.values():
                 hook.remove()
+            unwatch(module)
             del module._modules[NAME]
     record = record_of(model)
     if record.attention_was is not None:
@@ -323,7 +317,10 @@ def sites(model: nn.Module) -> list[Site]:
     """Return all sites of a model, in the order of its modules. Raises ModelError if it has none."""
     found = [m for m in model.modules() if isinstance(m, Site)]
     if not found:
-        raise ModelError("the model has no attention sites; call attention.attach(model, anatomy) first")
+        raise ModelError(
+            f"{type(model).__name__} has no attention sites: call attention.attach(model, anatomy) first; if the "
+            "anatomy has no attention, since Bittern cannot reach into the model's own code, there is none to record"
+        )
     return found
 
 
@@ -338,7 +335,8 @@ def recording(where: nn.Module | Sequence[Site], *points: Point) -> Iterator[Tap
     if unknown := [p for p in points if p not in POINTS]:
         raise ModelError(f"cannot record {unknown[0]!r}; the points are {', '.join(POINTS)}")
     taps = Taps(points)
-    was = {site: site.taps for site in (sites(where) if isinstance(where, nn.Module) else where)}
+    chosen = where if isinstance(where, Sequence) else sites(where) if points else []
+    was = {site: site.taps for site in chosen}
     try:
         for site in was:
             site.taps = taps

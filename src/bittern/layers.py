@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -18,10 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 from bittern import attention
 from bittern.anatomy import Anatomy, record_of
-from bittern.dry_run import LAYERS, check_model, read_anatomy
+from bittern.dry_run import check_model, read_anatomy
 from bittern.errors import ModelError
-from bittern.quantizers import FakeQuant, find_scale, stamp
+from bittern.quantizers import FakeQuant, find_scale, quantize_once, stamp
+from bittern.reader import LAYERS
 from bittern.recipe import Format, Recipe, Role, Rule, load_recipe
+
+LEAST_SHARE = 0.8  # of weights that a user expects to be quantized
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
@@ -75,7 +78,7 @@ class QuantLayer(QuantizedLayer):
         shares = self.shares_input and quantizer is not None and torch.is_grad_enabled()
         if not shares or quantizer is None or quantizer.bypass or quantizer.format.range == "static":
             return super().quantized_input(x)
-        return attention.quantize_once(x, quantizer.format, quantizer)  # type: ignore[no-any-return]
+        return quantize_once(x, quantizer.format, quantizer)  # type: ignore[no-any-return]
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -144,6 +147,7 @@ class LayerReport:
     """One module with parameters, or one attention, and what it got; formats are texts, empty where it stayed float.
 
     role: empty for modules without a weight matrix, such as norms. weights: a weight shared by layers counts once.
+    unknown: a subclass whose forward may differ from those that Bittern knows.
     """
 
     name: str
@@ -153,6 +157,7 @@ class LayerReport:
     weight: str = ""
     input: str = ""
     attention: str = ""
+    unknown: bool = False
 
     @property
     def is_float(self) -> bool:
@@ -175,6 +180,21 @@ class Simulation:
     def kept_float(self) -> tuple[LayerReport, ...]:
         return tuple(layer for layer in self.layers if layer.is_float)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The share of all weights that is quantized, and what stays float though a rule may have meant it."""
+        total, quantized = sum(x.weights for x in self.layers), sum(x.weights for x in self.layers if x.weight)
+        notes = [f"{quantized / max(total, 1):.1%} of {total:,} weights are quantized"]
+        if quantized < LEAST_SHARE * total:
+            largest = sorted((x for x in self.layers if not x.weight), key=lambda x: -x.weights)[:3]
+            named = ", ".join(f"{x.name} ({x.type}, {x.weights:,})" for x in largest)
+            notes[0] += f", fewer than {LEAST_SHARE:.0%}; the largest that stay float: {named}"
+        if products := self.anatomy.float_products:
+            notes.append(f"products of activations stay float in {_some(products)}")
+        if unknown := [x.name for x in self.kept_float if x.unknown]:
+            notes.append(f"layers of classes that Bittern does not know stay float: {_some(unknown)}")
+        return tuple(notes)
+
     def to_dict(self) -> dict[str, Any]:
         return {"recipe": self.recipe, "layers": [asdict(layer) for layer in self.layers]}
 
@@ -183,10 +203,15 @@ class Simulation:
         for layer in self.layers:
             what = layer.attention or " × ".join(filter(None, (layer.weight, layer.input and f"input {layer.input}")))
             groups.setdefault((layer.role or layer.type, what or "float"), []).append(layer)
-        return "\n".join(
+        rows = (
             f"{role:17} {len(group):4} modules {sum(x.weights for x in group):12,} weights  {what}"
             for (role, what), group in groups.items()
         )
+        return "\n".join((*rows, *self.notes))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, Any] | None = None) -> Simulation:
@@ -195,8 +220,8 @@ def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, A
     recipe: a name (`w8a8`), a path to YAML, or a Recipe. batch: inputs of one dry run, made up if not given.
     Static scales of weights are set here from their extremes; those of activations by `calibrate`.
     A weight that layers share is quantized once, as the embedding's rule says. Layers that the dry run did not reach
-    stay float. Raises ModelError (NaN weights, unknown layers, unsupported attention) and RecipeError, before it
-    changes anything.
+    stay float, and so do those of unknown subclasses, unless a rule names them, and attention that is not found; the
+    report's `notes` tell. Raises ModelError and RecipeError before it changes anything.
 
     >>> from transformers import ViTConfig, ViTModel
     >>> model = ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
@@ -207,6 +232,8 @@ def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, A
     recipe = load_recipe(recipe)
     if isinstance(model, nn.Module) and is_simulated(model):
         raise ModelError("the model is simulated already; call restore(model) first")
+    if isinstance(model, nn.Module) and any(isinstance(m, QuantizedLayer) for m in model.modules()):
+        raise ModelError("the model is packed already; simulate the float model that it was made from")
     anatomy = anatomy_of(model, batch)
     attentions: dict[str, Role] = {a.name: "attention" for a in anatomy.attentions}
     recipe.check_globs(anatomy.roles | attentions)
@@ -266,7 +293,8 @@ def describe(model: PreTrainedModel) -> Simulation:
             rule, kind = given.get(name, Rule()), type(module).__name__.removeprefix("Quant")
             weight, fmt_input = (str(fmt or "") for fmt in (rule.weight, rule.input))
             operands = ", ".join(f"{operand} {fmt}" for operand, fmt in rule.operands.items())
-            reports.append(LayerReport(name, kind, roles.get(name, ""), weights, weight, fmt_input, operands))
+            unknown = name in anatomy.roles and name not in given and simulated_type(module) is None
+            reports.append(LayerReport(name, kind, roles.get(name, ""), weights, weight, fmt_input, operands, unknown))
     return Simulation("" if recipe is None else recipe.name, tuple(reports), anatomy)
 
 
@@ -276,15 +304,25 @@ Plan = dict[str, tuple[Format | None, Format | None]]  # layer → formats of we
 def _plan(model: PreTrainedModel, recipe: Recipe, anatomy: Anatomy, tied: Mapping[str, str]) -> Plan:
     """Formats of every layer that gets one; refuses what cannot be quantized as asked."""
     plan: Plan = {}
-    ran = {tied.get(name, name) for name in anatomy.roles if name not in anatomy.idle}
+    owners = {name: tied.get(name, name) for name in anatomy.roles}
+    ran = {owner for name, owner in owners.items() if name not in anatomy.idle}
+    unknown = {owner for name, owner in owners.items() if _is_unknown(model.get_submodule(name), name, recipe, anatomy)}
     for name, role in anatomy.roles.items():
-        owner = tied.get(name, name)
+        owner = owners[name]
         rule, owner_rule = recipe.rule_for(name, role), recipe.rule_for(owner, anatomy.roles[owner])
         weight, fmt_input = owner_rule.weight if owner_rule else None, rule.input if rule else None
-        if owner in ran and (weight is not None or fmt_input is not None):
+        if name in anatomy.idle:  # tied to one that runs: it reads nothing
+            fmt_input = None
+        if owner in ran - unknown and (weight is not None or fmt_input is not None):
             _check_layer(name, model.get_submodule(name), weight, fmt_input)
             plan[name] = weight, fmt_input
     return plan
+
+
+def _is_unknown(layer: nn.Module, name: str, recipe: Recipe, anatomy: Anatomy) -> bool:
+    """True for a layer of a class that is not known, unless a rule names it, so that it is refused and not left out."""
+    rule = recipe.rule_for(name, anatomy.roles[name])
+    return simulated_type(layer) is None and (rule is None or rule.modules == "*")
 
 
 def restore(model: PreTrainedModel) -> None:

@@ -7,7 +7,10 @@ code * scale (+ offset), so that a packed file, which stores codes and scales, g
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from bittern.errors import ModelError
 from bittern.native import rounding
 from bittern.recipe import Format
 
+T = TypeVar("T")
 TERNARY_THRESHOLD = 0.7  # times the mean of |w| (Ternary Weight Networks; TernaryBERT)
 
 
@@ -314,3 +318,32 @@ class FakeQuant(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.format)
+
+
+class _LastInput(threading.local):
+    """The last input that `quantize_once` quantized in this thread: the tensor, how, and the result."""
+
+    kept: tuple[weakref.ref[Tensor], tuple[int, object], Any] | None = None
+
+
+_last_input = _LastInput()
+
+
+def quantize_once(x: Tensor, how: object, quantize: Callable[[Tensor], T]) -> T:
+    """Return quantize(x), computed once while the same unchanged tensor is given with the same `how`, as Q, K and V do.
+
+    The result is kept until another input comes or the attention is computed. In training only layers that feed an
+    attention module may ask (`shares_input`): a result must not outlive the backward through its graph.
+    """
+    if x.is_inference():  # PyTorch does not count changes of such tensors
+        return quantize(x)
+    kept, key = _last_input.kept, (x._version, how)
+    if kept is not None and kept[0]() is x and kept[1] == key:
+        return kept[2]  # type: ignore[no-any-return]
+    made = quantize(x)
+    _last_input.kept = weakref.ref(x), key, made
+    return made
+
+
+def forget_input() -> None:
+    _last_input.kept = None

@@ -83,7 +83,7 @@ def attention_output(anatomy: Anatomy) -> Point:
                 f"{attention.name} has no sum of its output and its input before a norm, so there is no term output; "
                 "use self_output"
             )
-    post_norm = all(b.norms and b.norms[0] == b.attentions[0].norm for b in anatomy.blocks)
+    post_norm = all(b.norms and b.norms[0] == b.attentions[0].norm for b in anatomy.blocks if b.attentions)
     return "norm" if post_norm else "residual"
 
 

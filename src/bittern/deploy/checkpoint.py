@@ -41,6 +41,7 @@ from bittern.deploy.files import digest, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers, weight_bytes
 from bittern.errors import CheckpointError, ModelError
 from bittern.layers import QuantizedLayer, QuantLayer, fake_quants, formats, is_simulated, swap, weight_matrix
+from bittern.products import Plan
 from bittern.recipe import Rule
 
 METHOD = "bittern"
@@ -210,7 +211,8 @@ class BitternQuantizer(HfQuantizer):
         table: dict[Rule, int] = {}
         for name, rule in formats(model).items():
             owner = f"{name}.{attention.NAME}" if rule.for_attention else name
-            state[f"{owner}.{INDEX}"] = torch.tensor([table.setdefault(rule, len(table))], dtype=torch.int32)
+            plan = getattr(model.get_submodule(owner), "plan", None) or ()  # of attention in a module's own code
+            state[f"{owner}.{INDEX}"] = torch.tensor([table.setdefault(rule, len(table)), *plan], dtype=torch.int32)
         if not table:  # marked once, and float again since
             self.remove_quantization_config(model)
             return state, {}
@@ -248,11 +250,6 @@ class BitternQuantizer(HfQuantizer):
         return [conversion for conversion in weight_conversions if keep(conversion)]
 
     # ---- loading
-
-    def update_attn_implementation(self, config: Any) -> Any:
-        if any(rule.for_attention for rule in self.quantization_config.rules()):
-            config._attn_implementation = attention.NAME
-        return config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -320,15 +317,17 @@ def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str,
     """Give a model on the meta device the modules and empty buffers that the checkpoint will fill."""
     rules, modules = config.rules(), dict(model.named_modules())
     for name, tensors in stored.items():
-        index = int(tensors[INDEX])
-        if not 0 <= index < len(rules):
+        index, *plan = tensors[INDEX].tolist()
+        if not 0 <= index < len(rules) or len(plan) not in (0, len(Plan._fields)):
             raise CheckpointError(f"{name}: format_index {index} is outside the table of {len(rules)} formats")
         rule = rules[index]
         if rule.for_attention:
             parent = name.removesuffix(f".{attention.NAME}")
-            modules[parent].add_module(attention.NAME, attention.Site(parent, rule.operands))
+            attention.add_site(modules[parent], attention.Site(parent, rule.operands, Plan(*plan) if plan else None))
         else:
             swap(modules[name], name, rule.weight, rule.input)
+    if any(rule.for_attention for rule in rules):
+        attention.use_attention(model)  # not before it is built: some families choose a class by the function's name
     if config.state == "packed":
         _rebuild_packed(model, modules, stored)
     for name, tensors in stored.items():

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bittern import attention, native
+from bittern import native
 from bittern.errors import ModelError
 from bittern.kernels import has_kernel, input_coding, make_panels
 from bittern.layers import (
@@ -41,7 +41,7 @@ from bittern.layers import (
     fake_quants,
     weight_matrix,
 )
-from bittern.quantizers import code_range, decode, encode, find_scale, stamp
+from bittern.quantizers import code_range, decode, encode, find_scale, quantize_once, stamp
 from bittern.recipe import Format
 
 
@@ -194,9 +194,7 @@ class PackedLayer(QuantizedLayer):
             return None
         if (panels := self.panels()) is None or x.shape[-1:] != (panels.inputs,):
             return None
-        rows = attention.quantize_once(
-            x, coding, lambda x: native.quantize(x.reshape(-1, x.shape[-1]).contiguous(), coding)
-        )
+        rows = quantize_once(x, coding, lambda x: native.quantize(x.reshape(-1, x.shape[-1]).contiguous(), coding))
         if rows is None:
             return None
         return native.linear(rows, panels, self.padded_bias(panels)).view(*x.shape[:-1], panels.outputs)

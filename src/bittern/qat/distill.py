@@ -53,6 +53,11 @@ class Distiller:
         self.distill, self.student, self.teacher = distill, student, teacher
         self.intervention = intervention
         self.anatomy = self.teacher_anatomy = anatomy_of(student)
+        if not self.anatomy.attentions and (distill.layerwise or intervention):
+            raise ModelError(
+                f"{type(student).__name__} computes attention in code of its own that Bittern cannot reach into: there "
+                "are no layers to learn from; use the terms truth and prediction"
+            )
         attach(student, self.anatomy)
         if distill.needs_teacher or intervention:
             if teacher is None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from bittern.anatomy import Anatomy
 from bittern.attention import NAME, Point, Site, Taps, recording, replace
-from bittern.dry_run import dummy_batch
+from bittern.dry_run import dummy_batch, evaluating
 from bittern.errors import ModelError
 from bittern.layers import QuantLayer
 from bittern.options import Act
@@ -128,15 +128,12 @@ def _gates(student: PreTrainedModel, anatomy: Anatomy, chosen: Mapping[str, str]
         for a in attentions
         for name in a.inputs
     ]
-    modes = {module: module.training for module in student.modules()}
     try:
-        with torch.enable_grad(), recording(student.eval(), "value") as taps:
+        with torch.enable_grad(), evaluating(student), recording(student, "value") as taps:
             student(**dummy_batch(student))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     values = dict(zip(taps.names["value"], taps["value"], strict=True))
     for a in attentions:
         value = values[a.name]

@@ -22,10 +22,10 @@ from bittern.deploy.onnx.parity import check, compare, complete, made_up, run, r
 from bittern.deploy.onnx.plan import Form, Plan, integer_codes, may_saturate, plan, remove_rounding, round_inputs
 from bittern.deploy.packed import PackedLayer
 from bittern.deploy.store import REPORT, copy_processors, load
-from bittern.dry_run import LAYERS
 from bittern.errors import InputError, ModelError, first_line
 from bittern.layers import is_simulated
 from bittern.progress import Track, silent
+from bittern.reader import LAYERS
 
 NEEDED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 

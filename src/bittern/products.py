@@ -1,0 +1,334 @@
+"""Attention that a model computes with its own code, seen from outside: a mode sees what its functions are given.
+
+The product whose result reaches a softmax is QKᵀ, the product that then reads the softmax is map · V. `Trace` finds
+them in a dry run by following results from call to call; a `Watch` serves them, by their numbers, in every run after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, wraps
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from bittern.errors import ModelError
+
+SITE = "bittern"  # the name of what serves an attention module, as its child
+_SDPA = F.scaled_dot_product_attention
+_SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
+    torch.matmul: ("input", "other"),
+    torch.bmm: ("input", "mat2"),
+    torch.baddbmm: ("added", "input", "mat2"),
+    torch.softmax: ("input", "dim", "dtype"),
+    F.softmax: ("input", "dim", "_stacklevel", "dtype"),
+    _SDPA: ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
+}
+_METHODS: dict[Any, Callable[..., Any]] = {
+    Tensor.matmul: torch.matmul,
+    Tensor.__matmul__: torch.matmul,
+    Tensor.bmm: torch.bmm,
+    Tensor.baddbmm: torch.baddbmm,
+    Tensor.softmax: torch.softmax,
+}
+_ALSO_KNOWN = {"batch1": "input", "batch2": "mat2"}  # keywords of baddbmm, whose own `input` is what is added
+_SOFTMAX, _PRODUCTS = (torch.softmax, F.softmax), (torch.matmul, torch.bmm, torch.baddbmm)
+
+
+class Plan(NamedTuple):
+    """Numbers, from 0, of calls in one forward of an attention module, all of which count: products of two tensors
+    with three dimensions or more, and softmaxes of such. heads: in tensors of (batch · heads, …); 0 if they have none.
+    """
+
+    score: int
+    softmax: int
+    context: int
+    calls: int
+    heads: int
+
+
+class _Call(NamedTuple):
+    function: Callable[..., Any]
+    given: dict[str, Any]
+
+    @property
+    def operands(self) -> list[Tensor]:
+        return [x for key in ("input", "other", "mat2", "query", "key") if isinstance(x := self.given.get(key), Tensor)]
+
+
+def _counted(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | None:
+    """The call if it counts, with all that it was given by name."""
+    function = _METHODS.get(func, func)
+    names = _SIGNATURES.get(function)
+    if names is None:
+        return None
+    if function is torch.baddbmm:
+        args, kwargs = args or (kwargs["input"],), {_ALSO_KNOWN.get(k, k): v for k, v in kwargs.items() if k != "input"}
+    call = _Call(function, dict(zip(names, args, strict=False)) | dict(kwargs))
+    return call if all(x.dim() >= 3 for x in call.operands) else None
+
+
+# Serving
+
+
+class _Site(Protocol):
+    """What a Watch needs of `attention.Site`."""
+
+    name: str
+    plan: Plan | None
+
+    def begin(self, mask: Tensor | None) -> None: ...
+    def tap(self, point: Any, x: Tensor) -> Tensor: ...
+    def quantize(self, point: str, x: Tensor) -> Tensor: ...
+    def attend(self, *given: Any) -> Tensor: ...
+
+
+class Watch(TorchFunctionMode):
+    """Lets the site of an attention module record, replace and quantize inside one forward of it."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module, self.at = module, 0
+        self.site: _Site = module._modules[SITE]  # type: ignore[assignment]
+        assert self.site.plan is not None
+        self.plan = self.site.plan
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = _counted(func, args, kwargs or {})
+        if call is None:
+            return func(*args, **(kwargs or {}))
+        at, self.at = self.at, self.at + 1
+        if at not in self.plan[:3]:
+            return func(*args, **(kwargs or {}))
+        score, softmax, context = self.plan[:3]
+        wanted = (_SDPA,) if score == context else _SOFTMAX if at == softmax else _PRODUCTS
+        if call.function not in wanted:
+            raise self._other_way(f"call {at} is {call.function.__name__}")
+        if call.function is _SDPA:
+            return self._attend(**call.given)
+        if at == softmax:
+            return self._normalize(**call.given)
+        return self._multiply(call.function, at == score, **call.given)
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        super().__exit__(kind, *rest)  # type: ignore[no-untyped-call]
+        if kind is None and self.at != self.plan.calls:
+            raise self._other_way(f"it made {self.at} calls")
+
+    def _other_way(self, what: str) -> ModelError:
+        return ModelError(
+            f"{self.site.name} computes attention in another way than in the dry run, where {self.plan.calls} calls of "
+            f"products and softmaxes were seen: {what}; give simulate a batch like those that come"
+        )
+
+    def _shaped(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, self.plan.heads)) if x.dim() == 3 else x  # (batch, heads, ·, ·)
+
+    def _multiply(
+        self, function: Any, of_scores: bool, input: Tensor, added: Tensor | None = None, **other: Any
+    ) -> Tensor:
+        """QKᵀ, or map · V: left (…, queries, ·) times right (…, ·, keys or head dim)."""
+        key = "other" if "other" in other else "mat2"
+        left, right = self._shaped(input), self._shaped(other.pop(key))
+        if of_scores:
+            left, right = self.site.tap("query", left), self.site.tap("key", right.mT)
+            left, right = self.site.quantize("query", left), self.site.quantize("key", right).mT
+        else:
+            left, right = self.site.quantize("map", left), self.site.quantize("value", self.site.tap("value", right))
+        if input.dim() == 3:
+            left, right = left.flatten(0, 1), right.flatten(0, 1)  # (batch · heads, ·, ·)
+        operands = (left, right) if added is None else (added, left, right)
+        out: Tensor = function(*operands, **other)
+        if not of_scores:
+            out = self.site.tap("context", self._shaped(out)).reshape(out.shape)
+        return out
+
+    def _normalize(self, input: Tensor, dim: int, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        scores = self._shaped(input)
+        self.site.begin((scores > -1e4).any(1, keepdim=True))  # (batch, 1, queries, keys): what may be attended
+        maps = self.site.tap("score", scores).softmax(-1, dtype)
+        return self.site.tap("map", maps).reshape(input.shape)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,  # told by the shapes
+    ) -> Tensor:
+        if is_causal:
+            attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        if attn_mask is not None:
+            attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]  # (batch or 1, heads or 1, queries, keys)
+        return self.site.attend(self.module, query, key, value, attn_mask, scale, dropout_p)
+
+
+@cache
+def _watched(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of modules of this kind that run inside a Watch, of the same name."""
+
+    @wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with Watch(self):
+            return kind.forward(self, *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "unwatched": kind})
+
+
+def watch(module: nn.Module) -> None:
+    """From now on the module's site, its child, sees and serves its products."""
+    if not hasattr(module, "unwatched"):
+        module.__class__ = _watched(type(module))  # type: ignore[arg-type]
+
+
+def unwatch(module: nn.Module) -> None:
+    if hasattr(module, "unwatched"):
+        module.__class__ = module.unwatched  # type: ignore[assignment]
+
+
+@contextmanager
+def unwatched(model: nn.Module) -> Iterator[None]:
+    """No module of the model is watched inside the block."""
+    watched = [module for module in model.modules() if hasattr(module, "unwatched")]
+    try:
+        for module in watched:
+            unwatch(module)
+        yield
+    finally:
+        for module in watched:
+            watch(module)
+
+
+# Finding
+
+
+@dataclass(eq=False)
+class Frame:
+    """One run of a module, and how many calls in it count."""
+
+    name: str
+    calls: int = 0
+
+
+@dataclass(eq=False)
+class _Seen:
+    """A call that counts. at: its number in each module that runs, outermost first. shapes: of its operands. served:
+    whether a Watch can take its place. feeds: the products whose results reach a softmax; None for products."""
+
+    at: dict[Frame, int]
+    shapes: list[torch.Size]
+    served: bool
+    feeds: list[_Seen] | None = None
+
+    @property
+    def order(self) -> int:
+        return next(iter(self.at.values()))
+
+    @property
+    def size(self) -> int:
+        """Entries of a product's result."""
+        return self.shapes[0][:-1].numel() * self.shapes[1][-1]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Attention in the own code of a module. context: its result, from which the number of heads is read."""
+
+    plan: Plan
+    frame: Frame
+    context: Tensor
+    cross: bool
+
+
+_ACTIVATION = object()  # the mark of what depends on a layer's output, unlike positions and their rotations
+_LAYERS = (F.linear, F.conv1d, F.conv2d, F.embedding)
+_OTHER_PRODUCTS = (torch.einsum, torch.functional.einsum, F.multi_head_attention_forward)
+
+
+class Trace(TorchFunctionMode):
+    """Follows results from call to call in a dry run. running: the modules that run, innermost last; on_product: told
+    when one of them multiplies activations, or weighs them by a softmax; on_attention: of attention that is complete.
+    """
+
+    def __init__(self, running: list[Frame], on_product: Callable[[], None], on_attention: Callable[[Found], None]):
+        super().__init__()
+        self.running, self.on_product, self.on_attention = running, on_product, on_attention
+        self.marks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor → the calls that it came from
+
+    def _marks(self, x: Any) -> frozenset[Any]:
+        if isinstance(x, Tensor):
+            found: frozenset[Any] = self.marks.get(x, frozenset())
+            return found
+        return frozenset().union(*map(self._marks, x)) if isinstance(x, list | tuple) else frozenset()
+
+    def _mark(self, x: Any, marks: frozenset[Any]) -> None:
+        if isinstance(x, Tensor):
+            self.marks[x] = marks
+        for part in x if isinstance(x, list | tuple) else ():
+            self._mark(part, marks)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        marks = self._marks([*args, *kwargs.values()])
+        call = _counted(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if func in _LAYERS:
+            marks = frozenset({_ACTIVATION})
+        elif call is not None:
+            marks = self._follow(call, out, marks)
+        elif func in _OTHER_PRODUCTS and sum(_ACTIVATION in self._marks(x) for x in _flat(args)) > 1:
+            self.on_product()
+        if marks:
+            self._mark(out, marks)
+        return out
+
+    def _follow(self, call: _Call, out: Tensor, marks: frozenset[Any]) -> frozenset[Any]:
+        """Return the marks of a counted call's result."""
+        shapes = [x.shape for x in call.operands]
+        seen = _Seen({frame: frame.calls for frame in self.running}, shapes, {len(s) for s in shapes} <= {3, 4})
+        for frame in self.running:
+            frame.calls += 1
+        of_operands = [self._marks(x) for x in call.operands]
+        if all(_ACTIVATION in m for m in of_operands):
+            self.on_product()
+        if call.function is _SDPA:
+            self._report(seen, seen, seen, out)
+        elif call.function in _SOFTMAX:
+            seen.served &= call.given.get("dim", -1) in (-1, len(shapes[0]) - 1)
+            seen.feeds = [s for s in marks if isinstance(s, _Seen) and s.feeds is None]
+        elif reads := [s for s in of_operands[0] - of_operands[1] if isinstance(s, _Seen) and s.feeds]:
+            softmax = max(reads, key=lambda s: (len(_shared(s, seen)), s.order))
+            # Of several products in a sum, as of contents and of positions, the first is of contents.
+            feeds = [s for s in softmax.feeds or () if s.size == softmax.shapes[0].numel() == shapes[0].numel()]
+            if feeds:
+                score = min(feeds, key=lambda s: (-len(_shared(s, softmax, seen)), s.order))
+                self._report(score, softmax, seen, out)
+        return marks & {_ACTIVATION} | {seen}
+
+    def _report(self, score: _Seen, softmax: _Seen, context: _Seen, out: Tensor) -> None:
+        if not (score.served and softmax.served and context.served):
+            return
+        frame = _shared(score, softmax, context)[-1]
+        plan = Plan(score.at[frame], softmax.at[frame], context.at[frame], 0, 0)
+        keys = context.shapes[1][-2]
+        cross = context.shapes[0][-2] != keys
+        self.on_attention(Found(plan, frame, out, cross))
+
+
+def _shared(*calls: _Seen) -> list[Frame]:
+    """The runs of modules that all of these calls are in, outermost first."""
+    return [frame for frame in calls[0].at if all(frame in call.at for call in calls)]
+
+
+def _flat(args: Sequence[Any]) -> list[Any]:
+    return [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]

@@ -1,0 +1,205 @@
+"""Read a Transformer's anatomy off the events of one dry run.
+
+The order of execution tells it all: the first linear layer that runs after the attention function is W_O, what runs
+after that in the same block is the FFN, what runs after the last block is the head.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bittern.anatomy import Anatomy, Attention, Block
+from bittern.errors import ModelError
+from bittern.products import Found, Plan
+from bittern.recipe import Role
+
+LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding, Conv1D)
+
+
+@dataclass(frozen=True)
+class Event:
+    kind: str  # "enter", "layer", "norm", "attention", or "product" of activations that is none
+    name: str
+    cross: bool = False
+
+
+@dataclass
+class Run:
+    """What a dry run saw: events in order, the first input and output of each module, attention in own code, output."""
+
+    events: list[Event]
+    first_io: dict[str, tuple[Any, Any]]
+    found: dict[str, list[Found]]
+    output: Any = None
+
+
+def _same_values(x: Any, y: Any) -> bool:
+    """True for the same tensor, or one of another shape with its values, as windows are."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.numel() != y.numel() or x.shape == y.shape:
+        return x is y
+    return torch.equal(x.flatten().sort().values, y.flatten().sort().values)
+
+
+def _inside(name: str, parent: str) -> bool:
+    return name == parent or name.startswith(parent + ".")
+
+
+class Reader:
+    """Reads an Anatomy off what one dry run saw."""
+
+    def __init__(self, model: PreTrainedModel, run: Run):
+        self.model, self.run, self.events, self.first_io = model, run, run.events, run.first_io
+        self.modules = dict(model.named_modules())
+
+    def anatomy(self, inputs: frozenset[str]) -> Anatomy:
+        plans = {name: plan for name in self.run.found if (plan := self._plan(name))}
+        reached = {e.name for e in self.events if e.kind == "attention"} - (self.run.found.keys() - plans.keys())
+        lone = [e.name for e in self.events if e.kind in ("product", "attention") and e.name not in reached]
+        lone = [n for n in dict.fromkeys(lone) if not any(_inside(n, r) for r in reached)]
+        if not reached and not lone:
+            raise ModelError(f"{type(self.model).__name__} ran no attention in the dry run; expected a Transformer")
+        found: dict[str, list[tuple[int, str]]] = {}  # block → its attention calls; a shared block runs more than once
+        for i, name in sorted(self._ends(reached, lone)):
+            if (block := self._block_of(i, name)) is not None:
+                found.setdefault(block, []).append((i, name))
+            elif name in reached:
+                lone.append(name)
+        blocks = tuple(self._block(name, calls, plans) for name, calls in found.items())
+        roles = self._roles(blocks)
+        blocks = tuple(replace(b, attentions=tuple(a for a in b.attentions if a.name not in lone)) for b in blocks)
+        idle = frozenset(roles) - {e.name for e in self.events if e.kind == "layer"}
+        return Anatomy(blocks, roles, idle, inputs, tuple(lone))
+
+    def _ends(self, reached: set[str], lone: list[str]) -> list[tuple[int, str]]:
+        """Where attention ends in the first run of each module; of lone products that is the last."""
+        ends: dict[str, int] = {}
+        runs = Counter[str]()
+        for i, event in enumerate(self.events):
+            runs[event.name] += event.kind == "enter"
+            if event.name in reached and event.kind == "attention":
+                ends.setdefault(event.name, i)
+            elif event.name in lone and event.kind in ("product", "attention") and runs[event.name] == 1:
+                ends[event.name] = i
+        return [(i, name) for name, i in ends.items()]
+
+    def _plan(self, name: str) -> Plan | None:
+        """The plan of attention in a module's own code; None if it is not the same in all of its runs, or unclear."""
+        found = self.run.found[name]
+        at = next(i for i, e in enumerate(self.events) if e.kind == "attention" and e.name == name)
+        if len({f.frame for f in found}) < len(found) or not name:
+            return None  # two in one run
+        heads = 0
+        if (context := found[0].context).dim() == 3:  # (batch · heads, queries, head dim)
+            reads = self.first_io[next(self._layers_after(at), name)][0]  # what W_O reads: (batch, queries, hidden)
+            heads = reads.shape[-1] // context.shape[-1] if isinstance(reads, Tensor) else 0
+            if not heads or len(context) % heads or reads.numel() != context.numel():
+                return None
+            joined = context.unflatten(0, (-1, heads)).transpose(1, 2)  # (batch, queries, heads, head dim)
+            if not torch.equal(joined.flatten(), reads.flatten()):
+                return None
+        plans = {f.plan._replace(calls=f.frame.calls, heads=heads) for f in found}
+        return plans.pop() if len(plans) == 1 else None
+
+    def _layers_after(self, i: int) -> Iterator[str]:
+        return (e.name for e in self.events[i + 1 :] if e.kind == "layer")
+
+    def _block_of(self, i: int, attention: str) -> str | None:
+        """The innermost item of a module list that holds the attention and a layer that ran after W_O outside of it.
+
+        So T5's sub-layers, which are list items of their own, are not taken for blocks."""
+        parts = attention.split(".")
+        items = [
+            ".".join(parts[:n])
+            for n in range(len(parts), 1, -1)
+            if isinstance(self.modules.get(".".join(parts[: n - 1])), nn.ModuleList)
+        ]
+        after_output = list(self._layers_after(i))[1:]
+        for item in items:
+            if any(_inside(n, item) and not _inside(n, attention) for n in after_output):
+                return item
+        return None
+
+    def _block(self, name: str, calls: list[tuple[int, str]], plans: Mapping[str, Plan]) -> Block:
+        first, last = calls[0][0], calls[-1][0]
+        start = next(i for i in range(first, -1, -1) if self.events[i] == Event("enter", name))
+        span = []  # the events of the block's first run
+        for event in self.events[start + 1 :]:
+            if not _inside(event.name, name) or event == Event("enter", name):
+                break
+            span.append(event)
+        offset = start + 1
+        attentions: list[Attention] = []
+        previous = 0
+        for i, attention in calls:
+            at = i - offset
+            before = [e.name for e in span[previous:at] if e.kind == "layer"]
+            output = next((n for n in self._layers_after(i) if _inside(n, name)), None)
+            norm = self._norm_after(span[at:], output)
+            reads = norm is not None and self._reads_residual(norm, output, name)
+            outputs = {a.output for a in attentions}
+            inputs = tuple(n for n in before if n not in outputs and not isinstance(self.modules[n], nn.Embedding))
+            # Source and target may have the same length; there the second attention of a block is the cross one.
+            cross = self.events[i].cross or (bool(attentions) and self.model.config.is_encoder_decoder)
+            attentions.append(Attention(attention, cross, inputs, output, norm, reads, plans.get(attention)))
+            previous = at
+        ffn = [e.name for e in span[last - offset :] if e.kind == "layer"][1:]
+        norms = tuple(dict.fromkeys(e.name for e in span if e.kind == "norm"))
+        return Block(name, tuple(attentions), tuple(ffn[:-1]), ffn[-1] if ffn else None, norms)
+
+    @staticmethod
+    def _norm_after(span: list[Event], output: str | None) -> str | None:
+        names = iter(span)
+        if not any(e.name == output for e in names):
+            return None
+        return next((e.name for e in names if e.kind == "norm"), None)
+
+    def _reads_residual(self, norm: str, output: str | None, block: str) -> bool:
+        """A norm may also read W_O alone (sandwich norms) or the block's input (parallel residuals)."""
+        x = self.first_io[norm][0]
+        others = self.first_io[block][0], self.first_io[output][1] if output is not None else x
+        return not any(_same_values(x, y) for y in others)
+
+    def _roles(self, blocks: tuple[Block, ...]) -> dict[str, Role]:
+        word = {m.get_input_embeddings() for m in self.model.modules() if isinstance(m, PreTrainedModel) and _embeds(m)}
+        words = {id(m.weight) for m in word if isinstance(m, nn.Embedding)}
+        roles: dict[str, Role] = {}
+        for block in blocks:
+            for attention in block.attentions:
+                roles |= dict.fromkeys(attention.inputs, "qkv")
+                roles |= {attention.output: "attention_output"} if attention.output else {}
+            roles |= dict.fromkeys((*block.ffn_in, *([block.ffn_out] if block.ffn_out else [])), "ffn")
+        in_blocks = [i for i, e in enumerate(self.events) if any(_inside(e.name, b.name) for b in blocks)] or [0, 0]
+        ran = {e.name: i for i, e in enumerate(self.events) if e.kind == "layer"}
+        base = next((n for n, m in self.modules.items() if m is self.model.base_model), "")
+        output_embeddings = self.model.get_output_embeddings()
+        ordered: dict[str, Role] = {}
+        for name, module in self.modules.items():
+            if not isinstance(module, LAYERS):
+                continue
+            if isinstance(module, nn.Embedding):
+                ordered[name] = "embedding" if id(module.weight) in words else "position"
+            elif name in roles:
+                ordered[name] = roles[name]
+            elif ran.get(name, len(self.events)) < in_blocks[0]:
+                ordered[name] = "stem"
+            elif name in ran and ran[name] > in_blocks[-1]:
+                is_pooler = _inside(name, base) or (base == "" and module is not output_embeddings)
+                ordered[name] = "pooler" if is_pooler else "head"
+            else:
+                ordered[name] = "other"
+        return ordered
+
+
+def _embeds(model: PreTrainedModel) -> bool:
+    try:
+        return isinstance(model.get_input_embeddings(), nn.Embedding)
+    except NotImplementedError:  # how transformers says that a model has none
+        return False
