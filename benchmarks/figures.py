@@ -217,11 +217,10 @@ def draw(known: dict[str, Any], folder: Path) -> None:
     of Y by layer on each task, loss surfaces."""
     found = known["recovery"]
     for key, title in (("cover", "cover length ratio"), ("ranking_sum", "ranking loss")):
-        top = max(v for student in found.values() for a in student["attentions"] for v in a[key])
-        for name, student in found.items():
-            rows = [a[key] for a in student["attentions"]]
-            low = min(v for a in student["attentions"] for v in a["cover_floor"]) if key == "cover" else 0.0
-            plot = heat_map(rows, [f"layer {i}" for i in range(len(rows))], title, low=low, top=top)
+        maps = {name: [a[key] for a in student["attentions"]] for name, student in found.items()}
+        for name, rows in maps.items():
+            low = min(v for a in found[name]["attentions"] for v in a["cover_floor"]) if key == "cover" else 0.0
+            plot = heat_map(rows, title, rows=[f"layer {i}" for i in range(len(rows))], low=low, beside=maps.values())
             file = f"{known['data']}-{title.split()[0]}-{name}"
             write_plot(Figure(file, f"{title.capitalize()}, {name}", "", plot), folder)
     tasks = {}
@@ -229,16 +228,16 @@ def draw(known: dict[str, Any], folder: Path) -> None:
         for side in ("low", "high"):
             tasks[f"{task}, {side}est unit"] = list(enumerate(v for k, v in units.items() if k.endswith(side)))
     if tasks:
-        plot = lines(tasks, x_name="layer", y_name="attention output")
+        plot = lines(tasks, "attention output", x_name="layer")
         write_plot(Figure(f"{known['data']}-tasks", "Range of the attention output by layer", "", plot), folder)
     curves = {name: list(enumerate(student["depth"]["plain"])) for name, student in found.items()}
     places = next(iter(found.values()))["places"]
-    plot = lines(curves, x_name="", y_name="relative error", labels=places)
+    plot = lines(curves, "relative error", labels=places)
     write_plot(Figure(f"{known['data']}-depth", "Error by depth", "", plot), folder)
     surfaces = {name: student["surface"] for name, student in known.get("curvature", {}).items()}
-    highest = max((v for s in surfaces.values() for row in s["loss"] for v in row), default=1.0)
+    losses = [around["loss"] for around in surfaces.values()]
     for name, around in surfaces.items():
-        plot = surface(around["steps"], around["loss"], highest)
+        plot = surface(around["loss"], "loss, logarithmic", steps=around["steps"], beside=losses)
         write_plot(Figure(f"{known['data']}-surface-{name}", f"Loss surface, {name}", "", plot), folder)
 
 

@@ -146,14 +146,17 @@ def test_worst_blocks() -> None:
 
 def test_place_of_loss() -> None:
     """One block, the rest or no place in particular; weights or the activations that cost most."""
-    assert place_of_loss(student_of()) == ("most of it in block 1, by inputs of layers", "inputs of layers")
+    assert place_of_loss(student_of()) == ("most of it in block 1, mostly from inputs of layers", "inputs of layers")
     even = [{"name": str(i), "error": 0.1} for i in range(6)]
     by_weights = [
         {"name": "weights", "error": 0.3},
         {"name": "query and key", "error": 0.4},
         {"name": "all", "error": 0.5},
     ]
-    assert place_of_loss(student_of(blocks=even, classes=by_weights)) == ("all over the blocks, by weights", "weights")
+    assert place_of_loss(student_of(blocks=even, classes=by_weights)) == (
+        "all over the blocks, mostly from weights",
+        "weights",
+    )
     rest = [*even[:2], {"name": "embeddings, stem and head", "error": 9.0}, even[0]]
     assert place_of_loss(student_of(blocks=rest))[0].startswith("most of it in the embeddings, stem and head")
 

@@ -14,10 +14,12 @@ import pytest
 
 from bittern import jobs
 from bittern.analysis.charts import contour, heat_map, lines, styles, surface
+from bittern.analysis.findings import add_findings
 from bittern.analysis.report import write_report
 from bittern.analysis.study import analyze
 from bittern.demo import DIGITS
 from bittern.options import Curvature, Distill, Training
+from bittern.recipe import Format, Rule
 from material import save_text_model, write_tables
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -138,6 +140,38 @@ def test_nothing_stands_out(place: Path, tmp_path: Path) -> None:
     result["students"][0]["worst"] = []
     write_report(result, tmp_path)
     assert "Nothing: no block" in (tmp_path / "report.html").read_text()
+
+
+def test_verdict(place: Path, tmp_path: Path) -> None:
+    """The page begins with a sentence about each student; a collapse is said as such, and marked."""
+    result = result_of(place / "images")
+    for student in result["students"]:
+        student["run"] = {}
+        student["metrics"] = {"accuracy": 0.52}
+    result["teacher"]["metrics"] = {"accuracy": 0.97}
+    add_findings(result, [{"vit.layers.0": Rule(weight=Format(kind="ternary"))}] * 2)
+    write_report(result, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    said = re.findall(r'<p class="verdict collapse">(.*?)</p>', page)
+    assert len(said) == 2
+    assert "The model collapsed: accuracy 0.9700 in float, 0.5200 now" in said[0]
+    assert "What to try: longer training" in said[0]
+    assert "What to try: training (bittern qat)" in said[1]
+    assert page.index("verdict collapse") < page.index('id="summary"') < page.index("What stands out")
+
+
+def test_same_scale(place: Path) -> None:
+    """Plots of two students that show the same thing have the same marks on their axes and the same colours."""
+    plots = place / "images" / "plots"
+    for name in ("interventions", "divergence", "cover", "ranking", "sa-gen", "surface"):
+        own, other = (
+            re.findall(r"<text[^>]*>([^<]*)</text>", (plots / f"{name}-{student}.svg").read_text())
+            for student in ("taught", "mixed")
+        )
+        assert own == other, name
+    with_peak, flat = ({"a": [(0.0, 0.0), (1.0, top)]} for top in (8.0, 1.0))
+    assert ">8<" not in lines(flat, "y").svg
+    assert ">8<" in lines(flat, "y", beside=[with_peak]).svg
 
 
 def test_plots() -> None:
@@ -287,6 +321,36 @@ def test_phone_dark_print(browser: Any, place: Path, name: str) -> None:
     assert page.is_hidden("nav")
     assert page.is_hidden("#depth button")
     assert page.is_visible("#depth svg")
+    page.close()
+
+
+@pytest.mark.parametrize("name", ["images", "texts"])
+def test_narrow(browser: Any, place: Path, name: str) -> None:
+    """On a phone no word is broken, letters of plots keep 11 pixels, and no text of a plot lies over another."""
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto((place / name / "report.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    broken = """[...document.querySelectorAll('#summary th, #summary td, h1, h2, h3, nav a, label')].flatMap(cell => {
+        const texts = [...cell.childNodes].filter(node => node.nodeType === Node.TEXT_NODE), range = new Range();
+        return texts.flatMap(node => [...node.data.matchAll(/[\\p{L}\\p{N}]+/gu)].filter(word => {
+            range.setStart(node, word.index);
+            range.setEnd(node, word.index + word[0].length);
+            return new Set([...range.getClientRects()].filter(r => r.width).map(r => r.top)).size > 1;
+        }).map(word => word[0]));
+    })"""
+    assert page.evaluate(broken) == []
+    sizes = """[...document.querySelectorAll('figure svg')].map(svg =>
+        svg.clientWidth / svg.viewBox.baseVal.width * Math.min(...[...svg.querySelectorAll('text')].map(
+            t => +t.getAttribute('font-size'))))"""
+    assert min(page.evaluate(sizes)) >= 11
+    over = """[...document.querySelectorAll('figure svg')].flatMap(svg => {
+        const texts = [...svg.querySelectorAll('text')].map(t => [t, t.getBoundingClientRect()]);
+        return texts.flatMap(([t, a], i) => texts.slice(i + 1).filter(([u, b]) =>
+            !(t.getAttribute('transform') && u.getAttribute('transform')) && a.right > b.left + 1 &&
+            b.right > a.left + 1 && a.bottom > b.top + 4 && b.bottom > a.top + 4).map(([u]) =>
+            `${svg.closest('figure').id}: ${t.textContent} over ${u.textContent}`));
+    })"""
+    assert page.evaluate(over) == []
     page.close()
 
 

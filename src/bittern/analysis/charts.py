@@ -78,7 +78,7 @@ class Axis:
             return [text(x, y + 15, name, "middle") for x, (_, name) in zip(inside, marks, strict=True)], y + 18
         kept, longest = marks[:: math.ceil((SIZE + 1) / room)], min(longest, 10)
         turned = ((self(x), name, f"rotate(-40 {self(x):.1f} {y + 12:.1f})") for x, name in kept)
-        return [text(x, y + 12, cut(name, 10), "end", turn) for x, name, turn in turned], y + 16 + 5.0 * longest
+        return [text(x, y + 12, name[:10], "end", turn) for x, name, turn in turned], y + 16 + 5.0 * longest
 
     def beside(self, x: float, grid_to: float | None = None) -> Iterator[str]:
         """Marks at the left of a vertical axis, with lines of a grid to `grid_to`."""
@@ -231,9 +231,12 @@ def lines(
     marked: Sequence[tuple[float, float, str]] = (),
     beside: Iterable[Mapping[str, Sequence[Point]]] = (),
 ) -> Plot:
-    """Curves of (x, y) points, broken where y is NaN. name: of y; labels: of whole x from 0; bands: stretches of x as
-    {name, from, to}; layers: x is the number of a layer, that its points are linked by; marked: single points and what
-    they are; zero: y starts there; joined: by lines; beside: series of plots of the same scale."""
+    """Curves of (x, y) points, broken where y is NaN.
+
+    name: of y; labels: of whole x from 0; bands: stretches of x as {name, from, to}; layers: x is the number of a
+    layer, that its points are linked by; marked: single points and what they are; zero: y starts there; joined: by
+    lines, or else in groups of the same whole y; beside: series of plots of the same scale.
+    """
 
     def drawn(y: float) -> bool:
         return math.isfinite(y) and (y > 0 or not log)
@@ -243,8 +246,10 @@ def lines(
         return Plot(text(10, 20, "no values"), 30)
     xs, ys = zip(*points, strict=True)
     above, bottom, right = 22.0, 200.0, WIDTH - 6.0
-    at_y = Axis(*_range_of(ys, log, zero), bottom, above, log)
-    left = 10 + LETTER * max(len(name) for _, name in at_y.marks())
+    numbers = None if joined else [str(k) for k in range(int(max(ys)) + 1)]  # single points are in whole groups
+    at_y = Axis(*_range_of(ys, log, zero), bottom, above, log, numbers)
+    left = 10 + LETTER * max(len(mark) for _, mark in at_y.marks())
+    left = max(left, 0.8 * LETTER * min(len(labels[0]), 10)) if labels else left  # room for a first one that slants
     at_x = Axis(min(xs), max(xs), left + 8, right - 8, labels=labels)
     parts = [text(4, 12, name)]
     for band in bands:
@@ -266,7 +271,7 @@ def lines(
             parts.append(symbol(n, at_x(x), at_y(y), fill=f"var(--s{n})", **link))
     for x, y, what in marked:
         parts.append(symbol(CIRCLE, at_x(x), at_y(y), 7.0, fill="none", stroke="var(--ink)", stroke_width=2))
-        side, anchor = (10, "start") if at_x(x) < WIDTH / 2 else (-10, "end")
+        side, anchor = (8, "start") if at_x(x) < WIDTH - 60 else (-8, "end")
         parts.append(text(at_x(x) + side, at_y(y) - 8, what, anchor))
     key, below = legend(series, below + 16)
     table: list[list[Any]] = [[x_name, *series]]

@@ -199,6 +199,8 @@ def sharpness(result: Result) -> Iterator[Figure]:
     if any("curvature" not in s for s in result["students"]):
         return
     curved = by_name(result, lambda s: s["curvature"])
+    losses = {of: c["surface"]["loss"] for of, c in curved.items()}
+    yield from paired("surface", losses, steps=next(iter(curved.values()))["surface"]["steps"])
     traces = [f"trace {short(c['trace'][0])} ± {short(c['trace'][1])}{of and f' ({of})'}" for of, c in curved.items()]
     spectra = {
         name: [(v, float(k)) for k, group in enumerate(c["spectra"]) for v in group] for name, c in curved.items()
@@ -207,8 +209,6 @@ def sharpness(result: Result) -> Iterator[Figure]:
     rows = [[name, k, *group] for name, c in curved.items() for k, group in enumerate(c["spectra"])]
     head = ["", "batch", *(f"λ{i + 1}" for i in range(len(rows[0]) - 2))]
     yield drawn._replace(plot=replace(drawn.plot, rows=[head, *rows]))
-    losses = {of: c["surface"]["loss"] for of, c in curved.items()}
-    yield from paired("surface", losses, steps=next(iter(curved.values()))["surface"]["steps"])
 
 
 SECTIONS = {

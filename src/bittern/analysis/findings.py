@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
+from bittern.analysis.charts import short
 from bittern.data.evaluate import LOWER_IS_BETTER
 from bittern.recipe import Rule
 
@@ -157,7 +158,7 @@ def place_of_loss(student: Mapping[str, Any]) -> tuple[str, str]:
     blamed = max([weights, *others], key=lambda entry: entry["error"])["name"]
     if weights["error"] >= everything["error"] / 2:
         blamed = weights["name"]
-    return f"{where}, by {blamed}", blamed
+    return f"{where}, mostly from {blamed}", blamed
 
 
 def worst_blocks(
@@ -181,7 +182,7 @@ def worst_blocks(
         ]
         divergence, layer, head = max(heads, default=(0.0, 0, 0))
         times = divergence / typical if typical > 0 else 0.0
-        name, text = block["name"], f"alone it changes the output by {100 * block['error']:.2g} % (squared error)"
+        name, text = block["name"], f"alone it changes the output by {short(100 * block['error'])} % (squared error)"
         if block["error"] < NEGLIGIBLE:
             what = "nothing: that is too little to matter."
         else:

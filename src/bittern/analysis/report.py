@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from bittern.analysis.charts import WIDTH, short
+from bittern.analysis.charts import CIVIDIS, WIDTH, short
 from bittern.analysis.figures import SECTIONS, TEMPLATES, Figure, Result, labels_of, names_of
 from bittern.analysis.findings import measured
 
@@ -29,7 +29,14 @@ ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-ENVIRONMENT.globals |= {"short": short, "width": WIDTH}
+
+
+def breakable(text: str) -> Markup:
+    """Escape a text, in which a long name may go on in the next line after a dot or an underscore."""
+    return Markup(re.sub(r"([._])(?=[^\W\d])", r"\1<wbr>", str(escape(text))))
+
+
+ENVIRONMENT.globals |= {"short": short, "width": WIDTH, "breakable": breakable}
 
 
 def write_report(result: Result, folder: Path) -> None:
@@ -67,6 +74,7 @@ def script_data(result: Result) -> Markup:
         "names": ["teacher", *names_of(result)],
         "labels": labels_of(result),
         "colours": PAPER,
+        "cividis": CIVIDIS,
         "first": {"layer": worst[0]["layer"], "head": worst[0]["head"]} if worst else {},
     }
     return Markup(json.dumps(data).replace("<", "\\u003c"))
@@ -85,12 +93,13 @@ def summary(result: Result) -> list[list[str]]:
         for name in own[0]
         if name != "max_difference"
     ]
-    smaller = (f"{megabytes(h['file'])} ({h['float32'] / h['file']:.1f}× smaller)" for h in sizes)
+    whole = result["teacher"]["file"]
+    smaller = (f"{megabytes(h['file'])} ({whole / h['file']:.1f}× smaller)" for h in sizes)
     time = f"time of {speeds[0]['batch']} samples, threads: {speeds[0]['threads']}"
     return [
         ["", "teacher", *names_of(result)],
         *metrics,
-        ["size of the file", megabytes(sizes[0]["float32"]), *smaller],
+        ["size of the file", megabytes(whole), *smaller],
         ["bits per quantized weight", "32", *(f"{h['bits']:.2f}" for h in sizes)],
         [time, f"{1e3 * speeds[0]['teacher']:.0f} ms", *map(_speed, speeds)],
         ["made by", "", *(f"{s['how']} {s['holds']['recipe']}" for s in students)],

@@ -27,6 +27,7 @@ from bittern.deploy.bench import alternate
 from bittern.deploy.files import Journal, atomic_folder, check_output, digest, read_json, reserved
 from bittern.deploy.store import REPORT as RUN
 from bittern.deploy.store import inspect, load
+from bittern.deploy.store import measure as size_on_disk
 from bittern.errors import ModelError
 from bittern.layers import formats
 from bittern.options import Curvature
@@ -153,6 +154,7 @@ class _Study:
             "teacher": {
                 "path": str(self.teacher_path),
                 "model": type(self.teacher).__name__,
+                "file": size_on_disk(self.teacher, self.teacher_path).file,
                 "metrics": metrics(self.teacher, self.data, reference, reference),
             },
             "data": self.data.name,

@@ -48,8 +48,7 @@ for (const svg of all("svg[data-heat]")) {
 }
 
 // ---- attention maps of a sample, teacher and students side by side
-const CIVIDIS = ["00224e", "123570", "3b496c", "575d6d", "707173", "8a8678", "a59c74", "c3b369", "e1cc55", "fee838"].map(
-  (hex) => [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16)));
+const CIVIDIS = data.cividis.map((hex) => [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16)));
 function colour(share) {
   const at = Math.min(Math.max(share, 0), 1) * (CIVIDIS.length - 1), i = Math.min(Math.floor(at), CIVIDIS.length - 2);
   return `rgb(${CIVIDIS[i].map((low, k) => Math.round(low + (CIVIDIS[i + 1][k] - low) * (at - i)))})`;
@@ -114,12 +113,16 @@ function drawGrid(canvas, sample, map, top) {
     return map[i] === undefined ? "" : `row ${Math.floor(y / cell)}, column ${Math.floor(x / cell)}: ${map[i].toFixed(4)}`;
   });
 }
+// As wide as it is shown, so that letters keep their size: on a phone every second or third token has a name.
 function drawTokens(canvas, sample, map, top) {
-  const n = sample.tokens.length, room = 94, cell = Math.min(30, 440 / n), side = room + n * cell;
-  const context = prepare(canvas, side, side);
+  const n = sample.tokens.length, size = 12, all = byId("maps").clientWidth, gap = 16;
+  const beside = Math.min(data.names.length, Math.max(1, Math.floor((all + gap) / (300 + gap))));
+  const side = Math.min(560, (all - gap * (beside - 1)) / beside), room = 84, cell = Math.min(30, (side - room - 4) / n);
+  const context = prepare(canvas, side, room + n * cell + 4), step = Math.ceil((size + 1) / cell);
   context.fillStyle = getComputedStyle(document.body).color;
-  context.font = `${Math.min(12, cell + 1)}px system-ui, Helvetica, Arial, sans-serif`;
+  context.font = `${size}px system-ui, Helvetica, Arial, sans-serif`;
   sample.tokens.forEach((token, i) => {
+    if (i % step) return;
     const label = token.length > 10 ? token.slice(0, 9) + "…" : token, at = room + (i + 0.5) * cell;
     context.textAlign = "right";
     context.fillText(label, room - 5, at + 4);
@@ -150,6 +153,7 @@ for (const name of ["sample", "layer", "head", "query"]) {
   byId(name)?.addEventListener("change", (event) => choose({ [name]: +event.target.value }));
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+addEventListener("resize", draw);
 
 // ---- plots as files, in the colours of paper
 function asSvg(svg) {
