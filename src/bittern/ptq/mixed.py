@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bittern.anatomy import Block
 from bittern.attention import Site, Taps, recording
 from bittern.errors import InputError, ModelError
-from bittern.layers import fake_quants, weight_matrix
+from bittern.layers import as_float, fake_quants, weight_matrix
 from bittern.ptq.capture import padding_mask
 from bittern.ptq.methods import Method
 from bittern.ptq.stream import Call
@@ -102,17 +102,12 @@ def sensitivities(
 
 def _run(call: Call, parts: Mapping[str, Part], part: Part | None) -> tuple[Tensor, Taps]:
     """Run a block with one part quantized and the rest, or all of it, in float: its output, maps and FFN output."""
-    quantizers = {f"{call.unit}.{name}": quantizer for name, quantizer in fake_quants(call.module)}
-    before = [quantizer.bypass for quantizer in quantizers.values()]
-    try:
-        for name, quantizer in quantizers.items():
+    sites = [m for m in call.module.modules() if isinstance(m, Site)]
+    with as_float(call.module), recording(sites, "map", "ffn") as taps:
+        for name, quantizer in fake_quants(call.module):
             unset = quantizer.format.range == "static" and quantizer.scale is None  # by extremes, in the end
-            quantizer.bypass = part is None or part_of(name, parts) != part or unset
-        with recording([m for m in call.module.modules() if isinstance(m, Site)], "map", "ffn") as taps:
-            out = call.run()
-    finally:
-        for quantizer, was in zip(quantizers.values(), before, strict=True):
-            quantizer.bypass = was
+            quantizer.bypass = part is None or part_of(f"{call.unit}.{name}", parts) != part or unset
+        out = call.run()
     return (out[0] if isinstance(out, tuple) else out), taps
 
 
