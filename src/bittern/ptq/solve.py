@@ -135,20 +135,20 @@ class Weight:
         quantizer = layer.weight_quantizer
         self.fixed = tied or not searchable(quantizer)
         if quantizer is None or self.fixed:
-            self.codes = self.float
+            self.quantized = self.float
             if quantizer is not None:
-                self.codes = fake_quantize(self.float, quantizer.format, quantizer.scale, quantizer.offset)
+                self.quantized = fake_quantize(self.float, quantizer.format, quantizer.scale, quantizer.offset)
         else:
             self.format: Format = quantizer.format
             self.largest = find_scale(self.float, self.format, f"{name}.weight")
             self.set(method.weight_clip(self.float, self.format))
 
     def set(self, scale: Scale) -> None:
-        self.scale, self.codes = scale, fake_quantize(self.float, self.format, *scale)
+        self.scale, self.quantized = scale, fake_quantize(self.float, self.format, *scale)
 
     @property
     def values(self) -> Tensor:
-        return self.codes.T  # (out, in) → (in, out)
+        return self.quantized.T  # (out, in) → (in, out)
 
     def by_extremes(self) -> Tensor:
         return self.values if self.fixed else fake_quantize(self.float, self.format, *self.largest).T
@@ -162,10 +162,10 @@ class Weight:
         return before is None or bool((self.factor != before).float().mean() > 0.01)
 
     def correct(self, left: Operand) -> None:
-        """[VT eq. 16] in closed form: the mean output error, which the bias takes away, from mean inputs."""
+        """Find the mean output error, which the bias takes away, from mean inputs, in closed form [VT eq. 16]."""
         if self.layer.bias is not None:
             mean = left.values.mean(0, dtype=torch.float64)
-            self.product.shift = (self.codes.double() @ mean - self.mean).float()
+            self.product.shift = (self.quantized.double() @ mean - self.mean).float()
 
     @property
     def shift(self) -> float:
@@ -299,7 +299,7 @@ def _solve_group(
         for w in weights:
             if not w.fixed:
                 w.rounded, w.format, w.scale = method.rounding(w.float, w.format, w.scale, gram, cross)
-                w.codes = w.rounded
+                w.quantized = w.rounded
     for w in weights:
         if method.correct_bias:
             w.correct(operand)
