@@ -401,6 +401,33 @@ def test_path_that_is_none(path: str, tmp_path: Path, monkeypatch: pytest.Monkey
         load(path)
 
 
+def test_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is asked once for a name that is no folder, and its answer is one line."""
+    asked: list[str] = []
+
+    def fail(_: Any, name: str, **__: Any) -> None:
+        asked.append(name)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("bittern.deploy.store.HfApi.model_info", fail)
+    with refused(InputError, "no such folder: bert-base-uncasde; nor can the hub give it: no route to host"):
+        load("bert-base-uncasde")
+    assert asked == ["bert-base-uncasde"]
+
+
+def test_hub_name_that_is_cached(tmp_path: Path) -> None:
+    """A name of the hub, of one word too, loads from the cache where the hub cannot be reached."""
+    repo, revision = tmp_path / "hub" / "models--bert-base-uncased", "a" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(revision)
+    SUPPORTED["bert"]()[0].save_pretrained(repo / "snapshots" / revision)
+    code = "import bittern; print(type(bittern.load('bert-base-uncased')).__name__)"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://localhost:9", "HF_HUB_OFFLINE": "0"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert ran.stdout == "BertForSequenceClassification\n", ran.stderr
+    assert "Retry" not in ran.stderr
+
+
 def test_not_a_transformer(tmp_path: Path) -> None:
     """A model of transformers without attention loads, since it may be float; it is quantizing that refuses it."""
     config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_channels=3)

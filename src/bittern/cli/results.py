@@ -94,6 +94,8 @@ def sizes_and_metrics(result: Result, how: str = "") -> None:
         error = result["max_error_simulated_packed"]
         rows.append(("max error simulated–packed, without kernels", "", f"{error:g}"))
     print_table(("", "float", "packed"), rows, f"{result['source']} by {result['recipe']}{how}")
+    if judged := result.get("verdict"):
+        say((judged["text"], "" if judged["level"] == "kept" else "bold yellow"))
 
 
 def quantize(result: Result) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
@@ -13,6 +12,9 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from bittern import native
@@ -45,15 +47,12 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMode
     local = os.path.isdir(path)  # False, and no error, for what cannot be a path
     if local:
         _check_folder(Path(path))
-    elif not re.fullmatch(r"[^/.~][^/]*/[^/]+", str(path)):  # a name of the hub: owner/model
-        raise InputError(f"no such folder: {path}")
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": local or _is_only_cached(str(path))}
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, **options)
         name = (config.architectures or ["AutoModel"])[0]
         cls = getattr(transformers, name, None) or transformers.AutoModel
-        model = cls.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        model = cls.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **options)
     except BitternError:
         raise
     except Exception as error:  # transformers and safetensors raise whatever their parsers meet
@@ -63,6 +62,23 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMode
     check_model(model)
     model.eval()
     return model
+
+
+def _is_only_cached(name: str) -> bool:
+    """True for a hub name that the cache holds and the hub cannot give. Raises InputError, after one try, if neither
+    can: transformers would try five times to find a folder whose name is mistyped."""
+    try:
+        validate_repo_id(name)  # model, or owner/model
+    except HFValidationError:
+        raise InputError(f"no such folder: {name}") from None
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # the hub has no one error
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            why = "it has no such model" if isinstance(error, RepositoryNotFoundError) else first_line(error)
+            raise InputError(f"no such folder: {name}; nor can the hub give it: {why}") from error
+        return True
+    return False
 
 
 def _check_folder(folder: Path) -> None:
