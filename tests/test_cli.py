@@ -223,7 +223,8 @@ def test_force_replaces(inside: Path, tmp_path: Path) -> None:
     """With --force the old model is gone, all of it, and nothing stands beside the new one."""
     shutil.copytree("packed", tmp_path / "out")
     succeed(f"bittern quantize vit -r w4a8 --data digits -o {tmp_path}/out --force")
-    written = {".bittern-files.json", "bittern.json", "config.json", "model.safetensors", "preprocessor_config.json"}
+    files = {"bittern.json", "config.json", "model.safetensors", "preprocessor_config.json"}
+    written = files | {".bittern-files.json", "README.md"}
     assert tree(tmp_path).keys() == {"out", *(f"out/{name}" for name in written)}
     assert bittern.inspect(tmp_path / "out")["recipe"] == "w4a8"
 
@@ -550,7 +551,7 @@ def test_ptq_goes_on(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "step", ["jobs.load", "jobs.calibrate", "jobs.pack", "deploy.store.copy_processors", "deploy.files._replace"]
+    "step", ["jobs.load", "jobs.calibrate", "jobs.pack", "deploy.store.copy_companions", "deploy.files._replace"]
 )
 @pytest.mark.parametrize("out", ["out", "packed"])
 def test_interrupted(inside: Path, monkeypatch: pytest.MonkeyPatch, step: str, out: str) -> None:

@@ -20,7 +20,7 @@ from bittern.data import check_same_inputs, load_any_split, load_splits
 from bittern.data.evaluate import check_comparable, headline, is_measurable, metrics, predict
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.files import Journal, check_output, digest, reserved
-from bittern.deploy.store import load, measure, save
+from bittern.deploy.store import float_bytes, load, measure, save
 from bittern.errors import InputError, ModelError
 from bittern.layers import Simulation, fake_quants, formats, is_simulated, restore, simulate
 from bittern.options import Distill, Intervention, Mixed, Training
@@ -242,7 +242,7 @@ class _Job:
             simulate(self.model, self.recipe, next(iter(self.calibration)) if self.calibration else None)
             restore(self.model)
         self.reference = self._predict(self.float_model, "float")
-        self.float_bytes = 4 * sum(p.numel() for p in self.float_model.parameters())
+        self.float_bytes = float_bytes(self.float_model)
 
     def _predict(self, model: PreTrainedModel, description: str) -> Tensor | None:
         return predict(model, self.track(self.test, description)) if self.test else None

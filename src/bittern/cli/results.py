@@ -184,6 +184,8 @@ def inspect(result: Result) -> None:
     if result["state"] == "packed":
         kernels = result["kernels"] or "none: weights are unpacked in each forward, which is slow"
         say(f"integer kernels on this machine: {kernels}")
+    if "verified" in result:
+        say(f"outputs are those of the model that was saved, up to {result['verified']:.1e}")
     groups = Counter(
         (of_blocks(m["name"]), "\n".join(f"{point}: {form}" for point, form in m.items() if point != "name"))
         for m in result["modules"]
