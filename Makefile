@@ -1,10 +1,11 @@
 # make demo: quantize real models on real data.   make test: everything that CI checks.
 # make quick: a short share of it.                make kinds: the tests on each kind of kernels, threads and roundings.
+# make docs: the site, in build/site; every link and anchor must lead somewhere.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test quick kinds venv lint
+.PHONY: demo test quick kinds docs venv lint
 
 demo: venv
 	$(BIN)/bittern demo all --out bittern-demo --force
@@ -17,6 +18,9 @@ quick: venv
 
 kinds: venv
 	scripts/test_kinds.sh
+
+docs: venv
+	$(BIN)/zensical build --strict --clean
 
 lint: venv
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ import pytest
 
 from bittern import demo, jobs
 from bittern.recipe import Recipe, load_recipe, recipe_names
-from material import command
+from material import LABELS, TEXTS, command, save_text_model, write_tables
 
 ROOT = Path(__file__).parents[1]
 RUNNABLE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,6 +53,8 @@ def check_line(line: str, place: str) -> None:
 def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All commands and all Python of the documents run, in order, in one empty folder."""
     monkeypatch.chdir(tmp_path)
+    save_text_model(Path("my-bert"))  # what the pages call the reader's own
+    write_tables(Path("reviews"), text=TEXTS, label=LABELS)
     shown = list(blocks("sh", "python"))
     names: dict[str, dict[str, Any]] = defaultdict(lambda: {"__name__": "document"})  # a page goes on where it was
     # The demo's own test measures; here it only has to leave its files: one step of training, no fresh processes.

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import bittern
 from bittern import ladder
+from bittern.analysis.pareto import write_page
 from bittern.data import Data, load_splits
 from bittern.data.evaluate import metrics, predict
 from bittern.demo import DIGITS
@@ -150,6 +151,8 @@ def test_compress(tmp_path: Path, digits: tuple[PreTrainedModel, Data], monkeypa
     assert seen[:2] == ["w8a8", "w4a8"]
     assert result["chosen"] == "w4a8"
     assert json.loads((tmp_path / "out" / "bittern.json").read_text()).items() <= result.items()
+    page = (tmp_path / "out" / "compress.html").read_text()
+    assert all(page.count(f'href="#{rung}"') == 2 and page.count(f'id="{rung}"') == 1 for rung in seen)
     model, test = digits
     choice, fresh = test.split(180, 0)
     packed, row = bittern.load(tmp_path / "out"), result["rows"][1]
@@ -159,6 +162,19 @@ def test_compress(tmp_path: Path, digits: tuple[PreTrainedModel, Data], monkeypa
     monkeypatch.setattr(Workshop, "make", None)  # whoever makes a rung fails
     kept = compress(DIGITS, tmp_path / "out", max_loss=2, keep="w8a8", force=True, **options)
     assert (kept["chosen"], bittern.inspect(tmp_path / "out")["recipe"]) == ("w8a8", "w8a8")
+
+
+def test_page_escapes(tmp_path: Path) -> None:
+    """Names of models and rungs are text in the page, whatever they hold."""
+    row = {"rung": "<b>", "within": True, "points": 0.5, "error": 0.1, "file": 10, "smaller": 2.0, "bits": 4.0}
+    row |= {"accuracy": 0.9, "latency_ms": 1.0, "faster": 2.0}
+    fresh = {"samples": 10, "points": 0.5, "at_most": 2.0}
+    result = {"source": "<script>", "metric": "accuracy", "float": 0.9, "float_bytes": 20, "max_loss": 1.0, "why": ""}
+    write_page(result | {"rows": [row], "chosen": "<b>", "fresh": fresh}, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page
+    assert "<b>" not in page
+    assert "too little data to be sure" in page
 
 
 def test_trained_rung(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_sources_never(pattern: str) -> None:
         "py.typed",
         "assets/digits-vit/config.json",
         "assets/digits-vit/model.safetensors",
+        "analysis/templates/compress.html.j2",
         "analysis/templates/report.html.j2",
         "analysis/templates/report.css",
         "analysis/templates/report.js",

@@ -25,12 +25,13 @@ from transformers import PreTrainedModel
 from bittern import native
 from bittern.analysis.ablation import block_errors
 from bittern.analysis.pair import Pair
+from bittern.analysis.pareto import write_page
 from bittern.data import Data, load_splits
 from bittern.data.evaluate import LOWER_IS_BETTER, headline, metrics, predict
 from bittern.deploy.bench import alternate
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.files import Journal, atomic_folder, check_output, digest
-from bittern.deploy.store import REPORT, float_bytes, load, measure, save
+from bittern.deploy.store import REPORT, load, measure, save
 from bittern.errors import InputError, ModelError
 from bittern.layers import is_simulated, simulate
 from bittern.options import Distill, Training
@@ -45,6 +46,7 @@ Row = dict[str, Any]  # of the table: a rung and what was measured
 OnRung = Callable[[Row], None]
 ROUNDS, DRAWS = 11, 400  # of timing; of the bootstrap
 PASSES = {"extremes": 4, "search": 90}  # how many times a float model's forward of the calibration samples, about
+PAGE = "compress.html"  # beside the model: all rungs, drawn
 Z95 = 1.645  # 95 % of a normal distribution lie below
 
 
@@ -371,7 +373,7 @@ def compress(
         "data": data,
         "metric": metric,
         "float": metrics(model, choice, reference, reference)[metric],
-        "float_bytes": float_bytes(model),
+        "float_bytes": 4 * sum(p.numel() for p in model.parameters()),
         "max_loss": max_loss,
         "goal": goal,
         "rows": rows,
@@ -383,4 +385,5 @@ def compress(
     with atomic_folder(out, force=force) as place:
         shutil.copytree(folder / chosen["rung"], place, dirs_exist_ok=True)
         (place / REPORT).write_text(json.dumps(result, indent=2) + "\n")
+        write_page(result, place / PAGE)
     return result | {"out": str(out)}

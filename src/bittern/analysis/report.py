@@ -51,6 +51,7 @@ def write_report(result: Result, folder: Path) -> None:
         labels=labels_of(result),
         data=script_data(result),
         light=PAPER,
+        columns=1 + len(result["students"]),
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     for _, figures in sections:
@@ -103,7 +104,6 @@ def summary(result: Result) -> list[list[str]]:
         ["bits per quantized weight", "32", *(f"{h['bits']:.2f}" for h in sizes)],
         [time, f"{1e3 * speeds[0]['teacher']:.0f} ms", *map(_speed, speeds)],
         ["made by", "", *(f"{s['how']} {s['holds']['recipe']}" for s in students)],
-        ["quantized", "nothing", *("; ".join(s["notes"]) for s in students)],
         ["stayed float", "everything", *(_kept(h["kept_float"]) for h in sizes)],
     ]
 

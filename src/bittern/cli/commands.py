@@ -129,12 +129,7 @@ def evaluate(
 
 
 @command("deploy.store:inspect", results.inspect)
-def inspect(
-    path: Model,
-    verify: Annotated[
-        bool, Option("Run the model too, and compare with outputs that were kept when it was saved.")
-    ] = False,
-) -> None:
+def inspect(path: Model) -> None:
     """Show what a model folder holds: sizes, which module has which format, and what stayed float."""
 
 

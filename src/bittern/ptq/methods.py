@@ -113,7 +113,7 @@ METHODS = {
 
 
 def find_method(name: str | Method) -> Method:
-    """Return a method by name. Raises InputError with the names there are."""
+    """A method by name. Raises InputError with the names there are."""
     if isinstance(name, Method):
         return name
     if name not in METHODS:
