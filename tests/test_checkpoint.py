@@ -25,6 +25,7 @@ from bittern import is_packed, is_simulated, load, pack, restore, save, simulate
 from bittern.deploy import checkpoint
 from bittern.deploy.checkpoint import config_digest, mark
 from bittern.deploy.files import digest
+from bittern.deploy.store import compare_outputs
 from bittern.errors import BitternError, CheckpointError
 from bittern.layers import QuantLayer, formats
 from bittern.recipe import Format, Recipe, Rule
@@ -47,6 +48,7 @@ def reload(model: hf.PreTrainedModel, folder: Path) -> hf.PreTrainedModel:
     """The model that a folder holds, whose keys must fit without rest."""
     again, info = type(model).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
+    compare_outputs(again, folder)
     return again
 
 

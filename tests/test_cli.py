@@ -2,6 +2,8 @@
 
 import dataclasses
 import inspect
+import io
+import itertools
 import json
 import os
 import platform
@@ -12,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import redirect_stderr
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +26,7 @@ import transformers as hf
 from PIL import Image
 
 import bittern
-from bittern import jobs
+from bittern import jobs, show
 from bittern.cli import commands
 from bittern.data import load_data
 from bittern.demo import DIGITS
@@ -220,7 +223,8 @@ def test_force_replaces(inside: Path, tmp_path: Path) -> None:
     """With --force the old model is gone, all of it, and nothing stands beside the new one."""
     shutil.copytree("packed", tmp_path / "out")
     succeed(f"bittern quantize vit -r w4a8 --data digits -o {tmp_path}/out --force")
-    written = {".bittern-files.json", "bittern.json", "config.json", "model.safetensors", "preprocessor_config.json"}
+    files = {"bittern.json", "config.json", "model.safetensors", "preprocessor_config.json"}
+    written = files | {".bittern-files.json", "README.md"}
     assert tree(tmp_path).keys() == {"out", *(f"out/{name}" for name in written)}
     assert bittern.inspect(tmp_path / "out")["recipe"] == "w4a8"
 
@@ -317,11 +321,14 @@ BAD = {
     "eval, no labels": ("eval bert --data unlabelled", "unlabelled has no labels", "--against"),
     "eval, no classes": ("eval encoder --data texts", "BertModel, which has no classes", "--against"),
     "eval, no other model": ("eval bert --data texts --against missing", "no such folder: missing"),
+    "eval, against a model of images": ("eval bert --data texts --against vit", "vit cannot read texts as bert does"),
+    "eval, against another task": ("eval bert --data texts --against encoder", "BertModel, gives outputs", "same task"),
     "eval, no data": ("eval bert --data nowhere", "'nowhere'", "a folder"),
     "inspect, no model": ("inspect missing", "no such folder: missing"),
     "inspect, empty folder": ("inspect empty", "empty is empty", "config.json"),
     "ptq, no method": ("ptq vit -r w8a8 -o out --data digits -m easyquan", "no method 'easyquan'", "mean easyquant?"),
     "ptq, target": ("ptq vit -r w8a8 -o out --data digits --target 3.5", "no choice from 4, 5, 6, 7, 8 bits", "3.5"),
+    "ptq, target too high": ("ptq vit -r w8a8 -o out --data digits --target 99", "no choice from 4, 5, 6, 7, 8", "99"),
     "ptq, bits": ("ptq vit -r w8a8 -o out --data digits --target 6 --bits 4,six", "whole numbers", "'4,six'"),
     "ptq, wide": ("ptq vit -r w8a8 -o out --data digits --target 6 --bits 4,16", "must be 2 to 12, got 4, 16"),
     "ptq, sensitivity": ("ptq vit -r w8a8 -o out --data digits --target 6 --sensitivity x", "relative or paper", "'x'"),
@@ -336,6 +343,17 @@ BAD = {
     "qat, bad mapping": ("qat vit -r w8a8 -o out --data digits --mapping 1", "mapping is '1'", "0:1,1:3"),
     "qat, bad layers": ("qat vit -r w8a8 -o out --data digits --layers x", "layers is 'x'", "whole numbers"),
     "qat, no setting": ("qat vit -r w8a8 -o out --data digits --set fp16", "--set fp16", "NAME=VALUE"),
+    "qat, bad setting": (
+        "qat vit -r w8a8 -o out --data digits --set num_train_epochs=abc",
+        "cannot be 'abc'",
+        "number",
+    ),
+    "qat, unknown setting": ("qat vit -r w8a8 -o out --data digits --set optimizer=x", "has no 'optimizer'", "optim?"),
+    "qat, decided setting": (
+        "qat vit -r w8a8 -o out --data digits --set save_steps=2",
+        "evaluations decides",
+    ),
+    "brackets": ("eval 'no [such] folder/[/x]' --data digits", "no such folder: no [such] folder/[/x]"),
     "qat, no epochs": ("qat vit -r w8a8 -o out --data digits --epochs 0", "epochs is 0", "more than 0"),
     "qat, quantized teacher": ("qat packed -r w8a8 -o out --data digits", "quantized already", "float model"),
     "qat, another kind of student": (
@@ -400,6 +418,65 @@ def test_usage(inside: Path, line: str, part: str) -> None:
     assert part in ran.err.splitlines()[-1]
     assert "Traceback" not in ran.err
     assert tree(inside) == before
+
+
+# What a terminal cannot show, and what is no known error
+
+
+def test_ascii(place: Path, tmp_path: Path) -> None:
+    """Where the terminal knows no Unicode a command prints plain letters, and ends as it does elsewhere."""
+    line = f"-m bittern quantize vit -r ternary-2-2-8 --data digits -o {tmp_path}/out"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    arguments = [sys.executable, *line.split()]
+    ran = subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.isascii()
+    assert "max error simulated-packed" in ran.stdout
+
+
+def test_brackets(inside: Path, tmp_path: Path) -> None:
+    """Brackets in paths are what they are: in messages, in tables, in what comes next, and in a hint to install."""
+    out = tmp_path / "a[b" / "c]" / "[/red]"
+    text = succeed(f"bittern quantize vit -r ternary-2-2-8 -o '{out}'")
+    assert f"Wrote {out}. Next: bittern inspect {out}" in text
+    assert bittern.inspect(out)["state"] == "packed"
+
+
+def test_missing_extra(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hint to install an extra names the extra."""
+    monkeypatch.setattr("bittern.deploy.onnx.export.find_spec", lambda _: None)
+    assert "pip install bittern[onnx]" in command(f"bittern export packed -o {tmp_path}/out.onnx").err
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError()])
+def test_out_of_memory(inside: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Where there is not enough memory, one line says so and what to do."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(jobs, "predict", fail)
+    ran = command("bittern eval vit --data digits")
+    assert ran.code == 1
+    assert re.fullmatch("error: out of memory .*; give a smaller --batch-size, .*\n", ran.err)
+
+
+def test_collapse(inside: Path, tmp_path: Path) -> None:
+    """A model that lost much is said to have, with what to try; one that lost nothing gets no advice."""
+    lost = succeed(f"bittern quantize vit -r ternary-2-2-8 --data digits -o {tmp_path}/ternary")
+    assert re.search(r"lost: accuracy 0\.98\d+ in float, 0\.\d+ now\. What to try: \w+", lost)
+    kept = succeed(f"bittern quantize vit -r w8a8 --data digits -o {tmp_path}/w8a8")
+    assert "Nothing was lost: accuracy" in kept
+    assert "What to try" not in kept
+
+
+def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long work tells where it is, in a line now and then, if stderr is no terminal; short work is silent."""
+    clock = itertools.count(0.0, 20.0)
+    monkeypatch.setattr("bittern.show.time.monotonic", lambda: next(clock))
+    with redirect_stderr(io.StringIO()) as err:
+        assert list(show.track(["a", "b", "c", "d"], "reading [x]")) == ["a", "b", "c", "d"]
+    assert err.getvalue().splitlines() == ["reading [x]: 2 of 4", "reading [x]: 4 of 4"]
 
 
 # ptq
@@ -474,7 +551,7 @@ def test_ptq_goes_on(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "step", ["jobs.load", "jobs.calibrate", "jobs.pack", "deploy.store.copy_processors", "deploy.files._replace"]
+    "step", ["jobs.load", "jobs.calibrate", "jobs.pack", "deploy.store.copy_companions", "deploy.files._replace"]
 )
 @pytest.mark.parametrize("out", ["out", "packed"])
 def test_interrupted(inside: Path, monkeypatch: pytest.MonkeyPatch, step: str, out: str) -> None:
@@ -497,6 +574,26 @@ def read(terminal: int) -> bytes:
         return os.read(terminal, 65536)
     except OSError:
         return b""
+
+
+def test_interruption_of_the_start(place: Path) -> None:
+    """Ctrl-C while libraries are still being imported is one line, too."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bittern", "inspect", f"{place}/vit"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"},
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (background jobs ignore it)
+    )
+    assert process.stderr is not None
+    while "torch." not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.endswith("interrupted; nothing was left half-written\n")
+    assert "Traceback" not in err
 
 
 def test_a_real_interruption(place: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def rules(recipe: str) -> list[Rule]:
         (({"perplexity": 20.0}, {"perplexity": 900.0}), "collapse", "perplexity"),
         (({"accuracy": 0.9, "agreement": 1.0}, {"accuracy": 0.9, "agreement": 0.5}), "kept", "accuracy"),
         (({}, {"agreement": 0.5, "max_difference": 9.0}), "collapse", "agreement"),
+        (({"pearson": 0.9}, {"pearson": float("nan")}), "collapse", "pearson"),
         (({"similarity": 1.0}, {"similarity": 0.97}), "small", "similarity"),
     ],
 )

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import bittern
 from bittern import attention, kernels, native
 from bittern.deploy import blocks
-from bittern.deploy.packed import PackedLayer, pack_layers
+from bittern.deploy.packed import PackedLayer, PackedLinear, pack_layers
 from bittern.layers import swap
-from bittern.quantizers import find_scale
+from bittern.quantizers import FakeQuant, find_scale
 from bittern.recipe import Format
 from families import SUPPORTED
 from helpers import outputs, quantized
@@ -238,3 +238,68 @@ def test_loading_says_when_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch,
     finally:
         monkeypatch.undo()
         native.use()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers and attention of a 16-bit model multiply on the kernels and give their input's type."""
+    linear, attend, ran = native.linear, native.attention, Counter[str]()
+    monkeypatch.setattr(native, "linear", lambda *given: (ran.update(["linear"]), linear(*given))[1])
+    monkeypatch.setattr(native, "attention", lambda *given: (ran.update(["attention"]), attend(*given))[1])
+    model, batch = SUPPORTED["bert"]()
+    bittern.simulate(model.to(dtype), "ternary-2-2-8", batch)
+    bittern.pack(model)
+    layers: list[tuple[nn.Module, list[Any]]]
+    layers = [(m, []) for m in model.modules() if isinstance(m, PackedLayer) and not isinstance(m, nn.Embedding)]
+    for layer, seen in layers:
+        layer.register_forward_hook(lambda _m, args, out, seen=seen: seen.append((args[0].clone(), out.clone())))
+    assert outputs(model, batch)["logits"].dtype == dtype
+    assert ran == {"linear": len(layers), "attention": 2}
+    with native.disabled(), torch.no_grad():
+        for layer, seen in layers:
+            x, out = seen[0]
+            plain = layer(x)
+            assert (out.float() - plain.float()).norm() < 0.01 * plain.float().norm()
+
+
+def test_gradient_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packed model called without torch.no_grad() runs on the kernels, whole blocks too, since nothing is trained."""
+    model, batch = quantized("bert")
+    expected = outputs(model, batch)
+    monkeypatch.setattr(PackedLinear, "unpacked", None)  # no weight is unpacked
+    with warnings.catch_warnings(action="error"):
+        found = model(**batch).logits
+    assert torch.equal(found, expected["logits"])
+    assert not found.requires_grad
+
+
+def test_whoever_leaves_the_kernels_is_told() -> None:
+    """A packed model that computes in float names the cause: a type, or gradients. Without a cause nothing is said."""
+    model, batch = quantized("bert")
+    with warnings.catch_warnings(action="error"):
+        outputs(model, batch)
+        with native.disabled():
+            outputs(model.requires_grad_(True), batch)
+    with pytest.warns(UserWarning, match="leaves the integer kernels.*gradients are asked for"):
+        model(**batch).logits.sum().backward()
+    assert model.classifier.bias.grad is not None
+    with pytest.warns(UserWarning, match=r"leaves the integer kernels.*torch.float64"):
+        quantized("bert")[0].double()(**batch)
+
+
+def test_more_keys_than_the_kernels_take() -> None:
+    """Attention to more keys than the kernels take is computed the slower way."""
+    formats = {name: FakeQuant(Format(), name) for name in ("query", "key", "value", "map")}
+    query, long = torch.randn(1, 1, 1, 4), torch.randn(1, 1, native.MOST_INPUTS + 1, 4)
+    assert kernels.attend(formats, query, long[:, :, :9], long[:, :, :9], None, None) is not None
+    assert kernels.attend(formats, query, long, long, None, None) is None
+
+
+def test_inference_mode() -> None:
+    """A model that is made, quantized, packed and run inside torch.inference_mode gives what it gives outside."""
+    model, batch = quantized("bert", "ternary-2-2-8")
+    expected = outputs(model, batch)
+    with torch.inference_mode():
+        inside, batch = quantized("bert", "ternary-2-2-8")
+        for _ in range(2):
+            assert torch.equal(inside(**batch).logits, expected["logits"])

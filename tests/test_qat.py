@@ -75,6 +75,16 @@ def test_the_best_is_kept(tmp_path: Path, bert: Path, texts: Path) -> None:
     assert result["qat"]["best"] == max(found[1:])
 
 
+def test_best_by_loss(tmp_path: Path, bert: Path, texts: Path) -> None:
+    """The best evaluation may be that of the least loss, which falls as the student learns."""
+    training = replace(QUICK, steps=12, evaluations=4, metric="loss")
+    result = teach(bert, tmp_path / "out", texts, training=training)
+    found = [e["eval_loss"] for e in result["qat"]["history"] if "eval_loss" in e]
+    assert len(found) == 5
+    assert found[-1] < found[0]
+    assert result["qat"]["best"] == min(found[1:])
+
+
 def test_patience(tmp_path: Path, bert: Path, texts: Path) -> None:
     """A run that is no longer better stops early."""
     training = replace(QUICK, steps=40, learning_rate=1e-9, evaluations=20, patience=2)

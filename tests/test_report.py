@@ -96,6 +96,7 @@ def test_summary(place: Path) -> None:
         f"{run['packed']['accuracy']:.4f}",
         "smaller)",
         "bits per quantized weight",
+        "weights are quantized",
         "stayed float",
         "classifier",
         "ms (",
@@ -132,6 +133,15 @@ def test_phases(place: Path, tmp_path: Path) -> None:
     text = (tmp_path / "plots" / "losses-taught.svg").read_text()
     assert "TI-O &lt;b&gt;" in text
     assert ElementTree.fromstring(text) is not None
+
+
+def test_float_products(place: Path, tmp_path: Path) -> None:
+    """What multiplies activations out of Bittern's reach is named among what is quantized and what is not."""
+    result = result_of(place / "texts")
+    assert re.search(r"^\d\d\.\d% of [\d,]+ weights are quantized", result["students"][0]["notes"][0])
+    result["students"][0]["notes"].append("products of activations stay float in layer.0.<b>")
+    write_report(result, tmp_path)
+    assert "products of activations stay float in layer.0.&lt;b&gt;" in (tmp_path / "report.html").read_text()
 
 
 def test_nothing_stands_out(place: Path, tmp_path: Path) -> None:

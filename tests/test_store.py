@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from bittern import inspect, is_packed, is_simulated, load, pack, save, simulate
 from bittern.deploy.files import atomic_folder, check_output
-from bittern.deploy.store import measure
+from bittern.deploy.store import compare_outputs, measure
 from bittern.errors import BitternError, CheckpointError, InputError, ModelError
 from bittern.layers import formats
 from bittern.recipe import Format, Recipe, Rule
@@ -68,6 +68,8 @@ def test_save_and_load(state: str, tmp_path: Path) -> None:
     out = tmp_path / "a" / "b" / "out"
     save(model.train(), out)
     again = load(str(out))
+    if state != "float":
+        compare_outputs(again, out)
     assert type(again) is type(model)
     assert not again.training
     assert again.dtype == torch.float32
@@ -106,16 +108,18 @@ def test_same_bytes(shard: str, tmp_path: Path) -> None:
 
 
 def test_processors_are_kept(tmp_path: Path) -> None:
-    """The tokenizer or image processor of the source is saved beside the model, and none is made up."""
+    """The tokenizer or image processor of the source travels with the model, and none is made up, which is said."""
     text = save_text_model(tmp_path / "text")
     images = tmp_path / "images"
     hf.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(images)
     bare = tmp_path / "bare"
-    save(load(text), bare)
+    save(small(packed=False), bare)
     names = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
     found = {}
     for source in (text, images, bare, tmp_path / "nowhere"):
-        save(small(packed=True), tmp_path / f"from_{source.name}", processors_from=source)
+        out = tmp_path / f"from_{source.name}"
+        with nullcontext() if source == text else pytest.warns(UserWarning, match=f"{out} has no tokenizer: {source}"):
+            save(small(packed=True), out, processors_from=source)
         found[source.name] = [(tmp_path / f"from_{source.name}" / name).exists() for name in names]
     assert found == {
         "text": [True, True, False],
@@ -399,6 +403,33 @@ def test_path_that_is_none(path: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     with refused(InputError, path):
         load(path)
+
+
+def test_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is asked once for a name that is no folder, and its answer is one line."""
+    asked: list[str] = []
+
+    def fail(_: Any, name: str, **__: Any) -> None:
+        asked.append(name)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("bittern.deploy.store.HfApi.model_info", fail)
+    with refused(InputError, "no such folder: bert-base-uncasde; nor can the hub give it: no route to host"):
+        load("bert-base-uncasde")
+    assert asked == ["bert-base-uncasde"]
+
+
+def test_hub_name_that_is_cached(tmp_path: Path) -> None:
+    """A name of the hub, of one word too, loads from the cache where the hub cannot be reached."""
+    repo, revision = tmp_path / "hub" / "models--bert-base-uncased", "a" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(revision)
+    SUPPORTED["bert"]()[0].save_pretrained(repo / "snapshots" / revision)
+    code = "import bittern; print(type(bittern.load('bert-base-uncased')).__name__)"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://localhost:9", "HF_HUB_OFFLINE": "0"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert ran.stdout == "BertForSequenceClassification\n", ran.stderr
+    assert "Retry" not in ran.stderr
 
 
 def test_not_a_transformer(tmp_path: Path) -> None:

@@ -213,6 +213,21 @@ def test_balance() -> None:
     assert balanced(terms, Distill(weights, balance="fixed"), {"map": 2}).item() == pytest.approx(0.3 * 4 + 0.7 * 0.01)
 
 
+def test_logged_loss(tmp_path: Path) -> None:
+    """Whatever the balance, the logged loss is the sum of the logged terms by their weights, and so is that of an
+    evaluation, which tells a better student from a worse one."""
+    for balance in ("auto", "fixed"):
+        distill = parse_distill("prediction,hidden=2,map=0.5", balance=balance)
+        running = trainer(tmp_path / balance, distill=distill, logging_steps=1, max_steps=3, learning_rate=1e-2)
+        before = running.evaluate()["eval_loss"]
+        running.train()
+        logs = [entry for entry in running.state.log_history if "loss" in entry]
+        assert len(logs) == 3
+        for entry in logs:
+            assert entry["loss"] == pytest.approx(sum(w * entry[f"loss_{n}"] for n, w in distill.terms.items()))
+        assert running.evaluate()["eval_loss"] < before
+
+
 def test_compared() -> None:
     """A term's count is that of the tensors it compares: a prediction, each block, what the first one reads, and the
     chosen layers."""

@@ -15,19 +15,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bittern import native
+from bittern.analysis.findings import verdict
 from bittern.data import check_same_inputs, load_any_split, load_splits
-from bittern.data.evaluate import headline, is_measurable, metrics, predict
+from bittern.data.evaluate import check_comparable, headline, is_measurable, metrics, predict
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.files import Journal, check_output, digest, reserved
-from bittern.deploy.store import load, measure, save
+from bittern.deploy.store import float_bytes, load, measure, save
 from bittern.errors import InputError, ModelError
-from bittern.layers import Simulation, fake_quants, is_simulated, restore, simulate
+from bittern.layers import Simulation, fake_quants, formats, is_simulated, restore, simulate
 from bittern.options import Distill, Intervention, Mixed, Training
 from bittern.progress import OnStep, Track, ignore, is_main_process, peak_memory, silent
 from bittern.ptq import check_mixed, find_method
 from bittern.ptq import quantize as post_training
 from bittern.ptq.calibrate import calibrate
-from bittern.qat.training import first_step, last_checkpoint, read_baseline, train
+from bittern.qat.training import check_arguments, first_step, last_checkpoint, read_baseline, train
 from bittern.recipe import Recipe, load_recipe
 
 
@@ -132,6 +133,7 @@ def qat(
     if baseline_run and intervention is None:
         raise InputError("steps are counted against a plain run where the teacher intervenes; give --intervene")
     baseline = read_baseline(baseline_run) if baseline_run else None
+    check_arguments(training)
     columns |= {"batch_size": training.batch_size}
     job = _Job(source, recipe, out, data, samples, training.seed, force, track, columns, simulated, student, True)
     folder, is_main = job.folder, is_main_process()
@@ -150,8 +152,8 @@ def qat(
             raise InputError(
                 f"{baseline_run} was chosen by {baseline['metric']}, this run by {options.metric}; set --metric"
             )
-        if options.metric not in measured:
-            raise InputError(f"no metric {options.metric!r} to choose by; there are {', '.join(measured)}")
+        if options.metric not in (*measured, "loss"):
+            raise InputError(f"no metric {options.metric!r} to choose by; there are {', '.join(measured)}, loss")
         found: dict[str, Any] = {"distill": asdict(distill), "training": asdict(options)}
         found |= {"intervention": asdict(intervention)} if intervention else {}
         if is_main:
@@ -169,6 +171,7 @@ def qat(
             distill,
             options,
             folder,
+            test=job.test,
             intervention=intervention,
             resume=resume,
             on_step=on_step,
@@ -239,7 +242,7 @@ class _Job:
             simulate(self.model, self.recipe, next(iter(self.calibration)) if self.calibration else None)
             restore(self.model)
         self.reference = self._predict(self.float_model, "float")
-        self.float_bytes = 4 * sum(p.numel() for p in self.float_model.parameters())
+        self.float_bytes = float_bytes(self.float_model)
 
     def _predict(self, model: PreTrainedModel, description: str) -> Tensor | None:
         return predict(model, self.track(self.test, description)) if self.test else None
@@ -279,6 +282,11 @@ class _Job:
         if self.test is not None and simulated is not None:
             result["samples"] = len(self.test)
             result |= self._compare(simulated)
+            how, learned = next((h for h in ("qat", "ptq") if h in found), "quantize"), found.get("distill", {})
+            judged = verdict(
+                result["float"], result["packed"], formats(self.model).values(), how, learned=learned.get("terms", ())
+            )
+            result["verdict"] = judged and judged._asdict()
         calibration = self.calibration and {
             "data": self.source_of_data,
             "samples": len(self.calibration),
@@ -340,6 +348,8 @@ def evaluate(
         why = "has no labels" if loaded.labels is None else f"is for {type(model).__name__}, which has no classes"
         raise InputError(f"{data} {why}, so there is no accuracy; compare with another model: --against FLOAT_MODEL")
     other = None if against is None else load(against)
+    if against is not None and other is not None:
+        check_comparable(model, source, other, against, loaded)
     with nullcontext() if kernels else native.disabled():
         output = predict(model, track(loaded, "evaluating"))
         reference = None if other is None else predict(other, track(loaded, "reference"))
@@ -351,6 +361,4 @@ def evaluate(
     }
     if reference is None:
         return result | metrics(model, loaded, output)
-    if reference.shape != output.shape:
-        raise InputError(f"{against} gives outputs {tuple(reference.shape)}, {source} gives {tuple(output.shape)}")
     return result | {"against": str(against), **metrics(model, loaded, output, reference)}

@@ -6,6 +6,7 @@ that are not finite. The caller then computes as the simulated model does.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -17,6 +18,8 @@ from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from bittern import native
 from bittern.quantizers import FakeQuant, code_range, has_kernel_coding, kernel_coding, stamp
 from bittern.recipe import OPERANDS, Format
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)  # what is computed in them goes through the kernels as float32
 
 # Told of each attention that kernels compute in this context: query, key, mask and scaling.
 watcher: ContextVar[Callable[[Tensor, Tensor, Tensor | None, float], None] | None] = ContextVar("watcher", default=None)
@@ -42,6 +45,21 @@ def has_kernel(weight: Format | None = None, input_format: Format | None = None)
     return known
 
 
+def warn_if_slow(x: Tensor, *parameters: Tensor | None) -> None:
+    """Say, once, that the kernels here do not serve x, and why: a packed model is then slower than a float one."""
+    if not native.available() or not x.is_cpu or torch.compiler.is_compiling():
+        return
+    if x.dtype != torch.float32 and x.dtype not in SIXTEEN_BITS:
+        why = f"they take float32, bfloat16 and float16, and this input is {x.dtype}"
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
+        why = "gradients are asked for; call the model under torch.no_grad(), or model.requires_grad_(False) first"
+    else:
+        return
+    warnings.warn(
+        f"a packed layer leaves the integer kernels and unpacks its weights in each call: {why}", stacklevel=2
+    )
+
+
 def make_panels(codes: Tensor, scale: Tensor, fmt: Format) -> native.Panels | None:
     """Weights for the kernels from their codes (rows, columns); None if they have no such format or size."""
     if not has_kernel(weight=fmt) or not 0 < codes.shape[1] <= native.MOST_INPUTS:
@@ -59,7 +77,12 @@ def attend(
     scaling: float | None,
 ) -> tuple[Tensor, Tensor] | None:
     """Context (batch, queries, heads, dim) and map of attention whose operands are all quantized for each tensor."""
+    dtype = query.dtype
+    if dtype in SIXTEEN_BITS:
+        query, key, value, mask = (t if t is None else t.float() for t in (query, key, value, mask))  # type: ignore[assignment]
     if not native.serves(query, key, value, mask) or not query.numel() or not key.numel():
+        return None
+    if max(key.shape[2:]) > native.MOST_INPUTS or query.numel() >= 2**31:  # the slower way has no such limits
         return None
     codings = {point: input_coding(quantizer) for point, quantizer in quantizers.items()}
     known = {point: coding for point, coding in codings.items() if coding is not None and not coding.by_row}
@@ -68,7 +91,8 @@ def attend(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if (watch := watcher.get()) is not None:
         watch(query, key, mask, scaling)
-    return native.attention(query, key, value, mask, scaling, known)
+    found = native.attention(query, key, value, mask, scaling, known)
+    return found and (found[0].to(dtype), found[1].to(dtype))
 
 
 class LayerNorm(nn.LayerNorm):

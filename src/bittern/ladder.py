@@ -31,7 +31,7 @@ from bittern.data.evaluate import LOWER_IS_BETTER, headline, metrics, predict
 from bittern.deploy.bench import alternate
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.files import Journal, atomic_folder, check_output, digest
-from bittern.deploy.store import REPORT, load, measure, save
+from bittern.deploy.store import REPORT, float_bytes, load, measure, save
 from bittern.errors import InputError, ModelError
 from bittern.layers import is_simulated, simulate
 from bittern.options import Distill, Training
@@ -373,7 +373,7 @@ def compress(
         "data": data,
         "metric": metric,
         "float": metrics(model, choice, reference, reference)[metric],
-        "float_bytes": 4 * sum(p.numel() for p in model.parameters()),
+        "float_bytes": float_bytes(model),
         "max_loss": max_loss,
         "goal": goal,
         "rows": rows,

@@ -26,8 +26,11 @@ TERNARY_THRESHOLD = 0.7  # times the mean of |w| (Ternary Weight Networks; Terna
 
 def stamp(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Return what a cache of something made from these tensors depends on: it differs once one of them is another
-    tensor, or was changed in place, but for changes through `tensor.data`, which PyTorch does not count."""
-    return tuple(None if t is None else (t.data_ptr(), t._version, t.dtype) for t in tensors)
+    tensor, or was changed in place, but for changes that PyTorch does not count: through `tensor.data`, and of tensors
+    made in `torch.inference_mode`."""
+    return tuple(
+        None if t is None else (t.data_ptr(), -1 if t.is_inference() else t._version, t.dtype) for t in tensors
+    )
 
 
 def code_range(fmt: Format) -> tuple[int, int]:

@@ -75,7 +75,7 @@ class Axis:
         longest = max((len(name) for _, name in marks), default=0)
         if LETTER * (longest + 1) <= room:
             inside = [min(self(x), WIDTH - LETTER * len(name) / 2) for x, name in marks]
-            return [text(x, y + 15, name, "middle") for x, (_, name) in zip(inside, marks, strict=True)], y + 18
+            return [text(x, y + 17, name, "middle") for x, (_, name) in zip(inside, marks, strict=True)], y + 20
         kept, longest = marks[:: math.ceil((SIZE + 1) / room)], min(longest, 10)
         turned = ((self(x), name, f"rotate(-40 {self(x):.1f} {y + 12:.1f})") for x, name in kept)
         return [text(x, y + 12, name[:10], "end", turn) for x, name, turn in turned], y + 16 + 5.0 * longest
@@ -245,7 +245,7 @@ def lines(
     if not points:
         return Plot(text(10, 20, "no values"), 30)
     xs, ys = zip(*points, strict=True)
-    above, bottom, right = 22.0, 200.0, WIDTH - 6.0
+    above, bottom, right = 38.0 if bands else 22.0, 200.0, WIDTH - 6.0
     numbers = None if joined else [str(k) for k in range(int(max(ys)) + 1)]  # single points are in whole groups
     at_y = Axis(*_range_of(ys, log, zero), bottom, above, log, numbers)
     left = 10 + LETTER * max(len(mark) for _, mark in at_y.marks())
@@ -256,7 +256,7 @@ def lines(
         a, b = (at_x(min(max(float(band[side]), at_x.low), at_x.high)) for side in ("from", "to"))
         parts.append(box(a, above, b - a, bottom - above, "var(--band)", data_tip=band["name"], stroke="var(--line)"))
         if LETTER * len(band["name"]) < b - a:
-            parts.append(text((a + b) / 2, above + 13, band["name"], "middle"))
+            parts.append(text((a + b) / 2, above - 5, band["name"], "middle"))
     parts += at_y.beside(left - 5, grid_to=right)
     under, below = at_x.below(bottom)
     if x_name:

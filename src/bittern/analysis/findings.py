@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from statistics import median
 from typing import Any, Literal, NamedTuple
@@ -71,7 +72,9 @@ def verdict(
 
 
 def _lost(metric: str, before: float, after: float) -> float:
-    """Return the loss relative to the better value; one near 0, as correlations have, counts as 0.1."""
+    """Return the loss relative to the better value; one near 0 (of a correlation) counts as 0.1. NaN: all is lost."""
+    if math.isnan(after):
+        return 1.0
     if metric in LOWER_IS_BETTER:
         return 1 - before / max(after, 1e-12)
     return (before - after) / max(before, 0.1)

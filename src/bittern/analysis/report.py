@@ -104,6 +104,7 @@ def summary(result: Result) -> list[list[str]]:
         ["bits per quantized weight", "32", *(f"{h['bits']:.2f}" for h in sizes)],
         [time, f"{1e3 * speeds[0]['teacher']:.0f} ms", *map(_speed, speeds)],
         ["made by", "", *(f"{s['how']} {s['holds']['recipe']}" for s in students)],
+        ["quantized", "nothing", *("; ".join(s["notes"]) for s in students)],
         ["stayed float", "everything", *(_kept(h["kept_float"]) for h in sizes)],
     ]
 

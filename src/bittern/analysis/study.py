@@ -29,7 +29,7 @@ from bittern.deploy.store import REPORT as RUN
 from bittern.deploy.store import inspect, load
 from bittern.deploy.store import measure as size_on_disk
 from bittern.errors import ModelError
-from bittern.layers import formats
+from bittern.layers import describe, formats
 from bittern.options import Curvature
 from bittern.progress import OnEstimate, Track, silent
 
@@ -191,6 +191,7 @@ class _Study:
             "metrics": metrics(pair.student, self.data, predicted, reference),
             "run": {key: run[key] for key in kept if key in run},
             "holds": inspect(path),
+            "notes": list(describe(pair.student).notes),
             "history": qat.get("history", []),
             "phases": qat.get("phases", []),
             "metric": qat.get("metric"),

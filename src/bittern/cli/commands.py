@@ -129,7 +129,12 @@ def evaluate(
 
 
 @command("deploy.store:inspect", results.inspect)
-def inspect(path: Model) -> None:
+def inspect(
+    path: Model,
+    verify: Annotated[
+        bool, Option("Run the model too, and compare with outputs that were kept when it was saved.")
+    ] = False,
+) -> None:
     """Show what a model folder holds: sizes, which module has which format, and what stayed float."""
 
 

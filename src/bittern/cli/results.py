@@ -94,6 +94,8 @@ def sizes_and_metrics(result: Result, how: str = "") -> None:
         error = result["max_error_simulated_packed"]
         rows.append(("max error simulated–packed, without kernels", "", f"{error:g}"))
     print_table(("", "float", "packed"), rows, f"{result['source']} by {result['recipe']}{how}")
+    if judged := result.get("verdict"):
+        say((judged["text"], "" if judged["level"] == "kept" else "bold yellow"))
 
 
 def quantize(result: Result) -> None:
@@ -182,6 +184,8 @@ def inspect(result: Result) -> None:
     if result["state"] == "packed":
         kernels = result["kernels"] or "none: weights are unpacked in each forward, which is slow"
         say(f"integer kernels on this machine: {kernels}")
+    if "verified" in result:
+        say(f"outputs are those of the model that was saved, up to {result['verified']:.1e}")
     groups = Counter(
         (of_blocks(m["name"]), "\n".join(f"{point}: {form}" for point, form in m.items() if point != "name"))
         for m in result["modules"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,10 @@ from transformers import PreTrainedModel
 
 from bittern.data import Data, has_boxes, has_classes, is_language_model, is_regression
 from bittern.data.detection import mean_average_precision
-from bittern.errors import InputError
+from bittern.errors import InputError, first_line
 
 HEADLINES = {"cola": "mcc", "mrpc": "f1", "qqp": "f1", "stsb": "pearson"}  # of GLUE; accuracy of the other tasks
-LOWER_IS_BETTER = ("perplexity", "max_difference")
+LOWER_IS_BETTER = ("perplexity", "max_difference", "loss")
 
 
 @torch.no_grad()
@@ -64,6 +65,24 @@ def _output(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
         )
     mask = batch.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device)).unsqueeze(-1)
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).float().cpu()
+
+
+def check_comparable(
+    model: PreTrainedModel, path: str | Path, other: PreTrainedModel, other_path: str | Path, data: Data
+) -> None:
+    """Raise InputError unless both models give outputs of one kind and shape for the first samples."""
+    tasks = (has_boxes, is_language_model, has_classes, is_regression)
+    kinds = [[is_task(m) for is_task in tasks] for m in (model, other)]
+    few = next(iter(replace(data, batch_size=min(2, len(data)))))
+    try:
+        shapes = [tuple(predict(m, [few]).shape[1:]) for m in (model, other)]
+    except Exception as error:  # a model raises whatever its code meets in inputs of another
+        raise InputError(f"{other_path} cannot read {data.name} as {path} does: {first_line(error)}") from error
+    if kinds[0] != kinds[1] or shapes[0] != shapes[1]:
+        raise InputError(
+            f"{other_path}, a {type(other).__name__}, gives outputs {shapes[1]} for each sample, {path}, a "
+            f"{type(model).__name__}, {shapes[0]}; give a model of the same task"
+        )
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

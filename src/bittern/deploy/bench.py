@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from bittern import native
 from bittern.deploy.checkpoint import is_packed
 from bittern.deploy.packed import weight_bytes
-from bittern.deploy.store import REPORT, load, measure
+from bittern.deploy.store import REPORT, float_bytes, load, measure
 from bittern.dry_run import dummy_batch
 from bittern.errors import InputError, ModelError
 from bittern.kernels import has_kernel
@@ -62,10 +62,9 @@ def bench(
         with native.disabled():
             expected = model(**batch)
     found = ratios(times, OURS)
-    size = measure(model, path)
     model(**batch)  # puts the codes in the kernels' order again
     memory = {OURS: weight_bytes(model), FLOAT: weight_bytes(other)}
-    sizes = {OURS: size.file, FLOAT: size.float32}
+    sizes = {OURS: measure(model, path).file, FLOAT: float_bytes(other)}
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     return {
         "model": str(path),

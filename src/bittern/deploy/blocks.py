@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from bittern import attention, kernels, native
-from bittern.deploy.packed import PackedLayer
+from bittern.deploy.packed import PackedLayer, PackedWeight
 from bittern.native.block import PARTS, Block, Layer, Norm, run_blocks
 from bittern.recipe import OPERANDS
 
@@ -96,7 +96,8 @@ class Guard:
         self.hooks = [table for m in self.modules for table in (m._forward_hooks, m._forward_pre_hooks)]
         self.attributes = [(m.__dict__, name) for m in self.modules for name in ATTRIBUTES if name in m.__dict__]
         self.things = self._things()
-        self.tensors = [thing for thing in self.things if isinstance(thing, Tensor)]
+        held = [t for t in self.things if isinstance(t, Tensor) and not isinstance(t, PackedWeight)]
+        self.tensors = [tensor for tensor in held if not tensor.is_inference()]  # PyTorch counts no changes of those
         self.changes = self._changes()
 
     def _things(self) -> list[object]:

@@ -36,6 +36,7 @@ from bittern.compat import (
     rename_source_key,
     revert_weight_conversion,
 )
+from bittern.deploy import probe
 from bittern.deploy.blocks import use_kernels
 from bittern.deploy.files import digest, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers, weight_bytes
@@ -97,10 +98,10 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def open_checked(files: list[Path]) -> tuple[dict[str, Any], list[str]]:
+def open_checked(files: list[Path]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Open a checkpoint's safetensors files and check their headers and config.json beside them; fast, without tensors.
 
-    Returns the open file of each tensor, and the digests that all tensors together may have. Raises CheckpointError
+    Returns the open file of each tensor, and what the metadata holds of Bittern. Raises CheckpointError
     naming what is damaged, foreign or newer.
     """
     handles: dict[str, Any] = {}
@@ -113,7 +114,8 @@ def open_checked(files: list[Path]) -> tuple[dict[str, Any], list[str]]:
         try:
             checks = json.loads(text)
             check_version(checks["format_version"], "a newer version")
-            tensors, config = list(checks["tensors"]), str(checks["config"])
+            config = str(checks["config"])
+            checks["tensors"] = list(checks["tensors"])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise CheckpointError(f"{file.name} has damaged checksums") from None
     path = files[0].parent / "config.json"
@@ -122,13 +124,13 @@ def open_checked(files: list[Path]) -> tuple[dict[str, Any], list[str]]:
             f"{path} was changed since the weights were packed; restore it, or load with the "
             "original, change model.config and save again"
         )
-    return handles, tensors
+    return handles, checks
 
 
 def verify(files: list[Path]) -> dict[str, Any]:
     """Check a checkpoint as `open_checked` does, and its tensors too; return the open file of each tensor."""
-    handles, allowed = open_checked(files)
-    if digest((name, handles[name].get_tensor(name)) for name in sorted(handles)) not in allowed:
+    handles, checks = open_checked(files)
+    if digest((name, handles[name].get_tensor(name)) for name in sorted(handles)) not in checks["tensors"]:
         raise CheckpointError(
             f"{files[0].parent}: tensors do not match their checksum; the file is damaged or incomplete"
         )
@@ -231,6 +233,7 @@ class BitternQuantizer(HfQuantizer):
             # with names as in the original checkpoint, or in the model: save_original_format decides, unseen
             "tensors": [digest(sorted(t.items())) for t in (revert_weight_conversion(model, dict(written)), written)],
             "config": config_digest(json.loads(model.config.to_json_string())),
+            "probe": probe.make(model),
         }
         return state, {METHOD: json.dumps(checks)}
 

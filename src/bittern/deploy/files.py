@@ -271,8 +271,8 @@ class Journal:
 
     @staticmethod
     def check_ours(folder: Path) -> None:
-        """Refuse a folder of other things than a job."""
-        if any(folder.iterdir()) and not (folder / JOB).exists():
+        """Refuse a folder of other things than a job, or than one that was killed while it wrote its first file."""
+        if any(not f.name.startswith(f".{JOB}.") for f in folder.iterdir()) and not (folder / JOB).exists():
             raise InputError(f"{folder} holds files but no {JOB}; move it away or choose another output")
 
     @staticmethod

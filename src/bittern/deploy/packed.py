@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bittern import native
 from bittern.errors import ModelError
-from bittern.kernels import has_kernel, input_coding, make_panels
+from bittern.kernels import SIXTEEN_BITS, has_kernel, input_coding, make_panels, warn_if_slow
 from bittern.layers import (
     QuantConv1D,
     QuantConv2d,
@@ -189,22 +189,27 @@ class PackedLayer(QuantizedLayer):
 
     def integer_product(self, x: Tensor) -> Tensor | None:
         """The product of x (…, inputs) and the weight by the integer kernels; None where they do not serve."""
-        bias: Tensor | None = self.bias
-        if not native.serves(x, bias) or (coding := input_coding(self.input_quantizer)) is None:
+        bias: Tensor | None = None if self.bias is None else self.bias.float()
+        if (coding := input_coding(self.input_quantizer)) is None or not has_kernel(weight=self.weight_format):
+            return None
+        if not native.serves(x.float() if x.dtype in SIXTEEN_BITS else x, bias):
+            warn_if_slow(x, bias)
             return None
         if (panels := self.panels()) is None or x.shape[-1:] != (panels.inputs,):
             return None
-        rows = quantize_once(x, coding, lambda x: native.quantize(x.reshape(-1, x.shape[-1]).contiguous(), coding))
+        rows = quantize_once(
+            x, coding, lambda x: native.quantize(x.float().reshape(-1, x.shape[-1]).contiguous(), coding)
+        )
         if rows is None:
             return None
-        return native.linear(rows, panels, self.padded_bias(panels)).view(*x.shape[:-1], panels.outputs)
+        return native.linear(rows, panels, self.padded_bias(panels)).view(*x.shape[:-1], panels.outputs).to(x.dtype)
 
     def padded_bias(self, panels: native.Panels) -> Tensor:
         """The bias as the kernels read it, kept until it changes."""
         bias: Tensor | None = self.bias
         state = stamp(bias)
         if self._bias is None or self._bias[0] != state:
-            self._bias = state, native.padded_bias(bias, panels)
+            self._bias = state, native.padded_bias(None if bias is None else bias.float(), panels)
         return self._bias[1]
 
     def panels(self) -> native.Panels | None:
@@ -327,7 +332,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
         """The product of whole patches that do not overlap, as the stem of a ViT has them, by the integer kernels."""
         (high, wide), batch = self.kernel_size, x.shape[0]
         whole = self.stride == self.kernel_size and self.groups == 1 and self.dilation == (1, 1)
-        if not whole or self.padding not in ((0, 0), "valid") or x.dim() != 4 or not native.serves(x):
+        if not whole or self.padding not in ((0, 0), "valid") or x.dim() != 4:
             return None
         x = x[..., : x.shape[2] // high * high, : x.shape[3] // wide * wide]
         patches = x.unflatten(3, (-1, wide)).unflatten(2, (-1, high)).permute(0, 2, 4, 1, 3, 5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
@@ -13,10 +12,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers import AutoConfig, PreTrainedModel
 
 from bittern import native
-from bittern.data.texts import load_tokenizer
+from bittern.deploy import probe
 from bittern.deploy.checkpoint import (
     METHOD,
     BitternConfig,
@@ -24,6 +26,7 @@ from bittern.deploy.checkpoint import (
     mark,
     open_checked,
 )
+from bittern.deploy.companions import copy_companions, folder_of, source_of, warn_of_missing, write_card
 from bittern.deploy.files import atomic_folder, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer
 from bittern.dry_run import check_model
@@ -45,15 +48,12 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMode
     local = os.path.isdir(path)  # False, and no error, for what cannot be a path
     if local:
         _check_folder(Path(path))
-    elif not re.fullmatch(r"[^/.~][^/]*/[^/]+", str(path)):  # a name of the hub: owner/model
-        raise InputError(f"no such folder: {path}")
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": local or _is_only_cached(str(path))}
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, **options)
         name = (config.architectures or ["AutoModel"])[0]
         cls = getattr(transformers, name, None) or transformers.AutoModel
-        model = cls.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        model = cls.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **options)
     except BitternError:
         raise
     except Exception as error:  # transformers and safetensors raise whatever their parsers meet
@@ -63,6 +63,23 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMode
     check_model(model)
     model.eval()
     return model
+
+
+def _is_only_cached(name: str) -> bool:
+    """True for a hub name that the cache holds and the hub cannot give. Raises InputError, after one try, if neither
+    can: transformers would try five times to find a folder whose name is mistyped."""
+    try:
+        validate_repo_id(name)  # model, or owner/model
+    except HFValidationError:
+        raise InputError(f"no such folder: {name}") from None
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # the hub has no one error
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            why = "it has no such model" if isinstance(error, RepositoryNotFoundError) else first_line(error)
+            raise InputError(f"no such folder: {name}; nor can the hub give it: {why}") from error
+        return True
+    return False
 
 
 def _check_folder(folder: Path) -> None:
@@ -97,19 +114,23 @@ def save(
     force: bool = False,
     max_shard_size: str = "50GB",
 ) -> None:
-    """Write a float, simulated or packed model to a folder, all of it or nothing.
+    """Write a float, simulated or packed model to a folder, all of it or nothing, and a model card if it is quantized.
 
-    processors_from: a model folder whose tokenizer and image processor are kept beside. report: saved as bittern.json.
-    Raises InputError if `out` exists (unless `force`) or cannot be written.
+    What else it needs (tokenizer, processors, pooling, generation settings) comes along from `processors_from`, by
+    default the folder or hub name that the model was loaded from; a warning says what could not be found.
+    report: saved as bittern.json. Raises InputError if `out` exists (unless `force`) or cannot be written.
     """
+    source = source_of(model) if processors_from is None else processors_from
     if is_simulated(model) and not is_packed(model):
         mark(model, "simulated")
     with atomic_folder(out, force=force) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         for file in tensor_files(folder):
             _order_metadata(file)
-        if processors_from is not None:
-            copy_processors(processors_from, folder)
+        copy_companions(source, folder)
+        warn_of_missing(model, source, folder, out)
+        if is_simulated(model) or is_packed(model):
+            write_card(model, source, folder, report)
         if report is not None:
             (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
 
@@ -125,15 +146,6 @@ def _order_metadata(file: Path) -> None:
         if len(text) <= length:
             handle.seek(8)
             handle.write(text.ljust(length))
-
-
-def copy_processors(source: str | Path, folder: Path) -> None:
-    """Write the tokenizer and the image processor of a model folder, if it has them, to another folder."""
-    for read in (load_tokenizer, AutoImageProcessor.from_pretrained):
-        try:
-            read(source).save_pretrained(folder)
-        except Exception:  # a text model has no image processor and says so in many ways
-            continue
 
 
 @dataclass(frozen=True)
@@ -155,8 +167,30 @@ def measure(model: PreTrainedModel, folder: str | Path) -> Size:
     return Size(file, 4 * model.num_parameters(), bits)
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
-    """List what a folder holds: model class, sizes, each quantized module with its formats, and what stayed float."""
+def float_bytes(model: PreTrainedModel) -> int:
+    """Return the size of a float model: of the files it was loaded from, or as float32 if there are none."""
+    folder = folder_of(source_of(model))
+    files = tensor_files(folder) if folder else []
+    return sum(file.stat().st_size for file in files) or 4 * model.num_parameters()
+
+
+def compare_outputs(model: PreTrainedModel, path: str | Path) -> float:
+    """Compare outputs of a model loaded from a folder with those kept in it; return the largest relative difference.
+
+    Raises InputError if none are kept, CheckpointError if an output is another one.
+    """
+    kept = open_checked(tensor_files(path))[1].get("probe")
+    if kept is None or kept["class"] != type(model).__name__:
+        why = f"they are of {kept['class']}" if kept else "it is older, or the model takes unusual inputs"
+        raise InputError(f"{path} holds no outputs of {type(model).__name__} to compare with: {why}")
+    return probe.check(model, kept)
+
+
+def inspect(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
+    """List what a folder holds: model class, sizes, each quantized module with its formats, and what stayed float.
+
+    verify: run the model too, and compare its outputs with those of the model that was saved.
+    """
     model = load(path)
     quantized = formats(model)
     modules = [
@@ -178,6 +212,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         **asdict(size),
         "tensors": sum(len(open_tensors(file)[0].keys()) for file in tensor_files(path)),
         "kernels": native.engine()[0],
+        **({"verified": compare_outputs(model, path)} if verify else {}),
         "modules": modules,
         "kept_float": kept,
     }

@@ -58,14 +58,6 @@ class Captured:
     unclear: list[str]
 
 
-@dataclass
-class _Rows:
-    """What layers read at once: rows, the sample of each, and the norm that made them; no rows if that is unclear."""
-
-    rows: tuple[Tensor, Tensor] | None
-    norm: str | None
-
-
 def unit_layers(name: str, module: nn.Module) -> dict[str, QuantLayer]:
     """Simulated layers of a unit that read activations and whose product is a matrix product, by full name."""
     found = ((f"{name}.{n}" if n else name, m) for n, m in module.named_modules())
@@ -88,14 +80,14 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
     layers = unit_layers(unit, module)
     sites = [m for m in module.modules() if isinstance(m, Site) and m.formats]
     norms = [(n, m) for n, m in module.named_modules() if _is_norm(m)]
-    reads: dict[str, list[_Rows]] = {name: [] for name in layers}
+    reads: dict[str, list[Inputs | None]] = {name: [] for name in layers}  # None: of no known sample
     heads: dict[str, list[tuple[Tensor, ...] | None]] = {}
     groups: dict[str, int] = {}
 
     def capture_call(call: Call, first: int) -> None:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + call.batch)
         batch, size = batches[call.batch], sizes[call.batch]
-        seen: dict[tuple[Any, ...], _Rows] = {}  # what was read in this call
+        seen: dict[tuple[Any, ...], Inputs | None] = {}  # what was read in this call
         made: dict[tuple[Any, ...], str] = {}  # tensors → the norm that made them
         keep: list[Any] = []  # so that no address is used twice
 
@@ -103,11 +95,11 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
             keep.append(x)
             key = *_address(x), *_unfolding(layers[name])
             if key not in seen:
-                rows = _rows(layers[name], x, batch, size)
-                if rows is not None:
-                    kept = _part(len(rows[0]), MAX_ROWS // len(calls), generator, x.device)
-                    rows = rows[0][kept].detach().float().clone(), rows[1][kept] + first
-                seen[key] = _Rows(rows, made.get(_address(x)))
+                seen[key] = None
+                if (found := _rows(layers[name], x, batch, size)) is not None:
+                    kept = _part(len(found[0]), MAX_ROWS // len(calls), generator, x.device)
+                    rows, sample = found[0][kept].detach().float().clone(), found[1][kept] + first
+                    seen[key] = Inputs([], rows, sample, made.get(_address(x)))
             reads[name].append(seen[key])
 
         def on_norm(name: str, out: Any) -> None:
@@ -139,15 +131,14 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
     for name, parts in reads.items():
         if not parts:
             raise ModelError(f"{name} never ran during calibration; use batches that reach it, or keep it float")
-        rows = [part.rows for part in parts if part.rows is not None]
-        if len(rows) < len(parts) or not any(len(x) for x, _ in rows):
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts) or not any(len(part.x) for part in known):
             unclear.append(name)
             continue
         key = tuple(map(id, parts))
         if key not in inputs:
-            x, sample = (torch.cat(tensors) for tensors in zip(*rows, strict=True))
-            made_by = {part.norm for part in parts}
-            norm = made_by.pop() if len(made_by) == 1 else None
+            x, sample = (torch.cat([getattr(part, kind) for part in known]) for kind in ("x", "sample"))
+            norm = known[0].norm if len({part.norm for part in known}) == 1 else None
             inputs[key] = Inputs([], x, torch.unique(sample, return_inverse=True)[1], norm)
         inputs[key].layers.append(name)
     for group in inputs.values():

@@ -60,7 +60,7 @@ def _shaped(found: Scale, shape: tuple[int, ...]) -> Scale:
 
 
 def percentile_scale(x: Tensor, fmt: Format, p: float = 0.99999, name: str = "tensor") -> Scale:
-    """The range between the quantiles 1-p and p of each unit (FQN, Li et al. 2019).
+    """Return the scale of the range between the quantiles 1-p and p of each unit (FQN, Li et al. 2019).
 
     Quantiles between two values are interpolated, as numpy's are. A symmetric format takes the larger magnitude.
     """
@@ -84,7 +84,7 @@ def _quantile(rows: Tensor, p: float) -> Tensor:
 
 
 def omse_scale(x: Tensor, fmt: Format, name: str = "tensor") -> Scale:
-    """The scale of each unit that minimises ‖x − x̂‖² (OMSE, Choukroun et al. 2019), for every kind with a range.
+    """Return the scale of each unit that minimises ‖x − x̂‖² (OMSE, Choukroun et al. 2019), for every kind with a range.
 
     A geometric grid of 64 shrunk ranges from 1 % to all of the extremes (asymmetric: of both ends, then of each), a
     linear one of 32 around the best, then alternation between codes and the scale that fits them best, from the three
@@ -189,7 +189,9 @@ def _optimal_clips(bits: int) -> tuple[float, float]:
 
 
 def aciq_scale(x: Tensor, fmt: Format, name: str = "tensor") -> Scale:
-    """The analytic clip (ACIQ, Banner et al. 2019): mean ± α, for a normal or a Laplace distribution, or no clip.
+    """Return the scale of the analytic clip (ACIQ, Banner et al. 2019): mean ± α, by the better of two distributions.
+
+    They are the normal and the Laplace distribution; no clip is tried too.
 
     α is the optimum itself: to the printed digits 1.71σ ... 3.92σ (normal), 2.83b ... 9.89b (Laplace) for 2 to 8 bits.
     Of the three the one with the least error on x is taken, unit by unit, as in the published code: the expected errors
@@ -226,7 +228,7 @@ def _least(rows: Tensor, row: Format, found: list[Scale]) -> Scale:
 
 
 def aciq_bits(weight: Tensor, fmt: Format, lowest: int = 0, highest: int = 8, name: str = "weight") -> Tensor:
-    """Bits for each row, int64 (rows,): round(log2 σ^⅔ + t) within lowest to highest, with t such that their mean
+    """Return bits of each row, int64 (rows,): round(log2 σ^⅔ + t) within lowest to highest, with t such that their mean
     is fmt.bits exactly (ACIQ's allocation; rows that tie get the bit in order). A row of 0 bits is its mean alone.
     """
     if not lowest <= fmt.bits <= highest:
@@ -242,7 +244,7 @@ def aciq_bits(weight: Tensor, fmt: Format, lowest: int = 0, highest: int = 8, na
 
 
 def aciq_correct(weight: Tensor, quantized: Tensor, name: str = "weight") -> tuple[Tensor, Tensor, Tensor]:
-    """ACIQ's bias correction of each row, gain · (quantized + shift), with its gain and shift, (rows, 1) each.
+    """Return ACIQ's bias correction of each row, gain · (quantized + shift), with its gain and shift, (rows, 1) each.
 
     shift is what quantization took from the mean, gain restores the deviation around it. Codes stay: the scale becomes
     gain · scale, the offset gain · shift.
@@ -262,7 +264,7 @@ def aciq_correct(weight: Tensor, quantized: Tensor, name: str = "weight") -> tup
 def ocs(
     weight: Tensor, fmt: Format, ratio: float = 0.02, mse: bool = False, name: str = "weight"
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Outlier channel splitting (Zhao et al. 2019): the weight that results, its scale, and the inputs that were split.
+    """Split outlier channels (OCS, Zhao et al. 2019); return the weight that results, its scale, and the split inputs.
 
     The input channel of the largest |w| is replaced by two, (w - scale/2)/2 and (w + scale/2)/2, whose codes sum to
     that of w; at most ceil(ratio * columns) times. Both halves see the same input, so they are returned summed: codes

@@ -113,7 +113,7 @@ METHODS = {
 
 
 def find_method(name: str | Method) -> Method:
-    """A method by name. Raises InputError with the names there are."""
+    """Return a method by name. Raises InputError with the names there are."""
     if isinstance(name, Method):
         return name
     if name not in METHODS:

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from bittern.anatomy import Block
 from bittern.attention import Site, Taps, recording
 from bittern.errors import InputError, ModelError
-from bittern.layers import fake_quants, weight_matrix
+from bittern.layers import as_float, fake_quants, weight_matrix
+from bittern.options import Sensitivity
 from bittern.ptq.capture import padding_mask
 from bittern.ptq.methods import Method
 from bittern.ptq.stream import Call
 from bittern.quantizers import find_scale
 
 Part = Literal["attention", "ffn"]
-Sensitivity = Literal["relative", "paper"]
 SAMPLES = 32  # at least, as far as there are
 MAX_OUTPUT = 1 << 22  # entries of each output of a batch by which widths are compared
 
@@ -82,7 +82,7 @@ def weights_of(module: nn.Module, unit: str, parts: Mapping[str, Part], part: Pa
 def sensitivities(
     calls: Sequence[Call], sizes: Sequence[int], parts: Mapping[str, Part], measure: Sensitivity
 ) -> dict[Part, float]:
-    """Ω of each part at the present formats [VT eq. 18], or the relative error that it leaves in the block's output."""
+    """Return Ω of each part at its present formats [VT eq. 18], or the relative error that it leaves in the output."""
     totals, seen = dict[Part, float].fromkeys(parts.values(), 0.0), 0
     for call in calls:
         if seen >= SAMPLES:
@@ -102,17 +102,12 @@ def sensitivities(
 
 def _run(call: Call, parts: Mapping[str, Part], part: Part | None) -> tuple[Tensor, Taps]:
     """Run a block with one part quantized and the rest, or all of it, in float: its output, maps and FFN output."""
-    quantizers = {f"{call.unit}.{name}": quantizer for name, quantizer in fake_quants(call.module)}
-    before = [quantizer.bypass for quantizer in quantizers.values()]
-    try:
-        for name, quantizer in quantizers.items():
+    sites = [m for m in call.module.modules() if isinstance(m, Site)]
+    with as_float(call.module), recording(sites, "map", "ffn") as taps:
+        for name, quantizer in fake_quants(call.module):
             unset = quantizer.format.range == "static" and quantizer.scale is None  # by extremes, in the end
-            quantizer.bypass = part is None or part_of(name, parts) != part or unset
-        with recording([m for m in call.module.modules() if isinstance(m, Site)], "map", "ffn") as taps:
-            out = call.run()
-    finally:
-        for quantizer, was in zip(quantizers.values(), before, strict=True):
-            quantizer.bypass = was
+            quantizer.bypass = part is None or part_of(f"{call.unit}.{name}", parts) != part or unset
+        out = call.run()
     return (out[0] if isinstance(out, tuple) else out), taps
 
 
@@ -125,7 +120,7 @@ def nuclear_norm(matrices: Tensor) -> Tensor:
 
 
 def paper_sensitivity(out: Tensor, changed: Tensor) -> float:
-    """[VT eq. 18]: ‖Y‖_* · ‖Ŷ - Y‖², each summed over the heads of a sample, mean over samples.
+    """Return ‖Y‖_* · ‖Ŷ - Y‖², each summed over the heads of a sample, mean over samples [VT eq. 18].
 
     out, changed: (samples, …, rows, columns): attention maps, or outputs of the FFN.
     """
@@ -134,7 +129,7 @@ def paper_sensitivity(out: Tensor, changed: Tensor) -> float:
 
 
 def relative_sensitivity(out: Tensor, changed: Tensor) -> float:
-    """‖Ŷ - Y‖²/‖Y‖² of a block's output (samples, …), mean over samples: the same units for attention and FFN."""
+    """Return ‖Ŷ - Y‖²/‖Y‖² of a block's output (samples, …), mean over samples: one unit for attention and FFN."""
     power = out.double().square().flatten(1).sum(1).clamp(min=1e-30)
     return float(((changed - out).double().square().flatten(1).sum(1) / power).mean())
 
@@ -158,7 +153,7 @@ def model_outputs(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> lis
 
 
 def divergence(outputs: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
-    """‖Ŷ - Y‖²/‖Y‖² of a model's outputs, mean over outputs and batches; what is infinite in Y does not count."""
+    """Return ‖Ŷ - Y‖²/‖Y‖² of a model's outputs, mean over outputs and batches, without what is infinite in Y."""
     total = 0.0
     for out, other in zip(outputs, changed, strict=True):
         finite = out.isfinite()

@@ -44,13 +44,13 @@ from bittern.ptq.mixed import (
     divergence,
     frontier,
     model_outputs,
+    part_of,
     sensitivities,
     weights_of,
     widen,
 )
-from bittern.ptq.operands import searchable
 from bittern.ptq.search import Space
-from bittern.ptq.solve import Solved, solve_attention, solve_layers
+from bittern.ptq.solve import Solved, searchable, solve_attention, solve_layers
 from bittern.ptq.stream import Call, stream
 from bittern.quantizers import find_scale
 from bittern.recipe import Recipe, load_recipe
@@ -212,7 +212,7 @@ def _stream(run: _Run, track: Track) -> Iterator[dict[int, Found]]:
     with as_float(run.model):
         for unit, calls in stream(run.model, units, run.batches[:1]):
             left[unit] += 1
-            calls[0].output = calls[0].run()
+            _run_all(calls)
     held: dict[str, list[Call]] = defaultdict(list)
     steps = stream(run.model, units, run.batches)
     with closing(steps), as_float(run.model) if parallel else nullcontext():
@@ -226,14 +226,17 @@ def _stream(run: _Run, track: Track) -> Iterator[dict[int, Found]]:
             left[unit] -= 1
             if left[unit]:
                 with run.clock("forward"), as_float(calls[0].module):
-                    for call in calls:
-                        call.output = call.run()
+                    _run_all(calls)
                 continue
             number += 1
             yield _solve_unit(run, held.pop(unit), number)
             with run.clock("forward"):
-                for call in calls if not parallel else ():
-                    call.output = call.run()
+                _run_all([] if parallel else calls)
+
+
+def _run_all(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call.output = call.run()
 
 
 def _solve_unit(run: _Run, calls: list[Call], number: int) -> dict[int, Found]:
@@ -248,14 +251,13 @@ def _solve_unit(run: _Run, calls: list[Call], number: int) -> dict[int, Found]:
     kept = {bits: run.journal.load(file) for bits, file in files.items()} if run.journal else {}
     if kept and None not in kept.values():
         with run.clock("forward"), as_float(module):
-            for call in calls:
-                call.output = call.run()
+            _run_all(calls)
         return {bits: Found(unit, part[0], **part[1]) for bits, part in kept.items() if part}
     with run.clock("forward"):
         captured = capture(calls, run.batches, run.sizes, run.seed)
     for group in captured.inputs:
-        if parts and group.norm is not None:
-            parts[f"{unit}.{group.norm}"] = parts[group.layers[0]]
+        if group.norm is not None and (part := part_of(group.layers[0], parts)) is not None:
+            parts[f"{unit}.{group.norm}"] = part
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     changed: set[str] = set()
     found: dict[int, Found] = {}
@@ -335,21 +337,19 @@ def _allocate(
 
 
 def _units(model: nn.Module, anatomy: Anatomy) -> list[str]:
-    """Blocks, and the quantized layers outside of them, in no order: the model runs them in its own."""
+    """Blocks with something to solve, and the quantized layers outside of them, in no order: the model has its own."""
     blocks = [block.name for block in anatomy.blocks]
-    outside = [
+    inside = tuple(f"{block}." for block in blocks)
+    outside = [n for n, m in model.named_modules() if isinstance(m, QuantLayer) and not n.startswith(inside)]
+    return [
         name
-        for name, module in model.named_modules()
+        for name in (*outside, *blocks)
         if name not in anatomy.idle
-        and not any(name.startswith(f"{block}.") for block in blocks)
-        and isinstance(module, QuantLayer)
-        and unit_layers(name, module)
+        and (
+            unit_layers(name, model.get_submodule(name))
+            or any(isinstance(m, Site) and m.formats for m in model.get_submodule(name).modules())
+        )
     ]
-    return [*outside, *(b for b in blocks if _has_work(b, model.get_submodule(b)))]
-
-
-def _has_work(name: str, module: nn.Module) -> bool:
-    return bool(unit_layers(name, module)) or any(isinstance(m, Site) and m.formats for m in module.modules())
 
 
 def _solve_without_data(model: nn.Module, method: Method) -> None:

@@ -13,7 +13,7 @@ CHUNK = 1 << 19  # entries of an error that are looked at at once: they stay in 
 
 
 def loss(p: Tensor, q: Tensor, power: Tensor, objective: Objective) -> Tensor:
-    """1 - similarity of O and O + δ, without cancellation; for `mse` the relative squared error ‖δ‖²/‖O‖²."""
+    """Return 1 - similarity of O and O + δ, without cancellation; for `mse` the relative squared error ‖δ‖²/‖O‖²."""
     if objective == "mse":
         return q / power
     total = (power + 2 * p + q).clamp(min=1e-30)
@@ -72,7 +72,7 @@ class Product:
     def loss(
         self, left: Callable[[slice], Tensor], right: Tensor, penalty: Callable[[Tensor], float] | None = None
     ) -> float:
-        """Mean over samples of the loss of left·right, plus a penalty of its error, if there is one."""
+        """Return the mean over samples of the loss of left·right, plus a penalty of its error, if there is one."""
         p, q, total = (torch.empty(self.sample.shape, device=self.out.device) for _ in range(3))
         errors = []
         for part in self.chunks():

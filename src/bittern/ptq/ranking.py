@@ -13,7 +13,7 @@ ROWS = 1024  # on which the search looks at the order
 
 
 def ranking_loss(scores: Tensor, changed: Tensor, margin: float, valid: Tensor | None = None) -> Tensor:
-    """Mean over pairs i<j of a row of (θ - (Â_i - Â_j)·sign(A_i - A_j))₊, ties in A left out.
+    """Return the mean over pairs i<j of a row of (θ - (Â_i - Â_j)·sign(A_i - A_j))₊, ties in A left out.
 
     scores A and changed Â: (rows, columns); valid: False where there is padding, whose pairs do not count. The paper's
     sum over pairs would swamp a similarity of at most 1; this is its mean. Exact: rows are sorted once, and pairs

@@ -87,7 +87,7 @@ def choose(
     The error is smooth but for a rest: it is interpolated between the candidates that were scored, and scoring goes on
     while another candidate could be the best if that missed by more than it did lately, the more the less is known.
     start: the present candidate, which is scored too. slack: what may be lost, relative to the loss, for fewer scores:
-    a present candidate that the estimate keeps is then scored with its neighbours alone, unless one of these is better.
+    one that the estimate keeps is then left only for better ones beside it.
     rough: the estimate leaves out a part of the loss.
 
     >>> losses = [0.30, 0.10, 0.25]
@@ -100,11 +100,8 @@ def choose(
     wanted = dict.fromkeys([int(estimates.argmin()), *spread, *([] if start is None else [start])])
     tried: dict[int, float] = {c: exact(c) for c in wanted}
     missed: list[float] = []
-    if slack and start is not None and [*wanted] == [start]:
-        tried |= {c: exact(c) for c in (start - 1, start + 1) if 0 <= c < count}
-        if tried[start] - min(tried.values()) <= slack * tried[start]:
-            return min(tried, key=tried.__getitem__)
-    while len(tried) < count:
+    kept = slack > 0 and [*wanted] == [start]
+    while len(tried) < count and not kept:
         at = sorted(tried)
         errors = [tried[c] - estimates[c] for c in at]
         likely = estimates + np.interp(np.arange(count), at, errors)
@@ -149,15 +146,16 @@ def search_left(
         crosses += _cross_terms(x, fmt, right.mT, product.row_weight)
     sums = _sums(x, fmt, square, x[some], linear * scale_up, gain * scale_up, crosses)
 
+    def exact(scale: Scale) -> float:
+        def left(rows: slice) -> Tensor:
+            return fake_quantize(x[rows], fmt, *scale)
+
+        return sum(product.loss(left, right, penalty) for product, right in products) / len(products)
+
     def search(options: Sequence[Scale], start: int | None) -> int:
-        def exact(candidate: int) -> float:
-            def left(rows: slice) -> Tensor:
-                return fake_quantize(x[rows], fmt, *options[candidate])
-
-            return sum(product.loss(left, right, penalty) for product, right in products) / len(products)
-
         p1, q1 = sums(options)
-        return choose(products[0][0].pooled(p + p1, q + q1, len(products)), exact, start, slack, penalty is not None)
+        estimate = products[0][0].pooled(p + p1, q + q1, len(products))
+        return choose(estimate, lambda i: exact(options[i]), start, slack, penalty is not None)
 
     return search
 
@@ -176,14 +174,13 @@ def search_right(x: Tensor, fmt: Format, product: Product, left: Tensor, penalty
     crosses = _cross_terms(x.mT, fmt, left * product.row_weight.sqrt(), each)  # x.mT (…, columns, inner)
     sums = _sums(x, fmt, square, x if x.dim() == 2 else x[some], linear, gain, crosses)
 
-    def search(options: Sequence[Scale], start: int | None) -> int:
-        def exact(candidate: int) -> float:
-            return product.loss(left.__getitem__, fake_quantize(x, fmt, *options[candidate]), penalty)
+    def exact(scale: Scale) -> float:
+        return product.loss(left.__getitem__, fake_quantize(x, fmt, *scale), penalty)
 
+    def search(options: Sequence[Scale], start: int | None) -> int:
         p1, q1 = sums(options)
-        return choose(
-            product.pooled(p * scale_up + p1, q * scale_up + q1), exact, start, product.slack, penalty is not None
-        )
+        estimate = product.pooled(p * scale_up + p1, q * scale_up + q1)
+        return choose(estimate, lambda i: exact(options[i]), start, product.slack, penalty is not None)
 
     return search
 

@@ -51,7 +51,7 @@ def _drift(w: Tensor, gram: Tensor, cross: Tensor | None) -> Tensor:
 
 
 def output_error(weight: Tensor, quantized: Tensor, gram: Tensor, cross: Tensor | None = None) -> Tensor:
-    """‖Xw − X̂ŵ‖² of each row, less what it is for ŵ = w: (rows,) in float64. Without `cross`: ‖X(w − ŵ)‖²."""
+    """Return ‖Xw − X̂ŵ‖² of each row, less what it is for ŵ = w: (rows,) in float64. Without `cross`: ‖X(w − ŵ)‖²."""
     w, gram = weight.detach().double(), gram.double()
     change = quantized.double() - w
     error: Tensor = ((change @ gram - 2 * _drift(w, gram, cross)) * change).sum(-1)
@@ -59,7 +59,7 @@ def output_error(weight: Tensor, quantized: Tensor, gram: Tensor, cross: Tensor 
 
 
 def ridge(weight: Tensor, gram: Tensor, cross: Tensor, damp: float = 0.01, name: str = "weight") -> Tensor:
-    """The float weight that best gives the float outputs from quantized inputs (ERQ, Zhong et al. 2024).
+    """Return the float weight that best gives the float outputs from quantized inputs (ERQ, Zhong et al. 2024).
 
     argmin ‖XWᵀ − X̂W*ᵀ‖² + λ‖W* − W‖², with λ = damp · the mean of gram's diagonal.
     """
@@ -94,7 +94,7 @@ def compensate(
     order: bool = True,
     name: str = "weight",
 ) -> Tensor:
-    """Column by column to the nearest code, its error compensated by the columns to come (GPTQ, Frantar et al. 2023).
+    """Round each column to its nearest codes; the columns to come make up for its error (GPTQ, Frantar et al. 2023).
 
     order: columns of large inputs first. damp: share of the mean of gram's diagonal that is added to it, which fewer
     samples than columns need. With `cross` the weight is first replaced by its `ridge` solution, which leaves exactly
@@ -156,7 +156,7 @@ def adaround(
     strength: float = 3.0,
     name: str = "weight",
 ) -> Tensor:
-    """Down or up for each weight, learned for the whole layer (AdaRound, Nagel et al. 2020, eq. 25 without f).
+    """Learn to round each weight down or up, for the whole layer (AdaRound, Nagel et al. 2020, eq. 25 without f).
 
     Minimises ‖XWᵀ − X̂Ŵᵀ‖² + strength · Σ 1 − |2h − 1|^β over h = clip(1.2 σ(V) − 0.1, 0, 1) by Adam, from h = the
     fraction of w / scale; β falls from 20 to 2 after a fifth of the steps, which are without the sum. The squares are
@@ -204,7 +204,7 @@ def bit_split(
     epochs: int = 20,
     name: str = "weight",
 ) -> tuple[Tensor, Tensor]:
-    """Codes as sums of ternary bit planes, found one plane at a time (Bit-Split and Stitching, Wang et al. 2020).
+    """Round to sums of ternary bit planes, found one plane at a time (Bit-Split and Stitching, Wang et al. 2020).
 
     w ≈ scale · Σ 2^k B_k with B_k in {-1, 0, 1}, k < bits - 1. First on weights: the best scale for the planes and
     each plane for the others, in turn. Then, with `gram`, the same on outputs, each plane by coordinate descent, from

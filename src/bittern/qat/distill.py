@@ -89,13 +89,16 @@ class Distiller:
                 if not 0 <= block < depth:
                     raise InputError(f"mapping names block {block} of the {whose}, which has blocks 0 to {depth - 1}")
 
-    def forward(self, model: nn.Module, batch: Mapping[str, Any], step: int = 0) -> tuple[Any, dict[str, Tensor]]:
+    def forward(
+        self, model: nn.Module, batch: Mapping[str, Any], step: int | None = 0
+    ) -> tuple[Any, dict[str, Tensor]]:
         """Return the student's output and the terms of the batch. model: the student, or what wraps it.
 
-        step: of the optimizer, which decides whether the teacher intervenes; if so, it does until `release`.
+        step: of the optimizer, which decides whether the teacher intervenes; if so, it does until `release`. None: an
+        evaluation, in which it does not.
         """
         points = tuple(dict.fromkeys(p for group in self.points.values() for p in group))
-        act = self.intervention.act(step) if self.intervention else None
+        act = self.intervention.act(step) if self.intervention and step is not None else None
         if self.teacher is not None and (self.distill.needs_teacher or act):
             keep_labels = self.teacher.config.is_encoder_decoder  # which makes its decoder's inputs of them
             given = {k: v for k, v in batch.items() if k != "labels" or keep_labels}
@@ -175,6 +178,11 @@ class Distiller:
         if term == "context":
             x, y = x.transpose(1, 2), y.transpose(1, 2)  # (batch, tokens, heads, head dim)
         return losses.squared_loss(x, y, rows)
+
+
+def weighted(terms: Mapping[str, Any], distill: Distill) -> Any:
+    """Return the sum of the terms times their weights: what `fixed` descends, and what is told of any run."""
+    return sum(distill.terms[name] * term for name, term in terms.items())
 
 
 def balanced(

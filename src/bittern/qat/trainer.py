@@ -17,7 +17,7 @@ from bittern.deploy.checkpoint import mark
 from bittern.errors import InputError, ModelError
 from bittern.layers import is_simulated
 from bittern.options import Distill, Intervention
-from bittern.qat.distill import Distiller, balanced
+from bittern.qat.distill import Distiller, balanced, weighted
 
 
 class QATTrainer(Trainer):
@@ -25,7 +25,8 @@ class QATTrainer(Trainer):
 
     teacher: a float model, kept outside of the student and of everything that is saved; None for the labels alone.
     distill: what is learned from it. intervention: steps at the beginning in which the teacher's signals replace
-    the student's. Everything else is as in `transformers.Trainer`; the terms of the loss are logged beside it.
+    the student's. Everything else is as in `transformers.Trainer`; the terms of the loss are logged beside
+    their sum by weights, which is the loss of evaluations too.
     Raises ModelError when a term is no longer finite: the checkpoints before it stay.
     """
 
@@ -87,9 +88,10 @@ class QATTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        out, terms = self.distiller.forward(model, inputs, self.state.global_step if model.training else None)
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        out, terms = self.distiller.forward(model, inputs, self.state.global_step)
+            loss = weighted(terms, self.distiller.distill)
+            return (loss, out) if return_outputs else loss
         values = torch.stack([term.detach().float() for term in terms.values()])
         means = dict(zip(terms, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         for name, mean in means.items():
@@ -109,8 +111,11 @@ class QATTrainer(Trainer):
         return f"the term {term} is not finite, and {where}; lower the learning rate or look at the data{kept}"
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        logs.pop("train_loss", None)  # the mean of what was descended, which tells nothing where it is balanced
         if self._count and "loss" in logs:
-            logs |= {f"loss_{name}": total / self._count for name, total in self._sums.items()}
+            means = {name: total / self._count for name, total in self._sums.items()}
+            logs |= {f"loss_{name}": mean for name, mean in means.items()}
+            logs["loss"] = weighted(means, self.distiller.distill)  # if balanced, it is always the same
             self._sums, self._count = Counter(), 0
         super().log(logs, *args, **options)
 

@@ -7,10 +7,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -58,6 +60,7 @@ def train(
     training: Training,
     folder: str | Path,
     *,
+    test: Data | None = None,
     intervention: Intervention | None = None,
     resume: bool = False,
     on_step: OnStep = ignore,
@@ -65,6 +68,7 @@ def train(
     """Train a simulated student on `data`, and leave it with the weights of its best evaluation.
 
     teacher: None if neither `distill` nor `intervention` needs one. measure: metrics of the student as it is.
+    test: what the metric `loss`, the sum of the terms by their weights, is measured on; by default the data itself.
     folder: for checkpoints. resume: go on from the last complete one, to the bits of a run that was never
     interrupted; without one, start. on_step: called after each step and for what is logged; at the end with the same
     number twice. Raises InputError or ModelError before the first step for data, a teacher or options that do not
@@ -79,6 +83,7 @@ def train(
         student,
         _arguments(training, Path(folder)),
         data=data,
+        test=test or data,
         measure=measure,
         teacher=teacher,
         distill=distill,
@@ -183,8 +188,8 @@ class _MeasuredTrainer(QATTrainer):
 
     control: TrainerControl
 
-    def __init__(self, student: PreTrainedModel, *args: Any, data: Data, measure: Measure, **options: Any):
-        self.data, self.measure = data, measure
+    def __init__(self, student: PreTrainedModel, *args: Any, data: Data, test: Data, measure: Measure, **options: Any):
+        self.data, self.test, self.measure = data, test, measure
         rows = range(len(data))
         super().__init__(
             student, *args, train_dataset=rows, eval_dataset=[], data_collator=collator(data, student), **options
@@ -200,9 +205,21 @@ class _MeasuredTrainer(QATTrainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         found = {f"eval_{name}": value for name, value in self.measure().items()}
+        if self.args.metric_for_best_model == "eval_loss":
+            found["eval_loss"] = self._loss()
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
+
+    @torch.no_grad()
+    def _loss(self) -> float:
+        """Return the mean loss of the samples that the student is measured on."""
+        total, collate, count = 0.0, collator(self.test, self.model), len(self.test)
+        self.model.eval()
+        for start in range(0, count, self.test.batch_size):
+            rows = range(start, min(start + self.test.batch_size, count))
+            total += len(rows) * float(self.compute_loss(self.model, self._prepare_inputs(collate(rows))))
+        return total / count
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.data.rows
@@ -242,9 +259,23 @@ DECIDED = dict.fromkeys(("eval_steps", "save_steps", "logging_steps"), "evaluati
 DECIDED |= {"metric_for_best_model": "metric", "output_dir": "out"}
 
 
+def check_arguments(training: Training) -> dict[str, Any]:
+    """Return the Trainer's arguments in the types that it expects. Raises InputError for one that it does not know."""
+    types, found = get_type_hints(TrainingArguments), {}
+    for name, value in training.arguments.items():
+        if name in DECIDED:
+            raise InputError(f"{name} cannot be set: the option {DECIDED[name]} decides it")
+        if name not in types:
+            near = "".join(f"; did you mean {n}?" for n in get_close_matches(name, types, 1))
+            raise InputError(f"transformers.TrainingArguments has no {name!r}{near}")
+        try:
+            found[name] = TypeAdapter(types[name]).validate_python(value)
+        except ValidationError as error:
+            raise InputError(f"{name} cannot be {value!r}: {error.errors()[0]['msg']}") from None
+    return found
+
+
 def _arguments(training: Training, folder: Path) -> TrainingArguments:
-    for name in DECIDED.keys() & training.arguments.keys():
-        raise InputError(f"{name} cannot be set: the option {DECIDED[name]} decides it")
     chosen: dict[str, Any] = {
         "output_dir": str(folder),
         "num_train_epochs": training.epochs,
@@ -268,6 +299,6 @@ def _arguments(training: Training, folder: Path) -> TrainingArguments:
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     try:
-        return TrainingArguments(**chosen | dict(training.arguments))
+        return TrainingArguments(**chosen | check_arguments(training))
     except (TypeError, ValueError) as error:
         raise InputError(f"options of the Trainer: {first_line(error)}") from error

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from bittern import native
 from bittern.data import load_any_split
 from bittern.deploy.checkpoint import is_packed, pack
+from bittern.deploy.companions import copy_companions
 from bittern.deploy.files import atomic_folder, check_output, check_parent
 from bittern.deploy.onnx.parity import check, compare, complete, made_up, run, run_file
 from bittern.deploy.onnx.plan import Form, Plan, integer_codes, may_saturate, plan, remove_rounding, round_inputs
 from bittern.deploy.packed import PackedLayer
-from bittern.deploy.store import REPORT, copy_processors, load
+from bittern.deploy.store import REPORT, load
 from bittern.errors import InputError, ModelError, first_line
 from bittern.layers import is_simulated
 from bittern.progress import Track, silent
@@ -102,7 +103,7 @@ def export(
         }
         report.write_text(json.dumps(result, indent=2) + "\n")
         if report.name == REPORT:
-            copy_processors(source, file.parent)
+            copy_companions(source, file.parent)
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
             model.config.save_pretrained(file.parent)
