@@ -152,7 +152,7 @@ def test_overwriting(place: Path, tmp_path: Path) -> None:
     analyze(place / "vit", DIGITS, "digits", tmp_path / "out", force=True, **FAST)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with refused(InputError, "something other than a report"):
+    with refused(InputError, "thesis.txt", "no run of Bittern wrote"):
         analyze(place / "vit", DIGITS, "digits", tmp_path / "mine", force=True, **FAST)
 
 
