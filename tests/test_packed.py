@@ -307,6 +307,8 @@ def test_weight_is_read_only() -> None:
     assert isinstance(weight, nn.Parameter)
     assert (weight.shape, weight.dtype, weight.untyped_storage().nbytes()) == ((99, 32), torch.float32, 4)
     assert not any(p.requires_grad for p in model.parameters())
+    for copy in (deepcopy(weight), pickle.loads(pickle.dumps(weight)), weight.detach().clone()):
+        assert torch.equal(copy, model.get_input_embeddings().unpacked())
     changes: tuple[Callable[[], Any], ...] = (
         weight.zero_,
         lambda: nn.init.normal_(weight),

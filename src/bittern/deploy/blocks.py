@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from bittern import attention, kernels, native
-from bittern.deploy.packed import PackedLayer, PackedWeight
+from bittern.deploy.packed import PackedLayer
+from bittern.deploy.weight import PackedWeight
 from bittern.native.block import PARTS, Block, Layer, Norm, run_blocks
 from bittern.recipe import OPERANDS
 

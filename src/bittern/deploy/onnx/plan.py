@@ -118,19 +118,14 @@ def round_inputs(layers: Mapping[str, PackedLayer], plans: Mapping[str, Plan]) -
             layers[name].input_quantizer = steps  # type: ignore[assignment]
 
 
-def owner_of(layer: PackedLayer) -> PackedLayer:
-    """The layer that holds the codes: another one, if this one is tied to it."""
-    return layer.owner[0] if layer.owner else layer
-
-
 def integer_codes(layer: PackedLayer) -> Tensor:
     """int16 codes (rows, columns)."""
-    return unpack_codes(owner_of(layer).weight_codes, layer.weight_shape[1], layer.weight_format).to(torch.int16)
+    return unpack_codes(layer.source.weight_codes, layer.weight_shape[1], layer.weight_format).to(torch.int16)
 
 
 def scales(layer: PackedLayer, blocks: int = 1) -> Tensor:
     """float32 scales (rows, blocks)."""
-    scale: Tensor = owner_of(layer).weight_scale.float()
+    scale: Tensor = layer.source.weight_scale.float()
     if layer.weight_format.granularity == "group":
         return scale.flatten(1).repeat_interleave(blocks // scale.shape[1], 1)  # (rows, groups, 1) → (rows, blocks)
     return scale.reshape(-1, 1).expand(layer.weight_shape[0], blocks).contiguous()
