@@ -135,10 +135,11 @@ class PackedLayer(QuantizedLayer):
     def integer_product(self, x: Tensor) -> Tensor | None:
         """The product of x (…, inputs) and the weight by the integer kernels; None where they do not serve."""
         bias: Tensor | None = None if self.bias is None else self.bias.float()
-        if (coding := input_coding(self.input_quantizer)) is None or not has_kernel(weight=self.weight_format):
-            return None
         if not native.serves(x.float() if x.dtype in SIXTEEN_BITS else x, bias):
-            warn_if_slow(x, bias)
+            if has_kernel(weight=self.weight_format):
+                warn_if_slow(x, bias)
+            return None
+        if (coding := input_coding(self.input_quantizer)) is None:
             return None
         if (panels := self.panels()) is None or x.shape[-1:] != (panels.inputs,):
             return None
