@@ -23,7 +23,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from bittern.analysis.pair import Pair
-from bittern.deploy.packed import PACKED, PackedConv1D, PackedLayer
+from bittern.deploy.packed import PACKED, PackedLayer
 from bittern.errors import InputError
 from bittern.options import Curvature
 from bittern.progress import Track
@@ -43,21 +43,13 @@ def trainable(model: PreTrainedModel) -> PreTrainedModel:
     simulated = {packed: quant for quant, packed in PACKED.items()}
     packed = sorted((m for m in model.modules() if isinstance(m, PackedLayer)), key=lambda layer: len(layer.owner))
     for layer in packed:
-        layer.weight = layer.owner[0].weight if layer.owner else nn.Parameter(_decoded(layer))
+        layer.weight = layer.owner[0].weight if layer.owner else nn.Parameter(layer.weight.clone())
     for layer in packed:
         for name in ("weight_codes", "weight_scale", "weight_offset"):
             delattr(layer, name)
         layer.__class__ = simulated[type(layer)]  # type: ignore[assignment]
         layer.weight_quantizer = None  # type: ignore[assignment]
     return model.requires_grad_(True)
-
-
-def _decoded(layer: PackedLayer) -> Tensor:
-    """The weight in the shape that a float layer has."""
-    weight = layer.unpacked()
-    if isinstance(layer, nn.Conv2d):
-        return weight.view(layer.out_channels, -1, *layer.kernel_size)
-    return weight.t().contiguous() if isinstance(layer, PackedConv1D) else weight
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
