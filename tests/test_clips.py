@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bittern.errors import ModelError, RecipeError
 from bittern.ptq import clips
-from bittern.ptq.clips import aciq_bits, aciq_correct, aciq_scale, ocs, omse_scale, percentile_scale
+from bittern.ptq.clips import aciq_correct, aciq_scale, ocs, omse_scale, percentile_scale
 from bittern.quantizers import code_range, decode, encode, fake_quantize, find_scale
 from bittern.recipe import Format
 
@@ -136,7 +136,7 @@ def test_any_tensor(x: np.ndarray, bits: int, scheme: str, method: str) -> None:
     assert torch.equal(encode(decode(codes, fmt, scale, offset), fmt, scale, offset), codes)
 
 
-@pytest.mark.parametrize("call", [*SCALES.values(), ocs, aciq_bits], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("call", [*SCALES.values(), ocs], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_no_nan(call: Callable[..., object], value: float) -> None:
     """NaN and infinity are refused in one line that names the tensor."""
@@ -162,8 +162,6 @@ def test_impossible_formats() -> None:
         ocs(x, Format(scheme="asymmetric"))
     with pytest.raises(RecipeError, match="0 to 1"):
         ocs(x, Format(), ratio=2)
-    with pytest.raises(RecipeError, match="widen the limits"):
-        aciq_bits(x, Format(bits=4), highest=3)
 
 
 def test_clip_of_the_format_comes_first() -> None:
@@ -325,41 +323,6 @@ def test_aciq_range_stays_within_the_tensor() -> None:
     """A clip beyond the extremes would waste codes: those of a uniform tensor are its extremes."""
     x = torch.linspace(-1, 1, 1000)
     assert torch.equal(aciq_scale(x, Format())[0], find_scale(x, Format())[0])
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_aciq_bits_by_the_paper(bits: int) -> None:
-    """The allocation is clip(round(log2 σ^⅔ + t), 0, 8) with the t that gives the mean, where there is one."""
-    x = (
-        random((40, 200))
-        * torch.logspace(-2, 2, 40)[torch.randperm(40, generator=torch.Generator().manual_seed(0))][:, None]
-    )
-    got = aciq_bits(x, Format(bits=bits))
-    size = np.log2(x.double().numpy().std(1) ** (2 / 3))
-    shifts = np.linspace(-20, 20, 400_001)
-    means = np.array([np.rint(size + t).clip(0, 8).mean() for t in shifts[::100]])
-    near = shifts[::100][np.flatnonzero(means == bits)]
-    assert got.double().mean() == bits
-    if len(near):
-        np.testing.assert_array_equal(got.numpy(), np.rint(size + near[len(near) // 2]).clip(0, 8))
-
-
-@property_test
-@given(
-    spread=arrays(np.float32, st.integers(1, 20), elements=st.floats(0, 100, width=32)),
-    bits=st.integers(2, 6),
-    lowest=st.integers(0, 2),
-)
-def test_aciq_bits_have_the_mean(spread: np.ndarray, bits: int, lowest: int) -> None:
-    """The mean is exact whatever the rows, within the limits, and a wider row never gets fewer bits."""
-    x = torch.tensor([-1.0, 1.0]) * torch.from_numpy(spread)[:, None]
-    got = aciq_bits(x, Format(bits=bits), lowest, 8)
-    assert got.sum() == bits * len(spread)
-    assert lowest <= got.min() <= got.max() <= 8
-    in_order = got[torch.from_numpy(spread).argsort()]
-    assert (in_order.diff() >= -1).all()  # rows that tie may differ by one
-    distinct = torch.from_numpy(spread).sort().values.diff() > 1e-3
-    assert (in_order.diff()[distinct] >= 0).all()
 
 
 def test_aciq_correct_by_the_paper() -> None:

@@ -26,11 +26,8 @@ watcher: ContextVar[Callable[[Tensor, Tensor, Tensor | None, float], None] | Non
 
 
 def input_coding(quantizer: FakeQuant | None) -> native.Coding | None:
-    """A quantizer of activations for the kernels; None if they have no such format, or it is not to quantize now.
-
-    Whatever else stands in a quantizer's place, such as the ranges of an export, is not for the kernels.
-    """
-    if not isinstance(quantizer, FakeQuant) or quantizer.bypass or quantizer.observed is not None:
+    """A quantizer of activations for the kernels; None if they have no such format, or it is not to quantize now."""
+    if quantizer is None or quantizer.bypass or quantizer.observed is not None:
         return None
     fmt, scale, offset = quantizer.format, quantizer.scale, quantizer.offset
     state = fmt, stamp(scale, offset)

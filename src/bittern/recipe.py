@@ -88,11 +88,6 @@ class Format(_Strict):
             raise ValueError("storage: base3 is for kind: ternary only")
         return self
 
-    @property
-    def stored_bits(self) -> float:
-        """Bits that one code takes in a packed file."""
-        return 1.6 if self.storage == "base3" else float(self.bits)
-
     def __str__(self) -> str:
         name = {"ternary": "ternary", "binary": "binary"}.get(self.kind, f"{self.kind} {self.bits}-bit")
         scheme = "" if self.scheme == "symmetric" else f" {self.scheme}"

@@ -227,22 +227,6 @@ def _least(rows: Tensor, row: Format, found: list[Scale]) -> Scale:
     return scale, torch.stack(offsets).gather(0, choice)[0] if offsets else None
 
 
-def aciq_bits(weight: Tensor, fmt: Format, lowest: int = 0, highest: int = 8, name: str = "weight") -> Tensor:
-    """Return bits of each row, int64 (rows,): round(log2 σ^⅔ + t) within lowest to highest, with t such that their mean
-    is fmt.bits exactly (ACIQ's allocation; rows that tie get the bit in order). A row of 0 bits is its mean alone.
-    """
-    if not lowest <= fmt.bits <= highest:
-        raise RecipeError(f"{name}: {fmt.bits} bits cannot be the mean of {lowest} to {highest}; widen the limits")
-    check_finite(weight, name)
-    size = weight.double().std(-1, correction=0).pow(2 / 3)
-    size = size.clamp(min=max(size.max().item(), 1e-300) * 1e-9)  # rows of one value come last, all together
-    steps = torch.arange(lowest, highest, device=weight.device)  # the t at which a row gets its next bit
-    price = (steps + 0.5 - size.log2()[:, None]).flatten()
-    bought = torch.zeros_like(price, dtype=torch.long)
-    bought[price.argsort(stable=True)[: len(weight) * (fmt.bits - lowest)]] = 1
-    return lowest + bought.view(len(weight), -1).sum(-1)
-
-
 def aciq_correct(weight: Tensor, quantized: Tensor, name: str = "weight") -> tuple[Tensor, Tensor, Tensor]:
     """Return ACIQ's bias correction of each row, gain · (quantized + shift), with its gain and shift, (rows, 1) each.
 
