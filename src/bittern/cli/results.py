@@ -53,7 +53,7 @@ def compress(result: Result) -> None:
 
 
 def demo(result: Result) -> None:
-    from bittern.demo import TITLES
+    from bittern.demo import DEMOS
 
     for name, rows in result.items():
         accuracies = [] if rows[0]["accuracy"] is None else ["accuracy"]
@@ -68,7 +68,7 @@ def demo(result: Result) -> None:
             )
             for row in rows
         ]
-        print_table(("format", "bits", "kB", "×", *accuracies, "agreement", "max error"), cells, TITLES[name])
+        print_table(("format", "bits", "kB", "×", *accuracies, "agreement", "max error"), cells, DEMOS[name].title)
     say(
         "bits: per quantized weight, with scales · kB: whole file · agreement: with float · max error: "
         "simulated against packed, loaded in a fresh process, without kernels"
