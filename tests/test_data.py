@@ -1,7 +1,9 @@
 """Data from every kind of source, and each bad one refused in one line before any work starts."""
 
+import gzip
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,14 @@ import torch
 import transformers as hf
 from PIL import Image
 from sklearn.datasets import load_digits
+from tokenizers import processors
+from transformers.image_utils import load_image
 
+import bittern
 from bittern.data import Data, digits, has_classes, load_any_split, load_data, load_splits
+from bittern.data.detection import Scene
+from bittern.data.evaluate import predict
+from bittern.data.images import read_image
 from bittern.data.texts import load_tokenizer, sentences
 from bittern.errors import BitternError, InputError
 from families import SUPPORTED
@@ -118,7 +126,7 @@ def test_digits_fit(size: Any, tmp_path: Path) -> None:
     [
         (lambda: digits_vit(image_size=16), ("expects images of 1 channel and 16 pixels",)),
         (lambda: digits_vit(num_channels=3), ("expects images of 3 channels and 8 pixels",)),
-        (lambda: digits_vit(num_labels=9), ("labels go from 0 to 9", "9 classes (0 to 8)")),
+        (lambda: digits_vit(num_labels=9), ("the classes 0, 1, 2", "LABEL_7, LABEL_8, none of which is '9'")),
         (lambda: SUPPORTED["bert"]()[0], ("8×8 images", "BertForSequenceClassification expects texts")),
         (
             lambda: hf.ResNetModel(hf.ResNetConfig(num_channels=1, hidden_sizes=[8], depths=[1], embedding_size=8)),
@@ -357,13 +365,13 @@ def test_label_column(row: dict[str, Any], asked: str | None, expected: Any, fol
 @pytest.mark.parametrize(
     ("labels", "parts"),
     [
-        ([0, 3], ("labels go from 0 to 3", "3 classes (0 to 2)")),
-        ([-1, 1], ("labels go from -1 to 1", "3 classes (0 to 2)")),
-        ([0.5, 1.0], ("labels are fractions such as 0.5", "3 classes")),
-        ([1, None], ("row 1 of label is None", "expected a class", "heron, bittern, egret")),
+        ([0, 3], ("the classes 0, 3", "Heron, Bittern, Egret, none of which is '3'")),
+        ([-1, 1], ("the classes -1, 1", "Heron, Bittern, Egret, none of which is '-1'")),
+        ([0.5, 1.0], ("row 0 of label is 0.5", "expected a class", "Heron, Bittern, Egret")),
+        ([1, None], ("row 1 of label is None", "expected a class", "Heron, Bittern, Egret")),
         ([None, None], ("row 0 of label is None", "expected a class")),
-        (["heron", "swan"], ("row 1 of label is 'swan'", "heron, bittern, egret")),
-        (["heron", None], ("row 1 of label is None", "heron, bittern, egret")),
+        (["heron", "swan"], ("the classes heron, swan", "Heron, Bittern, Egret, none of which is 'swan'", "--labels")),
+        (["heron", None], ("row 1 of label is None", "Heron, Bittern, Egret")),
         ([[0], [1, 2]], ("row 0 of label is [0]", "expected a class")),
         ([{"class": 1}] * 2, ("row 0 of label is {'class': 1}", "expected a class")),
     ],
@@ -384,22 +392,20 @@ def test_missing_numbers_in_csv(folders: Path, tmp_path: Path) -> None:
         texts(path, named(), folders)
 
 
-@pytest.mark.parametrize(
-    ("labels", "expected"), [([0.5, 2.5], [0.5, 2.5]), ([7, 9], [7, 9]), (["x", "y"], None), ([None, 1], None)], ids=str
-)
-def test_labels_without_classes(labels: list[Any], expected: Any, folders: Path, tmp_path: Path) -> None:
-    """A model without classes takes any numbers as labels, and leaves out what is no number."""
+@pytest.mark.parametrize("labels", [[0.5, 2.5], [7, 9], ["x", "y"], [None, 1]], ids=str)
+def test_labels_without_classes(labels: list[Any], folders: Path, tmp_path: Path) -> None:
+    """A model without classes has no use for labels, whatever they are."""
     model = SUPPORTED["bert"]()[0].base_model
     assert not has_classes(model)
     data = texts(table(tmp_path, [{"text": "dawn", "label": label} for label in labels]), model, folders)
-    assert (data.labels if expected is None else data.labels.tolist()) == expected
+    assert data.labels is None
 
 
 # Tables that are refused
 
 BAD_FILES: dict[str, tuple[str, str | bytes, dict[str, Any], tuple[str, ...]]] = {
-    "unknown type": ("data.tsv", "text\ndawn\n", {}, (".tsv file", ".parquet, .csv, .json, .jsonl")),
-    "no type": ("data", "text\ndawn\n", {}, ("nameless file", ".parquet, .csv, .json, .jsonl")),
+    "unknown type": ("data.docx", "text\ndawn\n", {}, (".docx file", ".parquet, .csv, .tsv, .json, .jsonl")),
+    "no type": ("data", "text\ndawn\n", {}, ("nameless file", ".parquet, .csv, .tsv, .json, .jsonl")),
     "no bytes": ("data.csv", "", {}, ("cannot read data", "expected", "file with rows")),
     "no lines": ("data.jsonl", "", {}, ("cannot read data", "expected", "file with rows")),
     "header only": ("data.csv", "text,label\n", {}, ("cannot read data", "expected", "file with rows")),
@@ -616,7 +622,7 @@ def test_too_many_folders_of_images(vit: hf.PreTrainedModel, folders: Path, tmp_
     """More folders of images than the model has classes are refused."""
     for i in range(4):
         draw(tmp_path / "images" / str(i) / "a.png")
-    with refused(InputError, "labels go from 0 to 3", "3 classes"):
+    with refused(InputError, "the classes 0, 1, 2, 3", "LABEL_2, none of which is '3'"):
         pictures(tmp_path / "images", vit, folders)
 
 
@@ -700,3 +706,392 @@ def test_has_classes(model: Callable[[], hf.PreTrainedModel], expected: bool) ->
 def test_errors_are_known() -> None:
     """What is refused here is one of the errors that the command line prints in one line."""
     assert issubclass(InputError, BitternError)
+
+
+# Classes
+
+
+def classifier(*names: str, **config: Any) -> hf.PreTrainedModel:
+    """A classifier of texts whose classes have these names."""
+    model, _ = SUPPORTED["bert"]()
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    model.config.update(config)
+    return model
+
+
+def classed(path: Path, names: list[str], labels: list[Any]) -> Path:
+    """A table whose labels are numbers of classes with these names."""
+    inner: Any = datasets.ClassLabel(names=names)
+    kind = datasets.List(inner) if labels and isinstance(labels[0], list) else inner
+    features = datasets.Features({"text": datasets.Value("string"), "label": kind})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict({"text": ["dawn"] * len(labels), "label": labels}, features=features).to_parquet(path)
+    return path
+
+
+def test_classes_by_name(folders: Path, tmp_path: Path) -> None:
+    """Where data and model name their classes, these are matched by name, whatever their numbers, and it is said."""
+    path = classed(tmp_path / "data.parquet", ["day break", "Still-Water", "REED"], [0, 1, 2, 0])
+    with pytest.warns(UserWarning, match="matched by name"):
+        data = texts(path, classifier("reed", "Day_Break", "still water"), folders)
+    assert data.labels.tolist() == [1, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected"),
+    [
+        (["a", "b", "c"], "order", [0, 2]),
+        (["a", "b", "c"], {"a": "egret", "c": "0"}, [2, 0]),
+        (["heron", "b", "egret"], {"heron": "Egret", "egret": "heron"}, [2, 0]),
+    ],
+    ids=str,
+)
+def test_labels_are_mapped(names: list[str], labels: Any, expected: list[int], folders: Path, tmp_path: Path) -> None:
+    """Classes of other names are matched as asked: one by one, or in their order."""
+    path = classed(tmp_path / "data.parquet", names, [0, 2])
+    assert texts(path, named(), folders, labels=labels).labels.tolist() == expected
+
+
+@pytest.mark.parametrize("labels", [None, {"a": "heron"}], ids=["none", "not all"])
+def test_classes_of_other_names(labels: Any, folders: Path, tmp_path: Path) -> None:
+    """Where the names disagree, both lists are shown, and how to say which is which."""
+    path = classed(tmp_path / "data.parquet", ["a", "b"], [0, 1])
+    with refused(InputError, "the classes a, b;", "Heron, Bittern, Egret", "--labels DATA=MODEL"):
+        texts(path, named(), folders, labels=labels)
+
+
+def test_classes_without_names_of_the_model(folders: Path, tmp_path: Path) -> None:
+    """A model whose classes have no names of their own takes the numbers of the data, if they are its own."""
+    bert = SUPPORTED["bert"]()[0]
+    assert texts(classed(tmp_path / "a.parquet", ["x", "y", "z"], [2, 0]), bert, folders).labels.tolist() == [2, 0]
+    with refused(InputError, "the classes x, y, z, w", "none of which is 'w'"):
+        texts(classed(tmp_path / "b.parquet", ["x", "y", "z", "w"], [0, 3]), bert, folders)
+
+
+def test_numbers_as_names(folders: Path, tmp_path: Path) -> None:
+    """Stars 1 to 3 as names of the classes 0 to 2 are matched as names; 0, which is none of them, is refused."""
+    stars = classifier("1", "2", "3")
+    assert texts(table(tmp_path, [{"text": "dawn", "label": 2}]), stars, folders).labels.tolist() == [1]
+    (tmp_path / "zero").mkdir()
+    with refused(InputError, "the classes 0;", "the model has 1, 2, 3"):
+        texts(table(tmp_path / "zero", [{"text": "dawn", "label": 0}]), stars, folders)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("1\n0\n", [1, 0]),
+        ("1.0\n0.0\n", [1, 0]),
+        ('"1"\n"0"\n', [1, 0]),
+        ("true\nfalse\n", [1, 0]),
+        ("1.0\nheron\n", [1, 0]),
+    ],
+    ids=repr,
+)
+def test_numbers_as_people_write_them(content: str, expected: list[int], folders: Path, tmp_path: Path) -> None:
+    """Labels 1, 1.0, "1" and true are the same."""
+    rows = [f"dawn,{label}" for label in content.split()]
+    (tmp_path / "data.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    assert texts(tmp_path / "data.csv", named(), folders).labels.tolist() == expected
+
+
+def test_words_for_nothing_are_words(folders: Path, tmp_path: Path) -> None:
+    """Texts such as null, None and N/A are texts, with a byte order mark and Windows' line ends too."""
+    words = ["dawn", "null", "None", "N/A", "nan"]
+    lines = "\r\n".join(["text,label", *(f"{word},1" for word in words), ""])
+    (tmp_path / "data.csv").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    (tmp_path / "data.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(words).encode())
+    for name in ("data.csv", "data.txt"):
+        assert texts(tmp_path / name, named(), folders).rows == [(word,) for word in words]
+
+
+def test_only_column_with_classes(folders: Path, tmp_path: Path) -> None:
+    """Labels of another column's name are found if they alone have named classes."""
+    path = classed(tmp_path / "data.parquet", ["heron", "bittern", "egret"], [2, 0])
+    renamed = datasets.Dataset.from_parquet(str(path)).rename_column("label", "species").add_column("idx", [0, 1])
+    renamed.to_parquet(tmp_path / "other.parquet")
+    assert texts(tmp_path / "other.parquet", named(), folders).labels.tolist() == [2, 0]
+
+
+MANY = {"problem_type": "multi_label_classification"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([[1, 0, 1], [0, 0, 0]], [[1, 0, 1], [0, 0, 0]]),
+        ([[1.0, 0.0, 1.0]], [[1, 0, 1]]),
+        ([["heron"], ["Egret", "bittern"], []], [[1, 0, 0], [0, 1, 1], [0, 0, 0]]),
+        ([[2], [0, 1, 2]], [[0, 0, 1], [1, 1, 1]]),
+    ],
+    ids=str,
+)
+def test_several_labels(labels: list[Any], expected: list[Any], folders: Path, tmp_path: Path) -> None:
+    """Several labels of a text are 0 and 1 for each class, or the names or numbers of those that are on."""
+    path = table(tmp_path, [{"text": "dawn", "label": label} for label in labels])
+    data = texts(path, classifier("Heron", "Bittern", "Egret", **MANY), folders)
+    assert (data.labels.tolist(), data.labels.dtype) == (expected, torch.float32)
+
+
+def test_several_labels_by_name(folders: Path, tmp_path: Path) -> None:
+    """Lists of named classes are matched by name, even where they look like 0 and 1 for each class."""
+    path = classed(tmp_path / "data.parquet", ["b", "a"], [[0, 1], [0]])
+    data = texts(path, classifier("a", "b", **MANY, num_labels=2), folders)
+    assert data.labels.tolist() == [[1.0, 1.0], [0.0, 1.0]]
+    with refused(InputError, "row 0 of label is 1; expected a list of labels"):
+        texts(table(tmp_path, [{"text": "dawn", "label": 1}]), classifier("a", "b", **MANY), folders)
+
+
+def test_numbers_to_predict(folders: Path, tmp_path: Path) -> None:
+    """A regression takes numbers, also as texts; what is none is refused."""
+    model = classifier("LABEL_0", problem_type="regression")
+    rows = [{"text": "dawn", "label": label} for label in ("0.5", "2")]
+    assert texts(table(tmp_path, rows), model, folders).labels.tolist() == [0.5, 2.0]
+    with refused(InputError, "label holds", "expected numbers"):
+        texts(table(tmp_path, [{"text": "dawn", "label": "high"}]), model, folders)
+
+
+# Splits
+
+
+def split_rows(folder: Path, model: hf.PreTrainedModel, folders: Path) -> list[int | None]:
+    """How many rows the train and the test part have."""
+    parts = (texts(folder, model, folders, split=split) for split in ("train", "test"))
+    return [None if part is None else len(part) for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"data/train-00000-of-00002": 2, "data/train-00001-of-00002": 3, "data/validation-00000-of-00001": 1}, [5, 1]),
+        ({"train-00000-of-00002": 2, "train-00001-of-00002": 3, "test-0": 1, "test-1": 1}, [5, 2]),
+        ({"train": 5, "train-old": 2, "dev": 3, "developers_notes": 1}, [5, 3]),
+        ({"my_train": 2, "my_validation-00": 1, "my_validation-01": 2}, [2, 3]),
+        ({"train/a": 2, "train/b": 1, "val/test": 3}, [3, 3]),
+        ({"train": 2, ".train-1": 1, "__old/train": 1, "strain": 1, "trained": 1}, [2, None]),
+        ({"validation_matched": 2, "validation_mismatched": 1}, [None, 2]),
+    ],
+    ids=str,
+)
+def test_names_of_splits(
+    files: dict[str, int], expected: list[int | None], bert: hf.PreTrainedModel, folders: Path, tmp_path: Path
+) -> None:
+    """A split is what is called so, in one file, in shards or in a folder; other names that begin alike are not."""
+    for name, count in files.items():
+        (tmp_path / "data set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data set" / f"{name}.jsonl").write_text(jsonl([{"text": "dawn"}] * count))
+    assert split_rows(tmp_path / "data set", bert, folders) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "parts"),
+    [
+        (("train.csv", "train.jsonl"), ("several train parts: train.csv, train.jsonl",)),
+        (("dev.csv", "validation.csv"), ("several test parts: dev.csv, validation.csv",)),
+        (("a/train.csv", "b/train.csv"), ("several train parts: a/train.csv, b/train.csv",)),
+        (("train_a.csv", "train_b.csv"), ("several train parts: train_a.csv, train_b.csv",)),
+        (("train.csv", "train.csv.gz"), ("several train parts",)),
+        (("train-00000-of-00002.csv",), ("has 1 of 2 files train-#.csv; some are missing",)),
+    ],
+    ids=str,
+)
+def test_splits_in_doubt(
+    files: tuple[str, ...], parts: tuple[str, ...], bert: hf.PreTrainedModel, folders: Path, tmp_path: Path
+) -> None:
+    """Where several files could be meant, or a shard is missing, nothing is read."""
+    for name in files:
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_text("text\ndawn\n")
+    with refused(InputError, f"{tmp_path / 'folder'} has", *parts):
+        split_rows(tmp_path / "folder", bert, folders)
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv.gz", "JSONL", "arrow"])
+def test_more_kinds_of_files(kind: str, bert: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """Tables may be separated by tabs, compressed, Arrow's own, and of upper case, in a path of any signs."""
+    path = tmp_path / "Möwe [1] 🪶 #?*" / f"train.{kind}"
+    path.parent.mkdir()
+    if kind == "arrow":
+        datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+        shutil.copy(next((tmp_path / "saved").glob("*.arrow")), path)
+    else:
+        lines = jsonl(ROWS) if kind == "JSONL" else csv(ROWS).replace(",", "\t" if kind == "tsv" else ",")
+        path.write_bytes(gzip.compress(lines.encode()) if kind.endswith("gz") else lines.encode())
+    for source in (path, path.parent):
+        data = texts(source, bert, folders)
+        assert (data.rows, data.labels.tolist()) == (TEXTS, [1, 0, 2])
+
+
+def test_saved_by_datasets(bert: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """What `datasets` saved to disk is read, with its splits, or whole."""
+    rows = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": rows, "validation": rows.select([0])}).save_to_disk(tmp_path / "parts")
+    rows.save_to_disk(tmp_path / "whole")
+    assert split_rows(tmp_path / "parts", bert, folders) == [3, 1]
+    assert split_rows(tmp_path / "whole", bert, folders) == [3, None]
+
+
+def labelled(data: Data | None) -> dict[str, int]:
+    """The label of each image of a folder, by that of its class."""
+    assert data is not None
+    assert data.labels is not None
+    return {row.parent.name: int(label) for row, label in zip(data.rows, data.labels, strict=True)}
+
+
+def test_folders_of_classes(vit: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """A class keeps its number in a part that lacks another; hidden folders are none; all usual types are read."""
+    for name in ("train/ant/a.TIF", "train/bee/a.JpEg", "train/cow/a.png", "val/ant/a.png", "val/cow/a.gif"):
+        draw(tmp_path / name)
+    for name in ("train/.ipynb_checkpoints/a.png", "val/.cache/a.png", "val/__MACOSX/a.png"):
+        draw(tmp_path / name)
+    assert labelled(pictures(tmp_path, vit, folders)) == {"ant": 0, "bee": 1, "cow": 2}
+    assert labelled(pictures(tmp_path, vit, folders, split="test")) == {"ant": 0, "cow": 2}
+
+
+def test_folders_of_numbers(vit: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """Folders 0 and 2 are the classes of these numbers; folders 1 to 3 are classes in their order."""
+    for folder, names in (("holes", "02"), ("shifted", "123")):
+        for name in names:
+            draw(tmp_path / folder / name / "a.png")
+    assert labelled(pictures(tmp_path / "holes", vit, folders)) == {"0": 0, "2": 2}
+    assert labelled(pictures(tmp_path / "shifted", vit, folders)) == {"1": 0, "2": 1, "3": 2}
+
+
+def test_folders_by_name(folders: Path, tmp_path: Path) -> None:
+    """Folders are the model's classes of that name; of other names they are refused, or taken in order if asked."""
+    model, _ = SUPPORTED["vit"]()
+    model.config.id2label = {0: "bee", 1: "cow", 2: "Ant_"}
+    for name in ("ant", "bee"):
+        draw(tmp_path / "known" / name / "a.png")
+        draw(tmp_path / "other" / f"{name}s" / "a.png")
+    assert labelled(pictures(tmp_path / "known", model, folders)) == {"ant": 2, "bee": 0}
+    with refused(InputError, "the classes ants, bees; the model has bee, cow, Ant_"):
+        pictures(tmp_path / "other", model, folders)
+    assert labelled(pictures(tmp_path / "other", model, folders, labels="order")) == {"ants": 0, "bees": 1}
+
+
+def test_folders_of_both_kinds(vit: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """A folder named after a split beside folders of classes is refused: it may be either."""
+    for name in ("train", "bus"):
+        draw(tmp_path / name / "a.png")
+    with refused(InputError, "folders named after splits and others, bus"):
+        pictures(tmp_path, vit, folders)
+
+
+# What cannot be used, and what is cut
+
+
+def test_skip_bad(vit: hf.PreTrainedModel, bert: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """If asked, images and texts that cannot be used are left out, with their labels, and named."""
+    for name in ("ant/a.png", "ant/b.png", "bee/a.png"):
+        draw(tmp_path / "images" / name)
+    broken(tmp_path / "images" / "ant" / "b.png")
+    with pytest.warns(UserWarning, match="skipped 1 of 3: .*b.png is not a readable image"):
+        data = pictures(tmp_path / "images", vit, folders, skip_bad=True)
+    assert (len(list(data)), data.labels.tolist()) == (1, [0, 1])
+    path = table(tmp_path, [{"text": "dawn", "label": 1}, {"text": None, "label": 0}, {"text": "reeds", "label": 2}])
+    with pytest.warns(UserWarning, match="skipped 1 of 3: row 1 of text is"):
+        data = texts(path, bert, folders, skip_bad=True)
+    assert (data.rows, data.labels.tolist()) == ([("dawn",), ("reeds",)], [1, 2])
+    path.write_text(jsonl([{"text": 3}]))
+    with refused(InputError, "row 0 of text is (3,)"):
+        texts(path, bert, folders, skip_bad=True)
+
+
+def test_cuts_are_told(bert: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """Texts are cut at what tokenizer and model take, not before, and how many are is said."""
+    path = table(tmp_path, [{"text": "dawn " * length} for length in (10, 63, 99)])
+    with pytest.warns(UserWarning, match=f"2 of 3 texts were cut at {bert.config.max_position_embeddings} tokens"):
+        data = texts(path, bert, folders)
+    assert next(iter(data))["input_ids"].shape == (3, bert.config.max_position_embeddings)
+    path.write_text(jsonl([{"text": "dawn " * 10}]))
+    with warnings.catch_warnings(action="error"):
+        texts(path, bert, folders)
+
+
+def test_positions_after_the_padding_token(folders: Path, tmp_path: Path) -> None:
+    """RoBERTa has fewer positions than its configuration says; the longest text still fits."""
+    config = {"vocab_size": 99, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 1}
+    model = hf.RobertaModel(hf.RobertaConfig(**config, intermediate_size=8, max_position_embeddings=34)).eval()
+    data = texts(table(tmp_path, [{"text": "dawn " * 99}]), model, folders)
+    (batch,) = data
+    assert batch["input_ids"].shape == (1, 32)
+    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+
+def test_texts_without_tokens(folders: Path, tmp_path: Path) -> None:
+    """A text of which the tokenizer makes no token is one of padding that the model sees, alone or with others."""
+    tokenizer = load_tokenizer(folders / "text")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.save_pretrained(tmp_path / "plain")
+    model = SUPPORTED["llama"]()[0].base_model
+    data = load_data(
+        str(table(tmp_path, [{"text": ""}, {"text": "dawn day"}])), model, tmp_path / "plain", split="train"
+    )
+    (batch,) = data
+    assert batch["attention_mask"].sum(1).tolist() == [1, 2]
+    assert data.collate([("",)])["input_ids"].tolist() == [[0]]
+    assert predict(model, data).isfinite().all()
+
+
+def test_decoder_is_told_its_padding(folders: Path, tmp_path: Path) -> None:
+    """A classifier on a decoder learns which token pads, which it needs for a batch."""
+    config = hf.GPT2Config(vocab_size=99, n_positions=64, n_embd=8, n_layer=1, n_head=2, num_labels=2)
+    model = hf.GPT2ForSequenceClassification(config)
+    assert model.config.pad_token_id is None
+    data = texts(table(tmp_path, [{"text": "dawn"}, {"text": "dawn day"}]), model, folders)
+    assert model.config.pad_token_id == 0
+    assert predict(model, data).shape == (2, 2)
+
+
+def test_decoder_reads_the_text_too(folders: Path, tmp_path: Path) -> None:
+    """Texts calibrate a model that translates: its decoder reads what its encoder reads."""
+    config = hf.T5Config(vocab_size=99, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = hf.T5ForConditionalGeneration(config).eval()
+    data = texts(table(tmp_path, ROWS), model, folders)
+    (batch,) = data
+    assert torch.equal(batch["decoder_input_ids"], batch["input_ids"])
+    bittern.simulate(model, "w8a8", batch)
+    with refused(InputError, "T5ForConditionalGeneration cannot be evaluated", "without a validation or test part"):
+        predict(model, data)
+
+
+# Images as they are stored
+
+
+def test_turned_images(tmp_path: Path) -> None:
+    """An image is turned as its EXIF tag says, as `datasets` and transformers read it."""
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10).save(tmp_path / "a.png", exif=tag)
+    expected = load_image(str(tmp_path / "a.png"))
+    assert read_image(tmp_path / "a.png", "RGB").tobytes() == expected.tobytes()
+    assert expected.size == (4, 6)
+    scene = Scene(tmp_path / "a.png", 4, 6, ())  # boxes drawn on the image as it is stored
+    assert read_image(scene, "RGB").size == (6, 4)
+
+
+@pytest.mark.parametrize("kind", ["<u2", ">u2"])
+def test_sixteen_bits(kind: str, tmp_path: Path) -> None:
+    """A grey image of 16 bits keeps its contrast."""
+    ramp = np.arange(256, dtype=np.uint16) * 257
+    Image.fromarray(ramp.reshape(16, 16).astype(kind)).save(tmp_path / "a.tif")
+    assert np.asarray(read_image(tmp_path / "a.tif", "L")).flatten().tolist() == list(range(256))
+
+
+@pytest.mark.parametrize("values", [np.arange(64.0, dtype=np.float32), np.arange(64, dtype=np.int32) * 1000], ids=str)
+def test_deep_images(values: np.ndarray, tmp_path: Path) -> None:
+    """Pixels of 32 bits, of which nobody knows the range, are refused."""
+    Image.fromarray(values.reshape(8, 8)).save(tmp_path / "a.tif")
+    with refused(InputError, "a.tif is not a readable image", "pixels of 32 bits"):
+        read_image(tmp_path / "a.tif", "RGB")
+
+
+def test_paths_of_images(vit: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """Paths in a table are found from the folder of the table."""
+    draw(tmp_path / "tables" / "pictures" / "a.png")
+    (tmp_path / "tables" / "train.csv").write_text("image,label\npictures/a.png,1\n")
+    for source in (tmp_path / "tables", tmp_path / "tables" / "train.csv"):
+        (batch,) = pictures(source, vit, folders)
+        assert batch["pixel_values"].shape == (1, 3, 32, 32)

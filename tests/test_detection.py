@@ -203,7 +203,10 @@ BAD: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "category of no name": (lambda c: c["annotations"][0].update(category_id=5), ("of category 5, which is not",)),
     "category of no class": (
         lambda c: (c["annotations"][0].update(category_id=5), c["categories"].append({"id": 5, "name": "eel"})),
-        ("category 5 (eel) is none of the model's 3 classes", "label_0, label_1"),
+        (
+            "the classes LABEL_0, LABEL_1, LABEL_2, eel",
+            "the model has LABEL_0, LABEL_1, LABEL_2, none of which is 'eel'",
+        ),
     ),
     "no annotations": (lambda c: c["annotations"].clear(), ("has no annotations",)),
     "no categories": (lambda c: c.pop("categories"), ("an entry has no 'categories'",)),

@@ -21,8 +21,11 @@ LOGITS = torch.tensor([[1.0, 2.0, 0.5], [3.0, -1.0, 2.0], [-3.0, -2.0, -1.0], [0
 OTHERS = torch.tensor([[1.0, 1.5, 0.5], [3.0, -1.0, 4.0], [-3.0, -2.0, -1.0], [0.2, 0.1, 0.0]])  # classes 1, 2, 2, 0
 
 
-class Given(nn.Module):
-    """A model that gives what its batch holds."""
+class GivenForSequenceClassification(nn.Module):
+    """A classifier that gives what its batch holds."""
+
+    main_input_name, name_or_path = "input_ids", ""
+    config = hf.PreTrainedConfig(num_labels=3)
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,6 +36,13 @@ class Given(nn.Module):
         self.modes.append(self.training)
         kind = SequenceClassifierOutput if "logits" in batch else BaseModelOutput
         return kind(**{k: v for k, v in batch.items() if k in ("logits", "last_hidden_state")})
+
+    def can_generate(self) -> bool:
+        return False
+
+
+class Given(GivenForSequenceClassification):
+    """An encoder that gives what its batch holds."""
 
 
 # Metrics
@@ -80,6 +90,13 @@ def test_similarity_agreement(reference: tuple[float, ...], expected: float) -> 
     """The rank correlation of the similarities of all pairs is that worked out by hand."""
     embeddings = on_circle(0, 10, 40)  # pairs 10, 40, 30 degrees apart: ranks of similarity 3, 1, 2
     assert similarity_agreement(embeddings, on_circle(*reference)) == pytest.approx(expected)
+
+
+def test_similarity_of_all_alike() -> None:
+    """Where all samples are alike to both encoders these agree, where to one alone they do not."""
+    alike = on_circle(0, 0, 0)
+    assert similarity_agreement(alike, on_circle(90, 90, 90)) == 1.0
+    assert similarity_agreement(alike, on_circle(0, 10, 40)) == similarity_agreement(on_circle(0, 10, 40), alike) == 0.0
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
@@ -166,7 +183,7 @@ def test_headline() -> None:
 def test_logits_of_all_batches() -> None:
     """The logits of all batches come as one float32 tensor, in order."""
     batches = [{"logits": LOGITS[:3].bfloat16()}, {"logits": LOGITS[3:].bfloat16()}]
-    found = predict(Given(), batches)
+    found = predict(GivenForSequenceClassification(), batches)
     assert found.dtype == torch.float32
     assert torch.equal(found, LOGITS.bfloat16().float())
 
@@ -218,7 +235,7 @@ class BrokenError(Exception):
 @pytest.mark.parametrize("fails", [True, False], ids=["fails", "works"])
 def test_mode(training: bool, fails: bool) -> None:
     """The model runs in eval mode and is in its own again afterwards, without a gradient, also after an error."""
-    model = Given().train(training)
+    model = GivenForSequenceClassification().train(training)
 
     def batches() -> Any:
         yield {"logits": LOGITS * model.weight}
@@ -241,31 +258,27 @@ def test_no_batches() -> None:
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "what"),
     [
-        SUPPORTED["bart"],
-        SUPPORTED["clip"],
-        lambda: (hf.BertForTokenClassification(SUPPORTED["bert"]()[0].config), SUPPORTED["bert"]()[1]),
-        lambda: (Given(), {"last_hidden_state": torch.zeros(2, 3)}),
+        (SUPPORTED["bart"], "cannot be evaluated"),
+        (SUPPORTED["clip"], "cannot be evaluated"),
+        (lambda: (hf.BertForMultipleChoice(SUPPORTED["bert"]()[0].config), {}), "cannot be evaluated"),
+        (lambda: (Given(), {"last_hidden_state": torch.zeros(2, 3)}), "gives no last_hidden_state"),
+        (lambda: (GivenForSequenceClassification(), {"last_hidden_state": torch.zeros(2, 3, 4)}), "gives no logits"),
     ],
-    ids=["translation", "two towers", "tokens", "no tokens"],
+    ids=["translation", "two towers", "multiple choice", "no tokens", "no logits"],
 )
-def test_models_that_are_not_evaluated(make: Callable[[], tuple[nn.Module, Batch]]) -> None:
-    """A model that gives neither logits of classes nor hidden states is refused, with what is served."""
+def test_models_that_are_not_evaluated(make: Callable[[], tuple[nn.Module, Batch]], what: str) -> None:
+    """A model whose head is not served, or that does not give what its name says, is refused."""
     model, batch = make()
-    with refused(
-        InputError,
-        type(model).__name__,
-        "neither class logits nor hidden states",
-        "classifiers of texts and images",
-    ):
+    with refused(InputError, type(model).__name__, what):
         predict(model, [batch])
 
 
 def test_whole_batch_is_given() -> None:
     """Every entry of a batch goes to the model, and nothing else."""
     seen: list[set[str]] = []
-    model = Given()
+    model = GivenForSequenceClassification()
     model.register_forward_pre_hook(lambda _module, _args, batch: seen.append(set(batch)), with_kwargs=True)
     predict(model, [{"logits": LOGITS, "extra": LOGITS}])
     assert seen == [{"logits", "extra"}]

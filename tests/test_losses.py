@@ -62,6 +62,17 @@ def test_temperature(temperature: float) -> None:
     assert losses.prediction_loss(*map(torch.from_numpy, (s, t)), temperature).item() == pytest.approx(expected)
 
 
+def test_labels_loss() -> None:
+    """The loss of labels that are on or off is the soft cross-entropy of each, by numpy, least at the teacher."""
+    s, t = (2 * random(5, 4, seed=seed).double().numpy() for seed in (0, 1))
+    for temperature in (0.5, 1.0, 3.0):
+        p, q = (1 / (1 + np.exp(-x / temperature)) for x in (t, s))
+        expected = -(p * np.log(q) + (1 - p) * np.log(1 - q)).mean() * temperature**2
+        assert losses.labels_loss(*map(torch.from_numpy, (s, t)), temperature).item() == pytest.approx(expected)
+    never = torch.full((5, 4), -8.0)
+    assert losses.labels_loss(torch.tensor(t), torch.tensor(t)) < losses.labels_loss(never, torch.tensor(t))
+
+
 def test_map_loss_tends_to_score_loss() -> None:
     """For large τ the map loss is half the variance over keys of the difference of scores, divided by their number:
     the score loss, but for what is the same for all keys [KD, table 1]."""

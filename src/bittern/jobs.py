@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from bittern import native
 from bittern.analysis.findings import verdict
-from bittern.data import check_same_inputs, load_any_split, load_splits
+from bittern.data import check_same_inputs, load_any_split, load_splits, task_of
 from bittern.data.evaluate import check_comparable, headline, is_measurable, metrics, predict
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.files import Journal, check_output, digest, reserved
@@ -345,11 +345,13 @@ def evaluate(
     model = load(source)
     loaded = load_any_split(data, model, source, **columns)
     if against is None and not is_measurable(model, loaded):
-        why = "has no labels" if loaded.labels is None else f"is for {type(model).__name__}, which has no classes"
+        no_classes = f"is for {type(model).__name__}, which has no classes"
+        why = no_classes if task_of(model) == "embedding" else "has no labels"
         raise InputError(f"{data} {why}, so there is no accuracy; compare with another model: --against FLOAT_MODEL")
     other = None if against is None else load(against)
     if against is not None and other is not None:
         check_comparable(model, source, other, against, loaded)
+        check_same_inputs(model, source, other, against)
     with nullcontext() if kernels else native.disabled():
         output = predict(model, track(loaded, "evaluating"))
         reference = None if other is None else predict(other, track(loaded, "reference"))

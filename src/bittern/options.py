@@ -31,6 +31,7 @@ def option(default: Any, help: str, *flags: str, least: int | None = None) -> An
 
 
 BATCH_SIZE, SEED = "Samples per batch.", "Of order, dropout and draws."
+Labels = Mapping[str, str] | Literal["order"]
 Sensitivity = Literal["relative", "paper"]
 Balance = Literal["fixed", "auto"]
 Scope = Literal["all", "part"]
@@ -50,12 +51,20 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
 
 @dataclass(frozen=True)
 class Reading:
-    """How data is read: what a job passes on to `bittern.data.load_data`."""
+    """How data is read: what a job passes on to `bittern.data.load_data`.
+
+    labels: label of the data → class of the model, by name or number. max_length: by default what tokenizer and model
+    take, of a language model at most 512.
+    """
 
     columns: Sequence[str] = option((), "Input columns of the data, separated by commas.")
     label_column: str | None = option(None, "Label column of the data.")
-    max_length: int = option(128, "Most tokens of a text; of a language model's block.", least=2)
+    labels: Labels | None = option(
+        None, "DATA=MODEL,…: which label is which class, by name or number; or order, if both are in the same order."
+    )
+    max_length: int | None = option(None, "Most tokens of a text; of a language model's block.", least=2)
     batch_size: int = option(32, BATCH_SIZE, least=1)
+    skip_bad: bool = option(False, "Read all images and texts first, and leave out those that cannot be used.")
 
 
 # ---- post-training quantization

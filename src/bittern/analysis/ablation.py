@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from bittern.analysis.findings import CLASSES
 from bittern.analysis.pair import Pair
 from bittern.analysis.recovery import relative_error
-from bittern.data import is_language_model
+from bittern.data import task_of
 from bittern.data.evaluate import predict
 from bittern.layers import as_float, fake_quants
 from bittern.progress import Track, silent
@@ -46,7 +46,7 @@ def block_errors(pair: Pair, batches: Sequence[Mapping[str, Any]], track: Track 
 def outputs(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Tensor:
     """Return what `predict` gives, of language models the negative log likelihood of each token."""
     out = predict(model, batches)
-    return out[..., 0] if is_language_model(model) else out
+    return out[..., 0] if task_of(model) in ("next", "masked") else out
 
 
 def _error(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], reference: Tensor) -> float:

@@ -45,6 +45,16 @@ def read_mapping(text: str, name: str) -> dict[int, int]:
     return {int(mine): int(theirs) for mine, theirs in pairs}
 
 
+def read_labels(text: str, name: str) -> dict[str, str] | str:
+    """The word order, or pairs such as good=positive,bad=0."""
+    pairs = [part.partition("=") for part in split(text)]
+    if text != "order" and not all(own and target for own, _, target in pairs):
+        raise InputError(
+            f"{name} is {text!r}; expected order, or DATA=MODEL pairs of labels, such as good=positive,bad=0"
+        )
+    return text if text == "order" else {own.strip(): target.strip() for own, _, target in pairs}
+
+
 def read_settings(options: list[str], name: str) -> dict[str, Any]:
     """NAME=VALUE options, values read as YAML."""
     found = {}
@@ -63,6 +73,7 @@ READERS: dict[Any, Callable[[Any, str], Any]] = {  # of types that are not writt
     tuple[int, ...]: read_numbers,
     Mapping[int, int]: read_mapping,
     Mapping[str, float]: lambda text, name: parse_distill(text).terms,
+    Mapping[str, str]: read_labels,
     Mapping[str, Any]: read_settings,
     Sequence[str]: split,
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bittern.data.detection import Scene
 from bittern.data.texts import Collate
+from bittern.data.tokens import TARGETS
 from bittern.errors import InputError
 
 
@@ -19,8 +20,9 @@ from bittern.errors import InputError
 class Data:
     """Model inputs in batches, with labels if the source has them.
 
-    rows: raw samples (texts, pairs of texts, images, image paths, scenes with boxes); `collate` makes tensors of a few
-    of them. processor: for scenes, the image processor that makes boxes of a detector's outputs.
+    rows: raw samples (texts, pairs of texts, tokens with labels, images, image paths, scenes with boxes); `collate`
+    makes tensors of a few of them. labels: of samples, as the model's loss takes them. processor: for scenes, the image
+    processor that makes boxes of a detector's outputs.
     """
 
     name: str
@@ -29,6 +31,12 @@ class Data:
     collate: Collate
     batch_size: int
     processor: Any = None
+
+    @property
+    def has_labels(self) -> bool:
+        """True if samples have labels, of their own or of their tokens."""
+        row = self.rows[0] if len(self.rows) else None
+        return self.labels is not None or (isinstance(row, dict) and not row.keys().isdisjoint(TARGETS))
 
     def __len__(self) -> int:
         return len(self.rows)

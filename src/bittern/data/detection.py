@@ -8,14 +8,15 @@ import math
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from bittern.data.tables import class_numbers
+from bittern.data.labels import match_classes
+from bittern.data.splits import Split, split_files
 from bittern.errors import InputError, first_line
+from bittern.options import Labels
 
-SPLITS = {"train": ("train",), "test": ("val", "dev", "test")}  # beginnings of names; COCO's own test has no boxes
 LAYOUT = "train/ and val/, each with images and an annotations .json, or annotations/instances_{train,val}*.json"
 
 
@@ -39,18 +40,21 @@ class Scene(NamedTuple):
     boxes: tuple[Box, ...]
 
 
-def read_scenes(source: str, split: Literal["train", "test"], model: PreTrainedModel) -> list[Scene] | None:
+def read_scenes(source: str, split: Split, model: PreTrainedModel, labels: Labels | None = None) -> list[Scene] | None:
     """Read all scenes of a split of a folder in COCO's format; None if it has the other split only.
 
-    Categories are the model's classes by name if all are known by name, or else by id. Raises InputError for a missing
-    image, an annotation of an unknown image, a box that is none, and a category that is no class of the model.
+    Categories are the model's classes by name, or by id if the model has no names (see `match_classes`). Raises
+    InputError for a missing image, an annotation of an unknown image, a box that is none, and a category that is no
+    class of the model.
     """
-    found = _annotation_files(Path(source))
+    found = split_files(Path(source), _annotation_files(Path(source)))
     if not found:
         raise InputError(f"{source} is no folder in COCO format; {type(model).__name__} needs {LAYOUT}")
     if split not in found:
         return None
-    file, folders = found[split]
+    file, *more = found[split]
+    if more:
+        raise InputError(f"{file.parent} holds {1 + len(more)} .json files; expected one of annotations")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         images, annotations, categories = (list(content[key]) for key in ("images", "annotations", "categories"))
@@ -66,7 +70,11 @@ def read_scenes(source: str, split: Literal["train", "test"], model: PreTrainedM
     if not raw or len(sizes) < len(images):
         what = "several images of the same id; expected one" if raw else "no annotations; expected boxes of objects"
         raise InputError(f"{file} has {what}")
-    labels = _labels(file, names, {category for _, category, _, _ in raw}, model)
+    unknown = next((category for _, category, _, _ in raw if category not in names), None)
+    if unknown is not None:
+        raise InputError(f"{file}: annotations are of category {unknown}, which is not among its categories")
+    used = list(dict.fromkeys(names[category] for _, category, _, _ in raw))
+    numbers = match_classes(str(file), names, used, model, labels)
     boxes: dict[str, list[Box]] = {image: [] for image in sizes}
     for annotation, (image, category, box, crowd) in zip(annotations, raw, strict=True):
         where = f"{file}: annotation {annotation.get('id', '')} ".replace("  ", " ")
@@ -75,8 +83,9 @@ def read_scenes(source: str, split: Literal["train", "test"], model: PreTrainedM
         if len(box) != 4 or not all(isinstance(x, int | float) and math.isfinite(x) for x in box) or min(box[2:]) < 0:
             raise InputError(f"{where}has the bbox {box}; expected x, y, width, height in pixels")
         x, y, width, height = box
-        boxes[image].append(Box(labels[category], x, y, width, height, crowd))
+        boxes[image].append(Box(numbers[names[category]], x, y, width, height, crowd))
     first, _, _ = next(iter(sizes.values()))
+    folders = _image_folders(Path(source), file)
     folder = next((f for f in folders if (f / first).is_file()), folders[0])
     scenes = [Scene(folder / name, h, w, tuple(boxes[image])) for image, (name, h, w) in sizes.items()]
     bad = next((s for s in scenes if min(s.height, s.width) < 1 or not s.path.is_file()), None)
@@ -86,39 +95,21 @@ def read_scenes(source: str, split: Literal["train", "test"], model: PreTrainedM
     return scenes
 
 
-def _annotation_files(folder: Path) -> dict[str, tuple[Path, list[Path]]]:
-    """Find the annotations of each split, and the folders that its images may be in."""
-    found: dict[str, tuple[Path, list[Path]]] = {}
-    for split, starts in SPLITS.items():
-        for start in starts:
-            for file in sorted(folder.glob(f"annotations/instances_{start}*.json")):
-                name = file.stem.removeprefix("instances_")
-                places = [folder / name, folder / "images" / name, folder / start, folder / "images", folder]
-                found.setdefault(split, (file, places))
-            for part in sorted(p for p in folder.glob(f"{start}*") if p.is_dir()):
-                files = sorted(part.glob("*.json")) or sorted(part.glob("annotations/*.json"))
-                if len(files) > 1:
-                    raise InputError(f"{part} holds {len(files)} .json files; expected one of annotations")
-                for file in files:
-                    found.setdefault(split, (file, [part, part / "images"]))
-    return found
+def _annotation_files(folder: Path) -> list[Path]:
+    """Find what may be annotations, relative to the folder."""
+    found = {file for layout in ("*/*.json", "*/annotations/*.json") for file in folder.glob(layout)}
+    files = sorted(file.relative_to(folder) for file in found)
+    return [file for file in files if file.parts[0] != "annotations" or file.name.startswith("instances_")]
 
 
-def _labels(file: Path, names: dict[int, str], used: set[int], model: PreTrainedModel) -> dict[int, int]:
-    """Return the model's label of each category id."""
-    unknown = sorted(used - names.keys())
-    if unknown:
-        raise InputError(f"{file}: annotations are of category {unknown[0]}, which is not among its categories")
-    known = class_numbers(model)
-    if all(name.lower() in known for name in names.values()):
-        return {category: known[name.lower()] for category, name in names.items()}
-    bad = next((c for c in sorted(used) if not 0 <= c < model.config.num_labels), None)
-    if bad is not None:
-        raise InputError(
-            f"{file}: category {bad} ({names[bad]}) is none of the model's {model.config.num_labels} classes by name "
-            f"or number: {', '.join(list(known)[:10])}"
-        )
-    return {category: category for category in names}
+def _image_folders(folder: Path, file: Path) -> list[Path]:
+    """Return the folders that the images of an annotation file may be in."""
+    if file.parent != folder / "annotations":
+        part = file.parent.parent if file.parent.name == "annotations" else file.parent
+        return [part, part / "images"]
+    name = file.stem.removeprefix("instances_")
+    parts = [name, f"images/{name}", name.rstrip("0123456789"), "images", "."]  # val2017, then val
+    return [folder / part for part in parts]
 
 
 def mean_average_precision(scenes: Sequence[Scene], found: Sequence[dict[str, Any]]) -> dict[str, float]:

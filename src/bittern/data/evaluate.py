@@ -1,5 +1,5 @@
-"""Task metrics: accuracy, F1 and MCC of classifiers, correlation of regressions, mAP of detectors, perplexity of
-language models, similarity of embeddings, and how far two models agree."""
+"""Task metrics: accuracy, F1 and MCC of classifiers, correlation of regressions, mAP of detectors, F1 of tags and
+answers, perplexity of language models, similarity of embeddings, and how far two models agree."""
 
 from __future__ import annotations
 
@@ -10,28 +10,41 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bittern.data import Data, has_boxes, has_classes, is_language_model, is_regression
+from bittern.data import Data, task_of
 from bittern.data.detection import mean_average_precision
+from bittern.data.labels import class_names
+from bittern.data.pooling import embed
+from bittern.data.tasks import check_served, share_padding
+from bittern.data.tokens import TARGETS, answer_scores, best_spans, tag_scores
 from bittern.errors import InputError, first_line
 
 HEADLINES = {"cola": "mcc", "mrpc": "f1", "qqp": "f1", "stsb": "pearson"}  # of GLUE; accuracy of the other tasks
+OUTPUTS = {  # of tasks that give other than logits
+    "boxes": ("logits", "pred_boxes"),
+    "answers": ("start_logits", "end_logits"),
+    "embedding": ("last_hidden_state",),
+}
 LOWER_IS_BETTER = ("perplexity", "max_difference", "loss")
 
 
 @torch.no_grad()
 def predict(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-    """Return logits (samples, classes) of a classifier; of an encoder without head embeddings (samples, hidden).
+    """Return what a model tells, of all samples, by its task.
 
-    Of a detector logits and then boxes of its queries, relative center and size: (samples, queries, logits + 4). Of a
-    language model for each token but the first its negative log likelihood, and the token that was likeliest in its
-    place: (samples, tokens - 1, 2); blocks of tokens must be of one length.
-    Embeddings are the mean of the last hidden states over what the mask does not cover, normalised to length 1.
+    Of a classifier or regression logits (samples, outputs); of a detector logits and then boxes of its queries,
+    relative center and size: (samples, queries, logits + 4). Of token classification logits of all real tokens, one
+    text after the other: (tokens, classes); of question answering of start and end: (tokens, 2). Of a language model
+    for each token but the first its negative log likelihood, and the token that was likeliest in its place:
+    (samples, tokens - 1, 2), for blocks of one length; of a masked one the same for each masked token: (masked, 2). Of
+    an encoder embeddings (samples, width), pooled as its own folder says.
     """
+    check_served(model)
     training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -45,40 +58,47 @@ def predict(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> 
 
 
 def _output(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    out = model(**batch)
-    logits, boxes = out.get("logits"), out.get("pred_boxes")
-    if logits is not None and boxes is not None:
-        return torch.cat([logits, boxes], -1).float().cpu()
-    if logits is not None and logits.dim() == 3 and is_language_model(model):
-        loss = F.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none"
-        )
-        likeliest = logits[:, :-1].argmax(-1)
-        return torch.stack([loss.view_as(likeliest), likeliest.float()], -1).cpu()
-    if logits is not None and logits.dim() == 2:
-        return logits.float().cpu()  # type: ignore[no-any-return]
-    hidden = out.get("last_hidden_state") if logits is None else None
-    if hidden is None or hidden.dim() != 3:
-        raise InputError(
-            f"{type(model).__name__} gives neither class logits nor hidden states of tokens; evaluation serves "
-            "classifiers of texts and images, regressions, detectors, language models and encoders without a head"
-        )
-    mask = batch.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device)).unsqueeze(-1)
-    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).float().cpu()
+    task = task_of(model)
+    out = model(**{name: value for name, value in batch.items() if name not in TARGETS})
+    names = OUTPUTS.get(str(task), ("logits",))
+    if any(out.get(name) is None for name in names) or (task == "embedding" and out[names[0]].dim() != 3):
+        raise InputError(f"{type(model).__name__} gives no {' and '.join(names)} that can be evaluated")
+    first, *more = (out[name] for name in names)
+    if task == "next":
+        found = _likelihoods(first[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+        return found.unflatten(0, (len(first), -1))  # type: ignore[no-any-return]  # (samples, tokens - 1, 2)
+    if task == "masked":
+        masked = batch["labels"] != -100
+        return _likelihoods(first[masked], batch["labels"][masked])
+    real = batch.get("attention_mask", torch.ones(first.shape[:2], device=first.device))
+    if task == "embedding":
+        found = embed(model, first, real)
+    elif task == "tags":
+        found = first[real.bool()]  # (samples, tokens, classes) → (real tokens, classes)
+    elif task == "answers":
+        found = torch.stack([first, *more], -1)[real.bool()]  # 2 of (samples, tokens) → (real tokens, 2)
+    else:
+        found = torch.cat([first, *more], -1)
+    return found.float().cpu()
+
+
+def _likelihoods(logits: Tensor, right: Tensor) -> Tensor:
+    """Return the negative log likelihood of each right token, and the likeliest token: (tokens, 2)."""
+    loss = F.cross_entropy(logits.float(), right, reduction="none")
+    return torch.stack([loss, logits.argmax(-1).float()], -1).cpu()
 
 
 def check_comparable(
     model: PreTrainedModel, path: str | Path, other: PreTrainedModel, other_path: str | Path, data: Data
 ) -> None:
     """Raise InputError unless both models give outputs of one kind and shape for the first samples."""
-    tasks = (has_boxes, is_language_model, has_classes, is_regression)
-    kinds = [[is_task(m) for is_task in tasks] for m in (model, other)]
+    share_padding(model, other)
     few = next(iter(replace(data, batch_size=min(2, len(data)))))
     try:
         shapes = [tuple(predict(m, [few]).shape[1:]) for m in (model, other)]
     except Exception as error:  # a model raises whatever its code meets in inputs of another
         raise InputError(f"{other_path} cannot read {data.name} as {path} does: {first_line(error)}") from error
-    if kinds[0] != kinds[1] or shapes[0] != shapes[1]:
+    if task_of(model) != task_of(other) or shapes[0] != shapes[1]:
         raise InputError(
             f"{other_path}, a {type(other).__name__}, gives outputs {shapes[1]} for each sample, {path}, a "
             f"{type(model).__name__}, {shapes[0]}; give a model of the same task"
@@ -101,14 +121,18 @@ def agreement(logits: Tensor, reference: Tensor) -> float:
 
 
 def similarity_agreement(embeddings: Tensor, reference: Tensor) -> float:
-    """Return Spearman's correlation of the cosine similarities of all pairs of samples, of two encoders."""
+    """Return Spearman's correlation of the cosine similarities of all pairs of samples, of two encoders.
+
+    Where all pairs are alike to one of them it is 0, to both 1.
+    """
     from scipy.stats import spearmanr
 
     if len(embeddings) < 3:
         raise InputError(f"the agreement of similarities needs 3 samples or more, got {len(embeddings)}")
     rows, columns = torch.triu_indices(len(embeddings), len(embeddings), 1)
     pairs = [(e @ e.T)[rows, columns].numpy() for e in (embeddings, reference)]
-    return float(spearmanr(*pairs).statistic)
+    alike = [np.ptp(pair) == 0 for pair in pairs]
+    return float(all(alike)) if any(alike) else float(spearmanr(*pairs).statistic)
 
 
 def of_labels(output: Tensor, labels: Tensor, regression: bool = False) -> dict[str, float]:
@@ -120,7 +144,7 @@ def of_labels(output: Tensor, labels: Tensor, regression: bool = False) -> dict[
     from sklearn.metrics import f1_score, matthews_corrcoef
 
     if regression:
-        predicted, right = output.flatten().double().numpy(), labels.double().numpy()
+        predicted, right = output.flatten().double().numpy(), labels.flatten().double().numpy()
         if len(right) < 2 or predicted.std() == 0 or right.std() == 0:
             return {"pearson": 0.0, "spearman": 0.0}
         correlations = {"pearson": pearsonr, "spearman": spearmanr}
@@ -134,49 +158,75 @@ def of_labels(output: Tensor, labels: Tensor, regression: bool = False) -> dict[
     return found
 
 
+def of_several(output: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return F1 of labels that are on or off, over all of them (micro) and the mean of each (macro), and the share of
+    samples with no label wrong."""
+    from sklearn.metrics import f1_score
+
+    chosen, right = (output > 0).numpy(), labels.bool().numpy()
+    scores = {"f1": "micro", "f1_macro": "macro"}
+    found = {name: float(f1_score(right, chosen, average=kind, zero_division=0)) for name, kind in scores.items()}
+    return found | {"accuracy": float((chosen == right).all(1).mean())}
+
+
 def is_measurable(model: PreTrainedModel, data: Data) -> bool:
     """True if data tells how good a model is without another to compare with."""
-    if has_boxes(model) or is_language_model(model):
-        return True
-    return data.labels is not None and (has_classes(model) or is_regression(model))
+    task = task_of(model)
+    return task in ("boxes", "next", "masked") or (data.has_labels and task not in ("embedding", None))
 
 
 def metrics(model: PreTrainedModel, data: Data, output: Tensor, reference: Tensor | None = None) -> dict[str, Any]:
     """Measure `output`, which `predict` gave for `model` and `data`, and how far it is from a reference.
 
-    Of detectors COCO's AP, AP50 and AP75; of language models the perplexity; else what `of_labels` gives, if the data
-    has labels. With a reference the agreement of classes, tokens or similarities, of detectors the errors of logits and
-    boxes relative to its norm, and the largest difference. Nothing, if there are neither labels nor a reference.
+    Of detectors COCO's AP, AP50 and AP75; of language models the perplexity, of masked words the accuracy too; of tags
+    F1 of entities and accuracy; of answers SQuAD's F1 and exact match; else what `of_labels` or `of_several` gives, if
+    the data has labels. With a reference the agreement of classes, tokens, answers or similarities, of detectors the
+    errors of logits and boxes relative to its norm, and the largest difference. Nothing, if there are neither labels
+    nor a reference.
     """
-    result: dict[str, Any] = {}
-    if has_boxes(model):
-        result |= _of_boxes(data, output)
-    elif is_language_model(model):
-        result["perplexity"] = math.exp(min(output[..., 0].double().mean().item(), 700.0))
-    elif data.labels is not None and is_measurable(model, data):
-        result |= of_labels(output, data.labels, is_regression(model))
+    result: dict[str, Any] = _of_truth(model, data, output) if is_measurable(model, data) else {}
     if reference is None:
         return result
-    if has_boxes(model):
+    task = task_of(model)
+    if task == "boxes":
         for name, part in (("logits_error", slice(None, -4)), ("boxes_error", slice(-4, None))):
             wrong, right = output[..., part] - reference[..., part], reference[..., part]
             result[name] = (wrong.norm() / right.norm()).item()
-    elif is_language_model(model):
+    elif task in ("next", "masked"):
         result["agreement"] = (output[..., 1] == reference[..., 1]).float().mean().item()
         output, reference = output[..., 0], reference[..., 0]
-    elif has_classes(model):
+    elif task in ("classes", "tags"):
         result["agreement"] = agreement(output, reference)
-    elif not is_regression(model):
+    elif task == "labels":
+        result["agreement"] = ((output > 0) == (reference > 0)).float().mean().item()
+    elif task == "answers":
+        pairs = zip(best_spans(data.rows, output), best_spans(data.rows, reference), strict=True)
+        result["agreement"] = sum(a == b for a, b in pairs) / len(data)
+    elif task == "embedding":
         result["similarity"] = similarity_agreement(output, reference)
     return result | {"max_difference": (output - reference).abs().max().item()}
 
 
-def _of_boxes(data: Data, output: Tensor) -> dict[str, float]:
-    sizes = torch.tensor([[scene.height, scene.width] for scene in data.rows])
-    raw = SimpleNamespace(logits=output[..., :-4], pred_boxes=output[..., -4:])
-    return mean_average_precision(
-        data.rows, data.processor.post_process_object_detection(raw, threshold=0.0, target_sizes=sizes)
-    )
+def _of_truth(model: PreTrainedModel, data: Data, output: Tensor) -> dict[str, float]:
+    task = task_of(model)
+    if task == "boxes":
+        sizes = torch.tensor([[scene.height, scene.width] for scene in data.rows])
+        raw = SimpleNamespace(logits=output[..., :-4], pred_boxes=output[..., -4:])
+        return mean_average_precision(
+            data.rows, data.processor.post_process_object_detection(raw, threshold=0.0, target_sizes=sizes)
+        )
+    if task in ("next", "masked"):
+        perplexity = {"perplexity": math.exp(min(output[..., 0].double().mean().item(), 700.0))}
+        if task == "next":
+            return perplexity
+        labels = torch.cat([torch.tensor(row["labels"]) for row in data.rows])
+        return perplexity | {"accuracy": (output[:, 1] == labels[labels != -100]).float().mean().item()}
+    if task == "tags":
+        return tag_scores(data.rows, output, class_names(model))
+    if task == "answers":
+        return answer_scores(data.rows, output)
+    assert data.labels is not None
+    return of_several(output, data.labels) if task == "labels" else of_labels(output, data.labels, task == "number")
 
 
 def headline(source: str, found: Mapping[str, float]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,7 @@ def image_processor(path: str | Path) -> Any:
 
 def image_collate(processor_path: str | Path, model: PreTrainedModel) -> Collate:
     """Return a function that makes batches of images, from their files or table cells."""
-    processor = image_processor(processor_path)
-    mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
+    processor, mode = image_processor(processor_path), image_mode(model)
 
     def collate(rows: Sequence[Any]) -> dict[str, Tensor]:
         images = [read_image(row, mode) for row in rows]
@@ -40,19 +39,46 @@ def image_collate(processor_path: str | Path, model: PreTrainedModel) -> Collate
     return collate
 
 
-def read_image(row: Path | Scene | dict[str, Any], mode: str) -> Any:
-    """Read an image from its file, or from a cell of a table that holds its bytes or path."""
-    from PIL import Image
+def image_mode(model: PreTrainedModel) -> str:
+    """Return Pillow's name for images of as many channels as the model takes."""
+    return "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
 
-    if isinstance(row, Scene):
-        image = read_image(row.path, mode)
-        if image.size != (row.width, row.height):
-            width, height = image.size
-            raise InputError(f"{row.path} has {width}×{height} pixels, but {row.width}×{row.height} in its annotations")
-        return image
-    name: Any = row["path"] or "a row" if isinstance(row, dict) else row
+
+def bad_images(rows: Iterable[Any], mode: str) -> dict[int, str]:
+    """Return what is wrong with images that cannot be read, by row."""
+    bad: dict[int, str] = {}
+    for i, row in enumerate(rows):
+        try:
+            read_image(row, mode)
+        except InputError as error:
+            bad[i] = str(error)
+    return bad
+
+
+def read_image(row: Path | Scene | dict[str, Any] | None, mode: str) -> Any:
+    """Read an image from its file, or from a cell of a table that holds its bytes or path.
+
+    It is turned as its EXIF tag says, as by transformers and `datasets`; 16 bits of grey are scaled to 8.
+    """
+    from PIL import Image, ImageOps
+
+    cell: dict[str, Any] = (
+        row if isinstance(row, dict) else {"path": row.path if isinstance(row, Scene) else row, "bytes": None}
+    )
+    name = cell["path"] or "a row"
     try:
-        with Image.open(BytesIO(row["bytes"]) if isinstance(row, dict) and row["bytes"] else name) as image:
-            return image.convert(mode)
+        with Image.open(BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as stored:
+            image = ImageOps.exif_transpose(stored)
+            if isinstance(row, Scene) and stored.size == (row.width, row.height) != image.size:
+                image = stored  # its boxes were drawn on the image as it is stored
+            if image.mode.startswith("I;16"):
+                image = image.convert("I").point(lambda value: value * (1 / 257))
+            elif image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 255):  # type: ignore[operator]
+                raise ValueError(f"it has pixels of 32 bits (Pillow's mode {image.mode}); save it with 8 or 16")
+            image = image.convert(mode)
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError and more
         raise InputError(f"{name} is not a readable image: {first_line(error)}") from error
+    if isinstance(row, Scene) and image.size != (row.width, row.height):
+        width, height = image.size
+        raise InputError(f"{name} has {width}×{height} pixels, but {row.width}×{row.height} in its annotations")
+    return image

@@ -9,35 +9,36 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bittern.data import tables
 from bittern.data.batches import Data
 from bittern.data.detection import pycocotools, read_scenes
-from bittern.data.images import image_collate, image_processor
-from bittern.data.tables import (
-    IMAGE_COLUMNS,
-    READERS,
-    TEXT_COLUMNS,
-    Split,
-    check_labels,
-    class_numbers,
-    pick_columns,
-    read_images,
-    read_labels,
-    read_table,
-    read_texts,
-    split_files,
+from bittern.data.images import bad_images, image_collate, image_mode, image_processor
+from bittern.data.labels import class_names, listed, match_classes
+from bittern.data.pooling import read_pooling
+from bittern.data.splits import Split, split_files, split_folder, visible_files
+from bittern.data.tasks import expected_inputs, task_of
+from bittern.data.texts import (
+    Collate,
+    blocks,
+    padding_tokenizer,
+    sentences,
+    stack_blocks,
+    text_collate,
+    text_limit,
+    warn_of_cuts,
 )
-from bittern.data.tasks import expected_inputs, has_boxes, is_language_model
-from bittern.data.texts import blocks, longest, sentences, stack_blocks, text_collate
+from bittern.data.tokens import answer_rows, masked_rows, tag_rows, token_collate
 from bittern.errors import InputError
+from bittern.options import Reading
 
-SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "validation", "valid", "dev", "test")}
-IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+BLOCK = 512  # tokens of a language model's block, by default
 
 
 @cache
@@ -69,107 +70,148 @@ def load_any_split(source: str, model: PreTrainedModel, processor_path: str | Pa
 
 
 def load_data(
-    source: str,
-    model: PreTrainedModel,
-    processor_path: str | Path,
-    *,
-    split: Split,
-    columns: Sequence[str] = (),
-    label_column: str | None = None,
-    batch_size: int = 32,
-    max_length: int = 128,
+    source: str, model: PreTrainedModel, processor_path: str | Path, *, split: Split, **options: Any
 ) -> Data | None:
     """Return data for `model` from a source; None if the source has no such split.
 
-    source: `digits` or `sentences`, which come with scikit-learn; a .parquet, .csv, .json, .jsonl or .txt file; a
-    folder with files named after their split (train, validation, test), or with a folder of images per class, in
-    folders of that name if it has splits; for detectors a folder in COCO format (see `read_scenes`); else a name for
+    source: `digits` or `sentences`, which come with scikit-learn; a table (.parquet, .csv, .tsv, .json, .jsonl, .arrow,
+    .txt, also compressed); a folder with files named after their split (see `split_files`), or with a folder of images
+    per class, or what `datasets` saved; for detectors a folder in COCO format (see `read_scenes`); else a name for
     `datasets.load_dataset`, such as `glue/cola`. A source of one part only is its own train split. The tokenizer or
-    image processor is read from `processor_path`. For a language model the texts are cut into blocks of max_length
-    tokens; else each text is one sample, of at most so many.
+    image processor is read from `processor_path`. options: see `bittern.options.Reading`.
     Raises InputError, in one line, for whatever does not fit.
     """
-    if has_boxes(model):
-        return _scenes(source, split, model, processor_path, batch_size)
+    ask = _Request(source, split, model, processor_path, Reading(**options))
+    if task_of(model) == "boxes":
+        return _scenes(ask)
     if source == "digits":
-        return _digits(split, model, batch_size)
+        return _digits(ask)
     if model.main_input_name not in ("input_ids", "pixel_values"):
         raise InputError(f"{type(model).__name__} takes {model.main_input_name}; data of texts or images was expected")
     is_text = model.main_input_name == "input_ids"
-    labels = None
     if source == "sentences":
         if not is_text:
             raise InputError(f"sentences are texts; {type(model).__name__} expects {expected_inputs(model)}")
-        texts: list[tuple[str, ...]] = [(s,) for s in sentences()[split == "test" :: 2]]
-    elif os.path.isdir(source) and not split_files(Path(source)):
-        return _image_folder(Path(source), split, model, processor_path, batch_size)
-    elif (table := read_table(source, split)) is None:
-        return None
-    elif not is_text:
-        (column,) = pick_columns(source, table, columns, IMAGE_COLUMNS, most=1)
-        images = read_images(source, table, column)
-        collate = image_collate(processor_path, model)
-        return Data(source, images, read_labels(source, table, label_column, model), collate, batch_size)
+        from datasets import Dataset
+
+        return _texts(ask, Dataset.from_dict({"text": sentences()[split == "test" :: 2]}))
+    if os.path.isdir(source) and not tables.holds_tables(Path(source)):
+        if is_text:
+            kinds = f"{type(model).__name__} needs texts in one of {', '.join(tables.READERS)}"
+            raise InputError(f"{source} holds no table named train, validation or test; {kinds}")
+        return _image_folder(ask)
+    table = tables.read_table(source, split)
+    if table is None or is_text:
+        return None if table is None else _texts(ask, table)
+    (column,) = tables.pick_columns(source, table, ask.reading.columns, tables.IMAGE_COLUMNS, most=1)
+    images, good = _good_images(ask, tables.read_images(source, table, column))
+    return ask.data(images, tables.read_labels(source, table.select(good), model, ask.reading))
+
+
+class _Request(NamedTuple):
+    """What `load_data` was asked for."""
+
+    source: str
+    split: Split
+    model: PreTrainedModel
+    processor_path: str | Path
+    reading: Reading
+
+    def data(
+        self, rows: Sequence[Any], labels: Tensor | None = None, collate: Collate | None = None, processor: Any = None
+    ) -> Data:
+        """Return these rows as data; by default they are images."""
+        collate = collate or image_collate(self.processor_path, self.model)
+        return Data(self.source, rows, labels, collate, self.reading.batch_size, processor)
+
+
+def _texts(ask: _Request, table: Any) -> Data:
+    task, source, model = str(task_of(ask.model)), ask.source, ask.model
+    known = {"tags": tables.WORD_COLUMNS, "answers": tables.ANSWER_COLUMNS}.get(task, tables.TEXT_COLUMNS)
+    columns = tables.pick_columns(source, table, ask.reading.columns, known, most=1 if task == "tags" else 2)
+    bad = tables.bad_texts(table, columns, words=task == "tags")
+    table = table.select(tables.usable(source, bad, len(table), ask.reading.skip_bad))
+    texts: list[tuple[Any, ...]] = list(zip(*(list(table[c]) for c in columns), strict=True))
+    words = isinstance(texts[0][0], list)
+    tokenizer = padding_tokenizer(ask.processor_path, model, words)
+    limit = text_limit(model, tokenizer, ask.reading.max_length)
+    if task == "next":
+        length = limit if ask.reading.max_length else min(limit, BLOCK)
+        return ask.data(blocks([" ".join(row) for row in texts], tokenizer, length), collate=stack_blocks)
+    if task == "embedding" and (prompt := read_pooling(model).prompt):
+        texts = [(prompt + first, *rest) for first, *rest in texts]
+    warn_of_cuts(source, tokenizer, limit, texts, is_split_into_words=words)
+    if task not in ("masked", "tags", "answers"):
+        labels = tables.read_labels(source, table, model, ask.reading)
+        collate = text_collate(tokenizer, limit, both=task == "None" and model.config.is_encoder_decoder)
+        return ask.data(texts, labels, collate)
+    if task == "masked":
+        rows = masked_rows(texts, tokenizer, limit)
+    elif task == "tags":
+        tags = tables.read_tags(source, table, model, ask.reading) if words else None
+        rows = tag_rows([text for (text,) in texts], tags, tokenizer, limit, words)
     else:
-        texts = read_texts(source, table, pick_columns(source, table, columns, TEXT_COLUMNS, most=2))
-        labels = None if is_language_model(model) else read_labels(source, table, label_column, model)
-    if is_language_model(model):
-        tokens = blocks([" ".join(row) for row in texts], processor_path, longest(model, max_length))
-        return Data(source, tokens, None, stack_blocks, batch_size)
-    return Data(source, texts, labels, text_collate(processor_path, model, max_length), batch_size)
+        answers = tables.read_answers(source, table, ask.reading) if len(columns) == 2 else None
+        rows = answer_rows(texts, answers, tokenizer, limit)
+    return ask.data(rows, collate=token_collate(tokenizer))
 
 
-def _scenes(
-    source: str, split: Split, model: PreTrainedModel, processor_path: str | Path, batch_size: int
-) -> Data | None:
-    scenes = read_scenes(source, split, model)
-    if split == "test":
+def _good_images(ask: _Request, images: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """Return images and their numbers, all or those that can be read."""
+    bad = bad_images(images, image_mode(ask.model)) if ask.reading.skip_bad else {}
+    good = tables.usable(ask.source, bad, len(images), ask.reading.skip_bad)
+    return [images[i] for i in good], good
+
+
+def _scenes(ask: _Request) -> Data | None:
+    scenes = read_scenes(ask.source, ask.split, ask.model, ask.reading.labels)
+    if ask.split == "test":
         pycocotools()  # missing, it is told before the model runs
     if scenes is None:
         return None
-    processor = image_processor(processor_path)
+    processor = image_processor(ask.processor_path)
     if not hasattr(processor, "post_process_object_detection"):
-        kind = type(processor).__name__
-        raise InputError(f"{processor_path}: its {kind} makes no boxes; expected the one of {type(model).__name__}")
-    return Data(source, scenes, None, image_collate(processor_path, model), batch_size, processor)
+        found, wanted = type(processor).__name__, type(ask.model).__name__
+        raise InputError(f"{ask.processor_path}: its {found} makes no boxes; expected the one of {wanted}")
+    scenes, _ = _good_images(ask, scenes)
+    return ask.data(scenes, processor=processor)
 
 
-def _digits(split: Split, model: PreTrainedModel, batch_size: int) -> Data:
-    size, channels = getattr(model.config, "image_size", None), getattr(model.config, "num_channels", 3)
-    if model.main_input_name != "pixel_values" or channels != 1 or size not in (8, [8, 8], (8, 8)):
-        expected = f"{type(model).__name__} expects {expected_inputs(model)}"
+def _digits(ask: _Request) -> Data:
+    config, task = ask.model.config, task_of(ask.model)
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    if ask.model.main_input_name != "pixel_values" or channels != 1 or size not in (8, [8, 8], (8, 8)):
+        expected = f"{type(ask.model).__name__} expects {expected_inputs(ask.model)}"
         raise InputError(f"digits are 8×8 images of one channel; {expected}")
-    images, labels = digits(split)
-    check_labels("digits", labels, model)
-    return Data("digits", list(images), labels, lambda rows: {"pixel_values": torch.stack(list(rows))}, batch_size)
+    images, labels = digits(ask.split)
+    if task == "classes":
+        names = {i: str(i) for i in range(10)}
+        match_classes("digits", names, [*names.values()], ask.model, None)
+    found = labels if task == "classes" else labels.float() if task == "number" else None
+    return ask.data(list(images), found, lambda rows: {"pixel_values": torch.stack(list(rows))})
 
 
-def _image_folder(
-    path: Path, split: Split, model: PreTrainedModel, processor_path: str | Path, batch_size: int
-) -> Data | None:
-    if model.main_input_name != "pixel_values":
-        raise InputError(
-            f"{path} holds no table named train, validation or test; {type(model).__name__} needs texts in one of "
-            f"{', '.join(READERS)}"
-        )
-    parts = {f.name.lower(): f for f in path.iterdir() if f.is_dir()}
-    if "train" in parts:  # then the folders are splits, not classes
-        found = [parts[name] for name in SPLIT_FOLDERS[split] if name in parts]
-        if not found:
-            return None
-        path = found[0]
-    elif split == "test":
-        return None
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_TYPES)
+def _image_folder(ask: _Request) -> Data | None:
+    path = Path(ask.source)
+    files = visible_files(path, IMAGE_TYPES)
     if not files:
         raise InputError(
             f"{path} holds no images ({', '.join(IMAGE_TYPES)}) and no table named train, validation or test; "
             "expected a folder per class"
         )
-    labels = None
-    if all(f.parent != path for f in files):
-        classes, known = sorted({f.parent.name for f in files}), class_numbers(model)
-        by_name = all(c.lower() in known for c in classes)
-        index = {c: known[c.lower()] if by_name else i for i, c in enumerate(classes)}
-        labels = check_labels(str(path), torch.tensor([index[f.parent.name] for f in files]), model)
-    return Data(str(path), files, labels, image_collate(processor_path, model), batch_size)
+    roots = {path / file: path / (split_folder(file) or "") for file in files}  # where the folders of classes are
+    parts = split_files(path, (file for file in files if split_folder(file))) or {"train": list(roots)}
+    others = {file.parts[0] for file in files if len(file.parts) > 1 and not split_folder(file)}
+    if others and set(roots.values()) > {path}:
+        raise InputError(f"{path} has folders named after splits and others, {listed(sorted(others))}; move these away")
+    if ask.split not in parts:
+        return None
+    rows, _ = _good_images(ask, parts[ask.split])
+    if task_of(ask.model) != "classes" or any(file.parent == roots[file] for file in rows):
+        return ask.data(rows)
+    names = sorted({file.parent.name for part in parts.values() for file in part if file.parent != roots[file]})
+    if ask.reading.labels != "order" and all(name.isdigit() and int(name) in class_names(ask.model) for name in names):
+        names = []  # they are numbers, of which some may be missing
+    used = [file.parent.name for file in rows]
+    index = match_classes(ask.source, dict(enumerate(names)), [*dict.fromkeys(used)], ask.model, ask.reading.labels)
+    return ask.data(rows, torch.tensor([index[name] for name in used]))

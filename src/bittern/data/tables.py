@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bittern.data.tasks import has_classes, is_regression
+from bittern.data.labels import label_numbers
+from bittern.data.splits import Split, extension, pick_name, split_files, visible_files
+from bittern.data.tasks import task_of
 from bittern.errors import InputError, first_line
+from bittern.options import Labels, Reading
 
-Split = Literal["train", "test"]
 TEXT_COLUMNS = (
     ("sentence1", "sentence2"),
     ("question1", "question2"),
@@ -24,24 +28,21 @@ TEXT_COLUMNS = (
     ("sentence",),
     ("text",),
 )
-IMAGE_COLUMNS = (("image",), ("img",))
+WORD_COLUMNS = (("tokens",), ("words",), *TEXT_COLUMNS)
+ANSWER_COLUMNS = (("question", "context"), *TEXT_COLUMNS)
+IMAGE_COLUMNS = (("image",), ("img",), ("jpg",), ("png",))
 LABEL_COLUMNS = ("label", "labels")
-READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
-
-
-def split_files(folder: Path) -> dict[Split, Path]:
-    """Return files of a folder by the split they are named after."""
-    found: dict[Split, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix in READERS:
-            stem = file.stem.lower()
-            if stem.startswith("train"):
-                found.setdefault("train", file)
-            elif stem.startswith(("valid", "dev")):
-                found["test"] = file
-            elif stem.startswith("test"):
-                found.setdefault("test", file)  # GLUE's has no labels
-    return found
+TAG_COLUMNS = ("ner_tags", "tags", "labels", "label")
+CSV = {"keep_default_na": False, "na_values": [""]}  # "null" and "None" are words
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", CSV),
+    ".tsv": ("csv", CSV | {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".arrow": ("arrow", {}),
+    ".txt": ("text", {"encoding": "utf-8-sig"}),
+}
 
 
 def read_table(source: str, split: Split) -> Any:
@@ -49,33 +50,51 @@ def read_table(source: str, split: Split) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    path = Path(source)
     try:
-        if os.path.isfile(source) or os.path.isdir(source):
-            if os.path.isfile(source) and path.suffix not in READERS:
-                kind = path.suffix or "nameless"
-                raise InputError(f"{source} is a {kind} file; expected one of {', '.join(READERS)}")
-            files: dict[Split, Path] = {"train": path} if os.path.isfile(source) else split_files(path)
-            if (file := files.get(split)) is None:
-                return None
-            table = datasets.load_dataset(READERS[file.suffix], data_files=str(file), split="train")
+        if os.path.exists(source):
+            table = _read_local(Path(source), split)
+        elif extension(Path(source)) in READERS:
+            raise FileNotFoundError("no such file")
         else:
-            if path.suffix in READERS:
-                raise FileNotFoundError("no such file")
-            names = ["train"] if split == "train" else ["validation", "validation_matched", "test"]
             where = ("nyu-mll/glue", source.removeprefix("glue/")) if source.startswith("glue/") else (source,)
-            available = datasets.get_dataset_split_names(*where)
-            if (name := next((n for n in names if n in available), None)) is None:
-                return None
-            table = datasets.load_dataset(*where, split=name)
+            name = pick_name(datasets.get_dataset_split_names(*where), split)
+            table = None if name is None else datasets.load_dataset(*where, split=name)
     except InputError:
         raise
     except Exception as error:  # datasets, pyarrow and huggingface_hub have no common error
         known = f"digits, sentences, a folder, a file with rows ({', '.join(READERS)}), or a dataset name on the hub"
         raise InputError(f"cannot read data from {source!r}: {first_line(error)}; expected {known}") from error
-    if len(table) == 0:
+    if table is not None and len(table) == 0:
         raise InputError(f"{source} has no rows; expected at least one sample")
     return table
+
+
+def holds_tables(folder: Path) -> bool:
+    """True for a folder of tables named after splits, or one that `datasets` wrote with save_to_disk."""
+    return _is_saved(folder) or bool(split_files(folder, visible_files(folder, READERS)))
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _read_local(path: Path, split: Split) -> Any:
+    import datasets
+
+    if path.is_dir() and _is_saved(path):
+        saved = datasets.load_from_disk(path)
+        parts = saved if isinstance(saved, dict) else {"train": saved}
+        return parts.get(pick_name(parts, split))
+    if path.is_file() and extension(path) not in READERS:
+        kind = path.suffix or "nameless"
+        raise InputError(f"{path} is a {kind} file; expected one of {', '.join(READERS)}")
+    parts = {"train": [path]} if path.is_file() else split_files(path, visible_files(path, READERS))
+    if split not in parts:
+        return None
+    reader, options = READERS[extension(parts[split][0])]
+    return datasets.load_dataset(
+        reader, data_files=[glob.escape(str(file)) for file in parts[split]], split="train", **options
+    )
 
 
 def pick_columns(
@@ -92,59 +111,108 @@ def pick_columns(
     raise InputError(f"{source} has the columns {', '.join(have)}; expected {wanted} (choose with --columns)")
 
 
-def read_texts(source: str, table: Any, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Read texts, or pairs of texts, by row."""
-    texts: list[tuple[str, ...]] = list(zip(*(table[c] for c in columns), strict=True))
-    bad = next((i for i, row in enumerate(texts) if not all(isinstance(t, str) for t in row)), None)
-    if bad is not None:
-        raise InputError(f"{source}: row {bad} of {', '.join(columns)} is {texts[bad]!r}; expected text")
-    return texts
+def usable(source: str, bad: Mapping[int, str], count: int, skip_bad: bool) -> list[int]:
+    """Return which of `count` rows can be used, all but the bad ones, and warn of these. bad: row → what is wrong.
+
+    Raises InputError for the first bad one unless they may be skipped, or if none is left.
+    """
+    if bad and (not skip_bad or len(bad) == count):
+        raise InputError(f"{source}: {next(iter(bad.values()))}")
+    if bad:
+        warnings.warn(f"{source}: skipped {len(bad)} of {count}: {'; '.join(bad.values())}", stacklevel=2)
+    return [i for i in range(count) if i not in bad]
 
 
-def read_images(source: str, table: Any, column: str) -> Any:
-    """Read a column of images as they are stored, so that each is decoded where an error can be told."""
+def bad_texts(table: Any, columns: Sequence[str], words: bool) -> dict[int, str]:
+    """Return what is wrong with rows that hold no text, by row. words: lists of words are texts too."""
+    bad: dict[int, str] = {}
+    for i, row in enumerate(zip(*(table[c] for c in columns), strict=True)):
+        parts = row[0] if words and isinstance(row[0], list) else row
+        if not all(isinstance(part, str) for part in parts):
+            bad[i] = f"row {i} of {', '.join(columns)} is {row!r}; expected text"
+    return bad
+
+
+def read_images(source: str, table: Any, column: str) -> list[dict[str, Any]]:
+    """Read a column of images as they are stored, so that each is decoded where an error can be told.
+
+    A path is one in the folder of the table, or else in the present one.
+    """
     import datasets
 
     try:
-        return table.cast_column(column, datasets.Image(decode=False))[column]
+        cells = list(table.cast_column(column, datasets.Image(decode=False))[column])
     except Exception as error:  # pyarrow has many for what it cannot cast
         raise InputError(f"{source}: column {column} holds {table.features[column]}; expected images") from error
+    folder = Path(source) if os.path.isdir(source) else Path(source).parent
+    for cell in cells:
+        if cell and not cell["bytes"] and cell["path"] and (folder / cell["path"]).is_file():
+            cell["path"] = str(folder / cell["path"])
+    return cells
 
 
-def read_labels(source: str, table: Any, label_column: str | None, model: PreTrainedModel) -> Tensor | None:
-    """Read labels by names or numbers of the model's classes; None if there are none, or nothing to compare with."""
-    if label_column and label_column not in table.column_names:
-        raise InputError(f"{source} has no column {label_column!r}; it has {', '.join(table.column_names)}")
-    column = label_column or next((c for c in LABEL_COLUMNS if c in table.column_names), None)
+def label_column(source: str, table: Any, reading: Reading, known: Sequence[str]) -> str | None:
+    """Return the column of labels: the one asked for, a known one, or the only one whose classes have names."""
+    have, asked = table.column_names, reading.label_column
+    if asked and asked not in have:
+        raise InputError(f"{source} has no column {asked!r}; it has {', '.join(have)}")
+    with_names = [name for name in have if getattr(table.features[name], "names", None)]
+    found = [name for name in known if name in have] or (with_names if len(with_names) == 1 else [])
+    return asked or next(iter(found), None)
+
+
+def read_labels(source: str, table: Any, model: PreTrainedModel, reading: Reading) -> Tensor | None:
+    """Read labels as the model's loss takes them: classes (n), float32 numbers (n) or (n, outputs), labels on or off
+    (n, labels); None if there are none, or nothing to compare with."""
+    task, column = task_of(model), label_column(source, table, reading, LABEL_COLUMNS)
+    if column is None or task not in ("classes", "labels", "number"):
+        return None
+    values, feature = list(table[column]), table.features[column]
+    if task == "classes":
+        return torch.tensor(label_numbers(source, column, feature, values, model, reading.labels))
+    if task == "number":
+        try:
+            found = torch.tensor([[float(x) for x in v] if isinstance(v, list) else float(v) for v in values])
+        except (TypeError, ValueError):
+            found = torch.tensor(math.nan)
+        if not found.isfinite().all():
+            raise InputError(f"{source}: {column} holds {values[:3]!r}, …; expected numbers")
+        return found
+    return _several(source, column, feature, values, model, reading.labels)
+
+
+def _several(
+    source: str, column: str, feature: Any, values: list[Any], model: PreTrainedModel, labels: Labels | None
+) -> Tensor:
+    """Read lists of labels: names or numbers of those that are on, or 0 and 1 for each class."""
+    if (i := next((i for i, v in enumerate(values) if not isinstance(v, list)), None)) is not None:
+        raise InputError(f"{source}: row {i} of {column} is {values[i]!r}; expected a list of labels")
+    count, inner = model.config.num_labels, getattr(feature, "feature", None)
+    if not getattr(inner, "names", None) and all(len(v) == count and set(v) <= {0, 1} for v in values):
+        return torch.tensor(values, dtype=torch.float32)
+    flat = label_numbers(source, column, inner, [label for row in values for label in row], model, labels)
+    rows = [i for i, row in enumerate(values) for _ in row]
+    found = torch.zeros(len(values), count)
+    found[rows, flat] = 1
+    return found
+
+
+def read_tags(source: str, table: Any, model: PreTrainedModel, reading: Reading) -> list[list[int]] | None:
+    """Read the class of each word; None if there are none."""
+    column = label_column(source, table, reading, TAG_COLUMNS)
     if column is None:
         return None
-    known = class_numbers(model)
-    values = [known.get(v.lower(), v) if isinstance(v, str) else v for v in table[column]]
-    bad = next((i for i, v in enumerate(values) if not isinstance(v, int | float) or math.isnan(v)), None)
-    if bad is not None:
-        if not (has_classes(model) or is_regression(model)):
-            return None
-        classes = f"a class of the model by number or name: {', '.join(list(known)[:10])}"
-        wanted = classes if has_classes(model) else "a number"
-        raise InputError(f"{source}: row {bad} of {column} is {values[bad]!r}; expected {wanted}")
-    return check_labels(source, torch.tensor(values, dtype=torch.float32 if is_regression(model) else None), model)
+    flat = [tag for row in table[column] for tag in row]
+    numbers = iter(label_numbers(source, column, table.features[column].feature, flat, model, reading.labels))
+    return [[next(numbers) for _ in row] for row in table[column]]
 
 
-def class_numbers(model: PreTrainedModel) -> dict[str, int]:
-    """Return the numbers of the model's classes by their names in lower case."""
-    return {str(name).lower(): number for name, number in (model.config.label2id or {}).items()}
-
-
-def check_labels(source: str, labels: Tensor, model: PreTrainedModel) -> Tensor:
-    """Return the labels. Raises InputError unless they are classes of the model, or it has none."""
-    count = getattr(model.config, "num_labels", 0)
-    if not has_classes(model):
-        return labels
-    if labels.is_floating_point():
-        raise InputError(f"{source}: labels are fractions such as {labels[0]:.3g}, but the model has {count} classes")
-    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= count):
-        raise InputError(
-            f"{source}: labels go from {int(labels.min())} to {int(labels.max())}, but the model has {count} classes "
-            f"(0 to {count - 1}); is this the data that the model was trained for?"
-        )
-    return labels
+def read_answers(source: str, table: Any, reading: Reading) -> list[Any] | None:
+    """Read the right answers, texts and where they start, as in SQuAD; None if there are none."""
+    column = label_column(source, table, reading, ("answers",))
+    if column is None:
+        return None
+    values = list(table[column])
+    if bad := next((v for v in values if not (isinstance(v, dict) and {"text", "answer_start"} <= v.keys())), None):
+        raise InputError(f"{source}: {column} holds {bad!r}; expected text and answer_start, as in SQuAD")
+    return values

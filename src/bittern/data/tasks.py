@@ -2,32 +2,80 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Literal
 
 from transformers import PreTrainedModel
 
+from bittern.data.pooling import read_pooling
 from bittern.data.texts import load_tokenizer
 from bittern.errors import InputError
 
+Task = Literal["classes", "labels", "number", "boxes", "tags", "answers", "masked", "next", "embedding"]
+HEADS: dict[str, Task] = {
+    "SequenceClassification": "classes",
+    "ImageClassification": "classes",
+    "ImageClassificationWithTeacher": "classes",
+    "ObjectDetection": "boxes",
+    "TokenClassification": "tags",
+    "QuestionAnswering": "answers",
+    "MaskedLM": "masked",
+}
+SERVED = (
+    "classifiers of texts and images, with one label or several, regressions, token classification, question "
+    "answering, masked and causal language models, detectors, and encoders without a head"
+)
+
+
+def task_of(model: PreTrainedModel) -> Task | None:
+    """Return what the model tells; None if evaluation does not serve it, such as translation or segmentation.
+
+    classes: one of num_labels; labels: each on or off; number: regression; boxes: of objects; tags: of tokens; answers:
+    spans of a text; masked, next: words; embedding: hidden states of a model without a head.
+    """
+    config = model.config
+    if model.can_generate() and not config.is_encoder_decoder and model.main_input_name == "input_ids":
+        return "next"
+    head = re.search(r"For([A-Z]\w*)$", type(model).__name__)
+    if head is None:
+        towers = config.is_encoder_decoder or all(hasattr(config, f"{part}_config") for part in ("text", "vision"))
+        return None if towers else "embedding"
+    task = HEADS.get(head[1])
+    if task == "classes":
+        if config.problem_type == "multi_label_classification":
+            return "labels"
+        return "number" if config.num_labels == 1 or config.problem_type == "regression" else "classes"
+    return task
+
 
 def has_classes(model: PreTrainedModel) -> bool:
-    """True if the model is a classifier: its outputs are logits of num_labels classes."""
-    return type(model).__name__.endswith("Classification") and model.config.num_labels > 1
+    """True if the model is a classifier with one right class: its outputs are logits of num_labels classes."""
+    return task_of(model) == "classes"
 
 
 def is_regression(model: PreTrainedModel) -> bool:
-    """True if the model's output is one number."""
-    return type(model).__name__.endswith("SequenceClassification") and model.config.num_labels == 1
+    """True if the model's outputs are numbers."""
+    return task_of(model) == "number"
 
 
 def has_boxes(model: PreTrainedModel) -> bool:
     """True if the model is a detector: its outputs are logits and boxes of queries."""
-    return type(model).__name__.endswith("ForObjectDetection")
+    return task_of(model) == "boxes"
 
 
 def is_language_model(model: PreTrainedModel) -> bool:
     """True if the model is a decoder that gives logits of the next token."""
-    return bool(model.can_generate()) and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
+    return task_of(model) == "next"
+
+
+def check_served(model: PreTrainedModel) -> None:
+    """Raise InputError unless evaluation serves the model."""
+    if task_of(model) is None:
+        raise InputError(
+            f"{type(model).__name__} cannot be evaluated, which serves {SERVED}; to quantize it, give data without a "
+            "validation or test part"
+        )
 
 
 def expected_inputs(model: PreTrainedModel) -> str:
@@ -39,7 +87,7 @@ def expected_inputs(model: PreTrainedModel) -> str:
 
 
 def check_same_inputs(model: PreTrainedModel, path: str | Path, other: PreTrainedModel, other_path: str | Path) -> None:
-    """Raise InputError unless two models read the same tokens or pixels and tell the same classes."""
+    """Raise InputError unless two models read the same tokens or pixels and tell the same classes or embeddings."""
     if model.main_input_name != other.main_input_name:
         raise InputError(f"{path} reads {model.main_input_name}, {other_path} reads {other.main_input_name}")
     for name in ("vocab_size", "num_channels", "image_size", "num_labels"):
@@ -54,3 +102,12 @@ def check_same_inputs(model: PreTrainedModel, path: str | Path, other: PreTraine
                 f"{path} and {other_path} have different tokenizers: {word!r} is token {words.get(word)} of one and "
                 f"{others.get(word)} of the other"
             )
+        if task_of(model) == "embedding" and read_pooling(model) != read_pooling(other):
+            raise InputError(f"{path} and {other_path} pool tokens differently; copy modules.json and what it names")
+        share_padding(model, other)
+
+
+def share_padding(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Let another model that reads the same batches pad with the same token, if it has none of its own."""
+    if getattr(other.config, "pad_token_id", None) is None:
+        other.config.pad_token_id = getattr(model.config, "pad_token_id", None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from bittern.errors import InputError, first_line
 
+UNLIMITED = 10**9  # a tokenizer that knows no limit says more
 Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 
 
@@ -31,10 +34,10 @@ def sentences() -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path, **options: Any) -> Any:
     """Load the tokenizer of a model folder. Raises InputError if there is none, where transformers may make up one."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for a missing tokenizer
         raise InputError(f"{path} has no tokenizer: {first_line(error)}") from error
     special = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
@@ -43,36 +46,66 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
-def text_collate(processor_path: str | Path, model: PreTrainedModel, max_length: int) -> Collate:
-    """Return a function that makes padded batches of texts or pairs of texts, cut to what the model takes."""
-    tokenizer, length = load_tokenizer(processor_path), longest(model, max_length)
-    length = min(length, tokenizer.model_max_length)
+def padding_tokenizer(path: str | Path, model: PreTrainedModel, words: bool = False) -> Any:
+    """Load a tokenizer that can pad, with the end token if it has no other, and tell the model what it pads with.
+
+    words: of texts that are split into words.
+    """
+    tokenizer = load_tokenizer(path, **{"add_prefix_space": True} if words else {})
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise InputError(
-                f"{processor_path}: its tokenizer has no token to pad with; set pad_token and save it again"
-            )
+            raise InputError(f"{path}: its tokenizer has no token to pad with; set pad_token and save it again")
         tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def text_limit(model: PreTrainedModel, tokenizer: Any, asked: int | None) -> int:
+    """Return the most tokens of a text: what is asked for, as far as tokenizer and model go; else what these take, 512
+    if they do not say."""
+    positions = getattr(model.config, "max_position_embeddings", None) or UNLIMITED
+    for name, module in model.named_modules():  # RoBERTa counts from the padding token's number on
+        if "position" in name and getattr(module, "padding_idx", None) is not None:
+            positions = min(positions, module.num_embeddings - module.padding_idx - 1)
+    limit: int = min(positions, tokenizer.model_max_length)
+    return min(limit, asked or (limit if limit < UNLIMITED else 512))
+
+
+def text_collate(tokenizer: Any, limit: int, both: bool = False) -> Collate:
+    """Return a function that makes padded batches of texts or pairs of texts, cut to `limit` tokens.
+
+    A text of which the tokenizer makes no token becomes one token of padding that the model sees. both: the decoder
+    reads the text too.
+    """
 
     def collate(rows: Sequence[tuple[str, ...]]) -> dict[str, Tensor]:
         texts = [list(part) for part in zip(*rows, strict=True)]
-        return dict(tokenizer(*texts, padding=True, truncation=True, max_length=length, return_tensors="pt"))
+        found = tokenizer(*texts, truncation=True, max_length=limit)
+        for i in (i for i, ids in enumerate(found["input_ids"]) if not ids):
+            for name in found:
+                found[name][i] = [{"input_ids": tokenizer.pad_token_id, "attention_mask": 1}.get(name, 0)]
+        batch = dict(tokenizer.pad(found, return_tensors="pt"))
+        return batch | {"decoder_input_ids": batch["input_ids"]} if both else batch
 
     return collate
 
 
-def longest(model: PreTrainedModel, max_length: int) -> int:
-    """max_length, or as many tokens as the model has positions for."""
-    positions: int = getattr(model.config, "max_position_embeddings", max_length)
-    return min(max_length, positions)
+def warn_of_cuts(name: str, tokenizer: Any, limit: int, texts: Sequence[Any], **options: Any) -> None:
+    """Warn of texts longer than `limit` tokens: how many of all, or of some drawn at random."""
+    drawn = random.Random(0).sample(range(len(texts)), min(len(texts), 2000))
+    columns = [list(part) for part in zip(*(texts[i] for i in drawn), strict=True)]
+    cut = sum(len(ids) > limit for ids in tokenizer(*columns, verbose=False, **options)["input_ids"])
+    if cut:
+        how = "texts" if len(drawn) == len(texts) else "texts drawn at random"
+        warnings.warn(f"{name}: {cut} of {len(drawn)} {how} were cut at {limit} tokens (--max-length)", stacklevel=2)
 
 
-def blocks(texts: Sequence[str], processor_path: str | Path, length: int) -> list[Tensor]:
+def blocks(texts: Sequence[str], tokenizer: Any, length: int) -> list[Tensor]:
     """Join the texts to one stream of tokens, an end token after each if there is one, in blocks of `length` tokens.
 
     What is left at the end is dropped, unless it is all there is.
     """
-    tokenizer = load_tokenizer(processor_path)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream = torch.tensor([i for ids in tokenizer(list(texts))["input_ids"] for i in [*ids, *end]])
     if len(stream) < 2:

@@ -115,12 +115,14 @@ class Distiller:
                 raise InputError("the term truth needs labels, and the batch has none")
             terms["truth"] = out["loss"]
         if "prediction" in self.distill.terms:
-            if out.get("logits") is None:
+            heads = [name for name in ("logits", "start_logits", "end_logits") if out.get(name) is not None]
+            if not heads:
                 name = type(self.student).__name__
                 raise InputError(
                     f"{name} has no logits for the term prediction; choose others, such as hidden,map,output"
                 )
-            terms["prediction"] = self._prediction(out["logits"], expected["logits"], batch)
+            found = [self._prediction(name, out[name], expected[name], batch) for name in heads]
+            terms["prediction"] = torch.stack(found).mean()
         masks = token_masks(taught.masks, self.anatomy) if self.points else {}
         for term, group in self.points.items():
             found = [loss for point in group for loss in self._of_layers(term, point, taught, shown, masks)]
@@ -133,13 +135,18 @@ class Distiller:
         if self.intervention:
             self.intervener.end()
 
-    def _prediction(self, logits: Tensor, expected: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        check_shapes("prediction", "logits", logits, expected)
-        if logits.shape[-1] == 1:
+    def _prediction(self, name: str, logits: Tensor, expected: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        check_shapes("prediction", name, logits, expected)
+        kind, mask = self.student.config.problem_type, batch.get("attention_mask")
+        if logits.shape[-1] == 1 or kind == "regression":
             return losses.squared_loss(logits, expected)
+        if kind == "multi_label_classification":
+            return losses.labels_loss(logits, expected, self.distill.temperature)
+        if name != "logits" and mask is not None:  # (batch, tokens): where an answer starts or ends, not in padding
+            logits, expected = (x.masked_fill(mask == 0, torch.finfo(x.dtype).min) for x in (logits, expected))
         rows = None
         if logits.dim() == 3:
-            labels, mask = batch.get("labels"), batch.get("attention_mask")
+            labels = batch.get("labels")
             if isinstance(labels, Tensor) and labels.shape == logits.shape[:2]:
                 rows = labels != -100
             elif isinstance(mask, Tensor) and mask.shape == logits.shape[:2]:

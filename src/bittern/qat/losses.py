@@ -24,6 +24,12 @@ def prediction_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, 
     return _mean_of_samples(entropy, rows) * temperature**2
 
 
+def labels_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Soft cross-entropy -Σ p_T log p_S over on and off of each label, mean over labels, of logits (batch, labels)."""
+    hard = torch.sigmoid(teacher.float() / temperature)
+    return F.binary_cross_entropy_with_logits(student.float() / temperature, hard) * temperature**2
+
+
 def squared_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
     """Mean squared error of (batch, tokens, …), over real tokens; of logits (batch, outputs) for regression."""
     error = (student.float() - teacher.float()).square()

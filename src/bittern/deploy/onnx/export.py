@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from bittern import native
 from bittern.data import load_any_split
+from bittern.data.tokens import TARGETS
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.companions import copy_companions
 from bittern.deploy.files import atomic_folder, check_output, check_parent
@@ -133,7 +134,8 @@ def _batches(
         lengths = [max(4, min(32, longest // 2) - 3 * i) for i in range(samples // size)]
         return [made_up(model, size, length, seed + i) for i, length in enumerate(lengths)]
     loaded = load_any_split(data, model, source, **columns)
-    return [complete(model, batch) for batch in loaded.subset(samples, seed)]
+    inputs = ({k: v for k, v in batch.items() if k not in TARGETS} for batch in loaded.subset(samples, seed))
+    return [complete(model, batch) for batch in inputs]
 
 
 def _check_output(out: Path, force: bool, source: str | Path) -> None:
