@@ -57,6 +57,8 @@ def copy_companions(source: str | Path, folder: Path) -> None:
 def warn_of_missing(model: PreTrainedModel, source: str | Path, folder: Path, out: str | Path) -> None:
     """Say which companion of a saved model could not be found."""
     what, patterns = NEEDED.get(model.main_input_name, ("", ()))
+    if what != "tokenizer" and folder_of(source):  # only a tokenizer is made up, in silence, where there is none
+        return
     if what and not any(any(folder.glob(pattern)) for pattern in patterns):
         why = f"{source} has none" if source else "the model was not loaded from a folder that has one"
         warnings.warn(f"{out} has no {what}: {why}; pipelines need one", stacklevel=3)
