@@ -1,4 +1,5 @@
-"""Other engines for a float model: onnxruntime in float32 and its own int8, and CTranslate2's int8 encoder for BERT.
+"""Other engines for a float model: onnxruntime and OpenVINO in float32 and their own int8, and CTranslate2's int8 encoder
+for BERT.
 
     python benchmarks/engines.py PACKED --against FLOAT
 
@@ -62,6 +63,43 @@ def onnxruntime_engines(
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         engines[name] = partial(session.run, None, feeds)
+    return engines
+
+
+def openvino_engines(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], folder: Path
+) -> dict[str, Callable[[], object]]:
+    """The float model in OpenVINO, and with static int8 for weights, linear inputs and both products of attention, by
+    NNCF, calibrated on the batch; nothing if not installed. Files that are in the folder already are used again.
+    """
+    if any(find_spec(name) is None for name in ("openvino", "nncf", "onnxscript")):
+        return {}
+    import nncf
+    import openvino
+
+    names, source = ("openvino float32", "openvino int8"), folder / "onnxruntime float32.onnx"
+    feeds = {key: value.numpy() for key, value in batch.items()}
+    if not source.exists():
+        with _silence():
+            export_float(model, batch, source)
+    core, engines = openvino.Core(), dict[str, Callable[[], object]]()
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    for name in names:
+        file = folder / f"{name}.xml"
+        if not file.exists():
+            graph = core.read_model(source)
+            if name == names[1]:
+                nncf.set_log_level(logging.ERROR)
+                kind, preset = nncf.ModelType.TRANSFORMER, nncf.QuantizationPreset.MIXED
+                with _silence():
+                    graph = nncf.quantize(graph, nncf.Dataset([feeds]), model_type=kind, preset=preset)
+            openvino.save_model(graph, file, compress_to_fp16=False)
+        request = core.compile_model(file, "CPU", settings).create_infer_request()
+        engines[name] = partial(request.infer, feeds, share_inputs=True)
     return engines
 
 
@@ -155,7 +193,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def engines(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Callable[[], object]]:
-            return onnxruntime_engines(model, batch, Path(folder)) | ctranslate2_engine(model, batch, Path(folder))
+            made = (onnxruntime_engines, openvino_engines, ctranslate2_engine)
+            return {name: call for engine in made for name, call in engine(model, batch, Path(folder)).items()}
 
         try:
             result = bench(path, engines=engines, **options)

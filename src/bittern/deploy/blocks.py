@@ -31,6 +31,7 @@ from bittern import attention, kernels, native
 from bittern.deploy.packed import PackedLayer
 from bittern.deploy.weight import PackedWeight
 from bittern.native.block import PARTS, Block, Layer, Norm, run_blocks
+from bittern.quantizers import FakeQuant
 from bittern.recipe import OPERANDS
 
 # Whether norms come first, by the order of norms (n), linear layers (l), attention (a) and activation (f).
@@ -83,31 +84,47 @@ class Parts:
         return Parts(steps, sites[0]) if all(id(p) in known for p in block.parameters()) else None
 
 
-# What decides how modules run: attributes of layers, norms, quantizers and sites.
-ATTRIBUTES = "training", "eps", "_panels", "format", "bypass", "observed", "on_kernels", "taps", "replacements"
+# Attributes that decide how our modules run; of others, such as dropout, it is whether they train.
+ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
+    FakeQuant: ("format", "bypass", "observed"),
+    PackedLayer: ("_panels",),
+    kernels.LayerNorm: ("eps",),
+    attention.Site: ("on_kernels", "taps", "replacements"),
+    nn.Module: ("training",),
+}
 
 
 class Guard:
-    """Everything that a plan takes for granted, in flat lists: a look at all of it takes some microseconds."""
+    """Everything that a plan takes for granted, in flat lists.
+
+    As little as possible: each object that is looked at is fetched into the caches again, which the weights fill.
+    """
 
     def __init__(self, block: nn.Module):
-        every = list(block.modules())
+        every, self.attributes = list(block.modules()), list[tuple[dict[str, Any], str]]()
         self.modules = every[1:]
-        self.tables: list[dict[str, Any]] = [t for m in every for t in (m._modules, m._parameters, m._buffers)]
+        for module in self.modules:
+            names = next(names for kind, names in ATTRIBUTES.items() if isinstance(module, kind))
+            self.attributes += [(module.__dict__, name) for name in names]
+        # A module that holds nothing of some sort has no use for it; a packed layer's own buffers became its panels.
+        tables = [(m._modules, m._parameters, {} if isinstance(m, PackedLayer) else m._buffers) for m in every]
+        self.tables: list[dict[str, Any]] = [table for some in tables for table in some if table]
         self.hooks = [table for m in self.modules for table in (m._forward_hooks, m._forward_pre_hooks)]
-        self.attributes = [(m.__dict__, name) for m in self.modules for name in ATTRIBUTES if name in m.__dict__]
+        self.hooked = [table for table in self.hooks if table]
         self.things = self._things()
         held = [t for t in self.things if isinstance(t, Tensor) and not isinstance(t, PackedWeight)]
         self.tensors = [tensor for tensor in held if not tensor.is_inference()]  # PyTorch counts no changes of those
+        self.parameters = [t for t in held if isinstance(t, nn.Parameter)]
         self.changes = self._changes()
 
     def _things(self) -> list[object]:
         """Modules, their classes (exchanged where models are packed or made trainable) and all that they hold."""
-        held = chain(*map(dict.values, self.tables), *self.hooks)  # of hooks their numbers, of which none comes twice
+        held = chain(*map(dict.values, self.tables), *self.hooked)  # of hooks their numbers, of which none comes twice
         return [*held, *map(type, self.modules), *(table.get(name) for table, name in self.attributes)]
 
     def _changes(self) -> list[int]:
-        return [*map(attrgetter("_version"), self.tensors), *map(Tensor.data_ptr, self.tensors)]
+        pointers = map(Tensor.data_ptr, self.parameters)  # `module.to` exchanges their memory, but other tensors
+        return [*map(len, self.hooks), *map(attrgetter("_version"), self.tensors), *pointers]
 
     def holds(self) -> bool:
         now = self._things()
