@@ -1,5 +1,4 @@
-"""Other engines for a float model: onnxruntime and OpenVINO in float32 and their own int8, and CTranslate2's int8 encoder
-for BERT.
+"""Other engines for a float model: onnxruntime and OpenVINO in float32 and their own int8, CTranslate2's int8 encoder.
 
     python benchmarks/engines.py PACKED --against FLOAT
 
@@ -179,6 +178,12 @@ def ctranslate2_engine(
     return {"ctranslate2 int8": partial(made.forward_batch, view(ids), view(lengths))}
 
 
+def all_engines(model: PreTrainedModel, batch: Mapping[str, Tensor], folder: Path) -> dict[str, Callable[[], object]]:
+    """The float model in every engine that is installed."""
+    made = (onnxruntime_engines, openvino_engines, ctranslate2_engine)
+    return {name: call for engine in made for name, call in engine(model, batch, folder).items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packed", type=Path)
@@ -193,8 +198,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def engines(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Callable[[], object]]:
-            made = (onnxruntime_engines, openvino_engines, ctranslate2_engine)
-            return {name: call for engine in made for name, call in engine(model, batch, Path(folder)).items()}
+            return all_engines(model, batch, Path(folder))
 
         try:
             result = bench(path, engines=engines, **options)

@@ -4,13 +4,18 @@
     python benchmarks/inference.py --quick --json      # two minutes; the last line is one JSON object
     python benchmarks/inference.py --table benchmarks/results/inference.json
 
-Layers: one linear layer with ternary weights and int8 activations, quantized on the way, against onnxruntime in float32
-and in int8 (the faster of its dynamic and its static form) and PyTorch. Models: BERT-base, MiniLM-L6, ViT-B/16 and
-DeiT-S with random weights, on which times do not depend, by recipe ternary-2-2-8; `vs_int8` is of onnxruntime's dynamic
-int8. Each with 1 and 2 threads, quiet and with another process that keeps one core busy. Figures are medians of paired
-ratios: other engine's time / our time. Roofline: our operations a second in the product alone over what the instruction
-that our kernel lives on gives at most here (peak.cpp, beside this file): vpmaddubsw with 16-bit sums on AVX2, vpdpbusd
-on AVX-512, tdpbsud on AMX.
+Layers: one linear layer with ternary weights and int8 activations, quantized on the way, against onnxruntime in
+float32 and in int8 (the faster of its dynamic and its static form) and PyTorch. Models: BERT-base, MiniLM-L6, ViT-B/16
+and DeiT-S with random weights, on which times do not depend, by three recipes: ternary-2-2-8 (dynamic scales), w4a8 and
+w8a8 (static). `vs_ENGINE` is that engine's time by ours with ternary weights; `vs_best` the least such ratio over all
+other engines and our three recipes. Each with 1 and 2 threads, quiet and with another process that keeps one core busy.
+Figures are medians of paired ratios: other engine's time / our time. Roofline: our operations a second in the product
+alone over what the instruction that our kernel lives on gives at most here (peak.cpp, beside this file): vpmaddubsw
+with 16-bit sums on AVX2, vpdpbusd on AVX-512, tdpbsud on AMX.
+
+Breakdown: milliseconds of a quiet model with ternary weights on one thread in products of linear layers (and at least,
+by the roofline), rounding, attention with its softmax, norms and activations, each by itself; in its blocks as they
+run, where these share passes; and in Python and all else outside the blocks.
 
 `load_before` is the machine's load average when a measurement began: what else ran there, besides us.
 
@@ -29,22 +34,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
 import torch.nn.functional as F
-from engines import ctranslate2_engine, onnxruntime_engines
+from engines import all_engines
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 from transformers import BertConfig, BertModel, DeiTConfig, DeiTModel, PreTrainedModel, ViTConfig, ViTModel
 
 from bittern import calibrate, native, pack, simulate
+from bittern.deploy import blocks
 from bittern.deploy.bench import FLOAT, OURS, alternate, ratios, sample_batch, using_threads
+from bittern.native.block import PARTS, Block
 
 SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -53,6 +62,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "DeiT-S": lambda: DeiTModel(DeiTConfig(**SMALL)),
     "ViT-B/16": lambda: ViTModel(ViTConfig()),
 }
+RECIPES = {OURS: "ternary-2-2-8", f"{OURS} w4a8": "w4a8", f"{OURS} w8a8": "w8a8"}
 LAYERS = [(768, 3072), (3072, 768), (768, 768), (384, 1536)]
 PEAKS = {"float32": (0, "-march=native"), "avx2": (1, "-mavx2"), "avx512": (2, "-march=native"), "amx": (3, "-mavx2")}
 
@@ -88,10 +98,10 @@ def graph(form: str, codes: Tensor) -> bytes:
     elif form == "dynamic":
         nodes = [helper.make_node("DynamicQuantizeMatMul", ["x", "w", "s", "z", "b"], ["y"], domain="com.microsoft")]
     else:
-        product = ["q", "w", "xs", "s", "xz", "z", "b"]
+        inputs_of = ["q", "w", "xs", "s", "xz", "z", "b"]
         nodes = [
             helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["q"]),
-            helper.make_node("MatMulIntegerToFloat", product, ["y"], domain="com.microsoft"),
+            helper.make_node("MatMulIntegerToFloat", inputs_of, ["y"], domain="com.microsoft"),
         ]
     used = {name for node in nodes for name in node.input}
     tensors = [numpy_helper.from_array(value, name) for name, value in constants.items() if name in used]
@@ -138,41 +148,105 @@ def time_layer(rows: int, inputs: int, outputs: int, rounds: int, most: float) -
 
 @dataclass
 class Contenders:
-    """One model by every engine, for one batch size; engines of onnxruntime and CTranslate2 are made for each number of
-    threads."""
+    """One model by every engine, for one batch size and number of tokens (images have their own).
+
+    Other engines are made for each number of threads.
+    """
 
     name: str
     batch_size: int
+    tokens: int
     cache: Path
 
     def __post_init__(self) -> None:
-        torch.manual_seed(0)
-        self.model, self.packed = MODELS[self.name]().eval(), MODELS[self.name]().eval()
-        self.batch = sample_batch(self.model, self.batch_size, 128)
-        simulate(self.packed, "ternary-2-2-8", self.batch)
-        calibrate(self.packed, [self.batch])
-        pack(self.packed)
-        self.folder = self.cache / f"{self.name.replace('/', '-')}-{self.batch_size}"
+        self.model = self.make()
+        self.batch = sample_batch(self.model, self.batch_size, self.tokens)
+        self.packed = {name: self.make() for name in RECIPES}
+        for name, model in self.packed.items():
+            simulate(model, RECIPES[name], self.batch)
+            calibrate(model, [self.batch])
+            pack(model)
+        self.folder = self.cache / f"{self.name.replace('/', '-')}-{self.batch_size}-{self.tokens}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def make(self) -> PreTrainedModel:
+        torch.manual_seed(0)
+        return MODELS[self.name]().eval()
+
     @torch.no_grad()
-    def time(self, rounds: int) -> dict[str, Any]:
+    def time(self, rounds: int, most: float, threads: int, busy: bool) -> dict[str, Any]:
         contenders: dict[str, Callable[[], object]] = {
-            OURS: lambda: self.packed(**self.batch),
-            FLOAT: lambda: self.model(**self.batch),
+            name: partial(model, **self.batch) for name, model in self.packed.items()
         }
-        contenders |= onnxruntime_engines(self.model, self.batch, self.folder)
-        contenders |= ctranslate2_engine(self.model, self.batch, self.folder)
+        contenders |= {FLOAT: partial(self.model, **self.batch)} | all_engines(self.model, self.batch, self.folder)
+        for name in RECIPES:  # plans are made, and blocks seen to follow each other
+            for _ in range(3):
+                contenders[name]()
         times = alternate(contenders, rounds)
-        found = ratios(times, OURS)
-        made = {
-            "ms": 1e3 * statistics.median(times[OURS]),
-            "vs_fp32": found["onnxruntime float32"],
-            "vs_int8": found["onnxruntime int8"],
-            "vs_torch": found[FLOAT],
-        }
-        other = found.get("ctranslate2 int8")
-        return made if other is None else made | {"vs_ctranslate2": other}
+        found = {base: ratios(times, base) for base in RECIPES}
+        others = [name for name in contenders if name not in RECIPES]
+        best, engine, ours = min((found[base][name], name, base) for base in RECIPES for name in others)
+        made = {"ms": 1e3 * statistics.median(times[OURS])}
+        made |= {f"ms_{RECIPES[name]}": 1e3 * statistics.median(times[name]) for name in RECIPES if name != OURS}
+        made |= {key: found[OURS][name] for key, name in ENGINES.items() if name in contenders}
+        made |= {"vs_best": best, "best": engine, "best_against": RECIPES[ours]}
+        return made if busy or threads > 1 else made | {"breakdown": self.breakdown(rounds, most)}
+
+    def breakdown(self, rounds: int, most: float) -> dict[str, float]:
+        """Milliseconds of the parts of a forward."""
+        model, run, seen = self.packed[OURS], blocks.run_blocks, list[tuple[Sequence[Block], Tensor, Tensor | None]]()
+        blocks.run_blocks = lambda *given: seen.append(given) or run(*given)
+        try:
+            model(**self.batch)
+        finally:
+            blocks.run_blocks = run
+        library, ran = native.library.required(), [block for some, *_ in seen for block in some]
+        batch, tokens, hidden = seen[0][1].shape
+        x, mask, rows = torch.randn(batch, tokens, hidden), seen[0][2], batch * tokens
+        products: list[Callable[[], object]] = []
+        rounding: list[Callable[[], object]] = []
+        middle: list[Callable[[], object]] = []
+        attentions: list[Callable[[], object]] = []
+        operations = 0
+        for block in ran:
+            for part in PARTS:
+                layer = block.layers[part]
+                wide = torch.randn(rows, layer.panels.inputs)
+                codes = native.quantize(wide, layer.coding)
+                assert codes is not None
+                out = torch.empty(rows, layer.panels.outputs)
+                operations += 2 * out.numel() * layer.panels.inputs
+                given = (codes.structure(), layer.panels.structure(layer.bias, layer.coding), 0, 1, out.data_ptr())
+                products.append(lambda given=given, keep=(codes, out): library.bittern_linear(*given))
+                if part not in ("key", "value"):  # which read what the query reads
+                    rounding.append(partial(native.quantize, wide, layer.coding))
+            middle += [partial(native.norm, x, n.weight, n.bias, n.epsilon) for n in block.norms]
+            middle.append(
+                partial(native.activate, torch.randn(rows, block.layers["up"].panels.outputs), block.activation)
+            )
+            heads = torch.randn(batch, tokens, block.shape[1], hidden // block.shape[1]).transpose(1, 2)
+            attentions.append(partial(native.attention, heads, heads, heads, mask, 0.1, dict(block.codings)))
+
+        def each(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+            return lambda: [call() for call in calls]
+
+        whole = {"whole": partial(model, **self.batch), "blocks": each([partial(run, *given) for given in seen])}
+        parts = {"products": products, "rounding": rounding, "attention": attentions, "norms, activations": middle}
+        times = alternate(whole | {name: each(calls) for name, calls in parts.items()}, 2 * rounds)
+        found = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+        limit = 1e3 * operations / (most * 1e9)
+        return found | {"products at least": limit, "outside": found["whole"] - found["blocks"]}
+
+
+# How a result calls another engine's time by ours.
+ENGINES = {
+    "vs_fp32": "onnxruntime float32",
+    "vs_int8": "onnxruntime int8",
+    "vs_ctranslate2": "ctranslate2 int8",
+    "vs_openvino_fp32": "openvino float32",
+    "vs_openvino": "openvino int8",
+    "vs_torch": FLOAT,
+}
 
 
 def main() -> None:
@@ -223,15 +297,23 @@ def main() -> None:
                 measure("layers", what, partial(time_layer, rows, inputs, outputs, few, results["peaks"][kind]))
     with tempfile.TemporaryDirectory() as folder:
         for name in models:
-            for batch in (1,) if args.quick else (1, 8):
+            text = name in ("BERT-base", "MiniLM-L6")
+            lengths = (128, 16) if text and not (args.quick and name == "BERT-base") else (128,)
+            for batch, tokens in product((1,) if args.quick else (1, 8), lengths):
                 made: list[Contenders] = []  # when first needed
-
-                def call(name: str = name, batch: int = batch, made: list[Contenders] = made) -> dict[str, Any]:
-                    made[:] = made or [Contenders(name, batch, args.cache or Path(folder))]
-                    return made[0].time(rounds if batch == 1 else 5)
-
                 for threads, busy in conditions:
-                    measure("models", {"model": name, "batch": batch, "threads": threads, "busy": busy}, call)
+
+                    def call(
+                        key: tuple[str, int, int] = (name, batch, tokens),
+                        made: list[Contenders] = made,
+                        condition: tuple[int, bool] = (threads, busy),
+                    ) -> dict[str, Any]:
+                        made[:] = made or [Contenders(*key, args.cache or Path(folder))]
+                        return made[0].time(rounds if key[1] == 1 else 5, results["peaks"][kind], *condition)
+
+                    size = {"tokens": tokens} if text else {}
+                    what = {"model": name, "batch": batch, "threads": threads, "busy": busy} | size
+                    measure("models", what, call)
     print(json.dumps(_summary(results)))
 
 
@@ -241,7 +323,12 @@ def _summary(results: dict[str, Any]) -> dict[str, Any]:
         key: statistics.median(r[key] for r in large) if large else None
         for key in ("vs_fp32", "vs_int8", "roofline_share")
     }
+    worst = min(
+        (r for r in results["models"] if not r["busy"] and "vs_best" in r), key=itemgetter("vs_best"), default={}
+    )
     return {
+        "model_vs_best": worst.get("vs_best"),
+        "model_vs_best_engine": worst.get("best"),
         "linear_vs_fp32": middle["vs_fp32"],
         "linear_vs_int8": middle["vs_int8"],
         "model_vs_fp32": min((r["vs_fp32"] for r in results["models"] if not r["busy"]), default=None),
@@ -252,14 +339,23 @@ def _summary(results: dict[str, Any]) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """Models, then layers: a row for each shape and number of threads; the last columns are with a busy core."""
     ratios_shown = {"vs_fp32": "onnxruntime float32", "vs_int8": "onnxruntime int8"}
-    others = {"vs_ctranslate2": "CTranslate2 int8", "vs_torch": "PyTorch float32"}
+    others = {
+        "vs_ctranslate2": "CTranslate2 int8",
+        "vs_openvino_fp32": "OpenVINO float32",
+        "vs_openvino": "OpenVINO int8",
+        "vs_torch": "PyTorch float32",
+        "vs_best": "best / slowest of ours",
+    }
 
     def grid(part: str, keys: list[str], more: dict[str, str]) -> list[str]:
-        columns = [(False, "ms", "ms")] + [(False, *pair) for pair in (ratios_shown | more).items()]
+        times = {"ms": "ms", "ms_w4a8": "ms w4a8", "ms_w8a8": "ms w8a8"} if part == "models" else {"ms": "ms"}
+        columns = [(False, *pair) for pair in times.items()] + [
+            (False, *pair) for pair in (ratios_shown | more).items()
+        ]
         columns += [(True, name, f"busy: {text}") for name, text in ratios_shown.items()]
         rows: dict[tuple[Any, ...], dict[bool, dict[str, Any]]] = {}
         for found in results[part]:
-            rows.setdefault(tuple(found[k] for k in keys), {})[found["busy"]] = found
+            rows.setdefault(tuple(found.get(k, "") for k in keys), {})[found["busy"]] = found
         head = [*keys, *(text for _, _, text in columns)]
         lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
         for key, cells in rows.items():
@@ -267,9 +363,22 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join([*map(str, key), *('' if v is None else f'{v:.3g}' for v in values)])} |")
         return lines
 
-    models = grid("models", ["model", "batch", "threads"], others)
+    models = grid("models", ["model", "batch", "tokens", "threads"], others)
+    parts = [
+        ({key: r.get(key, "") for key in ("model", "batch", "tokens")}, r.get("breakdown")) for r in results["models"]
+    ]
+    rows = [what | {key: f"{ms:.3g}" for key, ms in found.items()} for what, found in parts if found]
+    head = list(rows[0]) if rows else []
+    broken = [f"| {' | '.join(map(str, row))} |" for row in ([head] if head else []) + [[*r.values()] for r in rows]]
+    broken[1:1] = [f"|{'---|' * len(head)}"] if head else []
     return "\n".join(
-        [*models, "", *grid("layers", ["inputs", "outputs", "rows", "threads"], {"roofline_share": "roofline"})]
+        [
+            *models,
+            "",
+            *broken,
+            "",
+            *grid("layers", ["inputs", "outputs", "rows", "threads"], {"roofline_share": "roofline"}),
+        ]
     )
 
 

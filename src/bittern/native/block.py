@@ -62,6 +62,7 @@ class Block:
         key_heads: int,
         scaling: float,
     ):
+        self.codings, self.activation = codings, activation
         self.layers, self.norms, hidden = layers, norms, layers["query"].panels.inputs
         self.shape = hidden, heads
         sizes = {part: (layers[part].panels.inputs, layers[part].panels.outputs) for part in PARTS}
