@@ -806,6 +806,16 @@ def test_words_for_nothing_are_words(folders: Path, tmp_path: Path) -> None:
         assert texts(tmp_path / name, named(), folders).rows == [(word,) for word in words]
 
 
+def test_signs_in_tables(folders: Path, tmp_path: Path) -> None:
+    """A quotation mark in a .tsv joins no rows, and a comma that is not quoted in a .csv shifts no columns."""
+    (tmp_path / "data.tsv").write_text('text\tlabel\n"dawn\t1\nday" is\t0\n')
+    data = texts(tmp_path / "data.tsv", named(), folders)
+    assert (data.rows, data.labels.tolist()) == ([('"dawn',), ('day" is',)], [1, 0])
+    (tmp_path / "data.csv").write_text("text,label\nstill,water,1\n")
+    with refused(InputError, "the classes water;"):
+        texts(tmp_path / "data.csv", named(), folders)
+
+
 def test_only_column_with_classes(folders: Path, tmp_path: Path) -> None:
     """Labels of another column's name are found if they alone have named classes."""
     path = classed(tmp_path / "data.parquet", ["heron", "bittern", "egret"], [2, 0])

@@ -255,6 +255,24 @@ def test_jobs(task: str, labelled: bool, text: Path, tmp_path: Path) -> None:
 
 def test_answers_that_are_none(text: Path, tmp_path: Path) -> None:
     """Answers of another form than SQuAD's are refused."""
-    rows = [{"question": "at dawn", "context": "a bittern", "answers": "bittern"}]
-    with refused(InputError, "answers holds 'bittern'", "as in SQuAD"):
+    rows: list[dict[str, Any]] = [{"question": "at dawn", "context": "a bittern", "answers": "bittern"}]
+    with refused(InputError, "row 0 of answers is 'bittern'", "as in SQuAD"):
         load("answers", write(tmp_path / "data", rows), text)
+    rows[0]["answers"] = {"text": ["bittern"], "answer_start": []}
+    with refused(InputError, "row 0 of answers is {", "as in SQuAD"):
+        load("answers", write(tmp_path / "other", rows), text)
+
+
+@pytest.mark.parametrize("tags", [["O"], None, "O"], ids=str)
+def test_tags_that_are_none(tags: Any, text: Path, tmp_path: Path) -> None:
+    """A word without a tag is refused by its row."""
+    rows = [{"tokens": ["dawn"], "ner_tags": ["O"]}, {"tokens": ["a", "bittern"], "ner_tags": tags}]
+    rows = rows if not isinstance(tags, str) else [rows[1] | {"ner_tags": tags}]
+    with refused(InputError, "of ner_tags is", "expected a tag for each of 2 words"):
+        load("tags", write(tmp_path / "data", rows), text)
+
+
+def test_nothing_to_mask_with(tmp_path: Path) -> None:
+    """A tokenizer without a mask token is refused."""
+    with refused(InputError, "no token to mask with"):
+        load("masked", write(tmp_path / "data", rows_of("masked")), save_text_model(tmp_path / "text"))

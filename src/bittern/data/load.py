@@ -146,9 +146,11 @@ def _texts(ask: _Request, table: Any) -> Data:
         collate = text_collate(tokenizer, limit, both=task == "None" and model.config.is_encoder_decoder)
         return ask.data(texts, labels, collate)
     if task == "masked":
+        if tokenizer.mask_token_id is None:
+            raise InputError(f"{ask.processor_path}: its tokenizer has no token to mask with; set mask_token")
         rows = masked_rows(texts, tokenizer, limit)
     elif task == "tags":
-        tags = tables.read_tags(source, table, model, ask.reading) if words else None
+        tags = tables.read_tags(source, table, columns[0], model, ask.reading) if words else None
         rows = tag_rows([text for (text,) in texts], tags, tokenizer, limit, words)
     else:
         answers = tables.read_answers(source, table, ask.reading) if len(columns) == 2 else None

@@ -33,11 +33,11 @@ ANSWER_COLUMNS = (("question", "context"), *TEXT_COLUMNS)
 IMAGE_COLUMNS = (("image",), ("img",), ("jpg",), ("png",))
 LABEL_COLUMNS = ("label", "labels")
 TAG_COLUMNS = ("ner_tags", "tags", "labels", "label")
-CSV = {"keep_default_na": False, "na_values": [""]}  # "null" and "None" are words
+CSV = {"keep_default_na": False, "na_values": [""], "index_col": False}  # "null" and "None" are words
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".csv": ("csv", CSV),
-    ".tsv": ("csv", CSV | {"sep": "\t"}),
+    ".tsv": ("csv", CSV | {"sep": "\t", "quoting": 3}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".arrow": ("arrow", {}),
@@ -197,14 +197,18 @@ def _several(
     return found
 
 
-def read_tags(source: str, table: Any, model: PreTrainedModel, reading: Reading) -> list[list[int]] | None:
-    """Read the class of each word; None if there are none."""
+def read_tags(source: str, table: Any, words: str, model: PreTrainedModel, reading: Reading) -> list[list[int]] | None:
+    """Read the class of each word in the column of words; None if there are none."""
     column = label_column(source, table, reading, TAG_COLUMNS)
     if column is None:
         return None
-    flat = [tag for row in table[column] for tag in row]
+    rows = list(table[column])
+    for i, (own, row) in enumerate(zip(table[words], rows, strict=True)):
+        if not isinstance(row, list) or len(row) != len(own):
+            raise InputError(f"{source}: row {i} of {column} is {row!r}; expected a tag for each of {len(own)} words")
+    flat = [tag for row in rows for tag in row]
     numbers = iter(label_numbers(source, column, table.features[column].feature, flat, model, reading.labels))
-    return [[next(numbers) for _ in row] for row in table[column]]
+    return [[next(numbers) for _ in row] for row in rows]
 
 
 def read_answers(source: str, table: Any, reading: Reading) -> list[Any] | None:
@@ -213,6 +217,8 @@ def read_answers(source: str, table: Any, reading: Reading) -> list[Any] | None:
     if column is None:
         return None
     values = list(table[column])
-    if bad := next((v for v in values if not (isinstance(v, dict) and {"text", "answer_start"} <= v.keys())), None):
-        raise InputError(f"{source}: {column} holds {bad!r}; expected text and answer_start, as in SQuAD")
+    for i, value in enumerate(values):
+        lists = [value.get(key) for key in ("text", "answer_start")] if isinstance(value, dict) else [None]
+        if None in lists or len({len(part) for part in lists if isinstance(part, list)}) != 1:
+            raise InputError(f"{source}: row {i} of {column} is {value!r}; expected text and answer_start, as in SQuAD")
     return values
