@@ -84,16 +84,17 @@ def reference_layer(
     value = split(linear("attention.self.value", for_value))
     own_map = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1)
     context = (teacher["map"] if mode == "map" else own_map) @ value
+    own_context = context
     if mode == "context":
         context = teacher["context"]
-    out = linear("attention.output.dense", context.transpose(1, 2).flatten(2))
+    own_out = out = linear("attention.output.dense", context.transpose(1, 2).flatten(2))
     if mode == "output":
         out = teacher["output"]
     norm = ("attention.output.LayerNorm", "output.LayerNorm")
     y = F.layer_norm(x + out, x.shape[-1:], w[f"{norm[0]}.weight"], w[f"{norm[0]}.bias"], 1e-12)
     ffn = linear("output.dense", F.gelu(linear("intermediate.dense", y)))
     hidden = F.layer_norm(y + ffn, x.shape[-1:], w[f"{norm[1]}.weight"], w[f"{norm[1]}.bias"], 1e-12)
-    return {"map": own_map, "context": context, "output": out, "y": y, "hidden": hidden}
+    return {"map": own_map, "context": own_context, "output": own_out, "y": y, "hidden": hidden}
 
 
 def reference(model: hf.PreTrainedModel, ids: Tensor, shown: list[dict[str, Tensor]] | None, mode: str) -> Any:
@@ -114,11 +115,12 @@ def reference(model: hf.PreTrainedModel, ids: Tensor, shown: list[dict[str, Tens
     return pooled @ weights["classifier.weight"].T + weights["classifier.bias"], first, layers
 
 
-@pytest.mark.parametrize("terms", ["prediction", "prediction,hidden,map", "map=1", "output=1"])
+@pytest.mark.parametrize("terms", ["prediction", "prediction,hidden,map", "map=1", "output=1", "self_output,context"])
 @pytest.mark.parametrize("mode", POINTS)
 def test_gradients(mode: str, terms: str) -> None:
     """Losses and all gradients are those of a layer written by hand, where Q, K and V (under map: Q and K) read a
-    detached input and losses on maps see the student's own."""
+    detached input and losses on maps, contexts and outputs without residual see the student's own, so that V and W_O
+    learn from them even where the teacher's output stands in."""
     student, teacher, batch = pair("bert")
     student, teacher, ids = student.double(), teacher.double(), batch["input_ids"].clamp(min=5)
     distiller = distiller_of(student, teacher, {"input_ids": ids}, mode, terms)
@@ -137,6 +139,8 @@ def test_gradients(mode: str, terms: str) -> None:
         "hidden": sum((a - b).square().mean() for a, b in hidden),
         "map": sum((b["map"] * (b["map"] / a["map"]).log()).sum(-1).mean() for a, b in pairs),
         "output": sum((a["y"] - b["y"]).square().mean() for a, b in pairs),
+        "self_output": sum((a["output"] - b["output"]).square().mean() for a, b in pairs),
+        "context": sum((a["context"] - b["context"]).square().mean() for a, b in pairs),
     }
     torch.stack([losses[term] for term in found]).sum().backward()
     assert {n: v.item() for n, v in found.items()} == pytest.approx({n: losses[n].item() for n in found}, rel=1e-6)

@@ -34,6 +34,17 @@ def test_golden_score() -> None:
     torch.testing.assert_close((torch.stack(alone) * seen).mean(), GOLDEN["score_loss.value"], rtol=1e-6, atol=0)
 
 
+def test_padded_score() -> None:
+    """Over padding too it is the published code's at once: a sum by sample, of the keys that the mask leaves, over all
+    heads · n · n entries, padded queries among them."""
+    found = losses.score_loss(*SCORES, ROWS, padded=True)
+    torch.testing.assert_close(found, GOLDEN["score_loss.value"], rtol=1e-6, atol=0)
+    sums = []
+    for s, t, length in zip(*(x.double().numpy() for x in SCORES), GOLDEN["map_loss.lengths"].tolist(), strict=True):
+        sums.append(((s - t)[:, :, :length] ** 2).sum() / s.size)
+    assert found.item() == pytest.approx(np.mean(sums), rel=1e-5)
+
+
 def test_golden_prediction() -> None:
     """Soft cross-entropy is the published code's."""
     found = losses.prediction_loss(GOLDEN["prediction_loss.student_logits"], GOLDEN["prediction_loss.teacher_logits"])

@@ -1,6 +1,7 @@
 """Training runs from end to end: every kind of model and data, crashes, and what is refused before the first step."""
 
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -22,7 +23,8 @@ from bittern.data import load_data
 from bittern.demo import DIGITS
 from bittern.errors import InputError, ModelError
 from bittern.options import Training, parse_distill
-from bittern.qat.training import ByLength, collator, first_step, last_checkpoint
+from bittern.qat.optimizer import BertAdam
+from bittern.qat.training import ByLength, collator, first_step, last_checkpoint, train
 from families import SUPPORTED
 from helpers import refused
 from material import LABELS, SENTENCE, TEXTS, command, save_text_model, write_tables
@@ -83,6 +85,61 @@ def test_best_by_loss(tmp_path: Path, bert: Path, texts: Path) -> None:
     assert len(found) == 5
     assert found[-1] < found[0]
     assert result["qat"]["best"] == min(found[1:])
+
+
+def test_as_published(tmp_path: Path, bert: Path, texts: Path) -> None:
+    """The published optimizer trains with its own clipping only, from the command too; its losses are named by `ti`."""
+    line = f"bittern qat {bert} --data {texts} -r ternary-2-2-8 -o {tmp_path / 'out'} --steps 6 --batch-size 8 --json"
+    published = "--optimizer bertadam --lr 1e-3 --distill ti --padded --balance fixed --intervene gradual"
+    done = command(f"{line} {published} --intervene-steps 3")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result["training"]["optimizer"] == "bertadam"
+    assert result["distill"]["padded"]
+    assert list(result["distill"]["terms"]) == ["prediction", "hidden", "score", "output"]
+    student = bittern.load(bert)
+    bittern.simulate(student, "ternary-2-2-8")
+    data = load_data(str(texts), student, bert, split="train")
+    assert data is not None
+    for optimizer, kind, norm in (("bertadam", BertAdam, 0.0), ("adamw", torch.optim.AdamW, 1.0)):
+        used: list[Any] = []
+        training = replace(QUICK, optimizer=optimizer, metric="loss")
+
+        def measure(used: list[Any] = used) -> dict[str, float]:
+            frame = sys._getframe(1)
+            used.append(frame.f_locals["self"])
+            return {}
+
+        train(student, bittern.load(bert), data, measure, parse_distill("map"), training, tmp_path / optimizer)
+        assert used[-1].args.max_grad_norm == norm
+        assert isinstance(getattr(used[-1].optimizer, "optimizer", used[-1].optimizer), kind)
+
+
+def test_floors(tmp_path: Path, bert: Path, texts: Path) -> None:
+    """Before the first step what quantized activations alone cost is told of each term, and a warning names the terms
+    of which it is most; what is kept of the run has both."""
+    clipped = tmp_path / "clipped.yaml"
+    clipped.write_text(
+        "name: clipped\nrules: [{roles: [qkv, ffn], weight: {bits: 8, granularity: row}, input: {bits: 8, clip: 0.1}}]"
+    )
+    heard: list[tuple[int, dict[str, float]]] = []
+    options: dict[str, Any] = {"data": str(texts), "distill": parse_distill("prediction,hidden,map"), "training": QUICK}
+    with pytest.warns(UserWarning, match=r"most of the loss: hidden \(.* of .*\), map .* without a clip") as warned:
+        result = jobs.qat(
+            bert, clipped, tmp_path / "out", on_step=lambda step, _, logs: heard.append((step, dict(logs))), **options
+        )
+    assert len(str(warned[0].message).splitlines()) == 1
+    floors = result["qat"]["floors"]
+    assert list(floors) == ["prediction", "hidden", "map"]
+    step, told = heard[0]
+    assert (step, told["floor_map"], told["loss_map"]) == (0, floors["map"]["floor"], floors["map"]["start"])
+    line = f"bittern qat {bert} --data {texts} -r ternary -o {tmp_path / 'other'} --steps 2 --batch-size 8"
+    done = command(line)
+    assert done.code == 0
+    found = re.search(r"quantized activations alone make of the first losses: .*hidden (\S+) of ([^,\s]+)", done.err)
+    assert found is not None
+    assert 0 < float(found[1]) < float(found[2]) / 10
+    assert "most of the loss" not in done.err
 
 
 def test_patience(tmp_path: Path, bert: Path, texts: Path) -> None:
@@ -323,6 +380,10 @@ def test_refused(tmp_path: Path, bert: Path, texts: Path) -> None:
         teach(bert, out, texts, training=replace(QUICK, arguments={"save_steps": 3}))
     with refused(InputError, "warmup is 1", "below 1"):
         Training(warmup=1.0)
+    with refused(InputError, "optimizer is 'lion'", "adamw or bertadam"):
+        Training(optimizer="lion")  # type: ignore[arg-type]
+    with refused(InputError, "two optimizers"):
+        teach(bert, out, texts, training=replace(QUICK, optimizer="bertadam", arguments={"optim": "adafactor"}))
     assert not out.exists()
 
 

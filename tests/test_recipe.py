@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from bittern.errors import RecipeError
 from bittern.recipe import Format, Recipe, Role, Rule, load_recipe, recipe_names
 
-READY_MADE = ["ternary-2-2-8", "vt-w4a4", "vt-w6a6", "vt-w8a8", "w4a4", "w4a8", "w6a6", "w8a8"]
+READY_MADE = ["ternary", "ternary-2-2-8", "vt-w4a4", "vt-w6a6", "vt-w8a8", "w4a4", "w4a8", "w6a6", "w8a8"]
 property_test = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 TERNARY = Format(kind="ternary")
@@ -231,6 +231,17 @@ def test_ready_made_recipe(name: str) -> None:
     assert recipe.rule_for("any", "attention").for_attention
     assert recipe.rule_for("any", "head") is None
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_ternary() -> None:
+    """`ternary` is the published recipe without its clips."""
+    published = load_recipe("ternary-2-2-8").model_dump()
+    for rule in published["rules"]:
+        for form in rule.values():
+            if isinstance(form, dict):
+                assert form["clip"] in (2.5, None)
+                form["clip"] = None
+    assert load_recipe("ternary").model_dump() == published | {"name": "ternary"}
 
 
 FORMATS = st.sampled_from([None, Format(), Format(bits=2, scheme="unsigned", clip=2.5), Format(range="static")])

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 import transformers as hf
 
 from bittern import calibrate, load, pack, save, simulate
+from bittern.attention import recording
 from bittern.errors import InputError, ModelError
 from bittern.options import Distill, parse_distill
 from bittern.qat.distill import Distiller, balanced
 from bittern.qat.trainer import QATTrainer
+from bittern.recipe import Recipe, load_recipe
 from families import SUPPORTED, TEXT
 from helpers import outputs, refused, same
 
@@ -160,6 +162,58 @@ def test_padding(family: str) -> None:
         plain, padded = (distiller.forward(student, b)[1] for b in (batch, more))
     for name in plain:
         torch.testing.assert_close(padded[name], plain[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_padded() -> None:
+    """With padding counted, hidden states and scores are the plain means of the published code; maps are as ever."""
+    student, teacher, batch = pair("bert")
+    found = {}
+    for padded in (False, True):
+        with torch.no_grad():
+            distiller = Distiller(parse_distill("hidden,score,map", padded=padded), student, teacher)
+            _, found[padded] = distiller.forward(student, batch)
+    recorded = []
+    for model in (student, teacher):
+        with torch.no_grad(), recording(model, "score") as taps:
+            hidden = model(**batch, output_hidden_states=True).hidden_states
+        recorded.append((hidden, [torch.where(s <= -1e2, 0.0, s) for s in taps["score"]]))
+    expected = {
+        name: sum(F.mse_loss(x, y) for x, y in zip(*pairs, strict=True))
+        for name, pairs in zip(("hidden", "score"), zip(*recorded, strict=True), strict=True)
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(found[True][name], value, rtol=1e-5, atol=0)
+        assert found[True][name] != found[False][name]
+    assert found[True]["map"] == found[False]["map"]
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "gpt2"])
+def test_floors(family: str) -> None:
+    """A term's floor is what a recipe without weights gives, its start what the student gives; quantizers and modes are
+    as before. A student that does not start from its teacher's weights has none."""
+    student, teacher, batch = pair(family)
+    rules = [r for r in load_recipe("ternary-2-2-8").rules if r.roles != ("embedding",)]
+    activations = copy.deepcopy(teacher)
+    simulate(
+        activations,
+        Recipe(name="activations", rules=tuple(r.model_copy(update={"weight": None}) for r in rules)),
+        batch,
+    )
+    distiller = Distiller(parse_distill("prediction,hidden,score"), student, teacher)
+    with torch.no_grad():
+        _, start = distiller.forward(student, batch)
+        _, floor = Distiller(distiller.distill, activations, copy.deepcopy(teacher)).forward(activations, batch)
+    student.train()
+    found = distiller.floors(batch)
+    assert student.training
+    assert found == {name: {"floor": float(floor[name]), "start": float(start[name])} for name in start}
+    assert 0 < found["score"]["floor"] < found["score"]["start"]
+    with torch.no_grad():
+        _, again = distiller.forward(student.eval(), batch)
+    assert again == start
+    with torch.no_grad():
+        next(student.parameters()).add_(1e-3)
+    assert distiller.floors(batch) == {}
 
 
 def test_layers() -> None:

@@ -72,7 +72,7 @@ LADDER: Ladder = (  # of each step the first rung within the limit is enough
     (Rung("w4a8", "search"), Rung("w4a8-wide", "search", wide=0.34), Rung("w6a8", "search", bits=6)),
     (Rung("w3a8", "search", bits=3), Rung("w3a8-wide", "search", bits=3, wide=0.34)),
     (Rung("w2a8", "search", bits=2),),
-    (Rung("ternary", "train", "ternary-2-2-8"),),
+    (Rung("ternary", "train", "ternary"),),
 )
 
 

@@ -35,6 +35,7 @@ Labels = Mapping[str, str] | Literal["order"]
 Sensitivity = Literal["relative", "paper"]
 Balance = Literal["fixed", "auto"]
 Scope = Literal["all", "part"]
+Optimizer = Literal["adamw", "bertadam"]
 
 
 def _check_positive(options: Any, *names: str) -> None:
@@ -107,6 +108,7 @@ RECIPES: dict[str, dict[str, float]] = {
     "ternarybert": {"prediction": 1.0, "hidden": 1.0, "score": 1.0},
     "map": {"prediction": 1.0, "hidden": 1.0, "map": 1.0},
     "output": {"prediction": 1.0, "hidden": 1.0, "output": 1.0},
+    "ti": {"prediction": 1.0, "hidden": 1.0, "score": 1.0, "output": 1.0},  # of [TI], in both of its steps
     "unified": {"prediction": 1.0, "hidden": 1.0, "map": 1.0, "output": 1.0},
 }
 
@@ -118,7 +120,8 @@ class Distill:
     terms: name → weight. balance: `auto` gives every tensor that a term compares the same share of the loss, in
     whatever units it is, times the term's weight. layers: blocks whose attention is compared, from 0, negative from the
     end; None: all. mapping: block of the student → block of the teacher, where their depths differ. map_temperature: τ.
-    relations: heads that relations are split into.
+    relations: heads that relations are split into. padded: means are over all positions of a batch, as in the published
+    code, so that a short text among long ones weighs less in `score`; `map` and relations are of real tokens always.
     """
 
     terms: Mapping[str, float] = option(
@@ -132,6 +135,7 @@ class Distill:
     temperature: float = option(1.0, "Of the prediction term.")
     map_temperature: float = option(1.0, "Of the map term.")
     relations: int | None = None
+    padded: bool = option(False, "Let padding count in the means of all terms but map, as the papers' code does.")
 
     def __post_init__(self) -> None:
         for name, weight in self.terms.items():
@@ -255,6 +259,7 @@ class Intervention:
 class Training:
     """Options of a training run. Defaults are those of [KD]: Adam, linear warm-up of a tenth, then linear decay.
 
+    optimizer: `bertadam` is that of the papers' code (see `bittern.qat.optimizer`); `adamw` is PyTorch's.
     batch_size: of one process. evaluations: how often in a run the student is measured and a checkpoint written.
     metric: by default `evaluate.headline`. arguments: more of `transformers.TrainingArguments`, by name.
     """
@@ -265,6 +270,9 @@ class Training:
     learning_rate: float = option(2e-5, "After warm-up.", "--learning-rate", "--lr")
     warmup: float = option(0.1, "Share of the steps in which the learning rate rises.")
     weight_decay: float = option(0.01, "Not of biases and norms.")
+    optimizer: Optimizer = option(
+        "adamw", "adamw, or the papers' bertadam: longer first steps, each gradient clipped by itself."
+    )
     seed: int = option(0, SEED)
     evaluations: int = option(10, "How often to measure and to write a checkpoint.")
     patience: int | None = option(None, "Stop after so many evaluations without a better one.")
@@ -277,6 +285,7 @@ class Training:
         _check_positive(self, "epochs", "steps", "batch_size", "learning_rate", "evaluations", "patience")
         if not 0 <= self.warmup < 1:
             raise InputError(f"warmup is {self.warmup:g}; expected a share of the steps, at least 0 and below 1")
+        _check_choice("optimizer", self.optimizer, Optimizer)
 
 
 # ---- analysis

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from bittern.anatomy import Anatomy
 from bittern.attention import Point, Taps, attach, recording
+from bittern.dry_run import evaluating
 from bittern.errors import InputError, ModelError
-from bittern.layers import anatomy_of
+from bittern.layers import QuantLayer, anatomy_of, as_float
 from bittern.options import Distill, Intervention
 from bittern.qat import losses
 from bittern.qat.intervention import Intervener
@@ -135,6 +136,23 @@ class Distiller:
         if self.intervention:
             self.intervener.end()
 
+    @torch.no_grad()
+    def floors(self, batch: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        """Return of each term its `floor`, and its value as the student is now, at the `start`.
+
+        The floor is what the teacher's own weights, in float, lose by quantized activations alone: what no training of
+        weights is likely to mend. Empty if those are not what the student starts from.
+        """
+        mine, theirs = (dict(model.named_parameters()) if model else {} for model in (self.student, self.teacher))
+        if mine.keys() != theirs.keys() or not all(torch.equal(p, theirs[name]) for name, p in mine.items()):
+            return {}
+        quantizers = (m.weight_quantizer for m in self.student.modules() if isinstance(m, QuantLayer))
+        with evaluating(self.student):
+            _, now = self.forward(self.student, batch, None)
+            with as_float(nn.ModuleList(filter(None, quantizers))):
+                _, least = self.forward(self.student, batch, None)
+        return {name: {"floor": float(least[name]), "start": float(value)} for name, value in now.items()}
+
     def _prediction(self, name: str, logits: Tensor, expected: Tensor, batch: Mapping[str, Any]) -> Tensor:
         check_shapes("prediction", name, logits, expected)
         kind, mask = self.student.config.problem_type, batch.get("attention_mask")
@@ -174,8 +192,10 @@ class Distiller:
             yield self._loss(term, x, y, real_tokens(masks, name, len(x), x.shape[1 if x.dim() == 3 else 2], side))
 
     def _loss(self, term: str, x: Tensor, y: Tensor, rows: Tensor | None) -> Tensor:
+        padded = self.distill.padded and term != "map" and not term.endswith("_relation")
+        rows = None if padded else rows
         if term == "score":
-            return losses.score_loss(x, y, rows)
+            return losses.score_loss(x, y, rows, padded)
         if term == "map" and self.distill.map_temperature == 1:
             return losses.map_loss(x, y, rows)
         if term == "map":

@@ -38,13 +38,16 @@ def squared_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -
     return _mean_of_samples(error, rows)
 
 
-def score_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Tensor:
+def score_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None, padded: bool = False) -> Tensor:
     """TernaryBERT's: squared error of attention scores (batch, heads, queries, keys), masked entries left out.
 
-    rows: real queries. Where a score is -100 or less, the mask has put it there.
+    rows: real queries. Where a score is -100 or less, the mask has put it there. padded: the mean over all entries, as
+    in the published code: those of masked keys count as zeros, so that a sample weighs by its share of real keys.
     """
     seen = (student > -1e2).float()
     error = F.threshold(student.float(), -1e2, 0.0) - F.threshold(teacher.float(), -1e2, 0.0)
+    if padded:
+        return error.square().mean()
     if rows is not None:
         real = rows[:, None, :, None].float()  # (batch, 1, queries, 1)
         seen, error = seen * real, error * real

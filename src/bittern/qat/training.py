@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -30,7 +31,8 @@ from bittern.data import Data, is_language_model
 from bittern.data.evaluate import LOWER_IS_BETTER
 from bittern.errors import InputError, first_line
 from bittern.options import Distill, Intervention, Training
-from bittern.progress import OnStep, ignore
+from bittern.progress import OnStep, ignore, is_main_process
+from bittern.qat.optimizer import BertAdam
 from bittern.qat.trainer import QATTrainer
 
 Measure = Callable[[], dict[str, float]]
@@ -40,6 +42,8 @@ Measure = Callable[[], dict[str, float]]
 class Trained:
     """The course of a run. history: what was logged, by step: losses, and metrics as `eval_…`. best_step: whose weights
     the student has now; 0 if they are the last ones. phases: what the teacher did from which step to which, if it did.
+    floors: of each term of the loss, what quantized activations alone make it, and its value before the first step (see
+    `Distiller.floors`).
     """
 
     steps: int
@@ -49,6 +53,7 @@ class Trained:
     history: list[dict[str, float]]
     seconds: float
     phases: list[dict[str, Any]] = field(default_factory=list)
+    floors: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def train(
@@ -71,17 +76,19 @@ def train(
     test: what the metric `loss`, the sum of the terms by their weights, is measured on; by default the data itself.
     folder: for checkpoints. resume: go on from the last complete one, to the bits of a run that was never
     interrupted; without one, start. on_step: called after each step and for what is logged; at the end with the same
-    number twice. Raises InputError or ModelError before the first step for data, a teacher or options that do not
-    fit.
+    number twice; at step 0 for the floors of the terms. Warns of layer-wise terms that are mostly floor. Raises
+    InputError or ModelError before the first step for data, a teacher or options that do not fit.
     """
     if training.batch_size > len(data):
         raise InputError(f"a batch of {training.batch_size} is larger than the data, {len(data)} samples; lower it")
     if "truth" in distill.terms and not data.has_labels and not is_language_model(student):
         raise InputError(f"{data.name} has no labels, which the term truth needs; choose other terms with --distill")
     patience = [EarlyStoppingCallback(training.patience)] if training.patience else []
+    arguments = _arguments(training, Path(folder))
+    published = BertAdam, {"lr": arguments.learning_rate}
     trainer = _MeasuredTrainer(
         student,
-        _arguments(training, Path(folder)),
+        arguments,
         data=data,
         test=test or data,
         measure=measure,
@@ -89,8 +96,19 @@ def train(
         distill=distill,
         intervention=intervention,
         callbacks=[_Schedule(training.evaluations, on_step), *patience],
+        optimizer_cls_and_kwargs=published if training.optimizer == "bertadam" else None,
     )
-    trainer.check_first_batch()
+    floors = trainer.check_first_batch()
+    told = {f"floor_{name}": term["floor"] for name, term in floors.items()}
+    on_step(0, training.steps or 0, told | {f"loss_{name}": term["start"] for name, term in floors.items()})
+    high = {n: term for n, term in floors.items() if n in distill.layerwise and term["floor"] > term["start"] / 2}
+    if high and is_main_process():
+        terms = ", ".join(f"{name} ({term['floor']:.3g} of {term['start']:.3g})" for name, term in high.items())
+        warnings.warn(
+            f"quantized activations alone make most of the loss: {terms}; training weights cannot mend that. Take a "
+            "recipe without a clip on activations, or with more bits for them, or other terms",
+            stacklevel=2,
+        )
     checkpoint = last_checkpoint(folder) if resume else None
     start = time.perf_counter()
     try:
@@ -115,6 +133,7 @@ def train(
         history=state.log_history,
         seconds=time.perf_counter() - start,
         phases=intervention.phases(state.max_steps) if intervention else [],
+        floors=floors,
     )
 
 
@@ -196,12 +215,14 @@ class _MeasuredTrainer(QATTrainer):
         )
         self.remove_callback(PrinterCallback)
 
-    def check_first_batch(self) -> None:
-        """One forward of both models on the first samples: what does not fit is told before long work."""
-        batch = self._prepare_inputs(self.data_collator(range(min(2, len(self.data)))))
+    def check_first_batch(self) -> dict[str, dict[str, float]]:
+        """A few forwards of both models on the first samples: what does not fit is told before long work. Returns the
+        terms' floors."""
+        batch = self._prepare_inputs(self.data_collator(range(self.args.train_batch_size)))
         with torch.no_grad():
             self.distiller.forward(self.model, batch)
         self.distiller.release()
+        return self.distiller.floors(batch)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         found = {f"eval_{name}": value for name, value in self.measure().items()}
@@ -265,6 +286,8 @@ def check_arguments(training: Training) -> dict[str, Any]:
     for name, value in training.arguments.items():
         if name in DECIDED:
             raise InputError(f"{name} cannot be set: the option {DECIDED[name]} decides it")
+        if name == "optim" and training.optimizer == "bertadam":
+            raise InputError(f"--optimizer bertadam and --set optim={value} are two optimizers; give one")
         if name not in types:
             near = "".join(f"; did you mean {n}?" for n in get_close_matches(name, types, 1))
             raise InputError(f"transformers.TrainingArguments has no {name!r}{near}")
@@ -284,6 +307,7 @@ def _arguments(training: Training, folder: Path) -> TrainingArguments:
         "learning_rate": training.learning_rate,
         "warmup_steps": training.warmup,
         "weight_decay": training.weight_decay,
+        "max_grad_norm": 0.0 if training.optimizer == "bertadam" else 1.0,  # which clips by itself
         "seed": training.seed,
         "eval_strategy": "steps",
         "save_strategy": "steps",

@@ -1,0 +1,47 @@
+"""The optimizer of the published code of [KD] and [TI]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+
+class BertAdam(torch.optim.Optimizer):
+    """Adam as BERT's own code has it: no correction of the moments' bias, which makes the first steps several times
+    longer, and the gradient of each parameter clipped by itself.
+
+    The weight decay is no part of the gradient: it goes into the update, times the learning rate.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        max_norm: float = 1.0,
+    ):
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_norm": max_norm}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                clip_grad_norm_(p, group["max_norm"])
+                state = self.state[p]
+                if not state:
+                    state |= {"mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
+                mean = state["mean"].lerp_(p.grad, 1 - group["betas"][0])
+                square = state["square"].lerp_(p.grad.square(), 1 - group["betas"][1])
+                update = mean / square.sqrt().add_(group["eps"])
+                p.add_(update.add_(p, alpha=group["weight_decay"]), alpha=-group["lr"])
+        return loss
