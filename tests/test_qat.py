@@ -374,7 +374,7 @@ def test_refused(tmp_path: Path, bert: Path, texts: Path) -> None:
         teach(bert, out, unlabelled, "truth")
     with refused(InputError, "no metric 'mcc' to choose by; there are accuracy, agreement"):
         teach(bert, out, texts, training=replace(QUICK, metric="mcc"))
-    with refused(InputError, "options of the Trainer", "fp17"):
+    with refused(InputError, "has no 'fp17'", "did you mean fp16?"):
         teach(bert, out, texts, training=replace(QUICK, arguments={"fp17": True}))
     with refused(InputError, "save_steps cannot be set: the option evaluations decides it"):
         teach(bert, out, texts, training=replace(QUICK, arguments={"save_steps": 3}))

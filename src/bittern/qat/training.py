@@ -99,8 +99,9 @@ def train(
         optimizer_cls_and_kwargs=published if training.optimizer == "bertadam" else None,
     )
     floors = trainer.check_first_batch()
-    told = {f"floor_{name}": term["floor"] for name, term in floors.items()}
-    on_step(0, training.steps or 0, told | {f"loss_{name}": term["start"] for name, term in floors.items()})
+    if floors:
+        told = {f"floor_{name}": term["floor"] for name, term in floors.items()}
+        on_step(0, training.steps or 0, told | {f"loss_{name}": term["start"] for name, term in floors.items()})
     high = {n: term for n, term in floors.items() if n in distill.layerwise and term["floor"] > term["start"] / 2}
     if high and is_main_process():
         terms = ", ".join(f"{name} ({term['floor']:.3g} of {term['start']:.3g})" for name, term in high.items())
