@@ -1,5 +1,6 @@
 # make demo: quantize real models on real data.   make test: everything that CI checks.
 # make quick: a short share of it.                make kinds: the tests on each kind of kernels, threads and roundings.
+# make census: every model type of transformers, into docs/compatibility.md; about an hour.
 # make docs: the site, in build/site; every link and anchor must lead somewhere.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,6 +22,9 @@ kinds: venv
 
 docs: venv
 	$(BIN)/zensical build --strict --clean
+
+census: venv
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/census
 
 lint: venv
 	$(BIN)/ruff check .

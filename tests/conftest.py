@@ -40,8 +40,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parameters = (
             item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
         )
+        in_census = item.path.parent.name == "census"
         other_family = any(isinstance(value, str) and value in OTHER_FAMILIES for value in parameters)
-        if other_family or item.path.stem in SLOW_FILES or item.name.partition("[")[0] in SLOW_TESTS:
+        if in_census or other_family or item.path.stem in SLOW_FILES or item.name.partition("[")[0] in SLOW_TESTS:
             item.add_marker("slow")
 
 

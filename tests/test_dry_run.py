@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 from transformers.models.bert import modeling_bert
+from transformers.models.mpnet import modeling_mpnet
 
 from bittern.anatomy import Anatomy, Attention, Block
 from bittern.dry_run import read_anatomy
@@ -621,6 +622,23 @@ def test_attention_in_own_code(name: str, products: int, heads: int) -> None:
     """Where a model computes attention by itself, the products of Q and K and of map and V are found, the first of
     several before the softmax; heads too, where they are one dimension with the samples."""
     assert {a.plan for a in read(name).attentions} == {Plan(0, products - 1, products, products + 1, heads)}
+
+
+class Replaced(hf.MPNetForSequenceClassification):
+    """Puts another class of attention into its first block once it runs, as BigBird does for short texts."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        attn = self.mpnet.encoder.layer[0].attention.attn
+        attn.__class__ = type("OtherAttention", (modeling_mpnet.MPNetSelfAttention,), {})
+        return super().forward(*args, **kwargs)
+
+
+def test_attention_that_a_load_does_not_build() -> None:
+    """Attention of a class that the configuration alone does not give stays float: a load would not find its site."""
+    model, batch = SUPPORTED["mpnet"]()
+    anatomy = read_anatomy(Replaced(model.config).eval(), batch)
+    assert not anatomy.attentions
+    assert anatomy.float_products == tuple(f"mpnet.encoder.layer.{i}.attention.attn" for i in range(2))
 
 
 @pytest.mark.parametrize("name", FLOAT_ATTENTION)

@@ -525,7 +525,10 @@ def test_static_weights() -> None:
 
 
 class OwnLinear(nn.Linear):
-    """A subclass that could do anything."""
+    """A subclass that does something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
 
 
 class OwnScaledWordEmbedding(nn.Embedding):
@@ -613,10 +616,20 @@ def test_unknown_layers_stay_float(change: Callable[[hf.PreTrainedModel], None],
     assert report.notes[1:] == (f"layers of classes that Bittern does not know stay float: {name}",)
 
 
+def test_subclass_that_computes_what_its_base_does() -> None:
+    """A layer of a subclass that adds a forward only, with the results of its base, is quantized like its base."""
+    model, batch = SUPPORTED["bert"]()
+    alike = type("AlikeLinear", (nn.Linear,), {"forward": lambda self, x: x @ self.weight.T + self.bias})
+    model.get_submodule(FFN).__class__ = alike
+    assert FFN in [layer.name for layer in simulate(model, DYNAMIC, batch).quantized]
+    restore(model)
+    assert type(model.get_submodule(FFN)) is alike
+
+
 def test_unknown_layers_keep_what_is_tied_to_them_float() -> None:
     """A head that shares the weight of an embedding of an unknown class is not quantized without it."""
     model, batch = SUPPORTED["gpt2"]()
-    own = type("OwnEmbedding", (nn.Embedding,), {})(99, 32)
+    own = type("OwnEmbedding", (nn.Embedding,), {"forward": lambda self, x: self.weight[x] * 2})(99, 32)
     own.weight = model.lm_head.weight
     model.set_input_embeddings(own)
     report = simulate(model, DYNAMIC, batch)

@@ -516,3 +516,13 @@ def test_threads_do_not_change_bits(kind: str, granularity: str) -> None:
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("fmt", [Format(kind="ternary", granularity="row"), Format(granularity="group", group_size=2)])
+def test_result_can_be_changed_in_place(fmt: Format) -> None:
+    """Model code may change what a quantizer gives in place, in training too, as GIT and CTRL do with embeddings."""
+    x = torch.randn(3, 4, requires_grad=True)
+    out = fake_quantize(x, fmt)
+    out *= 2
+    out.sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2.0))

@@ -28,10 +28,11 @@ if not _is_command:  # which imports what it needs, when it needs it: its help a
     from bittern.deploy.store import inspect, load, save
     from bittern.dry_run import read_anatomy
     from bittern.errors import BitternError, CheckpointError, InputError, ModelError, RecipeError
-    from bittern.layers import Simulation, is_simulated, restore, simulate
+    from bittern.layers import is_simulated, restore, simulate
     from bittern.ptq.calibrate import calibrate
     from bittern.quantizers import FakeQuant, fake_quantize
     from bittern.recipe import Format, Recipe, Rule, load_recipe, recipe_names
+    from bittern.simulation import Simulation
 
 __all__ = [
     "Anatomy",

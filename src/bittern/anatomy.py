@@ -48,6 +48,7 @@ class Anatomy:
 
     inputs: names of what the model was given in the dry run, without labels. float_products: modules outside of
     `attentions` that multiply activations with each other, or weigh them by a softmax, which stays float.
+    like_base: layers of subclasses that have nothing of their own but a forward, which gave what their base's gives.
     """
 
     blocks: tuple[Block, ...]
@@ -55,6 +56,7 @@ class Anatomy:
     idle: frozenset[str] = frozenset()
     inputs: frozenset[str] = field(default=frozenset(), compare=False)
     float_products: tuple[str, ...] = ()
+    like_base: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def attentions(self) -> tuple[Attention, ...]:

@@ -22,7 +22,7 @@ from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.files import Journal, check_output, digest, reserved
 from bittern.deploy.store import float_bytes, load, measure, save
 from bittern.errors import InputError, ModelError
-from bittern.layers import Simulation, fake_quants, formats, is_simulated, restore, simulate
+from bittern.layers import fake_quants, formats, is_simulated, restore, simulate
 from bittern.options import Distill, Intervention, Mixed, Training
 from bittern.progress import OnStep, Track, ignore, is_main_process, peak_memory, silent
 from bittern.ptq import check_mixed, find_method
@@ -30,6 +30,7 @@ from bittern.ptq import quantize as post_training
 from bittern.ptq.calibrate import calibrate
 from bittern.qat.training import check_arguments, first_step, last_checkpoint, read_baseline, train
 from bittern.recipe import Recipe, load_recipe
+from bittern.simulation import Simulation
 
 
 def quantize(
@@ -276,6 +277,7 @@ class _Job:
             "data": self.source_of_data,
             "quantized": len(simulation.quantized),
             "kept_float": [{"name": layer.name, "type": layer.type} for layer in simulation.kept_float],
+            "notes": list(simulation.notes),
             "float_bytes": self.float_bytes,
             **found,
         }

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,7 @@ from bittern.errors import ModelError
 from bittern.quantizers import FakeQuant, find_scale, quantize_once, stamp
 from bittern.reader import LAYERS
 from bittern.recipe import Format, Recipe, Role, Rule, load_recipe
-
-LEAST_SHARE = 0.8  # of weights that a user expects to be quantized
+from bittern.simulation import LayerReport, Simulation
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
@@ -135,83 +133,17 @@ SIMULATED: dict[type[nn.Module], type[QuantLayer]] = {
 }
 
 
-def simulated_type(layer: nn.Module) -> type[QuantLayer] | None:
-    """The class that simulates a float layer; None if its forward may differ from all that are known."""
-    if type(layer).__name__.endswith("ScaledWordEmbedding") and len(list(layer.parameters())) == 1:
-        return QuantScaledEmbedding
-    return SIMULATED.get(type(layer))
+def simulated_type(layer: nn.Module) -> type[QuantLayer]:
+    """The class that simulates a float layer, if it is known."""
+    is_scaled = type(layer).__name__.endswith("ScaledWordEmbedding")
+    return QuantScaledEmbedding if is_scaled else next(SIMULATED[t] for t in SIMULATED if isinstance(layer, t))
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """One module with parameters, or one attention, and what it got; formats are texts, empty where it stayed float.
-
-    role: empty for modules without a weight matrix, such as norms. weights: a weight shared by layers counts once.
-    unknown: a subclass whose forward may differ from those that Bittern knows.
-    """
-
-    name: str
-    type: str
-    role: Role | Literal[""]
-    weights: int
-    weight: str = ""
-    input: str = ""
-    attention: str = ""
-    unknown: bool = False
-
-    @property
-    def is_float(self) -> bool:
-        return not (self.weight or self.input or self.attention)
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """Report of a simulated model: the quantized modules, and those that stayed float."""
-
-    recipe: str
-    layers: tuple[LayerReport, ...]
-    anatomy: Anatomy
-
-    @property
-    def quantized(self) -> tuple[LayerReport, ...]:
-        return tuple(layer for layer in self.layers if not layer.is_float)
-
-    @property
-    def kept_float(self) -> tuple[LayerReport, ...]:
-        return tuple(layer for layer in self.layers if layer.is_float)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """The share of all weights that is quantized, and what stays float though a rule may have meant it."""
-        total, quantized = sum(x.weights for x in self.layers), sum(x.weights for x in self.layers if x.weight)
-        notes = [f"{quantized / max(total, 1):.1%} of {total:,} weights are quantized"]
-        if quantized < LEAST_SHARE * total:
-            largest = sorted((x for x in self.layers if not x.weight), key=lambda x: -x.weights)[:3]
-            named = ", ".join(f"{x.name} ({x.type}, {x.weights:,})" for x in largest)
-            notes[0] += f", fewer than {LEAST_SHARE:.0%}; the largest that stay float: {named}"
-        if products := self.anatomy.float_products:
-            notes.append(f"products of activations stay float in {_some(products)}")
-        if unknown := [x.name for x in self.kept_float if x.unknown]:
-            notes.append(f"layers of classes that Bittern does not know stay float: {_some(unknown)}")
-        return tuple(notes)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"recipe": self.recipe, "layers": [asdict(layer) for layer in self.layers]}
-
-    def __str__(self) -> str:
-        groups: dict[tuple[str, str], list[LayerReport]] = {}
-        for layer in self.layers:
-            what = layer.attention or " × ".join(filter(None, (layer.weight, layer.input and f"input {layer.input}")))
-            groups.setdefault((layer.role or layer.type, what or "float"), []).append(layer)
-        rows = (
-            f"{role:17} {len(group):4} modules {sum(x.weights for x in group):12,} weights  {what}"
-            for (role, what), group in groups.items()
-        )
-        return "\n".join((*rows, *self.notes))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def is_known(layer: nn.Module, name: str, anatomy: Anatomy) -> bool:
+    """True unless the forward of a subclass may differ from all that are known."""
+    if type(layer).__name__.endswith("ScaledWordEmbedding"):
+        return len(list(layer.parameters())) == 1
+    return type(layer) in SIMULATED or name in anatomy.like_base
 
 
 def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, Any] | None = None) -> Simulation:
@@ -293,7 +225,7 @@ def describe(model: PreTrainedModel) -> Simulation:
             rule, kind = given.get(name, Rule()), type(module).__name__.removeprefix("Quant")
             weight, fmt_input = (str(fmt or "") for fmt in (rule.weight, rule.input))
             operands = ", ".join(f"{operand} {fmt}" for operand, fmt in rule.operands.items())
-            unknown = name in anatomy.roles and name not in given and simulated_type(module) is None
+            unknown = name in anatomy.roles and name not in given and not is_known(module, name, anatomy)
             reports.append(LayerReport(name, kind, roles.get(name, ""), weights, weight, fmt_input, operands, unknown))
     return Simulation("" if recipe is None else recipe.name, tuple(reports), anatomy)
 
@@ -314,7 +246,7 @@ def _plan(model: PreTrainedModel, recipe: Recipe, anatomy: Anatomy, tied: Mappin
         if name in anatomy.idle:  # tied to one that runs: it reads nothing
             fmt_input = None
         if owner in ran - unknown and (weight is not None or fmt_input is not None):
-            _check_layer(name, model.get_submodule(name), weight, fmt_input)
+            _check_layer(name, model.get_submodule(name), anatomy, weight, fmt_input)
             plan[name] = weight, fmt_input
     return plan
 
@@ -322,7 +254,7 @@ def _plan(model: PreTrainedModel, recipe: Recipe, anatomy: Anatomy, tied: Mappin
 def _is_unknown(layer: nn.Module, name: str, recipe: Recipe, anatomy: Anatomy) -> bool:
     """True for a layer of a class that is not known, unless a rule names it, so that it is refused and not left out."""
     rule = recipe.rule_for(name, anatomy.roles[name])
-    return simulated_type(layer) is None and (rule is None or rule.modules == "*")
+    return not is_known(layer, name, anatomy) and (rule is None or rule.modules == "*")
 
 
 def restore(model: PreTrainedModel) -> None:
@@ -371,8 +303,10 @@ def _tied_layers(model: nn.Module, roles: Mapping[str, Role]) -> dict[str, str]:
     return tied
 
 
-def _check_layer(name: str, layer: nn.Module, weight: Format | None, fmt_input: Format | None) -> None:
-    if simulated_type(layer) is None:
+def _check_layer(
+    name: str, layer: nn.Module, anatomy: Anatomy, weight: Format | None, fmt_input: Format | None
+) -> None:
+    if not is_known(layer, name, anatomy):
         base = next(t.__name__ for t in LAYERS if isinstance(layer, t))
         raise ModelError(
             f"{name} is a {type(layer).__name__}, a subclass of {base} that Bittern does not know and whose forward "
@@ -395,6 +329,6 @@ def _check_layer(name: str, layer: nn.Module, weight: Format | None, fmt_input: 
 def swap(layer: nn.Module, name: str, weight: Format | None, fmt_input: Format | None) -> None:
     """Make a float layer a simulated one: same parameter objects, same names, hooks and ties."""
     layer._float_type = type(layer)  # type: ignore[assignment]
-    layer.__class__ = simulated_type(layer)  # type: ignore[assignment]
+    layer.__class__ = simulated_type(layer)
     layer.weight_quantizer = None if weight is None else FakeQuant(weight, f"{name}.weight")  # type: ignore[assignment]
     layer.input_quantizer = None if fmt_input is None else FakeQuant(fmt_input, f"{name}.input")  # type: ignore[assignment]

@@ -247,7 +247,9 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.clip, ctx.ranged = fmt.clip if _clips(x, fmt) else None, scale is not None and fmt.kind == "uniform"
         saved = [] if ctx.clip is None else [x]
         ctx.save_for_backward(*saved, *([_in_range(x, fmt, scale, offset)] if ctx.ranged else []))
-        return _quantize(x, fmt, scale, offset)
+        out = _quantize(x, fmt, scale, offset)
+        # Not a view, which model code could not change in place, as some does with what an embedding gives.
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Run:
     events: list[Event]
     first_io: dict[str, tuple[Any, Any]]
     found: dict[str, list[Found]]
+    like_base: dict[str, bool] = field(default_factory=dict)  # of layers of subclasses that ran
     output: Any = None
 
 
@@ -59,8 +60,9 @@ class Reader:
         self.model, self.run, self.events, self.first_io = model, run, run.events, run.first_io
         self.modules = dict(model.named_modules())
 
-    def anatomy(self, inputs: frozenset[str]) -> Anatomy:
-        plans = {name: plan for name in self.run.found if (plan := self._plan(name))}
+    def anatomy(self, inputs: frozenset[str], watched: bool = True) -> Anatomy:
+        """The anatomy. watched: whether a site may serve attention in a model's own code."""
+        plans = {name: plan for name in self.run.found if watched and (plan := self._plan(name))}
         reached = {e.name for e in self.events if e.kind == "attention"} - (self.run.found.keys() - plans.keys())
         lone = [e.name for e in self.events if e.kind in ("product", "attention") and e.name not in reached]
         lone = [n for n in dict.fromkeys(lone) if not any(_inside(n, r) for r in reached)]
@@ -76,7 +78,8 @@ class Reader:
         roles = self._roles(blocks)
         blocks = tuple(replace(b, attentions=tuple(a for a in b.attentions if a.name not in lone)) for b in blocks)
         idle = frozenset(roles) - {e.name for e in self.events if e.kind == "layer"}
-        return Anatomy(blocks, roles, idle, inputs, tuple(lone))
+        like_base = frozenset(name for name, same in self.run.like_base.items() if same)
+        return Anatomy(blocks, roles, idle, inputs, tuple(lone), like_base)
 
     def _ends(self, reached: set[str], lone: list[str]) -> list[tuple[int, str]]:
         """Where attention ends in the first run of each module; of lone products that is the last."""

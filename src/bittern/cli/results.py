@@ -101,6 +101,7 @@ def sizes_and_metrics(result: Result, how: str = "") -> None:
 def quantize(result: Result) -> None:
     sizes_and_metrics(result)
     say(f"{result['quantized']} modules quantized; kept float: {kept(result['kept_float'])}")
+    say("; ".join(result["notes"]))
     if "packed" not in result:
         why = "the data has no test or validation split" if result["data"] else "no data was given; add --data"
         say(f"No accuracy was measured: {why}.")

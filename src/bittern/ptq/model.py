@@ -21,7 +21,6 @@ from bittern.errors import InputError
 from bittern.layers import (
     QuantEmbedding,
     QuantLayer,
-    Simulation,
     as_float,
     describe,
     fake_quants,
@@ -54,6 +53,7 @@ from bittern.ptq.solve import Solved, searchable, solve_attention, solve_layers
 from bittern.ptq.stream import Call, stream
 from bittern.quantizers import find_scale
 from bittern.recipe import Recipe, load_recipe
+from bittern.simulation import Simulation
 
 
 @dataclass

@@ -1,0 +1,28 @@
+"""The popular types of the census, all steps but the search: two minutes of a core. `make census` runs all of it."""
+
+from typing import Any
+
+import pytest
+from needs import FAST
+from steps import examine
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_popular(kind: str) -> None:
+    """Of a popular model type every step is right."""
+    said: list[dict[str, Any]] = []
+    examine(kind, said.append, ptq=False)
+    steps = {what["step"]: what for what in said if "step" in what}
+    assert {name: step["outcome"] for name, step in steps.items()} == dict.fromkeys(
+        ("build", "float", "simulate", "calibrate", "pack", "save", "train"), "ok"
+    ), [step["text"] for step in steps.values() if step["outcome"] != "ok"]
+
+
+def test_no_attention() -> None:
+    """A model without attention is refused with the reason, and in no other way."""
+    said: list[dict[str, Any]] = []
+    examine("convnext", said.append, ptq=False)
+    refused = {what["step"]: what["text"] for what in said if what.get("outcome") == "refused"}
+    assert refused.keys() == {"simulate", "train"}
+    assert all("ran no attention in the dry run" in text for text in refused.values())
+    assert not any(what.get("outcome") == "crash" for what in said)
