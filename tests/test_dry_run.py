@@ -624,6 +624,16 @@ def test_attention_in_own_code(name: str, products: int, heads: int) -> None:
     assert {a.plan for a in read(name).attentions} == {Plan(0, products - 1, products, products + 1, heads)}
 
 
+def test_experts() -> None:
+    """A block whose FFN is of experts, which are no layers, is found by its attention."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = hf.MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=99, num_local_experts=4)
+    anatomy = read_anatomy(hf.MixtralForCausalLM(config).eval())
+    assert [(b.name, b.ffn_out) for b in anatomy.blocks] == [(f"model.layers.{i}", None) for i in range(2)]
+    assert [a.output for a in anatomy.attentions] == [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    assert not anatomy.float_products
+
+
 class Replaced(hf.MPNetForSequenceClassification):
     """Puts another class of attention into its first block once it runs, as BigBird does for short texts."""
 

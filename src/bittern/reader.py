@@ -117,7 +117,8 @@ class Reader:
     def _block_of(self, i: int, attention: str) -> str | None:
         """The innermost item of a module list that holds the attention and a layer that ran after W_O outside of it.
 
-        So T5's sub-layers, which are list items of their own, are not taken for blocks."""
+        So T5's sub-layers, which are list items of their own, are not taken for blocks. The innermost item if no layer
+        runs after W_O, as in blocks of experts; None outside of all lists."""
         parts = attention.split(".")
         items = [
             ".".join(parts[:n])
@@ -128,7 +129,7 @@ class Reader:
         for item in items:
             if any(_inside(n, item) and not _inside(n, attention) for n in after_output):
                 return item
-        return None
+        return items[0] if items else None
 
     def _block(self, name: str, calls: list[tuple[int, str]], plans: Mapping[str, Plan]) -> Block:
         first, last = calls[0][0], calls[-1][0]
