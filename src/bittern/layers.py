@@ -225,7 +225,9 @@ def describe(model: PreTrainedModel) -> Simulation:
             rule, kind = given.get(name, Rule()), type(module).__name__.removeprefix("Quant")
             weight, fmt_input = (str(fmt or "") for fmt in (rule.weight, rule.input))
             operands = ", ".join(f"{operand} {fmt}" for operand, fmt in rule.operands.items())
-            unknown = name in anatomy.roles and name not in given and not is_known(module, name, anatomy)
+            rule_of = recipe.rule_for(name, roles[name]) if recipe is not None and name in anatomy.roles else None
+            meant = rule_of is not None and not rule_of.is_float and name not in given
+            unknown = meant and not is_known(module, name, anatomy)
             reports.append(LayerReport(name, kind, roles.get(name, ""), weights, weight, fmt_input, operands, unknown))
     return Simulation("" if recipe is None else recipe.name, tuple(reports), anatomy)
 

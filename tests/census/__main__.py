@@ -34,13 +34,14 @@ PAGE = """# Compatibility
 What Bittern {bittern} makes of {which} of transformers {transformers}: a tiny model with random weights is
 simulated, calibrated, packed, saved, loaded{search} and trained for a step, and each step's outputs are compared
 (`make census`). `w8a8` is the recipe; head and positions stay float by it, so that the share of quantized weights is
-that of a tiny model: real ones have more in their blocks. {judged} types can be judged: {counts}.
+that of a tiny model: real ones have more in their blocks. {judged} types can be judged:
+{counts}.
 
 * **served**: every step is right. Attention: the number of attention modules whose products are quantized.
 * **refused**: a step ends with one clear line, before anything is changed.
 * **crash**: a step fails otherwise, or its answer is wrong: a bug.
 
-{unbuilt} more types are not judged, since no tiny model or no batch of theirs could be made here.
+Not judged: {unbuilt}, since no tiny model or no batch of theirs could be made here.
 
 | type | class | outcome | weights quantized | attention | what stays float, or why |
 |---|---|---|---|---|---|
