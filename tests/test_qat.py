@@ -132,7 +132,7 @@ def test_floors(tmp_path: Path, bert: Path, texts: Path) -> None:
     floors = result["qat"]["floors"]
     assert list(floors) == ["prediction", "hidden", "map"]
     step, told = heard[0]
-    assert (step, told["floor_map"], told["loss_map"]) == (0, floors["map"]["floor"], floors["map"]["start"])
+    assert (step, told["floor_map"], told["start_map"]) == (0, floors["map"]["floor"], floors["map"]["start"])
     line = f"bittern qat {bert} --data {texts} -r ternary -o {tmp_path / 'other'} --steps 2 --batch-size 8"
     done = command(line)
     assert done.code == 0

@@ -138,7 +138,7 @@ class TrainingBar:
         self.bar.update(self.task, completed=step, total=total, description=f"training{what}")
         self.losses |= {k: v for k, v in logs.items() if k.startswith("loss_")}
         if floors := [k.removeprefix("floor_") for k in logs if k.startswith("floor_")]:
-            parts = [f"{k} {logs[f'floor_{k}']:.3g} of {logs[f'loss_{k}']:.3g}" for k in floors]
+            parts = [f"{k} {logs[f'floor_{k}']:.3g} of {logs[f'start_{k}']:.3g}" for k in floors]
             warn(f"what quantized activations alone make of the first losses: {', '.join(parts)}")
         found = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
         texts = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in found.items() if k != "max_difference"]

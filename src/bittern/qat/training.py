@@ -76,8 +76,8 @@ def train(
     test: what the metric `loss`, the sum of the terms by their weights, is measured on; by default the data itself.
     folder: for checkpoints. resume: go on from the last complete one, to the bits of a run that was never
     interrupted; without one, start. on_step: called after each step and for what is logged; at the end with the same
-    number twice; at step 0 for the floors of the terms. Warns of layer-wise terms that are mostly floor. Raises
-    InputError or ModelError before the first step for data, a teacher or options that do not fit.
+    number twice; at step 0 for `floor_…` and `start_…` of the terms. Warns of layer-wise terms that are mostly floor.
+    Raises InputError or ModelError before the first step for data, a teacher or options that do not fit.
     """
     if training.batch_size > len(data):
         raise InputError(f"a batch of {training.batch_size} is larger than the data, {len(data)} samples; lower it")
@@ -100,8 +100,8 @@ def train(
     )
     floors = trainer.check_first_batch()
     if floors:
-        told = {f"floor_{name}": term["floor"] for name, term in floors.items()}
-        on_step(0, training.steps or 0, told | {f"loss_{name}": term["start"] for name, term in floors.items()})
+        told = {f"{kind}_{name}": value for name, term in floors.items() for kind, value in term.items()}
+        on_step(0, training.steps or 0, told)
     high = {n: term for n, term in floors.items() if n in distill.layerwise and term["floor"] > term["start"] / 2}
     if high and is_main_process():
         terms = ", ".join(f"{name} ({term['floor']:.3g} of {term['start']:.3g})" for name, term in high.items())
