@@ -52,14 +52,14 @@ DEMOS = {
         "digits-vit",
         lambda: DIGITS,
         "digits",
-        {"w8a8": "w8a8", "w4a8": "w4a8", "ternary": "ternary-2-2-8", TRAINED: "ternary-2-2-8"},
+        {"w8a8": "w8a8", "w4a8": "w4a8", "ternary": "ternary", TRAINED: "ternary"},
     ),
     "minilm": Demo(
         "all-MiniLM-L6-v2 on English sentences; agreement: rank correlation of all pairs' similarities",
         "minilm-l6",
         minilm_folder,
         "sentences",
-        {"w8a8": "w8a8", "w4a8": "w4a8", "ternary, untrained": "ternary-2-2-8"},  # small, and of little use
+        {"w8a8": "w8a8", "w4a8": "w4a8", "ternary, untrained": "ternary"},  # small, and of little use
     ),
 }
 
