@@ -98,7 +98,7 @@ def steps(*names: str) -> list[list[Rung]]:
     [
         (steps("a b", "c", "d"), {"a": 0.5, "c": 0.7, "d": 0.9}, "acd"),  # the first of a step is enough
         (steps("a b", "c"), {"a": 0.9, "b": 0.1, "c": 0.2}, "abc"),  # not within one standard error: 1.1
-        (steps("a", "b", "c", "D"), {"a": 0.0, "b": 1.4, "c": 0.0, "D": 0.5}, "abD"),  # fails clearly: only training
+        (steps("a", "b", "c", "T"), {"a": 0.0, "b": 1.4, "c": 0.0, "T": 0.5}, "abT"),  # fails clearly: only training
         (steps("a", "b", "c"), {"a": 0.0, "b": 1.2, "c": 3.0}, "abc"),  # fails, not clearly
     ],
 )
