@@ -13,7 +13,7 @@ from bittern.recipe import Rule
 
 Level = Literal["kept", "small", "large", "collapse"]
 LEVELS: dict[Level, tuple[float, str]] = {  # the relative loss that it begins with, and how it is said
-    "kept": (-float("inf"), "Nothing was lost"),
+    "kept": (-float("inf"), "Less than 1 % was lost"),
     "small": (0.01, "A little was lost"),
     "large": (0.05, "Much was lost"),
     "collapse": (0.25, "The model collapsed"),
