@@ -19,7 +19,7 @@ from tokenizers import processors
 from transformers.image_utils import load_image
 
 import bittern
-from bittern.data import Data, digits, has_classes, load_any_split, load_data, load_splits
+from bittern.data import Data, digits, has_classes, load_any_split, load_data, load_splits, tables
 from bittern.data.detection import Scene
 from bittern.data.evaluate import predict
 from bittern.data.images import read_image
@@ -1105,3 +1105,12 @@ def test_paths_of_images(vit: hf.PreTrainedModel, folders: Path, tmp_path: Path)
     for source in (tmp_path / "tables", tmp_path / "tables" / "train.csv"):
         (batch,) = pictures(source, vit, folders)
         assert batch["pixel_values"].shape == (1, 3, 32, 32)
+
+
+def test_read_only_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A table is read where the cache of `datasets` cannot be written, as in many containers."""
+    (tmp_path / "data.csv").write_text("text,label\ngood,1\n")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/none")
+    tables._cache_folder.cache_clear()
+    assert list(tables.read_table(str(tmp_path / "data.csv"), "train")["text"]) == ["good"]
+    tables._cache_folder.cache_clear()

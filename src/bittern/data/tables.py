@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import glob
 import math
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +96,25 @@ def _read_local(path: Path, split: Split) -> Any:
     if split not in parts:
         return None
     reader, options = READERS[extension(parts[split][0])]
-    return datasets.load_dataset(
-        reader, data_files=[glob.escape(str(file)) for file in parts[split]], split="train", **options
-    )
+    files = [glob.escape(str(file)) for file in parts[split]]
+    return datasets.load_dataset(reader, data_files=files, split="train", cache_dir=_cache_folder(), **options)
+
+
+@cache
+def _cache_folder() -> str | None:
+    """Return where `datasets` may keep what it reads: None for its own folder, a temporary one if that is read-only."""
+    import datasets
+
+    own = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+        if os.access(own, os.W_OK):
+            return None
+    except OSError:  # a home that is not there, as in many containers
+        pass
+    folder = tempfile.mkdtemp(prefix="bittern-data-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def pick_columns(
