@@ -205,8 +205,9 @@ def main() -> None:
         except BitternError as error:
             raise SystemExit(str(error)) from error
         for name, engine in result["engines"].items():
-            if (file := Path(folder) / f"{name}.onnx").exists():
-                engine["file"] = file.stat().st_size
+            files = [Path(folder) / f"{name}{kind}" for kind in (".onnx", ".xml", ".bin")]
+            if size := sum(file.stat().st_size for file in files if file.exists()):
+                engine["file"] = size
     if as_json:
         print(json.dumps(result))
         return

@@ -43,7 +43,7 @@ def test_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(sys, "argv", ["engines.py", str(tmp_path / "packed"), *options])
     runpy.run_path(str(SCRIPTS / "engines.py"), run_name="__main__")
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["engines"]
-    rivals = ["onnxruntime float32", "onnxruntime int8", "ctranslate2 int8"]
+    rivals = ["onnxruntime float32", "onnxruntime int8", "openvino float32", "openvino int8", "ctranslate2 int8"]
     assert list(found) == ["bittern", "torch float32", *rivals]
     assert all(engine["latency_ms"] > 0 and engine["times_ours"] > 0 for engine in found.values())
     assert all(engine["file"] > 0 for name, engine in found.items() if name != "ctranslate2 int8")

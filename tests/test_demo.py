@@ -46,10 +46,11 @@ def test_digits_rows(rows: dict[str, Row]) -> None:
 
 
 def test_digits_sizes(rows: dict[str, Row]) -> None:
-    """Fewer bits make a smaller file, and training changes neither."""
+    """Fewer bits make a smaller file, and training changes neither, but for the outputs that are kept as text."""
     reference, w8a8, w4a8, ternary, trained = rows.values()
     assert reference.bytes > 2 * w8a8.bytes
-    assert w8a8.bytes > w4a8.bytes > ternary.bytes == trained.bytes
+    assert w8a8.bytes > w4a8.bytes > ternary.bytes
+    assert abs(ternary.bytes - trained.bytes) < 256
     assert reference.bits > w8a8.bits > w4a8.bits > ternary.bits == trained.bits
     assert 2 <= ternary.bits < 2.1
 

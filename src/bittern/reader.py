@@ -120,11 +120,10 @@ class Reader:
         So T5's sub-layers, which are list items of their own, are not taken for blocks. The innermost item if no layer
         runs after W_O, as in blocks of experts; None outside of all lists."""
         parts = attention.split(".")
-        items = [
-            ".".join(parts[:n])
-            for n in range(len(parts), 1, -1)
-            if isinstance(self.modules.get(".".join(parts[: n - 1])), nn.ModuleList)
-        ]
+        names = [".".join(parts[:n]) for n in range(len(parts), 1, -1)]
+        lists = [isinstance(self.modules.get(name.rpartition(".")[0]), nn.ModuleList) for name in names]
+        entered = {e.name for e in self.events if e.kind == "enter"}  # SqueezeBERT calls `forward` of its blocks itself
+        items = [name for name, listed in zip(names, lists, strict=True) if listed and name in entered]
         after_output = list(self._layers_after(i))[1:]
         for item in items:
             if any(_inside(n, item) and not _inside(n, attention) for n in after_output):
