@@ -278,12 +278,12 @@ def choose(rows: Sequence[Row], goal: Goal, max_loss: float) -> tuple[Row, str]:
     if not within:
         nearest = min(rows, key=lambda row: float(row["points"]))
         raise InputError(
-            f"no rung loses at most {max_loss:g} points; nearest is {nearest['rung']}, {nearest['points']:.2f} ± "
+            f"no rung is within the limit of {max_loss:g} points; nearest is {nearest['rung']}, {nearest['points']:.2f} ± "
             f"{nearest['error']:.2f}: raise --max-loss, take it with --keep {nearest['rung']}, or allow --train"
         )
     best = min(within, key=GOALS[goal])
     what = {"size": "the smallest", "speed": "the fastest", "balanced": "the least size × time"}[goal]
-    return best, f"{what} of {len(within)} rungs within {max_loss:g} points, of {len(rows)} measured"
+    return best, f"{what} of {len(within)} rungs within the limit of {max_loss:g}, of {len(rows)} measured"
 
 
 def compress(

@@ -39,7 +39,7 @@ def compress(result: Result) -> None:
         loss, size = f"{row['points']:.2f} ± {row['error']:.2f}", f"{megabytes(row['file'])} ({row['smaller']:.1f}×)"
         value, speed = f"{row[result['metric']]:.4f}", (f"{row['latency_ms']:.1f}", f"{row['faster']:.2f}×")
         rows.append((mark, row["rung"], value, loss, size, *speed))
-    title = f"{result['source']} on {result['rows'][0]['samples']:,} samples; →: chosen, ✗: may lose too much"
+    title = f"{result['source']}, {result['rows'][0]['samples']:,} samples; → chosen, ✗ may lose too much"
     print_table(("", "rung", result["metric"], "points lost", "size", "ms", "faster"), rows, title, left=("rung",))
     fresh = result["fresh"]
     say(
