@@ -278,7 +278,7 @@ def choose(rows: Sequence[Row], goal: Goal, max_loss: float) -> tuple[Row, str]:
     if not within:
         nearest = min(rows, key=lambda row: float(row["points"]))
         raise InputError(
-            f"no rung is within the limit of {max_loss:g} points; nearest is {nearest['rung']}, {nearest['points']:.2f} ± "
+            f"no rung is within the limit of {max_loss:g}; nearest is {nearest['rung']}, {nearest['points']:.2f} ± "
             f"{nearest['error']:.2f}: raise --max-loss, take it with --keep {nearest['rung']}, or allow --train"
         )
     best = min(within, key=GOALS[goal])
