@@ -208,8 +208,8 @@ def main() -> None:
             raise SystemExit(str(error)) from error
         for name, engine in result["engines"].items():
             files = [Path(folder) / f"{name}{kind}" for kind in (".onnx", ".xml", ".bin")]
-            if size := sum(file.stat().st_size for file in files if file.exists()):
-                engine["file"] = size
+            if total := sum(file.stat().st_size for file in files if file.exists()):
+                engine["file"] = total
     if as_json:
         print(json.dumps(result))
         return
