@@ -363,8 +363,8 @@ def test_not_finite(tmp_path: Path) -> None:
         running.train()
 
 
-def test_refused(tmp_path: Path) -> None:
-    """A student that is not simulated, terms that do not exist, other widths: refused in one line."""
+def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student that is not simulated, split weights, terms that do not exist, other widths: refused in one line."""
     teacher, batch = SUPPORTED["bert"]()
     args = hf.TrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True)
     with refused(ModelError, "not simulated"):
@@ -372,6 +372,13 @@ def test_refused(tmp_path: Path) -> None:
     reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     with refused(InputError, "use_reentrant=False"):
         trainer(tmp_path / "reentrant", **reentrant)
+    with refused(InputError, "split weights", "torchrun"):
+        trainer(tmp_path / "fsdp", fsdp=True)
+    with monkeypatch.context() as patch, refused(InputError, "one process on CPUs", "torchrun"):
+        patch.setenv("ACCELERATE_USE_CPU", "True")  # as `accelerate launch --cpu --num_processes 2` does
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        patch.delenv("RANK", raising=False)
+        trainer(tmp_path / "cpus")
     with refused(InputError, "'maps'", "did you mean map?"):
         parse_distill("maps")
     with refused(InputError, "map=x", "map=0.5"):

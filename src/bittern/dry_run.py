@@ -87,11 +87,20 @@ def check_model(model: object) -> None:
         raise ModelError(
             f"expected a Hugging Face Transformer (transformers.PreTrainedModel), got {type(model).__name__}"
         )
+    check_merged(model)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(
                 f"weight {name} holds NaN or infinite values; the checkpoint is damaged or training diverged"
             )
+
+
+def check_merged(model: nn.Module) -> None:
+    """Raise ModelError for a model with adapters of PEFT: they would be quantized, or saved, apart from it."""
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ModelError(
+            "the model has adapters; merge them first, model.merge_and_unload(), or save them by themselves"
+        )
 
 
 def dummy_batch(model: PreTrainedModel) -> dict[str, Tensor]:

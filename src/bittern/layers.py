@@ -56,7 +56,7 @@ class QuantLayer(QuantizedLayer):
         """The weight's values after quantization, as (rows, columns).
 
         Without gradients the result is kept until weight or scale change: a second copy of the weight in memory.
-        A change in place of `weight.data`, which PyTorch does not count, goes unseen.
+        Changes of `weight.data`, such as PEFT's merging, are not counted by PyTorch; some values of the weight tell.
         """
         weight: Tensor = self.weight  # type: ignore[assignment]
         quantizer = self.weight_quantizer
@@ -65,7 +65,8 @@ class QuantLayer(QuantizedLayer):
         if torch.is_grad_enabled() or weight.grad is not None:  # fused optimizers change weights uncounted
             self._kept = None
             return quantizer(weight_matrix(self).contiguous())  # type: ignore[no-any-return]
-        state = quantizer.format, stamp(weight, quantizer.scale)
+        some = weight.detach().flatten()[:: 1 + weight.numel() // 64].tolist()
+        state = quantizer.format, stamp(weight, quantizer.scale), some
         if self._kept is None or self._kept[0] != state:
             self._kept = (state, quantizer(weight_matrix(self).contiguous()))
         return self._kept[1]

@@ -200,11 +200,11 @@ class BitternQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return bool(self.quantization_config.state == "simulated")
+        return True  # adapters can be trained on a packed model: gradients pass its layers, whose codes stay
 
     @property
     def is_qat_trainable(self) -> bool:
-        return self.is_trainable
+        return bool(self.quantization_config.state == "simulated")
 
     # ---- saving
 

@@ -29,7 +29,7 @@ from bittern.deploy.checkpoint import (
 from bittern.deploy.companions import copy_companions, folder_of, source_of, warn_of_missing, write_card
 from bittern.deploy.files import atomic_folder, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer
-from bittern.dry_run import check_model
+from bittern.dry_run import check_merged, check_model
 from bittern.errors import BitternError, CheckpointError, InputError, ModelError, first_line
 from bittern.layers import formats, is_simulated
 from bittern.quantizers import FakeQuant
@@ -89,6 +89,8 @@ def _check_folder(folder: Path) -> None:
     """
     if not any(folder.iterdir()):
         raise InputError(f"{folder} is empty; expected a folder with config.json and model.safetensors")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{folder} holds an adapter; merge it into its model (PEFT's merge_and_unload) and save that")
     config = read_json(folder / "config.json")
     if "model_type" not in config:
         raise ModelError(f"{folder}/config.json names no model_type; expected a Transformer of transformers")
@@ -120,6 +122,7 @@ def save(
     default the folder or hub name that the model was loaded from; a warning says what could not be found.
     report: saved as bittern.json. Raises InputError if `out` exists (unless `force`) or cannot be written.
     """
+    check_merged(model)
     source = source_of(model) if processors_from is None else processors_from
     if is_simulated(model) and not is_packed(model):
         mark(model, "simulated")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class QATTrainer(Trainer):
     ):
         if not is_simulated(model):
             raise ModelError("the student is not simulated; call simulate(model, recipe) before training")
+        _check_processes(options.get("args", args[0] if args else None))
         self.distiller = Distiller(distill or Distill(), model, teacher, intervention)
         super().__init__(mark(model, "simulated"), *args, **options)
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -126,6 +128,18 @@ class QATTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         _load_state(self.model, self.state.best_model_checkpoint)
+
+
+def _check_processes(arguments: Any) -> None:
+    """Raise InputError for ways to share work that Bittern cannot serve, or that do not share it."""
+    fsdp = getattr(arguments, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if fsdp or getattr(arguments, "deepspeed", None):
+        raise InputError(
+            "FSDP and DeepSpeed split weights, but scales are those of whole ones; start one process per GPU with "
+            "torchrun, each of which holds the model"
+        )
+    if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+        raise InputError("accelerate launch starts one process on CPUs, whatever --num_processes says; use torchrun")
 
 
 class _StartAfresh(TrainerCallback):
