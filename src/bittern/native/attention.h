@@ -23,34 +23,24 @@ struct Attention {
 namespace {
 
 constexpr int kQueries = 32;  // rows of the map that are worked on at a time: they stay in the first cache
-#if defined(__AMX_INT8__)
-constexpr int kDepth = 64;  // what is summed over is padded to this: a row of a tile
-#else
-constexpr int kDepth = 16;
-#endif
+constexpr int kZero = kSigned ? 0 : 128;  // what stands for 0 in panels of signed bytes
 
-// Signed bytes as the unsigned codes that panels hold; a word of four at once.
-inline uint32_t unsigned_codes(const int8_t* four) {
-  uint32_t word;
-  memcpy(&word, four, 4);
-  return word ^ 0x80808080u;
-}
-
-inline void put(uint8_t* panel, size_t high, uint32_t word) {
-  const uint32_t low_half = kPlanes == 1 ? word : word & 0x0f0f0f0fu;
-  memcpy(panel, &low_half, 4);
-  if (kPlanes == 2) {
-    const uint32_t high_half = word >> 4 & 0x0f0f0f0fu;
-    memcpy(panel + high, &high_half, 4);
-  }
+// Four inputs, from `k` on, of an output of a panel, whose high halves are `high` bytes behind.
+inline void put(uint8_t* panel, size_t output, size_t k, size_t high, uint32_t word) {
+  panel += k / kStep * kLine + output * kStep + k % kStep;
+  const uint32_t halves[2] = {kPlanes == 1 ? word : word & 0x0f0f0f0fu, word >> 4 & 0x0f0f0f0fu};
+  for (int plane = 0; plane < kPlanes; ++plane) memcpy(panel + plane * high, &halves[plane], 4);
 }
 
 // Rows of codes (outputs of the product) as expanded panels. Rows beyond the last are whatever `codes` holds there.
 inline void panels_of_rows(const int8_t* codes, int rows, int width, uint8_t* panels) {
   const size_t high = size_t(width) * kPanel;
   for (int r = 0; r < up(rows, kPanel); ++r) {
-    uint8_t* panel = panels + size_t(r / kPanel) * high * kPlanes + (r % kPanel) * 4;
-    for (int k = 0; k < width; k += 4) put(panel + k * kPanel, high, unsigned_codes(codes + size_t(r) * width + k));
+    uint8_t* panel = panels + size_t(r / kPanel) * high * kPlanes;
+    for (int k = 0; k < width; k += 4) {
+      const auto word = load<uint32_t>(codes + size_t(r) * width + k) ^ kZero * 0x01010101u;
+      put(panel, size_t(r % kPanel), size_t(k), high, word);
+    }
   }
 }
 
@@ -60,26 +50,17 @@ inline void panels_of_columns(const int8_t* codes, int rows, int columns, uint8_
   const int width = up(columns, kPanel);
   for (int c = 0; c < width; c += kPanel)
     for (int r = 0; r < rows; r += 4) {
-      uint8_t* panel = panels + size_t(c / kPanel) * high * kPlanes + size_t(r) * kPanel;
-      const int8_t* from = codes + size_t(r) * width + c;
-      const auto load = [&](int i) {
-        return _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * width)), _mm_set1_epi8(-128));
-      };
-      const __m128i a = load(0), b = load(1), c4 = load(2), d = load(3);
-      const __m128i low0 = _mm_unpacklo_epi8(a, b), high0 = _mm_unpackhi_epi8(a, b);
-      const __m128i low1 = _mm_unpacklo_epi8(c4, d), high1 = _mm_unpackhi_epi8(c4, d);
-      const __m128i out[4] = {_mm_unpacklo_epi16(low0, low1), _mm_unpackhi_epi16(low0, low1),
-                              _mm_unpacklo_epi16(high0, high1), _mm_unpackhi_epi16(high0, high1)};
+      uint8_t* panel = panels + size_t(c / kPanel) * high * kPlanes;
+      Sixteen from[4], out[4];
+      for (int i = 0; i < 4; ++i) from[i] = load<Sixteen>(codes + size_t(r + i) * width + c) ^ uint8_t(kZero);
+      columns_of(from, out);
+      if (kStep != 4) {
+        for (int i = 0; i < kPanel; ++i) put(panel, size_t(i), size_t(r), high, load<uint32_t>(reinterpret_cast<uint8_t*>(out) + 4 * i));
+        continue;
+      }
       for (int i = 0; i < 4; ++i) {
-        auto* to = reinterpret_cast<__m128i*>(panel + 16 * i);
-        if (kPlanes == 1) {
-          _mm_storeu_si128(to, out[i]);
-        } else {
-          const __m128i nibble = _mm_set1_epi8(15);
-          _mm_storeu_si128(to, _mm_and_si128(out[i], nibble));
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(panel + high + 16 * i),
-                           _mm_and_si128(_mm_srli_epi16(out[i], 4), nibble));
-        }
+        const Sixteen halves[2] = {kPlanes == 1 ? out[i] : out[i] & uint8_t(15), out[i] >> 4};
+        for (int plane = 0; plane < kPlanes; ++plane) store(panel + plane * high + r * kPanel + 16 * i, halves[plane]);
       }
     }
 }
@@ -186,7 +167,7 @@ struct Head {
     all_panels(b.rows + size_t(first) * depth, count, depth, b.keys, a.keys, b.sums, [&](int p, const int32_t* sums) {
       const int real = a.keys - p * kPanel < kPanel ? a.keys - p * kPanel : kPanel;
       for (int r = 0; r < count; ++r, sums += kPanel) {
-        const int32_t zero = 128 * b.row_sums[first + r];
+        const int32_t zero = kZero * b.row_sums[first + r];
         const float* added = mask == nullptr ? nullptr : mask + (first + r) * a.mask_strides[2] + p * kPanel;
         float* to = scores + size_t(r) * width + p * kPanel;
         float padded[kPanel] = {};
@@ -217,7 +198,7 @@ struct Head {
     all_panels(b.map, count, keys, b.values, a.value_dim, b.sums, [&](int p, const int32_t* sums) {
       const int real = a.value_dim - p * kPanel < kPanel ? a.value_dim - p * kPanel : kPanel;
       for (int r = 0; r < count; ++r, sums += kPanel) {
-        const int32_t zero = 128 * b.map_sums[r];
+        const int32_t zero = kZero * b.map_sums[r];
         float some[kPanel];
         for (int i = 0; i < kPanel; i += kLanes) {
           const Ints sum = load<Ints>(sums + i) - zero + load<Ints>(b.columns + p * kPanel + i);

@@ -14,14 +14,8 @@ extern "C" {
 // Counts changes of functions and structures below; library.py has the same number.
 int bittern_interface() { return 3; }
 
-// Lets this process use the AMX tiles, which Linux grants on request; 0 if they are granted or not needed.
-int bittern_start() {
-#if defined(__AMX_INT8__)
-  return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? 0 : 1;
-#else
-  return 0;
-#endif
-}
+// Asks the system for what this kind of CPU needs; 0 if it is granted or nothing is needed.
+int bittern_start() { return start() ? 0 : 1; }
 
 int64_t bittern_panel_bytes(int rows, int columns, int bits) {
   return int64_t(up(rows, kPanel)) * up(columns, kAlign) * bits / 8;

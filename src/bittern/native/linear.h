@@ -37,15 +37,6 @@ struct Linear {
 
 constexpr size_t kStream = 2 << 20;  // bytes of an output beyond which no core's cache holds it
 
-// Values of whole panels past the caches: a line that is written as a whole need not be fetched first.
-inline void stream_out(const float* values, int n, float* out) {
-#if defined(__AVX512F__)
-  for (int i = 0; i < n; i += 16) _mm512_stream_ps(out + i, _mm512_loadu_ps(values + i));
-#else
-  for (int i = 0; i < n; i += 8) _mm256_stream_ps(out + i, _mm256_loadu_ps(values + i));
-#endif
-}
-
 using PanelFloats = float __attribute__((vector_size(4 * kPanel)));
 using PanelInts = int32_t __attribute__((vector_size(4 * kPanel)));
 
@@ -79,7 +70,8 @@ inline void finish(const Linear& l, int row0, int rows, int output, const int32_
     float* out = l.out + size_t(row0 + r) * l.outputs + output;
     if (l.activation != kNone) activate(reinterpret_cast<float*>(value), P * kPanel, l.activation);
     if (real < P * kPanel) memcpy(out, value, sizeof(float) * size_t(real));
-    else if (l.stream) stream_out(reinterpret_cast<const float*>(value), P * kPanel, out);
+    else if (l.stream)
+      for (int i = 0; i < P * kPanel; i += kLanes) stream(out + i, load(reinterpret_cast<const float*>(value) + i));
     else memcpy(out, value, sizeof(value));
   }
 }
@@ -95,14 +87,12 @@ void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* pan
   const int all = up(l.outputs, kPanel) / kPanel, count = all - first < kPair ? all - first : kPair;
   const size_t packed = size_t(width) * kPanel * l.bits / 8, next = size_t(kBlock) * kPanel * planes(l.bits);
   const size_t next_sums = size_t(kTile) * kPanel;
-#if defined(__AVX512VNNI__)
   if (rows <= kFew) {
     const auto product = l.bits == 2 ? rows_packed<2> : l.bits == 4 ? rows_packed<4> : rows_packed<8>;
     product(l.panels + first * packed, packed, count, l.a + size_t(row0) * width, size_t(width), rows, sums, next_sums);
     finish(l, row0, rows, first * kPanel, count, sums, next_sums);
     return;
   }
-#endif
   const bool as_they_lie = l.bits == 8 && kPlanes == 1;
   for (int at = 0; at < width; at += kBlock) {
     const int groups = (width - at < kBlock ? width - at : kBlock) / 4;
@@ -123,6 +113,7 @@ void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* pan
 inline int multiply_all(Linear l, int threads) {
   if (l.rows == 0 || l.outputs == 0) return kOk;
   const bool lines = l.outputs % kPanel == 0 && reinterpret_cast<uintptr_t>(l.out) % 64 == 0;
+  l.zero -= flip(l.bits);
   l.stream = l.stream && lines && size_t(l.rows) * size_t(l.outputs) * sizeof(float) > kStream;
   const int pairs = up(up(l.outputs, kPanel) / kPanel, kPair) / kPair;
   const int pieces = up(l.rows, kRows) / kRows, each = up(up(l.rows, pieces) / pieces, 16);
@@ -138,7 +129,7 @@ inline int multiply_all(Linear l, int threads) {
     const Tiles tiles;
     for (int pair = chunk % steps * step; pair < pairs && pair < (chunk % steps + 1) * step && count > 0; ++pair)
       multiply_panels(l, pair, row0, count, mine, reinterpret_cast<int32_t*>(mine + panel));
-    if (l.stream) _mm_sfence();
+    if (l.stream) drain();
   });
   return kOk;
 }

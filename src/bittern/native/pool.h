@@ -3,7 +3,6 @@
 // There is no barrier: the caller works too, and when it finds no chunk left it waits only for threads that are inside
 // one. A thread that the system has taken off its core delays a job by at most the chunk it holds.
 #pragma once
-#include <immintrin.h>
 #include <pthread.h>
 #include <unistd.h>
 
@@ -11,6 +10,8 @@
 #include <chrono>
 #include <mutex>
 #include <thread>
+
+#include "vectors.h"
 
 namespace {
 
@@ -40,7 +41,7 @@ class Pool {
     take(0);
     open_.store(false);
     for (int spins = 0; inside_.load() > 0; ++spins) {
-      if (spins < 4000) _mm_pause();
+      if (spins < 4000) pause();
       else std::this_thread::yield();
     }
     busy_.store(false);
@@ -66,7 +67,7 @@ class Pool {
     for (;;) {
       const auto start = std::chrono::steady_clock::now();
       while (job_.load() == seen) {
-        for (int i = 0; i < 32 && job_.load() == seen; ++i) _mm_pause();
+        for (int i = 0; i < 32 && job_.load() == seen; ++i) pause();
         if (std::chrono::steady_clock::now() - start > std::chrono::microseconds(100)) {
           std::unique_lock<std::mutex> lock(sleep_);
           sleeping_.fetch_add(1);
