@@ -1,12 +1,13 @@
 # make demo: quantize real models on real data.   make test: everything that CI checks.
 # make quick: a short share of it.                make kinds: the tests on each kind of kernels, threads and roundings.
 # make census: every model type of transformers, into docs/compatibility.md; about an hour.
+# make results: the tables of docs/results.md, from benchmarks/results/*.json.
 # make docs: the site, in build/site; every link and anchor must lead somewhere.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test quick kinds docs venv lint
+.PHONY: demo test quick kinds results docs census venv lint
 
 demo: venv
 	$(BIN)/bittern demo all --out bittern-demo --force
@@ -19,6 +20,9 @@ quick: venv
 
 kinds: venv
 	scripts/test_kinds.sh
+
+results: venv
+	$(BIN)/python scripts/results.py
 
 docs: venv
 	$(BIN)/zensical build --strict --clean

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from ptq_grid import add, read
@@ -28,7 +28,7 @@ from ptq_grid import add, read
 from bittern import load, simulate
 from bittern.data import load_splits
 from bittern.data.evaluate import LOWER_IS_BETTER, headline, metrics, predict
-from bittern.options import Distill, Intervention, Training, parse_distill
+from bittern.options import Distill, Intervention, Optimizer, Training, parse_distill
 from bittern.qat.training import train
 
 VARIANTS = [
@@ -92,6 +92,7 @@ def cell(
         steps=options.steps,
         batch_size=options.batch_size,
         learning_rate=key["lr"],
+        optimizer=options.optimizer,
         seed=key["seed"],
         evaluations=options.evaluations,
         metric=options.metric,
@@ -163,6 +164,7 @@ def parse(doc: str | None, variants: list[str], **more: dict[str, Any]) -> argpa
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--evaluations", type=int, default=5)
+    parser.add_argument("--optimizer", choices=get_args(Optimizer), default="adamw")
     parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast; measured in float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", type=Path, help="print the table of a file and do nothing else")
@@ -171,8 +173,8 @@ def parse(doc: str | None, variants: list[str], **more: dict[str, Any]) -> argpa
     return parser.parse_args()
 
 
-def run(options: argparse.Namespace, method_of: Callable[[str, int], Method]) -> None:
-    """The cells of a grid that are missing. method_of: what a variant and a seed stand for."""
+def run(options: argparse.Namespace, method_of: Callable[[str, int], Method], **more: Any) -> None:
+    """Run the cells of a grid that are missing. method_of: what a variant and seed stand for; more: names cells too."""
     torch.set_num_threads(options.threads)
     teacher = load(options.teacher)
     data, test = load_splits(options.data, teacher, options.teacher, max_length=64)
@@ -193,11 +195,13 @@ def run(options: argparse.Namespace, method_of: Callable[[str, int], Method]) ->
         "metric": options.metric,
         "teacher": round(found[options.metric], 5),
         **({"bf16": True} if options.bf16 else {}),
+        **({"optimizer": options.optimizer} if options.optimizer != "adamw" else {}),
     }
+    head = {name: value for name, value in head.items() if name not in more}
     for seed in options.seeds:
         for lr in options.lr:
             for variant in options.variants:
-                key = {"variant": variant, "lr": lr, "seed": seed}
+                key = {"variant": variant, "lr": lr, "seed": seed} | more
                 if any(key.items() <= row.items() for row in read(options.out)["rows"]):
                     continue
                 row = cell(options, key, method_of(variant, seed), (data, test), reference)

@@ -87,8 +87,9 @@ def table(path: Path) -> str:
         cells.setdefault((row["method"], row["recipe"]), []).append(row[metric])
     recipes = list(dict.fromkeys(recipe for _, recipe in cells))
     scale = 100 if metric != "similarity" else 1
-    lines = [f"| {HEADLINE[metric]} | " + " | ".join(recipes) + " |", "|---|" + "---|" * len(recipes)]
-    for method in dict.fromkeys(method for method, _ in cells):
+    titles = [f"mixed, {r.partition('@')[2]} bits" if "@" in r else r for r in recipes]
+    lines = [f"| {HEADLINE[metric]} | " + " | ".join(titles) + " |", "|---|" + "---|" * len(recipes)]
+    for method in (m for m in reversed(METHODS) if any(m == name for name, _ in cells)):
         texts = []
         for recipe in recipes:
             values = [scale * v for v in cells.get((method, recipe), [])]

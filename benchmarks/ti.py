@@ -83,7 +83,7 @@ def errors(options: Any) -> dict[str, list[float]]:
     distiller = Distiller(parse_distill("hidden"), student, teacher, Intervention())
     with recording(teacher, "embedding", "hidden", *POINTS) as theirs:
         teacher(**batch)
-    found = {}
+    found: dict[str, list[float]] = {}
     for mode in (None, *POINTS):
         if mode:
             distiller.intervener.begin(Act(mode), theirs, "all")

@@ -26,7 +26,7 @@ def shifted(images: torch.Tensor) -> torch.Tensor:
     return windows[torch.arange(len(images)), :, y, x]
 
 
-def main(epochs: int, seed: int, out: Path) -> None:
+def main(epochs: int, layers: int, seed: int, out: Path) -> None:
     torch.set_num_threads(1)  # a model this small only loses by more, and one thread gives the same bits everywhere
     torch.manual_seed(seed)
     config = ViTConfig(
@@ -34,7 +34,7 @@ def main(epochs: int, seed: int, out: Path) -> None:
         patch_size=2,
         num_channels=1,
         hidden_size=48,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         intermediate_size=96,
         num_labels=10,
@@ -64,6 +64,7 @@ def main(epochs: int, seed: int, out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
     main(**vars(parser.parse_args()))

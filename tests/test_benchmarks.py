@@ -63,3 +63,35 @@ def test_ctranslate2_runs_the_same_model(tmp_path: Path) -> None:
     assert not hasattr(model.config, "position_embedding_type")
     model, batch = SUPPORTED["vit"]()
     assert ctranslate2_engine(model, batch, tmp_path) == {}
+
+
+def test_plateau(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each length is a training of its own, done once; the table tells ratios of lengths, the figure shows them."""
+    model = Path(bittern.__file__).parent / "assets" / "digits-vit"
+    out, figure = tmp_path / "plateau.json", tmp_path / "plateau.svg"
+    grid = ["digits", "--lengths", "2", "4", "--samples", "32", "--test-samples", "32", "--seeds", "0"]
+    options = [*grid, "--variants", "plain", "gradual-1", "--optimizer", "bertadam", "--evaluations", "1"]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["plateau.py", str(model), *options, "--out", str(out)])
+        runpy.run_path(str(SCRIPTS / "plateau.py"), run_name="__main__")
+    known = json.loads(out.read_text())
+    assert [(row["variant"], row["steps"]) for row in known["rows"]] == [
+        (variant, steps) for steps in (2, 4) for variant in ("plain", "gradual-1")
+    ]
+    assert "steps" not in known
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["plateau.py", "--table", str(out), "--figure", str(figure)])
+    runpy.run_path(str(SCRIPTS / "plateau.py"), run_name="__main__")
+    assert "| divergence | plain |" in capsys.readouterr().out
+    assert "<svg" in figure.read_text()
+
+
+def test_length_for() -> None:
+    """The length that a curve needs lies between two lengths by their logarithms; none that it has not is invented."""
+    from plateau import length_for
+
+    curve = [(100, 0.4), (200, 0.2), (400, 0.1)]
+    assert length_for(curve, 0.5, -1) == 100
+    assert length_for(curve, 0.15, -1) == pytest.approx(200 * 2**0.5)
+    assert length_for(curve, 0.1, -1) == pytest.approx(400)
+    assert length_for(curve, 0.05, -1) is None

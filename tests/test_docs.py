@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 from collections import defaultdict
 from collections.abc import Iterator
@@ -104,6 +105,14 @@ def test_links(path: Path) -> None:
     relative = [target.partition("#")[0] for target in targets if not re.match(r"\w+:|#", target)]
     missing = [target for target in relative if not os.path.exists(path.parent / target)]
     assert not missing
+
+
+def test_tables_of_results() -> None:
+    """The tables of docs/results.md are those that the benchmarks' JSON files give: `make results` writes them."""
+    made = runpy.run_path(str(ROOT / "scripts" / "results.py"))
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert page.count("<!-- table:") > 15
+    assert made["filled"](page) == page
 
 
 @pytest.mark.parametrize("name", ["concepts.md", "results.md"])
