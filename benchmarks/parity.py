@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bittern import calibrate, load, pack, save, simulate
-from bittern.data import has_classes, load_splits
+from bittern.data import load_splits, task_of
 from bittern.demo import DIGITS
 from bittern.deploy.bench import alternate, ratios
 from bittern.deploy.onnx.export import export
@@ -61,7 +61,7 @@ def samples(
     assert test is not None
     test = test.subset(most)
     calibration = [complete(model, b) for b in train.subset(128)]
-    return calibration, [complete(model, b) for b in test], test.labels if has_classes(model) else None
+    return calibration, [complete(model, b) for b in test], test.labels if task_of(model) == "classes" else None
 
 
 def quality(outputs: Outputs, reference: Outputs, labels: Tensor | None) -> float | None:

@@ -19,7 +19,7 @@ from tokenizers import processors
 from transformers.image_utils import load_image
 
 import bittern
-from bittern.data import Data, digits, has_classes, load_any_split, load_data, load_splits, tables
+from bittern.data import Data, digits, load_any_split, load_data, load_splits, tables, task_of
 from bittern.data.detection import Scene
 from bittern.data.evaluate import predict
 from bittern.data.images import read_image
@@ -396,7 +396,7 @@ def test_missing_numbers_in_csv(folders: Path, tmp_path: Path) -> None:
 def test_labels_without_classes(labels: list[Any], folders: Path, tmp_path: Path) -> None:
     """A model without classes has no use for labels, whatever they are."""
     model = SUPPORTED["bert"]()[0].base_model
-    assert not has_classes(model)
+    assert task_of(model) != "classes"
     data = texts(table(tmp_path, [{"text": "dawn", "label": label} for label in labels]), model, folders)
     assert data.labels is None
 
@@ -698,9 +698,9 @@ def test_fingerprint(numbers: Data, bert: hf.PreTrainedModel, folders: Path, tmp
     ],
     ids=["text", "images", "regression", "base", "language", "boxes"],
 )
-def test_has_classes(model: Callable[[], hf.PreTrainedModel], expected: bool) -> None:
+def test_classes(model: Callable[[], hf.PreTrainedModel], expected: bool) -> None:
     """A classifier is a model with a classification head of more than one class."""
-    assert has_classes(model()) == expected
+    assert (task_of(model()) == "classes") == expected
 
 
 def test_errors_are_known() -> None:

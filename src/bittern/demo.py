@@ -6,16 +6,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from bittern import jobs
+from bittern.deploy.bench import using_threads
 from bittern.deploy.files import check_output
 from bittern.deploy.store import load, save
 from bittern.errors import InputError
@@ -64,20 +61,7 @@ DEMOS = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One format of the demo's table. accuracy: digits only; agreement: with float (classes, or similarities).
-
-    max_error: of the packed file in a fresh process, kernels off, against the simulated model.
-    """
-
-    format: str
-    bits: float
-    bytes: int
-    accuracy: float | None
-    agreement: float
-    max_error: float | None
-    path: str | None
+Row = dict[str, Any]  # of the demo's table: see `_row`
 
 
 def demo(
@@ -88,7 +72,7 @@ def demo(
     track: Track = silent,
     on_step: OnStep = ignore,
     on_missing: Callable[[str], None] = ignore,
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[Row]]:
     """Quantize digits, minilm or all of what is installed, in folders of `out`; the rows of each.
 
     All outputs are checked before the first model runs. on_missing: told of what is not installed, if all was asked
@@ -107,10 +91,7 @@ def demo(
             continue
         for format in ("float", *DEMOS[name].formats):
             check_output(_folder(name, format, out), force)
-    return {
-        name: [asdict(row) for row in _rows(name, source, out, force, track, on_step)]
-        for name, source in chosen.items()
-    }
+    return {name: _rows(name, source, out, force, track, on_step) for name, source in chosen.items()}
 
 
 def _folder(name: str, format: str, out: str | Path) -> Path:
@@ -128,7 +109,7 @@ def _rows(name: str, source: Path, out: str | Path, force: bool, track: Track, o
             simulated = Path(temporary) / folder.name
             options: dict[str, Any] = {"data": data, "simulated": simulated, "force": force, "track": track}
             if format == TRAINED:
-                with one_thread():  # a model this small only loses by more
+                with using_threads(1):  # a model this small only loses by more
                     options |= {"distill": Distill(), "training": TRAINING, "on_step": on_step}
                     found = jobs.qat(source, recipe, folder, **options)
             else:
@@ -137,23 +118,14 @@ def _rows(name: str, source: Path, out: str | Path, force: bool, track: Track, o
             checks.append(_start_check(folder, data, simulated))
         float_row = _row("float", 32, found["float_bytes"], found["float"])
         ended = [_finish_check(check) for check in track(checks, "checking the files in fresh processes")]
-    return [float_row, *(replace(r, max_error=e["max_difference"]) for r, e in zip(rows, ended, strict=True))]
+    return [float_row, *(row | {"max_error": e["max_difference"]} for row, e in zip(rows, ended, strict=True))]
 
 
 def _row(name: str, bits: float, size: int, found: dict[str, float], path: str | None = None) -> Row:
-    agreement = found["agreement"] if "agreement" in found else found["similarity"]
-    return Row(name, bits, size, found.get("accuracy"), agreement, None, path)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let PyTorch have one thread inside the block."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    """Return one format. accuracy: digits only; agreement: with float (classes, or similarities); max_error: of the
+    packed file in a fresh process, kernels off, against the simulated model, once that is known."""
+    measured = {"accuracy": found.get("accuracy"), "agreement": found.get("agreement", found.get("similarity"))}
+    return {"format": name, "bits": bits, "bytes": size, **measured, "max_error": None, "path": path}
 
 
 def _start_check(packed: Path, data: str, simulated: Path) -> subprocess.Popen[str]:

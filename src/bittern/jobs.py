@@ -227,8 +227,8 @@ class _Job:
 
     def prepare(self) -> None:
         """Load and check everything, and run the float model."""
-        self.float_model = _load_float(self.source)
-        self.model = _load_float(self.student) if self.student else self.float_model
+        self.float_model = load_float(self.source)
+        self.model = load_float(self.student) if self.student else self.float_model
         if self.student:
             check_same_inputs(self.model, self.student, self.float_model, self.source)
         data, self.train, self.test = self.source_of_data, None, None
@@ -324,7 +324,8 @@ class _Job:
         }
 
 
-def _load_float(source: str | Path) -> PreTrainedModel:
+def load_float(source: str | Path) -> PreTrainedModel:
+    """Load a model that is to be quantized. Raises ModelError if it is already."""
     model = load(source)
     if is_packed(model) or is_simulated(model):
         raise ModelError(f"{source} is quantized already; give the float model that it was made from")

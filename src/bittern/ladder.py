@@ -29,11 +29,12 @@ from bittern.analysis.pareto import write_page
 from bittern.data import Data, load_splits
 from bittern.data.evaluate import LOWER_IS_BETTER, headline, metrics, predict
 from bittern.deploy.bench import alternate
-from bittern.deploy.checkpoint import is_packed, pack
+from bittern.deploy.checkpoint import pack
 from bittern.deploy.files import Journal, atomic_folder, check_output, digest
 from bittern.deploy.store import REPORT, float_bytes, load, measure, save
-from bittern.errors import InputError, ModelError
-from bittern.layers import is_simulated, simulate
+from bittern.errors import InputError
+from bittern.jobs import load_float
+from bittern.layers import simulate
 from bittern.options import Distill, Training
 from bittern.progress import OnEstimate, Track, ignore, silent
 from bittern.ptq import quantize as post_training
@@ -322,9 +323,7 @@ def compress(
     if keep is not None and keep not in (names := [rung.name for step in ladder for rung in step]):
         raise InputError(f"no rung {keep!r} to keep; there are {', '.join(names)}")
     check_output(out, force)
-    model, folder = load(source), Path(f"{Path(out)}.rungs")
-    if is_packed(model) or is_simulated(model):
-        raise ModelError(f"{source} is quantized already; give the float model that it was made from")
+    model, folder = load_float(source), Path(f"{Path(out)}.rungs")
     train_data, test = load_splits(data, model, source, **columns)
     if train_data is None:
         raise InputError(f"{data} has no train split to calibrate with; name one of its files train.parquet")

@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 from importlib.resources import files
 from math import inf
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Strict, ValidationError, model_validator
 
 from bittern.errors import RecipeError
 
@@ -108,20 +108,13 @@ class Rule(_Strict):
     """
 
     modules: str = "*"
-    roles: tuple[Role, ...] = ()
+    roles: Annotated[tuple[Role, ...], Strict(False)] = ()  # YAML has lists
     weight: Format | None = None
     input: Format | None = None
     query: Format | None = None
     key: Format | None = None
     value: Format | None = None
     map: Format | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sequences(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("roles"), list):
-            data = data | {"roles": tuple(data["roles"])}
-        return data
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -174,14 +167,7 @@ class Recipe(_Strict):
     """An ordered list of rules; the first that selects a module decides, and what none selects stays float."""
 
     name: str
-    rules: tuple[Rule, ...]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sequences(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("rules"), list):
-            data = data | {"rules": tuple(data["rules"])}
-        return data
+    rules: Annotated[tuple[Rule, ...], Strict(False)]
 
     @model_validator(mode="after")
     def _some(self) -> Self:

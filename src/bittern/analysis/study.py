@@ -21,7 +21,7 @@ from bittern.analysis.maps import shown_samples
 from bittern.analysis.pair import Pair
 from bittern.analysis.report import write_report
 from bittern.analysis.tokens import token_kinds
-from bittern.data import check_same_inputs, has_classes, load_any_split
+from bittern.data import check_same_inputs, load_any_split, task_of
 from bittern.data.evaluate import metrics, predict
 from bittern.deploy.bench import alternate
 from bittern.deploy.files import Journal, atomic_folder, check_output, digest, read_json, reserved
@@ -146,7 +146,7 @@ class _Study:
         reference = predict(self.teacher, self.track(self.data, "teacher"))
         predicted = [predict(pair.student, self.track(self.data, "student")) for pair in self.pairs]
         order = list(range(len(self.data)))
-        if has_classes(self.teacher):  # up to three on which they disagree come first
+        if task_of(self.teacher) == "classes":  # up to three on which they disagree come first
             differ = [i for i in order if any(p[i].argmax() != reference[i].argmax() for p in predicted)][:3]
             order = [*differ, *(i for i in order if i not in differ)]
         found = {

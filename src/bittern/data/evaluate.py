@@ -22,6 +22,7 @@ from bittern.data.labels import class_names
 from bittern.data.pooling import embed
 from bittern.data.tasks import check_served, share_padding
 from bittern.data.tokens import TARGETS, answer_scores, best_spans, tag_scores
+from bittern.dry_run import evaluating
 from bittern.errors import InputError, first_line
 
 HEADLINES = {"cola": "mcc", "mrpc": "f1", "qqp": "f1", "stsb": "pearson"}  # of GLUE; accuracy of the other tasks
@@ -45,13 +46,9 @@ def predict(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> 
     an encoder embeddings (samples, width), pooled as its own folder says.
     """
     check_served(model)
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    try:
+    with evaluating(model):
         outputs = [_output(model, {k: v.to(device) for k, v in batch.items()}) for batch in batches]
-    finally:
-        model.train(training)
     if not outputs:
         raise InputError("there is nothing to predict: the data is empty")
     return torch.cat(outputs)

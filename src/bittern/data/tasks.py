@@ -49,26 +49,6 @@ def task_of(model: PreTrainedModel) -> Task | None:
     return task
 
 
-def has_classes(model: PreTrainedModel) -> bool:
-    """True if the model is a classifier with one right class: its outputs are logits of num_labels classes."""
-    return task_of(model) == "classes"
-
-
-def is_regression(model: PreTrainedModel) -> bool:
-    """True if the model's outputs are numbers."""
-    return task_of(model) == "number"
-
-
-def has_boxes(model: PreTrainedModel) -> bool:
-    """True if the model is a detector: its outputs are logits and boxes of queries."""
-    return task_of(model) == "boxes"
-
-
-def is_language_model(model: PreTrainedModel) -> bool:
-    """True if the model is a decoder that gives logits of the next token."""
-    return task_of(model) == "next"
-
-
 def check_served(model: PreTrainedModel) -> None:
     """Raise InputError unless evaluation serves the model."""
     if task_of(model) is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bittern import native
-from bittern.dry_run import dummy_batch
+from bittern.dry_run import dummy_batch, evaluating
 from bittern.errors import CheckpointError
 from bittern.layers import as_float, fake_quants
 
@@ -70,14 +70,9 @@ def _from_json(value: Any, model: PreTrainedModel) -> Tensor:
 @torch.no_grad()
 @native.disabled()
 def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with as_float(model), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # for models that draw numbers
-            out = model.eval()(**{name: _from_json(value, model) for name, value in inputs.items()}, return_dict=True)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with as_float(model), evaluating(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for models that draw numbers
+        out = model(**{name: _from_json(value, model) for name, value in inputs.items()}, return_dict=True)
     found = {name: value for name, value in out.items() if isinstance(value, Tensor)}
     kept = {name: _numbers(tensor, KEPT) for name, tensor in found.items() if tensor.numel()}
     scaled = [(q.scale, q.offset) for _, q in fake_quants(model) if q.scale is not None]

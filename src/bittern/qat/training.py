@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from bittern.data import Data, is_language_model
+from bittern.data import Data, task_of
 from bittern.data.evaluate import LOWER_IS_BETTER
 from bittern.errors import InputError, first_line
 from bittern.options import Distill, Intervention, Training
@@ -81,7 +81,7 @@ def train(
     """
     if training.batch_size > len(data):
         raise InputError(f"a batch of {training.batch_size} is larger than the data, {len(data)} samples; lower it")
-    if "truth" in distill.terms and not data.has_labels and not is_language_model(student):
+    if "truth" in distill.terms and not data.has_labels and task_of(student) != "next":
         raise InputError(f"{data.name} has no labels, which the term truth needs; choose other terms with --distill")
     patience = [EarlyStoppingCallback(training.patience)] if training.patience else []
     arguments = _arguments(training, Path(folder))
@@ -176,7 +176,7 @@ def collator(data: Data, model: PreTrainedModel) -> Callable[[Sequence[int]], di
 
     def collate(numbers: Sequence[int]) -> dict[str, Tensor]:
         batch = data.collate([data.rows[i] for i in numbers])
-        if is_language_model(model):
+        if task_of(model) == "next":
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         elif data.labels is not None:
             batch["labels"] = data.labels[list(numbers)]

@@ -88,6 +88,7 @@ def export(
         onnx_graph.save(graph, file)
         parity = compare(run_file(file, list(simulated), track(batches, "file")), simulated, exact, reference)
         check(parity)
+        as_bytes = [name for name, known in plans.items() if known.kind in ("static", "dynamic")]
         result = {
             "source": str(source),
             "model": type(model).__name__,
@@ -95,9 +96,9 @@ def export(
             "inputs": onnx_graph.shapes(graph.graph.inputs),
             "outputs": onnx_graph.shapes(graph.graph.outputs),
             "data": data or "made up",
-            "parity": parity.to_dict(),
+            "parity": parity,
             "layers": dict(Counter(known.kind for known in plans.values())),
-            "may_saturate": [] if safe else [n for n, m in layers.items() if _may_saturate(m, plans[n])],
+            "may_saturate": [] if safe else [n for n in as_bytes if may_saturate(integer_codes(layers[n]))],
             "kept_float": list(_kept_float(model, plans)),
             "float_nodes": onnx_graph.float_nodes(graph),
             "bytes": sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")),
@@ -109,10 +110,6 @@ def export(
                 del model.config.quantization_config
             model.config.save_pretrained(file.parent)
     return result | {"out": str(out)}
-
-
-def _may_saturate(layer: PackedLayer, known: Plan) -> bool:
-    return known.kind in ("static", "dynamic") and may_saturate(integer_codes(layer))
 
 
 def _kept_float(model: nn.Module, plans: Mapping[str, Plan]) -> Iterator[dict[str, str]]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from math import isnan, sqrt
 from pathlib import Path
 from typing import Any
@@ -41,31 +40,6 @@ INPUTS = (
 HEADS, BODIES = ("logits", "pred_boxes"), ("last_hidden_state", "pooler_output", "image_embeds", "text_embeds")
 
 Outputs = dict[str, list[Tensor]]  # by name, batch by batch
-
-
-@dataclass(frozen=True)
-class Parity:
-    """Distances of the file from what it stands for, over all samples; errors are relative, in the 2-norm.
-
-    error, largest, agreement: of the file and the simulated model: the error, the largest difference of one output, and
-    the share of samples (tokens, queries) with the same class, if there are classes. drift: of the file from the
-    reference. simulated, file, reference: of each from the exact model; limit: what `file` may be. Of several outputs
-    the worst counts.
-    """
-
-    samples: int
-    error: float
-    largest: float
-    agreement: float | None
-    drift: float
-    simulated: float
-    file: float
-    reference: float
-    limit: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The entry of a report, which calls the reference `twin`."""
-        return {"twin" if name == "reference" else name: value for name, value in asdict(self).items()}
 
 
 def made_up(model: PreTrainedModel, samples: int, length: int = 9, seed: int = 0) -> dict[str, Tensor]:
@@ -146,8 +120,14 @@ def run_file(file: str | Path, names: Sequence[str], batches: Iterable[Mapping[s
     return found
 
 
-def compare(file: Outputs, simulated: Outputs, exact: Outputs, reference: Outputs) -> Parity:
-    """Measure how far the outputs of the file are from those of the three models."""
+def compare(file: Outputs, simulated: Outputs, exact: Outputs, reference: Outputs) -> dict[str, Any]:
+    """Measure how far the outputs of the file are from those of the three models, over all samples.
+
+    Errors are relative, in the 2-norm; of several outputs the worst counts. error, largest, agreement: of the file and
+    the simulated model: the error, the largest difference of one output, and the share of samples (tokens, queries)
+    with the same class, if there are classes. drift: of the file from the reference. simulated, file, twin: of the
+    simulated model, the file and the reference from the exact model; limit: what `file` may be.
+    """
 
     def apart(a: Outputs, b: Outputs, name: str) -> float:
         x, y = (torch.cat([t.double().flatten() for t in outputs[name]]) for outputs in (a, b))
@@ -159,24 +139,26 @@ def compare(file: Outputs, simulated: Outputs, exact: Outputs, reference: Output
     own, explained = max(off, key=lambda pair: (isnan(pair[0]), pair[0] - slack * pair[1]))
     pairs = list(zip(file["logits"], simulated["logits"], strict=True)) if "logits" in file else []
     chosen = [(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in pairs if a.shape[-1] > 1]
-    return Parity(
-        samples=samples,
-        error=max(apart(file, simulated, name) for name in simulated),
-        largest=max((a - b).abs().max().item() for n in simulated for a, b in zip(file[n], simulated[n], strict=True)),
-        agreement=torch.cat(chosen).float().mean().item() if chosen else None,
-        drift=max(apart(file, reference, name) for name in simulated),
-        simulated=max(apart(simulated, exact, name) for name in simulated),
-        file=own,
-        reference=explained,
-        limit=slack * explained + FLOAT_NOISE,
-    )
+    return {
+        "samples": samples,
+        "error": max(apart(file, simulated, name) for name in simulated),
+        "largest": max(
+            (a - b).abs().max().item() for n in simulated for a, b in zip(file[n], simulated[n], strict=True)
+        ),
+        "agreement": torch.cat(chosen).float().mean().item() if chosen else None,
+        "drift": max(apart(file, reference, name) for name in simulated),
+        "simulated": max(apart(simulated, exact, name) for name in simulated),
+        "file": own,
+        "twin": explained,
+        "limit": slack * explained + FLOAT_NOISE,
+    }
 
 
-def check(parity: Parity) -> None:
+def check(parity: Mapping[str, Any]) -> None:
     """Raise ModelError if the file is further from the exact model than its arithmetic explains."""
-    if not parity.file <= parity.limit:
+    if not parity["file"] <= parity["limit"]:
         raise ModelError(
-            f"the exported file computes something else: its relative error is {parity.file:.2e}, and its arithmetic "
-            f"explains {parity.limit:.2e}; it was not kept. If 8-bit weights saturate on this processor (x86 without "
-            "VNNI), export with --safe"
+            f"the exported file computes something else: its relative error is {parity['file']:.2e}, and its "
+            f"arithmetic explains {parity['limit']:.2e}; it was not kept. If 8-bit weights saturate on this processor "
+            "(x86 without VNNI), export with --safe"
         )
