@@ -13,8 +13,10 @@ from transformers.models.bert import modeling_bert
 from transformers.models.mpnet import modeling_mpnet
 
 from bittern.anatomy import Anatomy, Attention, Block
+from bittern.attention import recording, sites
 from bittern.dry_run import read_anatomy
 from bittern.errors import ModelError
+from bittern.layers import as_float, simulate
 from bittern.products import Plan
 from families import FLOAT_ATTENTION, SUPPORTED
 
@@ -617,11 +619,21 @@ def test_accessors() -> None:
     assert anatomy.layers("head") == ["lm_head"]
 
 
-@pytest.mark.parametrize(("name", "products", "heads"), [("mpnet", 2, 0), ("deberta_v2", 4, 4), ("bloom", 2, 4)])
+@pytest.mark.parametrize(("name", "products", "heads"), [("mpnet", 2, 4), ("deberta_v2", 4, 4), ("bloom", 2, 4)])
 def test_attention_in_own_code(name: str, products: int, heads: int) -> None:
     """Where a model computes attention by itself, the products of Q and K and of map and V are found, the first of
-    several before the softmax; heads too, where they are one dimension with the samples."""
+    several before the softmax; heads too."""
     assert {a.plan for a in read(name).attentions} == {Plan(0, products - 1, products, products + 1, heads)}
+
+
+def test_heads_that_only_scores_join() -> None:
+    """Where only scores are tensors of (batch · heads, …), they are seen by sample and head all the same."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 99}
+    model = hf.GPTNeoXJapaneseForCausalLM(hf.GPTNeoXJapaneseConfig(**sizes)).eval()
+    simulate(model, "w8a8")
+    with as_float(model), recording(sites(model), "score") as taps, torch.no_grad():
+        model(input_ids=torch.arange(18).view(2, 9))
+    assert [x.shape for x in taps["score"]] == [(2, 4, 9, 9)]
 
 
 def test_experts() -> None:

@@ -453,6 +453,16 @@ def test_empty_inputs_only() -> None:
         bittern.calibrate(model, [batch])
 
 
+def test_idle_tied_layer() -> None:
+    """A layer of a block that never runs, and is tied to one that does, has that one's weight after a search."""
+    model, batch = SUPPORTED["bert"]()
+    block = model.bert.encoder.layer[0]
+    block.never = torch.nn.Linear(32, 48)
+    block.never.weight = block.intermediate.dense.weight
+    quantize(model, "w8a8", [batch])
+    assert torch.equal(block.never.quantized_weight(), block.intermediate.dense.quantized_weight())
+
+
 def test_no_batches() -> None:
     """Without batches, or with batches without tensors, one line says so."""
     for data, part in (([], "no batches"), ([{"text": "a"}], "holds no tensors, only text")):

@@ -140,6 +140,7 @@ def test_floors(tmp_path: Path, bert: Path, texts: Path) -> None:
     assert found is not None
     assert 0 < float(found[1]) < float(found[2]) / 10
     assert "most of the loss" not in done.err
+    assert re.search(r"kept float: .*\n\d\d\.\d% of [\d,]+ weights are quantized", done.out)
 
 
 def test_patience(tmp_path: Path, bert: Path, texts: Path) -> None:

@@ -30,6 +30,7 @@ try:
         rename_source_key,
         revert_weight_conversion,
     )
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import eager_mask
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
     from transformers.utils.output_capturing import _active_collector as active_collector
@@ -40,6 +41,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "ALL_EXPERTS_FUNCTIONS",
     "PrefixChange",
     "WeightConverter",
     "WeightRenaming",

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,16 +19,19 @@ from bittern import attention
 from bittern.anatomy import Anatomy, record_of
 from bittern.dry_run import check_model, read_anatomy
 from bittern.errors import ModelError
+from bittern.experts import ExpertsLinear, close_experts, open_experts
 from bittern.quantizers import FakeQuant, find_scale, quantize_once, stamp
-from bittern.reader import LAYERS
+from bittern.reader import LAYERS, WEIGHTS
 from bittern.recipe import Format, Recipe, Role, Rule, load_recipe
 from bittern.simulation import LayerReport, Simulation
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
-    """The weight as (rows, columns), a row for each output channel (each token, for an embedding)."""
+    """The weight as (rows, columns), a row for each output channel (each token, for an embedding; of all experts)."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight.t() if isinstance(layer, Conv1D) else weight.flatten(1)
+    if isinstance(layer, Conv1D) or getattr(layer, "transposed", False):
+        weight = weight.mT
+    return weight.flatten(0, 1) if isinstance(layer, ExpertsLinear) else weight.flatten(1)
 
 
 class QuantizedLayer(nn.Module):
@@ -109,6 +112,18 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
         return F.embedding(input, self.quantized_weight(), self.padding_idx)
 
 
+class QuantExpertsLinear(QuantLayer, ExpertsLinear):
+    def expert_weight(self, expert: int) -> Tensor:
+        quantizer = self.weight_quantizer
+        if torch.is_grad_enabled() and quantizer is not None and quantizer.by_row:
+            self._kept = None
+            return quantizer(super().expert_weight(expert).contiguous())  # type: ignore[no-any-return]
+        return self.quantized_weight().chunk(len(self.weight))[expert]
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        return super().forward(self.quantized_input(x), expert)
+
+
 class ScaledEmbedding(nn.Module):
     """Addition of the `*ScaledWordEmbedding` of BART, Gemma and others to an embedding: all rows times one number."""
 
@@ -131,6 +146,7 @@ SIMULATED: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Conv2d: QuantConv2d,
     nn.Embedding: QuantEmbedding,
     Conv1D: QuantConv1D,
+    ExpertsLinear: QuantExpertsLinear,
 }
 
 
@@ -163,15 +179,20 @@ def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, A
     uniform 8-bit per row, static
     """
     recipe = load_recipe(recipe)
-    if isinstance(model, nn.Module) and is_simulated(model):
+    check_model(model)
+    if is_simulated(model):
         raise ModelError("the model is simulated already; call restore(model) first")
-    if isinstance(model, nn.Module) and any(isinstance(m, QuantizedLayer) for m in model.modules()):
+    if any(isinstance(m, QuantizedLayer) for m in model.modules()):
         raise ModelError("the model is packed already; simulate the float model that it was made from")
-    anatomy = anatomy_of(model, batch)
-    attentions: dict[str, Role] = {a.name: "attention" for a in anatomy.attentions}
-    recipe.check_globs(anatomy.roles | attentions)
-    tied = _tied_layers(model, anatomy.roles)
-    plan = _plan(model, recipe, anatomy, tied)
+    with ExitStack() as undo:  # where the model or the recipe is refused
+        undo.callback(close_experts, model)
+        open_experts(model)
+        anatomy = anatomy_of(model, batch)
+        attentions: dict[str, Role] = {a.name: "attention" for a in anatomy.attentions}
+        recipe.check_globs(anatomy.roles | attentions)
+        tied = _tied_layers(model, anatomy.roles)
+        plan = _plan(model, recipe, anatomy, tied)
+        undo.pop_all()
     rules = {name: recipe.rule_for(name, role) for name, role in attentions.items()}
     sites = {name: rule.operands for name, rule in rules.items() if rule is not None and rule.operands}
     for name, (weight, fmt_input) in plan.items():
@@ -193,7 +214,7 @@ def anatomy_of(model: PreTrainedModel, batch: Mapping[str, Any] | None = None) -
     """
     check_model(model)
     if (kept := record_of(model).anatomy) is not None:
-        layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+        layers = [name for name, module in model.named_modules() if isinstance(module, WEIGHTS)]
         if list(kept.roles) == layers and (batch is None or kept.inputs == batch.keys() - {"labels"}):
             return kept
     with as_float(model):
@@ -269,6 +290,7 @@ def restore(model: PreTrainedModel) -> None:
                 delattr(layer, extra)
             layer.__dict__.pop("_kept", None)
     attention.detach(model)
+    close_experts(model)
     record_of(model).recipe = None
 
 

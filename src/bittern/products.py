@@ -43,7 +43,7 @@ _SOFTMAX, _PRODUCTS = (torch.softmax, F.softmax), (torch.matmul, torch.bmm, torc
 
 class Plan(NamedTuple):
     """Numbers, from 0, of calls in one forward of an attention module, all of which count: products of two tensors
-    with three dimensions or more, and softmaxes of such. heads: in tensors of (batch · heads, …); 0 if they have none.
+    with three dimensions or more, and softmaxes of such. heads: those in tensors of (batch · heads, …).
     """
 
     score: int

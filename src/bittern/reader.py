@@ -18,10 +18,12 @@ from transformers.pytorch_utils import Conv1D
 
 from bittern.anatomy import Anatomy, Attention, Block
 from bittern.errors import ModelError
+from bittern.experts import ExpertsLinear
 from bittern.products import Found, Plan
 from bittern.recipe import Role
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding, Conv1D)
+WEIGHTS = (*LAYERS, ExpertsLinear)  # all that hold a weight matrix, or one of each expert
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Reader:
         blocks = tuple(self._block(name, calls, plans) for name, calls in found.items())
         roles = self._roles(blocks)
         blocks = tuple(replace(b, attentions=tuple(a for a in b.attentions if a.name not in lone)) for b in blocks)
-        idle = frozenset(roles) - {e.name for e in self.events if e.kind == "layer"}
+        idle = frozenset(roles) - {e.name for e in self.events}
         like_base = frozenset(name for name, same in self.run.like_base.items() if same)
         return Anatomy(blocks, roles, idle, inputs, tuple(lone), like_base)
 
@@ -99,8 +101,8 @@ class Reader:
         at = next(i for i, e in enumerate(self.events) if e.kind == "attention" and e.name == name)
         if len({f.frame for f in found}) < len(found) or not name:
             return None  # two in one run
-        heads = 0
-        if (context := found[0].context).dim() == 3:  # (batch · heads, queries, head dim)
+        heads = (context := found[0].context).shape[1]
+        if context.dim() == 3:  # (batch · heads, queries, head dim)
             reads = self.first_io[next(self._layers_after(at), name)][0]  # what W_O reads: (batch, queries, hidden)
             heads = reads.shape[-1] // context.shape[-1] if isinstance(reads, Tensor) else 0
             if not heads or len(context) % heads or reads.numel() != context.numel():
@@ -185,9 +187,11 @@ class Reader:
         output_embeddings = self.model.get_output_embeddings()
         ordered: dict[str, Role] = {}
         for name, module in self.modules.items():
-            if not isinstance(module, LAYERS):
+            if not isinstance(module, WEIGHTS):
                 continue
-            if isinstance(module, nn.Embedding):
+            if isinstance(module, ExpertsLinear):
+                ordered[name] = "ffn"
+            elif isinstance(module, nn.Embedding):
                 ordered[name] = "embedding" if id(module.weight) in words else "position"
             elif name in roles:
                 ordered[name] = roles[name]

@@ -3,6 +3,7 @@
     python tests/census                   # all types, about an hour of a core; types that are in --out already are kept
     python tests/census --popular --fast  # the most used ones, all steps but the search of `ptq`: a few minutes
     python tests/census bert mpnet        # only these, printed and not written into the docs
+    python tests/census --head MASKED_LM  # types with this head: MASKED_LM, TOKEN_CLASSIFICATION, QUESTION_ANSWERING, …
 
 Each type runs in a process of its own, within limits of time and memory. Results go to a file of JSON lines, in which
 the last line of a type counts.
@@ -24,7 +25,7 @@ import torch
 import transformers
 from needs import POPULAR
 from steps import examine
-from tiny import all_types
+from tiny import all_types, names
 
 import bittern
 
@@ -49,7 +50,7 @@ Not judged: {unbuilt}, since no tiny model or no batch of theirs could be made h
 """
 
 
-def guarded(kind: str, seconds: float, gigabytes: float, search: bool) -> dict[str, Any]:
+def guarded(kind: str, seconds: float, gigabytes: float, search: bool, head: str | None) -> dict[str, Any]:
     """Examine a type in a process of its own, and judge it."""
     result: dict[str, Any] = {"type": kind, "steps": {}}
     read, write = os.pipe()
@@ -64,7 +65,7 @@ def guarded(kind: str, seconds: float, gigabytes: float, search: bool) -> dict[s
         os.dup2(null, 1)
         os.dup2(null, 2)
         try:
-            examine(kind, lambda what: os.write(write, (json.dumps(what) + "\n").encode()) and None, search)
+            examine(kind, lambda what: os.write(write, (json.dumps(what) + "\n").encode()) and None, search, head)
         finally:
             os._exit(0)
     os.close(write)
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("types", nargs="*")
     parser.add_argument("--popular", action="store_true", help="the most used types only")
     parser.add_argument("--fast", action="store_true", help="without the search of ptq")
+    parser.add_argument("--head", help="with this head, such as MASKED_LM; printed and not written into the docs")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "bittern-census.jsonl")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--gigabytes", type=float, default=4)
@@ -135,16 +137,18 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     kept: dict[str, Any] = {}
-    if options.out.exists() and not options.types:
+    if options.out.exists() and not options.types and not options.head:
         kept = {r["type"]: r for r in map(json.loads, options.out.read_text().splitlines())}
     kinds = options.types or (POPULAR if options.popular else all_types())
+    if options.head:
+        kinds = [kind for kind in kinds if kind in names(options.head)]
     with options.out.open("a") as file:
         for kind in [k for k in kinds if k not in kept]:
-            result = kept[kind] = guarded(kind, options.seconds, options.gigabytes, not options.fast)
+            result = kept[kind] = guarded(kind, options.seconds, options.gigabytes, not options.fast, options.head)
             file.write(json.dumps(result) + "\n")
             file.flush()
             print(f"{result['outcome']:8} {kind:32} {result['seconds']:5.1f} s  {reason(result)[:150]}", flush=True)
-    if not options.types:
+    if not options.types and not options.head:
         which = f"the {len(POPULAR)} most used model types" if options.popular else "each model type"
         DOCS.write_text(page([kept[kind] for kind in kinds], which, not options.fast))
         print(f"wrote {DOCS}")

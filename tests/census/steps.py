@@ -30,8 +30,11 @@ class WrongError(Exception):
     """A wrong answer that nobody was told of."""
 
 
-def examine(kind: str, say: Say, ptq: bool = True) -> None:
-    """Take a type through all steps, and say what came of each as it ends, and facts of the model."""
+def examine(kind: str, say: Say, ptq: bool = True, head: str | None = None) -> None:
+    """Take a type through all steps, and say what came of each as it ends, and facts of the model.
+
+    head: of the model, such as MASKED_LM; the one that the type is most used with, if none is given.
+    """
 
     def step(name: str, action: Callable[[], Any]) -> Any:
         """The action's result, in a tuple; None if there is none."""
@@ -51,7 +54,7 @@ def examine(kind: str, say: Say, ptq: bool = True) -> None:
         return result
 
     for deep, explicit in SIZES:
-        made = step("build", partial(build, kind, deep, explicit))
+        made = step("build", partial(build, kind, deep, explicit, head))
         ran = made and step("float", partial(first_batch, made[0][0], kind))
         if ran:
             break
@@ -134,14 +137,14 @@ def train(original: nn.Module, batch: dict[str, Any]) -> None:
 
 
 def gradients(model: nn.Module, batch: dict[str, Any]) -> set[str]:
-    """The parameters that a step of training gives a gradient to."""
+    """The parameters that a step of training gives a gradient to; a simulated model has layers for those of experts."""
     torch.manual_seed(4)
     out = tensors(model.train()(**copied(batch)))
     parts = [x.float().clamp(-1e4, 1e4).pow(2).mean() for x in out.values() if x.requires_grad and x.numel()]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     torch.stack(parts).sum().backward()
     optimizer.step()
-    return {name for name, p in model.named_parameters() if p.grad is not None}
+    return {name.removesuffix(".weight") for name, p in model.named_parameters() if p.grad is not None}
 
 
 def search(original: nn.Module, batch: dict[str, Any], expected: dict[str, Tensor]) -> None:

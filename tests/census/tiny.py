@@ -56,9 +56,9 @@ def all_types() -> list[str]:
     return sorted(t for t in found if t in CONFIG_MAPPING)
 
 
-def auto_class(kind: str) -> str:
-    """The auto class with the head that a type is most used with."""
-    for keys, cls in _ORDER:
+def auto_class(kind: str, head: str | None = None) -> str:
+    """The auto class with a head, or with the one that a type is most used with."""
+    for keys, cls in [(k, c) for k, c in _ORDER if head in (None, k)]:
         if all(kind in names(key) for key in keys.split("+")) and hasattr(hf, cls):
             return cls
     return "AutoModel"
@@ -275,11 +275,11 @@ def tiny(config: Any, ids: Ids, deep: int, explicit: bool, path: str = "") -> An
         return cls(**{k: v.to_dict() if isinstance(v, hf.PreTrainedConfig) else v for k, v in values.items()})
 
 
-def build(kind: str, deep: int, explicit: bool) -> tuple[Any, Any]:
+def build(kind: str, deep: int, explicit: bool, head: str | None = None) -> tuple[Any, Any]:
     """A tiny model in float32 with random weights, and the class whose `from_pretrained` loads it again."""
     maker = CONFIGS.get(kind)
     config = maker(hf, tiny, Ids()) if callable(maker) else tiny(CONFIG_MAPPING[kind](), Ids(), deep, explicit)
-    name = auto_class(kind)
+    name = auto_class(kind, head)
     torch.manual_seed(0)
     given = (names(keys.split("+")[-1]).get(kind, "") for keys, auto_name in _ORDER if auto_name == name)
     if isinstance(first := next(filter(None, given), ""), (list, tuple)):

@@ -18,7 +18,7 @@ def wrote(out: str) -> None:
 
 def kept(modules: list[Result]) -> str:
     """Layers by name, if few; what has no weight matrix, such as norms, by type and count."""
-    layers = [m["name"] for m in modules if m["type"] in ("Linear", "Conv2d", "Embedding", "Conv1D")]
+    layers = [m["name"] for m in modules if m["type"] in ("Linear", "Conv2d", "Embedding", "Conv1D", "ExpertsLinear")]
     others = Counter(m["type"] for m in modules if m["name"] not in layers)
     named = layers[:6] + ([f"{len(layers) - 6} more layers"] if len(layers) > 6 else [])
     return ", ".join(named + [f"{count} {kind}" for kind, count in others.items()]) or "nothing"
@@ -98,10 +98,15 @@ def sizes_and_metrics(result: Result, how: str = "") -> None:
         say((judged["text"], "" if judged["level"] == "kept" else "bold yellow"))
 
 
-def quantize(result: Result) -> None:
-    sizes_and_metrics(result)
+def modules(result: Result) -> None:
+    """What was quantized and what was not."""
     say(f"{result['quantized']} modules quantized; kept float: {kept(result['kept_float'])}")
     say("; ".join(result["notes"]))
+
+
+def quantize(result: Result) -> None:
+    sizes_and_metrics(result)
+    modules(result)
     if "packed" not in result:
         why = "the data has no test or validation split" if result["data"] else "no data was given; add --data"
         say(f"No accuracy was measured: {why}.")
@@ -148,6 +153,7 @@ def qat(result: Result) -> None:
     if run["phases"]:
         say(intervened(run["phases"], result.get("plain")))
     sizes_and_metrics(result, f", learned from {', '.join(result['distill']['terms'])}")
+    modules(result)
     wrote(result["out"])
 
 

@@ -27,11 +27,13 @@ from transformers.pytorch_utils import Conv1D
 from bittern import native
 from bittern.deploy.weight import PackedWeight
 from bittern.errors import ModelError
+from bittern.experts import ExpertsLinear
 from bittern.kernels import SIXTEEN_BITS, has_kernel, input_coding, make_panels, warn_if_slow
 from bittern.layers import (
     QuantConv1D,
     QuantConv2d,
     QuantEmbedding,
+    QuantExpertsLinear,
     QuantizedLayer,
     QuantLayer,
     QuantLinear,
@@ -287,6 +289,15 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
         return None if out is None else out.view(batch, rows, columns, -1).permute(0, 3, 1, 2)
 
 
+class PackedExpertsLinear(PackedLayer, ExpertsLinear):
+    def expert_weight(self, expert: int) -> Tensor:
+        rows = self.weight_shape[0] // len(self.weight)
+        return self.unpacked(torch.arange(expert * rows, (expert + 1) * rows, device=self.source.weight_codes.device))
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:  # type: ignore[override]
+        return ExpertsLinear.forward(self, self.quantized_input(x), expert)
+
+
 class PackedEmbedding(PackedLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         return self.unpacked(input)
@@ -302,6 +313,7 @@ PACKED: dict[type[QuantLayer], type[PackedLayer]] = {
     QuantConv2d: PackedConv2d,
     QuantEmbedding: PackedEmbedding,
     QuantScaledEmbedding: PackedScaledEmbedding,
+    QuantExpertsLinear: PackedExpertsLinear,
 }
 
 

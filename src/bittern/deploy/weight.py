@@ -35,7 +35,10 @@ class PackedWeight(nn.Parameter):
         layer = self.layer()
         assert layer is not None
         matrix: Tensor = layer.unpacked()
-        return matrix.t().contiguous() if isinstance(layer, Conv1D) else matrix.view(self.shape)
+        if not isinstance(layer, Conv1D) and not getattr(layer, "transposed", False):
+            return matrix.view(self.shape)
+        turned: Tensor = matrix.unflatten(0, (*self.shape[:-2], -1)).mT
+        return turned.contiguous()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         return nn.Parameter(self.values(), False)  # alone; a layer makes its own, see `PackedLayer.__setstate__`

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bittern.attention import Site, recording
-from bittern.errors import ModelError
-from bittern.layers import QuantConv2d, QuantEmbedding, QuantLayer, as_float
+from bittern.layers import QuantConv2d, QuantEmbedding, QuantExpertsLinear, QuantLayer, as_float
 from bittern.ptq.stream import Call
 from bittern.quantizers import stamp
 from bittern.recipe import OPERANDS
@@ -65,7 +64,7 @@ def unit_layers(name: str, module: nn.Module) -> dict[str, QuantLayer]:
         n: m
         for n, m in found
         if isinstance(m, QuantLayer)
-        and not isinstance(m, QuantEmbedding)
+        and not isinstance(m, QuantEmbedding | QuantExpertsLinear)  # whose rows are those of chosen experts
         and not (isinstance(m, QuantConv2d) and m.groups > 1)
     }
 
@@ -74,7 +73,8 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
     """Run a unit in float on every call, keep what its layers and attention read, and set each call's output.
 
     sizes: samples in each batch; a unit that runs several times has a call for each run, with samples of its own. Of
-    very many rows a random part is kept, the same for the same seed. Raises ModelError if a layer never runs.
+    very many rows a random part is kept, the same for the same seed. What never runs here is unclear: a layer that is
+    tied to one that does, or one that `calibrate` refuses.
     """
     unit, module = calls[0].unit, calls[0].module
     layers = unit_layers(unit, module)
@@ -129,8 +129,6 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
     inputs: dict[tuple[int, ...], Inputs] = {}
     unclear = [name for name, parts in heads.items() if None in parts]
     for name, parts in reads.items():
-        if not parts:
-            raise ModelError(f"{name} never ran during calibration; use batches that reach it, or keep it float")
         known = [part for part in parts if part is not None]
         if len(known) < len(parts) or not any(len(part.x) for part in known):
             unclear.append(name)

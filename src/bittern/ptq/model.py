@@ -20,6 +20,7 @@ from bittern.deploy.files import Journal, digest
 from bittern.errors import InputError
 from bittern.layers import (
     QuantEmbedding,
+    QuantExpertsLinear,
     QuantLayer,
     as_float,
     describe,
@@ -353,12 +354,13 @@ def _units(model: nn.Module, anatomy: Anatomy) -> list[str]:
 
 
 def _solve_without_data(model: nn.Module, method: Method) -> None:
-    """Weights of embeddings: no product to look at, so the scale that is nearest to the weight itself.
+    """Weights of embeddings and of experts: the scale that is nearest to the weight itself, for want of a product, or
+    of enough rows that choose the same expert.
 
     At 8 bits and more that is the scale of the extremes, nearly, which they have.
     """
     for module in model.modules():
-        quantizer = module.weight_quantizer if isinstance(module, QuantEmbedding) else None
+        quantizer = module.weight_quantizer if isinstance(module, QuantEmbedding | QuantExpertsLinear) else None
         if quantizer is not None and searchable(quantizer):
             clip = method.weight_clip
             if method.space is not None:
