@@ -55,7 +55,7 @@ inline void rows_avx2(const uint8_t* panel, const int8_t* a, size_t stride, int 
 }
 
 template <int bits>
-void rows_packed(const uint8_t*, size_t, int, const int8_t*, size_t, int, int32_t*, size_t) {}  // kFew is 0
+void rows_packed(const uint8_t*, size_t, int, const int8_t*, size_t, int, int, int32_t*, size_t) {}  // kFew is 0
 
 inline void multiply(const uint8_t* panel, size_t, int, const int8_t* a, size_t stride, int rows, int groups, int bits,
                      int top, int32_t* sums, size_t, bool add) {

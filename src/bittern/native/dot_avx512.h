@@ -95,8 +95,8 @@ inline void tile_packed(const uint8_t* packed, size_t next, const int8_t* a, siz
 }
 
 template <int bits>
-void rows_packed(const uint8_t* packed, size_t next, int count, const int8_t* a, size_t stride, int rows, int32_t* sums,
-                 size_t next_sums) {
+void rows_packed(const uint8_t* packed, size_t next, int count, const int8_t* a, size_t stride, int rows, int,
+                 int32_t* sums, size_t next_sums) {
   const int lines = int(next / 64);
   if (rows == 1 && count == 2) return tile_packed<1, 2, bits>(packed, next, a, stride, lines, sums, next_sums);
   for (int p = 0; p < count; ++p, packed += next, sums += next_sums)

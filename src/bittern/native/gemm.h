@@ -36,8 +36,10 @@ inline int up(int n, int to) { return (n + to - 1) / to * to; }
 #include "dot_amx.h"
 #elif defined(__AVX512VNNI__)
 #include "dot_avx512.h"
-#else
+#elif defined(__AVX2__)
 #include "dot_avx2.h"
+#else
+#include "dot_arm.h"
 #endif
 
 namespace {

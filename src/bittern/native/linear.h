@@ -89,7 +89,8 @@ void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* pan
   const size_t next_sums = size_t(kTile) * kPanel;
   if (rows <= kFew) {
     const auto product = l.bits == 2 ? rows_packed<2> : l.bits == 4 ? rows_packed<4> : rows_packed<8>;
-    product(l.panels + first * packed, packed, count, l.a + size_t(row0) * width, size_t(width), rows, sums, next_sums);
+    product(l.panels + first * packed, packed, count, l.a + size_t(row0) * width, size_t(width), rows, l.top, sums,
+            next_sums);
     finish(l, row0, rows, first * kPanel, count, sums, next_sums);
     return;
   }

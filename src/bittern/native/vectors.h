@@ -45,4 +45,8 @@ inline int32_t add_up(const Ints& v) {
 
 }  // namespace
 
+#if defined(__aarch64__)
+#include "arm.h"
+#else
 #include "x86.h"
+#endif
