@@ -1,39 +1,69 @@
 """Build hook: compiles the kernels of src/bittern/native into the package, for wheels and editable installs.
 
-One library for each kind of CPU. Without a C++ compiler, or elsewhere than on x86-64 Linux, the build goes on without
-them, as a pure wheel: packed models then take a slower path, and say so.
+One library for each kind of CPU that the compiler's target has: x86-64 or arm64, with Linux or macOS. Without a C++
+compiler, or for another target, the build goes on without them, as a pure wheel: packed models then take a slower path,
+and say so.
 """
 
 import os
-import platform
 import shlex
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 NATIVE = "src/bittern/native"
-# GCC 12 takes undefined registers in its own AVX-512 header for mistakes.
+SLOWER = "no kernels were compiled, and packed models will take the slower path"
+# GCC 12 takes undefined registers in its own AVX-512 header for mistakes; Clang says which loops it leaves as they are.
 FLAGS = (
-    "-std=c++17 -O3 -Wall -Wextra -Wno-maybe-uninitialized -fopenmp-simd -fno-math-errno -fno-trapping-math -pthread"
+    "-std=c++17 -O3 -Wall -Wextra -Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-pass-failed "
+    "-fopenmp-simd -fno-math-errno -fno-trapping-math -pthread"
 )
 AVX512 = "-march=x86-64-v4 -mavx512vnni -mprefer-vector-width=512"
-KINDS = {"avx2": "-march=x86-64-v3", "avx512": AVX512, "amx": f"{AVX512} -mamx-tile -mamx-int8"}
+X86 = {"avx2": "-march=x86-64-v3", "avx512": AVX512, "amx": f"{AVX512} -mamx-tile -mamx-int8"}
+DOTPROD = "-march=armv8.2-a+dotprod"
+ARM = {"neon": "-march=armv8-a", "dotprod": DOTPROD, "i8mm": f"{DOTPROD}+i8mm"}
+KINDS = X86 | ARM
 
 
-def compile_kernels(folder: Path) -> list[Path]:
-    """Compile what the system's compiler can; says on stderr what was left out and why."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        print("bittern: no kernels for this platform; packed models will take the slower path", file=sys.stderr)
-        return []
+class Target(NamedTuple):
+    """What a compiler compiles for. tag: of a wheel; kinds: none for a target without kernels."""
+
+    tag: str
+    suffix: str
+    flags: str
+    kinds: dict[str, str]
+
+
+def target_of(compiler: list[str]) -> Target:
+    """Ask the compiler. Raises OSError or CalledProcessError if there is none."""
+    command = [*compiler, "-dM", "-E", "-x", "c++", os.devnull]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    macros = {line.split()[1] for line in said.splitlines()}
+    arm, x86, macos = "__aarch64__" in macros, "__x86_64__" in macros, "__APPLE__" in macros
+    kinds = ARM if arm else X86 if x86 else {}
+    if macos:
+        tag, flags = f"macosx_11_0_{'arm64' if arm else 'x86_64'}", "-mmacosx-version-min=11.0"  # the first for arm64
+        return Target(tag, ".dylib", flags, {kind: kinds[kind] for kind in kinds if arm or kind == "avx2"})
+    return Target(f"linux_{'aarch64' if arm else 'x86_64'}", ".so", "", kinds if "__linux__" in macros else {})
+
+
+def compile_kernels(folder: Path) -> tuple[list[Path], str]:
+    """Compile what the compiler can: the libraries, and their wheel's tag. Says on stderr what was left out and why."""
     compiler, made = shlex.split(os.environ.get("CXX", "c++")), []
-    for kind, flags in KINDS.items():
-        library = folder / f"libbittern-{kind}.so"
-        part = library.with_suffix(f".{os.getpid()}.so")
-        flags = f"{FLAGS} {flags} -shared -fPIC"
+    try:
+        target = target_of(compiler)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"bittern: {SLOWER}: no C++ compiler: {error}", file=sys.stderr)
+        return [], ""
+    if not target.kinds:
+        print(f"bittern: {SLOWER}: there are none for this platform", file=sys.stderr)
+    for kind, flags in target.kinds.items():
+        library = folder / f"libbittern-{kind}{target.suffix}"
+        part = library.with_suffix(f".{os.getpid()}{target.suffix}")
+        flags = f"{FLAGS} {flags} {target.flags} -shared -fPIC"
         command = [*compiler, *flags.split(), str(folder / "kernels.cpp"), "-o", str(part)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
@@ -44,15 +74,15 @@ def compile_kernels(folder: Path) -> list[Path]:
             continue
         part.rename(library)  # whoever runs the old one keeps it
         made.append(library)
-    return made
+    return made, target.tag
 
 
 class KernelHook(BuildHookInterface):  # type: ignore[type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel":
             return
-        made = compile_kernels(Path(self.root) / NATIVE)
+        made, tag = compile_kernels(Path(self.root) / NATIVE)
         build_data["artifacts"] += [str(library.relative_to(self.root)) for library in made]
         if made:
             build_data["pure_python"] = False
-            build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+            build_data["tag"] = f"py3-none-{tag}"

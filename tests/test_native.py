@@ -63,12 +63,14 @@ def test_switch(monkeypatch: pytest.MonkeyPatch) -> None:
         environment.setenv("BITTERN_KERNELS", "")
         native.use()
         assert native.engine() == (KINDS[0], "")
-        environment.setenv("BITTERN_KERNELS", "neon")
-        with pytest.raises(InputError, match=r"^BITTERN_KERNELS is 'neon'; expected amx, avx512, avx2 or none$"):
+        environment.setenv("BITTERN_KERNELS", "sse2")
+        expected = "amx, avx512, avx2, i8mm, dotprod, neon or none"
+        with pytest.raises(InputError, match=f"^BITTERN_KERNELS is 'sse2'; expected {expected}$"):
             native.use()
-        environment.setattr("bittern.native.library._cpu_flags", lambda: frozenset({"avx2", "fma", "bmi2"}))
-        environment.setenv("BITTERN_KERNELS", "amx")
-        with pytest.raises(InputError, match=r"^BITTERN_KERNELS is 'amx'; this machine runs avx2$"):
+        best, least = ("i8mm", "neon") if KINDS[-1] == "neon" else ("amx", "avx2")
+        environment.setattr("bittern.native.library._cpu_flags", lambda: frozenset({"avx2", "fma", "bmi2", "neon"}))
+        environment.setenv("BITTERN_KERNELS", best)
+        with pytest.raises(InputError, match=f"^BITTERN_KERNELS is '{best}'; this machine runs {least}$"):
             native.use()
         assert native.engine() == (KINDS[0], "")
     native.use()
@@ -84,7 +86,7 @@ for _ in range(2):
     except Exception as error:
         print(type(error).__name__)
 """
-    for kind, said in (("none", "False\nFalse\n"), ("wrong", "InputError\nInputError\n"), ("avx2", "True\nTrue\n")):
+    for kind, said in (("none", "False\nFalse\n"), ("wrong", "InputError\nInputError\n"), (KINDS[-1], "True\nTrue\n")):
         environment = os.environ | {"BITTERN_KERNELS": kind}
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
         assert run.stdout == said
@@ -459,7 +461,7 @@ def test_refused() -> None:
         lambda: Coding(0, 256),
         lambda: Coding(-128, 127, scale=0.0),
         lambda: Coding(-128, 127, scale=float("nan")),
-        lambda: native.use("neon"),
+        lambda: native.use("sse2"),
     ]
     four = torch.randn(2, 4, 5, 6)
     codings = dict.fromkeys(("query", "key", "value", "map"), SIGNED)
@@ -495,7 +497,7 @@ def test_fuzz_under_sanitizers(tmp_path: Path) -> None:
     here = Path(__file__).parent
     sanitize = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
     include = here.parent / hatch_build.NATIVE
-    kinds = {KINDS[0], "avx2"}  # what avx512 has, amx has too
+    kinds = {KINDS[0], KINDS[-1]}  # what avx512 has, amx has too
     made = []
     for kind in kinds:
         flags = f"{hatch_build.FLAGS} {hatch_build.KINDS[kind]} {sanitize} -Werror -I {include}".split()

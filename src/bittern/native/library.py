@@ -1,13 +1,15 @@
-"""The compiled kernels: one library for each kind of x86-64 CPU, of which this process loads one.
+"""The compiled kernels: one library for each kind of CPU, of which this process loads one.
 
 The best kind that the machine runs is loaded on first use, or the one that the environment variable BITTERN_KERNELS
-names: `amx`, `avx512`, `avx2`, or `none` for a process without kernels.
+names: `amx`, `avx512`, `avx2`, on arm64 `i8mm`, `dotprod`, `neon`, or `none` for a process without kernels.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -29,7 +31,21 @@ _KINDS = {
     "amx": ("avx512vl", "avx512bw", "avx512dq", "avx512_vnni", "amx_tile", "amx_int8"),
     "avx512": ("avx512vl", "avx512bw", "avx512dq", "avx512_vnni"),
     "avx2": ("avx2", "fma", "bmi2"),
+    "i8mm": ("dotprod", "i8mm"),
+    "dotprod": ("dotprod",),
+    "neon": ("neon",),
 }
+# Where systems say what a CPU has: on macOS by name; Linux on arm64 in a bit of one of getauxval's words.
+_MACOS = {
+    "avx2": "hw.optional.avx2_0",
+    "fma": "hw.optional.fma",
+    "bmi2": "hw.optional.bmi2",
+    "neon": "hw.optional.neon",
+    "dotprod": "hw.optional.arm.FEAT_DotProd",
+    "i8mm": "hw.optional.arm.FEAT_I8MM",
+}
+_HWCAP, _HWCAP2 = 16, 26
+_ARM_LINUX = {"neon": (_HWCAP, 1 << 1), "dotprod": (_HWCAP, 1 << 20), "i8mm": (_HWCAP2, 1 << 13)}
 
 
 class _Engine(NamedTuple):
@@ -44,11 +60,26 @@ _allowed = True
 
 @cache
 def _cpu_flags() -> frozenset[str]:
+    if sys.platform == "darwin":
+        return frozenset(flag for flag, name in _MACOS.items() if _sysctl(name))
+    if platform.machine() == "aarch64":
+        word = ctypes.CDLL(None).getauxval
+        word.argtypes, word.restype = (ctypes.c_ulong,), ctypes.c_ulong
+        return frozenset(flag for flag, (which, bit) in _ARM_LINUX.items() if word(which) & bit)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def _sysctl(name: str) -> bool:
+    """True if macOS knows the name and its number is not 0."""
+    value, size = ctypes.c_int64(0), ctypes.c_size_t(8)
+    read = ctypes.CDLL(None).sysctlbyname(
+        name.encode(), ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0)
+    )
+    return read == 0 and value.value != 0
 
 
 def kinds() -> list[str]:
@@ -57,7 +88,7 @@ def kinds() -> list[str]:
 
 
 def _file(kind: str) -> Path:
-    return Path(__file__).with_name(f"libbittern-{kind}.so")
+    return Path(__file__).with_name(f"libbittern-{kind}.{'dylib' if sys.platform == 'darwin' else 'so'}")
 
 
 def use(kind: str | None = None) -> None:
@@ -84,7 +115,8 @@ def use(kind: str | None = None) -> None:
         raise ValueError(f"no library {kind!r} for this machine; {runs}")
     built = [name for name in _KINDS if _file(name).exists()]
     if not built:
-        why = "the kernels were not compiled when Bittern was installed (no C++ compiler, or not x86-64 Linux)"
+        platforms = "Linux or macOS on x86-64 or arm64"
+        why = f"the kernels were not compiled when Bittern was installed (no C++ compiler, or not {platforms})"
     elif options:
         why = "the kernels were compiled from other sources than these; install Bittern again"
     else:
