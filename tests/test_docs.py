@@ -4,17 +4,23 @@ import os
 import re
 import runpy
 import shlex
-from collections import defaultdict
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import transformers as hf
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bittern import demo, jobs
 from bittern.recipe import Recipe, load_recipe, recipe_names
+from families import SUPPORTED
 from material import TEXTS, command, save_text_model, write_tables
 
 ROOT = Path(__file__).parents[1]
@@ -31,9 +37,9 @@ class Block(NamedTuple):
     text: str
 
 
-def blocks(*languages: str) -> Iterator[Block]:
-    """The fenced blocks of all documents that are to be run, in order."""
-    for path in RUNNABLE:
+def blocks(*languages: str, of: Path | None = None) -> Iterator[Block]:
+    """The fenced blocks of a document, or of all that are to be run, in order."""
+    for path in RUNNABLE if of is None else [of]:
         text = path.read_text()
         for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             if match[1] in languages:
@@ -61,24 +67,51 @@ def clear_texts(folder: Path) -> tuple[list[str], list[int]]:
     return [TEXTS[i] for i in surest] * 40, logits.argmax(-1)[surest].tolist() * 40
 
 
-def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All commands and all Python of the documents run, in order, in one empty folder."""
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages call the reader's own: models by their task, texts and photos."""
+    folder = tmp_path_factory.mktemp("examples")
+    texts, labels = clear_texts(save_text_model(folder / "my-bert"))
+    write_tables(folder / "reviews", text=texts, label=labels)
+    config = hf.AutoConfig.from_pretrained(folder / "my-bert")
+    context, answer = "a bittern booms at dawn", {"text": ["at dawn"], "answer_start": [16]}
+    write_tables(folder / "questions", question=["a day"] * 20, context=[context] * 20, answers=[answer] * 20)
+    for name, kind in (("my-tagger", hf.BertForTokenClassification), ("my-masked", hf.BertForMaskedLM)):
+        kind(config).save_pretrained(save_text_model(folder / name))
+    config.num_labels = 2
+    hf.BertForQuestionAnswering(config).save_pretrained(save_text_model(folder / "my-reader"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "my-masked")
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    tokenizer.save_pretrained(folder / "my-masked")
+    pooling = Pooling(config.hidden_size, "mean")
+    parts = [Transformer(str(save_text_model(folder / "encoder", head=False))), pooling, Normalize()]
+    SentenceTransformer(modules=parts).save(str(folder / "my-encoder"))
+    SUPPORTED["vit"]()[0].save_pretrained(folder / "my-vit")
+    hf.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "my-vit")
+    for split, kind, i in product(("train", "validation"), ("LABEL_0", "LABEL_1"), range(4)):
+        place = folder / "photos" / split / kind
+        place.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 40), 20 + 40 * i).convert("RGB").save(place / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_blocks_run(path: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All commands and all Python of a document run, in order, in a folder with the reader's own models and data."""
+    shutil.copytree(examples, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    texts, labels = clear_texts(save_text_model(Path("my-bert")))  # what the pages call the reader's own
-    write_tables(Path("reviews"), text=texts, label=labels)
-    shown = list(blocks("sh", "python"))
-    names: dict[str, dict[str, Any]] = defaultdict(lambda: {"__name__": "document"})  # a page goes on where it was
+    monkeypatch.syspath_prepend(tmp_path)
+    names: dict[str, Any] = {"__name__": "document"}
     # The demo's own test measures; here it only has to leave its files: one step of training, no fresh processes.
     monkeypatch.setattr(demo, "TRAINING", replace(demo.TRAINING, steps=1))
     monkeypatch.setattr(demo, "_start_check", lambda packed, data, other: (packed, data, other))
     monkeypatch.setattr(demo, "_finish_check", lambda job: jobs.evaluate(job[0], job[1], against=job[2]))
-    assert {block.language for block in shown} == {"sh", "python"}
-    for block in shown:
+    for block in blocks("sh", "python", of=path):
         if block.language == "sh":
             for line in block.text.replace("\\\n", " ").splitlines():
                 check_line(line, block.place)
         else:
-            exec(compile(block.text, block.place, "exec"), names[block.place.partition(":")[0]])
+            exec(compile(block.text, block.place, "exec"), names)
 
 
 def test_recipes_are_valid() -> None:

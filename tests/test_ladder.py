@@ -120,6 +120,8 @@ def test_choose() -> None:
     assert [choose(rows, goal, 1.0)[0]["rung"] for goal in ("size", "speed", "balanced")] == ["c", "b", "b"]
     with pytest.raises(InputError, match=r"nearest is d, 1\.00 ± 0\.10: raise --max-loss"):
         choose(rows[3:], "size", 0.5)
+    with pytest.raises(InputError, match=r"1\.00 ± 0\.10: give more labelled data, raise --max-loss"):
+        choose(rows[3:], "size", 1.05)  # loses no more than that, but is not sure to
 
 
 def test_recipes(digits: tuple[PreTrainedModel, Data]) -> None:

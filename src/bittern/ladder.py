@@ -46,7 +46,11 @@ Goal = Literal["size", "speed", "balanced"]
 Row = dict[str, Any]  # of the table: a rung and what was measured
 OnRung = Callable[[Row], None]
 ROUNDS, DRAWS = 11, 400  # of timing; of the bootstrap
-PASSES = {"extremes": 4, "search": 90}  # how many times a float model's forward of the calibration samples, about
+PASSES = {
+    "extremes": 4,
+    "search": 90,
+    "train": 90,
+}  # how many times a float model's forward of the calibration samples, about
 PAGE = "compress.html"  # beside the model: all rungs, drawn
 Z95 = 1.645  # 95 % of a normal distribution lie below
 
@@ -55,9 +59,9 @@ Z95 = 1.645  # 95 % of a normal distribution lie below
 class Rung:
     """One way to make a smaller model.
 
-    how: `extremes` (scales from extremes), `search` (PTQ by the default method) or `train` (QAT with the float model as
-    teacher). bits: of weights, in place of the recipe's 4. wide: share of the blocks, those that lose most by
-    themselves, whose weights keep 8 bits.
+    how: `extremes` (scales from extremes), `search` (PTQ by the default method) or `train` (QAT of what the search
+    found, with the float model as teacher). bits: of weights, in place of the recipe's 4. wide: share of the blocks,
+    those that lose most by themselves, whose weights keep 8 bits.
     """
 
     name: str
@@ -168,11 +172,12 @@ class Workshop:
         if rung.wide:
             recipe = keep_wide(recipe, self.weakest(recipe, rung.wide), rung.name)
         model, work = copy.deepcopy(self.model), self.folder / f"{rung.name}.work"
-        if rung.how == "search":
-            post_training(model, recipe, self.calibration, folder=work, seed=self.seed, track=self.track)
-        else:
+        if rung.how == "extremes":
             self.by_extremes(model, recipe)
+        else:
+            post_training(model, recipe, self.calibration, folder=work, seed=self.seed, track=self.track)
         if rung.how == "train":
+            shutil.rmtree(work, ignore_errors=True)
             self.distill(model, work)
         pack(model)
         save(model, self.folder / rung.name, processors_from=self.source, force=True)
@@ -208,7 +213,7 @@ class Workshop:
             training = Training(
                 steps=steps, batch_size=size, learning_rate=rate, evaluations=1, metric=metric, seed=self.seed
             )
-            measure, teacher = lambda: self.scores(student), self.model
+            measure, teacher = lambda: self.scores(student), copy.deepcopy(self.model)
             train(student, teacher, self.train, measure, Distill(), training, work, on_step=note)
 
         run(copy.deepcopy(model), 8)
@@ -278,9 +283,10 @@ def choose(rows: Sequence[Row], goal: Goal, max_loss: float) -> tuple[Row, str]:
     within = [row for row in rows if row["within"]]
     if not within:
         nearest = min(rows, key=lambda row: float(row["points"]))
+        more = "give more labelled data, " if nearest["points"] <= max_loss else ""
         raise InputError(
             f"no rung is within the limit of {max_loss:g}; nearest is {nearest['rung']}, {nearest['points']:.2f} ± "
-            f"{nearest['error']:.2f}: raise --max-loss, take it with --keep {nearest['rung']}, or allow --train"
+            f"{nearest['error']:.2f}: {more}raise --max-loss, take it with --keep {nearest['rung']}, or allow --train"
         )
     best = min(within, key=GOALS[goal])
     what = {"size": "the smallest", "speed": "the fastest", "balanced": "the least size × time"}[goal]
@@ -348,9 +354,8 @@ def compress(
     )
     on_estimate(
         {
-            rung.name: 60 * train_minutes
-            if rung.how == "train"
-            else seconds * (PASSES[rung.how] * len(calibration) + 2 * len(choice))
+            rung.name: seconds * (PASSES[rung.how] * len(calibration) + 2 * len(choice))
+            + 60 * train_minutes * (rung.how == "train")
             for step in ladder
             for rung in step
         }
