@@ -253,6 +253,15 @@ def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: documented(name) for name in names} == known
 
 
+def test_completion() -> None:
+    """A shell completes commands and options, as `bittern --install-completion` sets it up, without torch."""
+    for typed, wanted in (("bittern qat --interv", "--intervene\n"), ("bittern comp", "compress\n")):
+        asked = {"_BITTERN_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+        program = Path(sys.executable).with_name("bittern")
+        ran = subprocess.run([program], env=os.environ | asked, capture_output=True, text=True, check=False)
+        assert ran.stdout.startswith(wanted), ran.stderr
+
+
 @pytest.mark.parametrize(
     "name", ["demo", "quantize", "ptq", "qat", "evaluate", "inspect", "analyze", "export", "bench"]
 )

@@ -313,7 +313,8 @@ def compress(
 ) -> dict[str, Any]:
     """Write the model that serves `goal` best among those that lose at most `max_loss` points to `out`, packed.
 
-    The metric is the task's own; without labels it is the agreement with the float model. A rung is within the limit
+    The metric is the task's own, or another (see `bittern.options.Reading`, whose fields `columns` are); without labels
+    it is the agreement with the float model. A rung is within the limit
     if its loss on one half of the test data is, by one standard error; the choice is measured again on the other half.
     goal: size, speed (of one sample) or balanced (the product of both). train_minutes: how long distillation may take,
     which alone makes ternary weights useful. All rungs are kept in the folder `out`.rungs: the same call after a crash,
@@ -339,13 +340,14 @@ def compress(
     start = time.perf_counter()
     reference = predict(model, track(choice, "float"))
     seconds = (time.perf_counter() - start) / len(choice)  # of one sample
-    metric = headline(data, metrics(model, choice, reference, reference))
+    metric = headline(data, metrics(model, choice, reference, reference), choice.metric)
     calibration = train_data.subset(samples, seed)
     journal = Journal(
         folder,
         {
             "model": digest(sorted(model.state_dict().items())),
             "data": [part.fingerprint() for part in (train_data.subset(256), calibration, choice)],
+            "metric": metric,
             "seed": seed,
         },
     )

@@ -5,11 +5,15 @@ Nothing here needs torch, so that `bittern qat --help` answers at once.
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from difflib import get_close_matches
+from importlib import import_module
 from itertools import groupby
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 from bittern.errors import InputError
@@ -30,12 +34,33 @@ def option(default: Any, help: str, *flags: str, least: int | None = None) -> An
     return field(**made, metadata={"option": Option(help, flags, least)})
 
 
-BATCH_SIZE, SEED = "Samples per batch.", "Of order, dropout and draws."
+BATCH_SIZE, SEED, METRIC = "Samples per batch.", "Of order, dropout and draws.", "Which metric decides"
 Labels = Mapping[str, str] | Literal["order"]
 Sensitivity = Literal["relative", "paper"]
 Balance = Literal["fixed", "auto"]
 Scope = Literal["all", "part"]
 Optimizer = Literal["adamw", "bertadam"]
+
+
+def find_own(name: str) -> Any:
+    """Import what `module:name` names, of the working folder too. Raises InputError if there is none."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    module, _, attribute = name.partition(":")
+    try:
+        return attrgetter(attribute)(import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"no {name}: {error}; expected module:name, of a module in this folder or installed") from None
+
+
+def name_own(given: Any) -> Any:
+    """Return the `module:name` of a function, by which a run is known and resumed; names as they are."""
+    if not callable(given):
+        return given
+    name = f"{given.__module__}:{given.__qualname__}"
+    if find_own(name) is not given:
+        raise InputError(f"{name} is now another function; pass one that its module knows by this name")
+    return name
 
 
 def _check_positive(options: Any, *names: str) -> None:
@@ -55,7 +80,8 @@ class Reading:
     """How data is read: what a job passes on to `bittern.data.load_data`.
 
     labels: label of the data → class of the model, by name or number. max_length: by default what tokenizer and model
-    take, of a language model at most 512.
+    take, of a language model at most 512. metric: a name that `metrics` gives, or a function of a model's outputs and
+    the Data that returns a number, the higher the better, or its `module:name`.
     """
 
     columns: Sequence[str] = option((), "Input columns of the data, separated by commas.")
@@ -65,7 +91,11 @@ class Reading:
     )
     max_length: int | None = option(None, "Most tokens of a text; of a language model's block.", least=2)
     batch_size: int = option(32, BATCH_SIZE, least=1)
+    metric: str | None = option(None, f"{METRIC}; module:name of one of your own.")
     skip_bad: bool = option(False, "Read all images and texts first, and leave out those that cannot be used.")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metric", name_own(self.metric))
 
 
 # ---- post-training quantization
@@ -117,16 +147,20 @@ RECIPES: dict[str, dict[str, float]] = {
 class Distill:
     """Terms of the loss, and what they compare.
 
-    terms: name → weight. balance: `auto` gives every tensor that a term compares the same share of the loss, in
-    whatever units it is, times the term's weight. layers: blocks whose attention is compared, from 0, negative from the
-    end; None: all. mapping: block of the student → block of the teacher, where their depths differ. map_temperature: τ.
-    relations: heads that relations are split into. padded: means are over all positions of a batch, as in the published
-    code, so that a short text among long ones weighs less in `score`; `map` and relations are of real tokens always.
+    terms: name → weight. A function (or its `module:name`) is a term of one's own: of a student's tensor, the teacher's
+    and which of their rows are real (see `bittern.qat.losses`), at each layer. Its attribute `point` says which tensors
+    (see `bittern.attention.Point`): `hidden` if it has none; also `logits`. balance: `auto` gives every tensor that a
+    term compares the same share of the loss, in whatever units it is, times the term's weight. layers: blocks whose
+    attention is compared, from 0, negative from the end; None: all. mapping: block of the student → block of the
+    teacher, where their depths differ. map_temperature: τ. relations: heads that relations are split into. padded:
+    means are over all positions of a batch, as in the published code, so that a short text among long ones weighs less
+    in `score`; `map` and relations are of real tokens always.
     """
 
     terms: Mapping[str, float] = option(
         lambda: dict(RECIPES["unified"]),
-        f"What is learned from the teacher: {', '.join(RECIPES)}, or terms with weights such as prediction,map=0.3.",
+        f"What is learned from the teacher: {', '.join(RECIPES)}, or terms with weights such as prediction,map=0.3, "
+        "module:name of your own among them.",
         "--distill",
     )
     balance: Balance = option("auto", "auto lets all compared tensors pull alike; fixed adds the terms.")
@@ -138,8 +172,11 @@ class Distill:
     padded: bool = option(False, "Let padding count in the means of all terms but map, as the papers' code does.")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "terms", {name_own(term): weight for term, weight in self.terms.items()})
         for name, weight in self.terms.items():
-            if name not in TERMS:
+            if ":" in name:
+                find_own(name)
+            elif name not in TERMS:
                 near = get_close_matches(name, TERMS, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""
                 raise InputError(f"no distillation term {name!r}; {hint}there are {', '.join(TERMS)}")
@@ -156,7 +193,12 @@ class Distill:
 
     @property
     def layerwise(self) -> tuple[str, ...]:
-        return tuple(name for name in self.terms if name not in ("truth", "prediction"))
+        return tuple(name for name in self.terms if name not in ("truth", "prediction") and point_of(name) != "logits")
+
+
+def point_of(term: str) -> str:
+    """Return what a term of one's own compares; empty for the others."""
+    return getattr(find_own(term), "point", "hidden") if ":" in term else ""
 
 
 def parse_distill(text: str, **options: Any) -> Distill:
@@ -192,7 +234,8 @@ class Act(NamedTuple):
 class Intervention:
     """Steps in which the teacher's signals replace the student's.
 
-    schedule: one point throughout, or `gradual` (TI-G: output for a sixth of the steps, context for a sixth, then
+    schedule: a function of a step's number and of all steps that returns an Act or None, or its `module:name`; or one
+    point throughout, or `gradual` (TI-G: output for a sixth of the steps, context for a sixth, then
     map), `inverted` (map, context, output for a third each), `stochastic` (one of the three at random each step),
     `fade` (beyond [TI]: output, mixed with the student's own, from all the teacher's to none).
     steps: of the optimizer, before the student goes on alone, with optimizer and learning rate started afresh.
@@ -201,7 +244,9 @@ class Intervention:
     """
 
     schedule: str = option(
-        "gradual", f"First let the teacher's signals replace the student's: {', '.join(SCHEDULES)}.", "--intervene"
+        "gradual",
+        f"First let the teacher's signals replace the student's: {', '.join(SCHEDULES)}, or module:name.",
+        "--intervene",
     )
     steps: int = option(60, "Steps in which the teacher intervenes.", "--intervene-steps")
     scope: Scope = option(
@@ -210,7 +255,10 @@ class Intervention:
     seed: int = option(0, SEED)
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
+        object.__setattr__(self, "schedule", name_own(self.schedule))
+        if ":" in self.schedule:
+            find_own(self.schedule)
+        elif self.schedule not in SCHEDULES:
             raise InputError(f"no intervention {self.schedule!r}; there are {', '.join(SCHEDULES)}")
         if not self.steps > 0:
             raise InputError(f"intervention has {self.steps} steps; expected at least 1")
@@ -225,6 +273,8 @@ class Intervention:
         if step >= self.steps:
             return None
         match self.schedule:
+            case str(name) if ":" in name:
+                return find_own(name)(step, self.steps)  # type: ignore[no-any-return]
             case "gradual":
                 return Act(POINTS[min(6 * step // self.steps, 2)])
             case "inverted":
@@ -276,7 +326,7 @@ class Training:
     seed: int = option(0, SEED)
     evaluations: int = option(10, "How often to measure and to write a checkpoint.")
     patience: int | None = option(None, "Stop after so many evaluations without a better one.")
-    metric: str | None = option(None, "Which metric decides between checkpoints.")
+    metric: str | None = option(None, f"{METRIC}; module:name of one of your own.")
     arguments: Mapping[str, Any] = option(
         dict, "NAME=VALUE of transformers.TrainingArguments; may be repeated.", "--set"
     )

@@ -77,7 +77,9 @@ def ptq(
     data: Data,
     recipe: Recipe,
     out: Out,
-    method: Annotated[str, Option("How scales and weights are found.", ("--method", "-m"))] = "bittern",
+    method: Annotated[
+        str, Option("How scales and weights are found; module:name of your own.", ("--method", "-m"))
+    ] = "bittern",
     mixed: Mixed | None = None,
     samples: Samples = 128,
     seed: Seed = 0,
@@ -162,7 +164,7 @@ def analyze(
 def export(
     source: Model,
     out: Annotated[Path, Option("A folder, or a file that ends in .onnx.", ("--out", "-o"))],
-    to: Annotated[str, Option("The format to write; onnx is what there is.")] = "onnx",
+    to: Annotated[str, Option("The format to write: onnx, or module:name of a function that writes one.")] = "onnx",
     form: Annotated[
         str, Option("Of the weights: int8 (fast), nbits (small, for onnxruntime) or portable (small).")
     ] = "int8",
@@ -191,7 +193,6 @@ def bench(
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

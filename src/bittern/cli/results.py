@@ -229,6 +229,8 @@ KINDS = {
 
 
 def export(result: Result) -> None:
+    if "layers" not in result:
+        return say(f"Wrote {result['out']} by {result['to']}, {megabytes(result['bytes'])}")
     for kind, count in result["layers"].items():
         say(f"{count:4} layers: {KINDS[kind]}")
     nodes = ", ".join(f"{count} {kind}" for kind, count in result["float_nodes"].items())

@@ -22,7 +22,7 @@ class Data:
 
     rows: raw samples (texts, pairs of texts, tokens with labels, images, image paths, scenes with boxes); `collate`
     makes tensors of a few of them. labels: of samples, as the model's loss takes them. processor: for scenes, the image
-    processor that makes boxes of a detector's outputs.
+    processor that makes boxes of a detector's outputs. metric: that decides (see `bittern.options.Reading`).
     """
 
     name: str
@@ -31,6 +31,7 @@ class Data:
     collate: Collate
     batch_size: int
     processor: Any = None
+    metric: str | None = None
 
     @property
     def has_labels(self) -> bool:

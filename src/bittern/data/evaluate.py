@@ -24,6 +24,7 @@ from bittern.data.tasks import check_served, share_padding
 from bittern.data.tokens import TARGETS, answer_scores, best_spans, tag_scores
 from bittern.dry_run import evaluating
 from bittern.errors import InputError, first_line
+from bittern.options import find_own
 
 HEADLINES = {"cola": "mcc", "mrpc": "f1", "qqp": "f1", "stsb": "pearson"}  # of GLUE; accuracy of the other tasks
 OUTPUTS = {  # of tasks that give other than logits
@@ -179,9 +180,11 @@ def metrics(model: PreTrainedModel, data: Data, output: Tensor, reference: Tenso
     F1 of entities and accuracy; of answers SQuAD's F1 and exact match; else what `of_labels` or `of_several` gives, if
     the data has labels. With a reference the agreement of classes, tokens, answers or similarities, of detectors the
     errors of logits and boxes relative to its norm, and the largest difference. Nothing, if there are neither labels
-    nor a reference.
+    nor a reference, nor a metric of one's own in `data.metric`.
     """
     result: dict[str, Any] = _of_truth(model, data, output) if is_measurable(model, data) else {}
+    if data.metric and ":" in data.metric:
+        result[data.metric] = float(find_own(data.metric)(output, data))
     if reference is None:
         return result
     task = task_of(model)
@@ -226,8 +229,12 @@ def _of_truth(model: PreTrainedModel, data: Data, output: Tensor) -> dict[str, f
     return of_several(output, data.labels) if task == "labels" else of_labels(output, data.labels, task == "number")
 
 
-def headline(source: str, found: Mapping[str, float]) -> str:
-    """Return the metric that decides between checkpoints: GLUE's own for its tasks, known by the last name of the
-    source, else the first one found."""
+def headline(source: str, found: Mapping[str, float], asked: str | None = None) -> str:
+    """Return the metric that decides between checkpoints: the one asked for, GLUE's own for its tasks, known by the
+    last name of the source, else the first one found. Raises InputError if what is asked for was not found."""
+    if asked is not None and asked not in found:
+        raise InputError(f"no metric {asked!r} to choose by; there are {', '.join(found)}")
+    if asked is not None:
+        return asked
     own = HEADLINES.get(Path(source).stem.lower().replace("-", ""), "")
     return own if own in found else next(iter(found))

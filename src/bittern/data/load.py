@@ -122,7 +122,7 @@ class _Request(NamedTuple):
     ) -> Data:
         """Return these rows as data; by default they are images."""
         collate = collate or image_collate(self.processor_path, self.model)
-        return Data(self.source, rows, labels, collate, self.reading.batch_size, processor)
+        return Data(self.source, rows, labels, collate, self.reading.batch_size, processor, self.reading.metric)
 
 
 def _texts(ask: _Request, table: Any) -> Data:

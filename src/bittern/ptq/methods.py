@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from bittern.errors import InputError
+from bittern.options import find_own
 from bittern.ptq import clips, weight_rounding
 from bittern.ptq.clips import Scale
 from bittern.ptq.search import Space
@@ -113,11 +114,12 @@ METHODS = {
 
 
 def find_method(name: str | Method) -> Method:
-    """Return a method by name. Raises InputError with the names there are."""
-    if isinstance(name, Method):
-        return name
+    """Return a method by name, or by the `module:name` of one's own. Raises InputError with the names there are."""
+    method = find_own(name) if isinstance(name, str) and ":" in name else name
+    if isinstance(method, Method):
+        return method
     if name not in METHODS:
-        near = get_close_matches(name, METHODS, n=1)
+        near = get_close_matches(str(name), METHODS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(f"no method {name!r}; {hint}there are {', '.join(METHODS)}")
-    return METHODS[name]
+    return METHODS[str(name)]

@@ -19,7 +19,7 @@ from bittern.attention import Point, Taps, attach, recording
 from bittern.dry_run import evaluating
 from bittern.errors import InputError, ModelError
 from bittern.layers import QuantLayer, anatomy_of, as_float
-from bittern.options import Distill, Intervention
+from bittern.options import Distill, Intervention, find_own, point_of
 from bittern.qat import losses
 from bittern.qat.intervention import Intervener
 from bittern.recorded import TokenMasks, attention_output, by_place, check_shapes, real_tokens, token_masks
@@ -124,6 +124,8 @@ class Distiller:
                 )
             found = [self._prediction(name, out[name], expected[name], batch) for name in heads]
             terms["prediction"] = torch.stack(found).mean()
+        for name in (name for name in self.distill.terms if point_of(name) == "logits"):
+            terms[name] = find_own(name)(out["logits"], expected["logits"], None)
         masks = token_masks(taught.masks, self.anatomy) if self.points else {}
         for term, group in self.points.items():
             found = [loss for point in group for loss in self._of_layers(term, point, taught, shown, masks)]
@@ -186,12 +188,14 @@ class Distiller:
                 continue
             other = block if mapping is None or block < 0 else mapping[block]
             y = theirs[other, attention][1]
-            if not term.endswith("_relation"):
+            if ":" not in term and not term.endswith("_relation"):
                 check_shapes(term, name, x, y, " (relations of queries, keys and values need neither)")
             side = "keys" if point in ("key", "value") else "queries"
             yield self._loss(term, x, y, real_tokens(masks, name, len(x), x.shape[1 if x.dim() == 3 else 2], side))
 
     def _loss(self, term: str, x: Tensor, y: Tensor, rows: Tensor | None) -> Tensor:
+        if ":" in term:
+            return find_own(term)(x, y, rows)  # type: ignore[no-any-return]
         padded = self.distill.padded and term != "map" and not term.endswith("_relation")
         rows = None if padded else rows
         if term == "score":
@@ -238,8 +242,11 @@ def balanced(
 def _points(distill: Distill, student: Anatomy, teacher: Anatomy) -> Iterator[tuple[str, tuple[Point, ...]]]:
     """Yield each layer-wise term with the points that it compares."""
     for term in distill.layerwise:
-        if term == "hidden":
+        own = point_of(term)
+        if term == "hidden" or own == "hidden":
             yield term, ("embedding", "hidden")
+        elif own:
+            yield term, (own,)  # type: ignore[misc]
         elif term == "map" and distill.map_temperature != 1:
             yield term, ("score",)
         elif term == "output":

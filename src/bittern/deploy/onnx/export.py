@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +26,7 @@ from bittern.deploy.packed import PackedLayer
 from bittern.deploy.store import REPORT, load
 from bittern.errors import InputError, ModelError, first_line
 from bittern.layers import is_simulated
+from bittern.options import find_own, name_own
 from bittern.progress import Track, silent
 from bittern.reader import LAYERS
 
@@ -37,7 +38,7 @@ def export(
     source: str | Path,
     out: str | Path,
     *,
-    to: str = "onnx",
+    to: str | Callable[[PreTrainedModel, Path], None] = "onnx",
     form: Form = "int8",
     dynamic: bool = False,
     safe: bool = False,
@@ -50,6 +51,7 @@ def export(
 ) -> dict[str, Any]:
     """Write the float, simulated or packed model in folder `source` as ONNX; return the file's contents and its error.
 
+    to: or a function of the loaded model and a folder, or its `module:name`, that writes a format of one's own there.
     out: a folder for model.onnx, processors and bittern.json; or a file that ends in .onnx, which gets a .json beside.
     form: `int8` stores all codes as bytes and is the fastest; `nbits` stores those of 4 bits and fewer as such, for
     onnxruntime; `portable` does so in standard ONNX, with float inputs. dynamic: ranges of inputs are found at run time
@@ -59,7 +61,7 @@ def export(
     the file is further from the simulated model than its arithmetic explains; then no file is left.
     """
     if to != "onnx":
-        raise InputError(f"cannot export to {to!r}; give onnx")
+        return _export_own(source, Path(out), name_own(to), force)
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise InputError(f"export to ONNX needs {', '.join(missing)}: pip install bittern[onnx]")
     from bittern.deploy.onnx import graph as onnx_graph
@@ -110,6 +112,20 @@ def export(
                 del model.config.quantization_config
             model.config.save_pretrained(file.parent)
     return result | {"out": str(out)}
+
+
+def _export_own(source: str | Path, out: Path, to: str, force: bool) -> dict[str, Any]:
+    """Let a function write the model to a folder, whole or not at all."""
+    if ":" not in to:
+        raise InputError(f"cannot export to {to!r}; give onnx, or module:name of a function that writes a format")
+    write = find_own(to)
+    check_output(out, force, source)
+    model = load(source)
+    with atomic_folder(out, force=force) as folder:
+        write(model, folder)
+        copy_companions(source, folder)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return {"source": str(source), "model": type(model).__name__, "to": to, "bytes": size, "out": str(out)}
 
 
 def _kept_float(model: nn.Module, plans: Mapping[str, Plan]) -> Iterator[dict[str, str]]:
