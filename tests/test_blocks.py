@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
+import bittern
 from bittern import attention
 from bittern.deploy import blocks
 from bittern.layers import fake_quants
@@ -50,6 +52,22 @@ def test_families(name: str, calls: list[Any]) -> None:
         assert same(outputs(model, batch), expected)
         assert bool(calls) == (name in WHOLE)
         calls.clear()
+
+
+def test_images_as_grids(calls: list[Any]) -> None:
+    """Blocks that read (batch, height, width, hidden), as SAM 3's do, run in parts."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    images = {"image_size": 32, "patch_size": 8, "pretrain_image_size": 32}
+    torch.manual_seed(0)
+    model = hf.Sam3ViTModel(hf.Sam3ViTConfig(**sizes, **images, window_size=2, global_attn_indexes=[1])).eval()
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    bittern.simulate(model, "w8a8", batch)
+    bittern.calibrate(model, [batch])
+    bittern.pack(model)
+    expected = in_parts(model, batch)
+    for _ in range(2):
+        assert same(outputs(model, batch), expected)
+    assert not calls
 
 
 @pytest.mark.parametrize(

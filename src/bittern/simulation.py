@@ -81,4 +81,5 @@ class Simulation:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    shown = ", ".join(name or "the model itself" for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

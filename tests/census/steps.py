@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import bittern
 from bittern import native
+from bittern.deploy.packed import PackedLayer
 from bittern.errors import BitternError
 from bittern.ptq import quantize
 
@@ -81,20 +82,25 @@ def examine(kind: str, say: Say, ptq: bool = True, head: str | None = None) -> N
         equal(simulated_out[0], plain, "packed without kernels differs from simulated")
         for _ in range(2):  # the second time by whole blocks
             error, noise = distance(plain, run(model, batch)), distance(expected, plain)
-            if not error <= max(1e-2, 0.5 * noise):
+            if not error <= max(1e-2, 0.5 * noise) and not error <= 3 * distance(plain, shaken(model, batch)):
                 raise WrongError(f"kernels differ by {error:.1e}, quantization by {noise:.1e}")
         return plain
 
     def saved() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            bittern.save(model, f"{folder}/m")
-            again = cls.from_pretrained(f"{folder}/m").eval()
-            with native.disabled():
-                out = run(again, batch)
-            if different := difference(packed_out[0], out):
-                original.save_pretrained(f"{folder}/float")
-                if not difference(expected, run(cls.from_pretrained(f"{folder}/float").eval(), batch)):
-                    raise WrongError(f"loaded differs from saved: {different}")  # and transformers itself keeps it
+            try:
+                bittern.save(model, f"{folder}/m")
+                again = cls.from_pretrained(f"{folder}/m").eval()
+                with native.disabled():
+                    equal(packed_out[0], run(again, batch), "loaded differs from saved")
+            except Exception as error:
+                try:  # whether transformers itself keeps it
+                    original.save_pretrained(f"{folder}/float")
+                    kept = not difference(expected, run(cls.from_pretrained(f"{folder}/float").eval(), batch))
+                except Exception:
+                    kept = False
+                if kept:
+                    raise error
 
     if step("simulate", simulated):
         simulated_out = step("calibrate", calibrated)
@@ -130,7 +136,8 @@ def train(original: nn.Module, batch: dict[str, Any]) -> None:
         wanted = gradients(copy.deepcopy(original), batch)
     except Exception:
         return  # nor can it be trained in float
-    if missing := sorted(wanted - gradients(student, batch)):
+    missing = sorted(name for name in wanted - gradients(student, batch) if "expert" not in name)  # choices may differ
+    if missing:
         raise WrongError(f"no gradient in the simulated model for {len(missing)} of {len(wanted)}: {missing[:3]}")
     if not all(torch.isfinite(p).all() for p in student.parameters()):
         raise WrongError("weights are not finite after one step")
@@ -195,6 +202,22 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> str:
 def equal(a: dict[str, Tensor], b: dict[str, Tensor], what: str) -> None:
     if different := difference(a, b):
         raise WrongError(f"{what}: {different}")
+
+
+def shaken(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """The output where all products differ in their last bits, which hard choices may make much of."""
+    generator = torch.Generator().manual_seed(6)
+
+    def shake(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+        return out * (1 + 1e-6 * torch.randn(out.shape, generator=generator))
+
+    hooks = [m.register_forward_hook(shake) for m in model.modules() if isinstance(m, PackedLayer)]
+    try:
+        with native.disabled():
+            return run(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def finite(out: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> dict[str, Tensor]:

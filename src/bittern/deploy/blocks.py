@@ -154,7 +154,7 @@ class Plan:
         while (plan := plans[-1].following) and plan not in plans and len(plans) * x.nbytes < AHEAD_BYTES:
             plans.append(plan)
         with torch.inference_mode(torch.is_inference_mode_enabled() and len(plans) == 1):  # else without `_version`
-            outs = run_blocks([plan.whole for plan in plans], x.contiguous(), mask)
+            outs = run_blocks([plan.whole for plan in plans], x.contiguous(), mask) if x.dim() == 3 else None
         if outs is None:
             return None
         seen = None if mask is None else mask.clone() if mask.is_inference() else mask._version

@@ -56,7 +56,7 @@ def copy_companions(source: str | Path, folder: Path) -> None:
 
 def warn_of_missing(model: PreTrainedModel, source: str | Path, folder: Path, out: str | Path) -> None:
     """Say which companion of a saved model could not be found."""
-    what, patterns = NEEDED.get(model.main_input_name, ("", ()))
+    what, patterns = NEEDED.get(str(model.main_input_name), ("", ()))  # a list of names, where there are several
     if what != "tokenizer" and folder_of(source):  # only a tokenizer is made up, in silence, where there is none
         return
     if what and not any(any(folder.glob(pattern)) for pattern in patterns):
