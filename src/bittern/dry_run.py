@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from bittern.anatomy import Anatomy
 from bittern.attention import Site, attach, attention_configs, attention_forward, detach
 from bittern.compat import eager_mask
-from bittern.errors import ModelError, first_line
+from bittern.errors import ModelError, one_line
 from bittern.products import Found, Frame, Trace, unwatched
 from bittern.reader import LAYERS, Event, Reader, Run
 
@@ -103,34 +103,35 @@ def check_merged(model: nn.Module) -> None:
         )
 
 
-def dummy_batch(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Two small made-up samples that the model accepts, for a dry run. Raises ModelError if the inputs are unusual."""
+def dummy_batch(model: PreTrainedModel, samples: int = 2, length: int = 9) -> dict[str, Tensor]:
+    """Made-up samples that the model accepts, texts of so many tokens. Raises ModelError if the inputs are unusual."""
     config, device = model.config, model.device
     text = config.get_text_config()
 
     def tokens(length: int) -> Tensor:
         limit: int = min(text.vocab_size, 97)
-        return torch.arange(2 * length, device=device).view(2, length) % limit
+        return torch.arange(samples * length, device=device).view(samples, length) % limit
+
+    def numbers(*shape: int) -> Tensor:
+        count = samples * math.prod(shape)
+        return torch.linspace(-1, 1, count, device=device, dtype=model.dtype).view(samples, *shape)
 
     def images() -> Tensor:
         vision = getattr(config, "vision_config", config)
         size = getattr(vision, "image_size", None) or 64
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        shape = (2, getattr(vision, "num_channels", 3), height, width)
-        return torch.linspace(-1, 1, math.prod(shape), device=device, dtype=model.dtype).view(shape)
+        return numbers(getattr(vision, "num_channels", 3), height, width)
 
     batch: dict[str, Tensor] = {}
     name = model.main_input_name
     if name == "input_ids":
-        batch[name] = tokens(9)
+        batch[name] = tokens(length)
         if hasattr(config, "vision_config") and not any(key.startswith("image_token") for key in vars(config)):
             batch["pixel_values"] = images()  # two towers, as in CLIP; no image tokens among the words
     elif name == "pixel_values":
         batch[name] = images()
     elif name == "input_features" and hasattr(config, "max_source_positions"):
-        length = 2 * config.max_source_positions
-        batch[name] = torch.linspace(-1, 1, 2 * config.num_mel_bins * length, device=device, dtype=model.dtype)
-        batch[name] = batch[name].view(2, config.num_mel_bins, length)
+        batch[name] = numbers(config.num_mel_bins, 2 * config.max_source_positions)
     else:
         raise ModelError(f"{type(model).__name__} takes {name!r}; give one real batch of inputs for the dry run")
     if config.is_encoder_decoder and name != "pixel_values":
@@ -194,15 +195,10 @@ def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> Run:
     try:
         for config in configs:
             config._attn_implementation_internal = _DRY_RUN
-        with evaluating(model), unwatched(model), Trace(running, on_product, on_attention):
+        failed = f"the dry run of {type(model).__name__} on {_describe(batch)} failed"
+        explained = one_line(ModelError, failed, "; give one batch of inputs that the model accepts")
+        with explained, evaluating(model), unwatched(model), Trace(running, on_product, on_attention):
             run.output = model(**batch)
-    except ModelError:
-        raise
-    except Exception as error:  # a model may fail on a batch in any way
-        raise ModelError(
-            f"the dry run of {type(model).__name__} on {_describe(batch)} failed: {first_line(error)}; "
-            "give one batch of inputs that the model accepts"
-        ) from error
     finally:
         AttentionInterface.register(_DRY_RUN, attention_forward)  # lets go of the spy, and so of the model
         for hook in hooks:

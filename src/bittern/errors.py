@@ -9,6 +9,9 @@ BitternError
 Each message is one line: what was given, what was expected, what to do.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class BitternError(Exception):
     """Base of all known errors; the command line prints it without a traceback and exits with 1."""
@@ -34,6 +37,20 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error, or of its cause if it has one; its type if it says nothing."""
     error = error.__cause__ or error
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def one_line(kind: type[BitternError], what: str, advice: str = "") -> Iterator[None]:
+    """Make one error of ours of whatever the code of others raises inside the block: what failed, why, what to do.
+
+    Their errors have no common base; ours pass as they are.
+    """
+    try:
+        yield
+    except BitternError:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {first_line(error)}{advice}") from error
 
 
 def out_of_memory(error: BaseException) -> str:

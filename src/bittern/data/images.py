@@ -12,15 +12,13 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from bittern.data.detection import Scene
 from bittern.data.texts import Collate
-from bittern.errors import InputError, first_line
+from bittern.errors import InputError, one_line
 
 
 def image_processor(path: str | Path) -> Any:
     """Load the image processor of a model folder."""
-    try:
+    with one_line(InputError, f"{path} has no image processor"):
         return AutoImageProcessor.from_pretrained(path)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
-        raise InputError(f"{path} has no image processor: {first_line(error)}") from error
 
 
 def image_collate(processor_path: str | Path, model: PreTrainedModel) -> Collate:
@@ -29,12 +27,8 @@ def image_collate(processor_path: str | Path, model: PreTrainedModel) -> Collate
 
     def collate(rows: Sequence[Any]) -> dict[str, Tensor]:
         images = [read_image(row, mode) for row in rows]
-        try:
+        with one_line(InputError, f"the image processor of {processor_path} refuses the images"):
             return dict(processor(images=images, return_tensors="pt"))
-        except Exception as error:  # sizes or channels that do not fit
-            raise InputError(
-                f"the image processor of {processor_path} refuses the images: {first_line(error)}"
-            ) from error
 
     return collate
 
@@ -66,18 +60,16 @@ def read_image(row: Path | Scene | dict[str, Any] | None, mode: str) -> Any:
         row if isinstance(row, dict) else {"path": row.path if isinstance(row, Scene) else row, "bytes": None}
     )
     name = cell["path"] or "a row"
-    try:
-        with Image.open(BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as stored:
-            image = ImageOps.exif_transpose(stored)
-            if isinstance(row, Scene) and stored.size == (row.width, row.height) != image.size:
-                image = stored  # its boxes were drawn on the image as it is stored
-            if image.mode.startswith("I;16"):
-                image = image.convert("I").point(lambda value: value * (1 / 257))
-            elif image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 255):  # type: ignore[operator]
-                raise ValueError(f"it has pixels of 32 bits (Pillow's mode {image.mode}); save it with 8 or 16")
-            image = image.convert(mode)
-    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError and more
-        raise InputError(f"{name} is not a readable image: {first_line(error)}") from error
+    explained = one_line(InputError, f"{name} is not a readable image")
+    with explained, Image.open(BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as stored:
+        image = ImageOps.exif_transpose(stored)
+        if isinstance(row, Scene) and stored.size == (row.width, row.height) != image.size:
+            image = stored  # its boxes were drawn on the image as it is stored
+        if image.mode.startswith("I;16"):
+            image = image.convert("I").point(lambda value: value * (1 / 257))
+        elif image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 255):  # type: ignore[operator]
+            raise ValueError(f"it has pixels of 32 bits (Pillow's mode {image.mode}); save it with 8 or 16")
+        image = image.convert(mode)
     if isinstance(row, Scene) and image.size != (row.width, row.height):
         width, height = image.size
         raise InputError(f"{name} has {width}×{height} pixels, but {row.width}×{row.height} in its annotations")

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from bittern.data.labels import label_numbers
 from bittern.data.splits import Split, extension, pick_name, split_files, visible_files
 from bittern.data.tasks import task_of
-from bittern.errors import InputError, first_line
+from bittern.errors import InputError, one_line
 from bittern.options import Labels, Reading
 
 TEXT_COLUMNS = (
@@ -54,7 +54,8 @@ def read_table(source: str, split: Split) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    try:
+    known = f"digits, sentences, a folder, a file with rows ({', '.join(READERS)}), or a dataset name on the hub"
+    with one_line(InputError, f"cannot read data from {source!r}", f"; expected {known}"):
         if os.path.exists(source):
             table = _read_local(Path(source), split)
         elif extension(Path(source)) in READERS:
@@ -63,11 +64,6 @@ def read_table(source: str, split: Split) -> Any:
             where = ("nyu-mll/glue", source.removeprefix("glue/")) if source.startswith("glue/") else (source,)
             name = pick_name(datasets.get_dataset_split_names(*where), split)
             table = None if name is None else datasets.load_dataset(*where, split=name)
-    except InputError:
-        raise
-    except Exception as error:  # datasets, pyarrow and huggingface_hub have no common error
-        known = f"digits, sentences, a folder, a file with rows ({', '.join(READERS)}), or a dataset name on the hub"
-        raise InputError(f"cannot read data from {source!r}: {first_line(error)}; expected {known}") from error
     if table is not None and len(table) == 0:
         raise InputError(f"{source} has no rows; expected at least one sample")
     return table

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from bittern.errors import InputError, first_line
+from bittern.errors import InputError, one_line
 
 UNLIMITED = 10**9  # a tokenizer that knows no limit says more
 Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
@@ -36,10 +36,8 @@ def sentences() -> list[str]:
 
 def load_tokenizer(path: str | Path, **options: Any) -> Any:
     """Load the tokenizer of a model folder. Raises InputError if there is none, where transformers may make up one."""
-    try:
+    with one_line(InputError, f"{path} has no tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for a missing tokenizer
-        raise InputError(f"{path} has no tokenizer: {first_line(error)}") from error
     special = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
     if len(tokenizer.get_vocab().keys() - special) < 2:
         raise InputError(f"{path} has no tokenizer; expected tokenizer.json or its like beside config.json")

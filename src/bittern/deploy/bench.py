@@ -135,12 +135,10 @@ def using_threads(threads: int | None) -> Iterator[None]:
 
 def sample_batch(model: PreTrainedModel, size: int, length: int) -> dict[str, Tensor]:
     """Made-up inputs of `size` samples: texts of `length` tokens, or images as large as the model wants them."""
-    batch = {key: value[:1].expand(size, *value.shape[1:]).contiguous() for key, value in dummy_batch(model).items()}
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length + 2
+    batch = dummy_batch(model, size, min(length, longest - 2))
     if "input_ids" in batch and "pixel_values" not in batch:
-        longest = getattr(model.config, "max_position_embeddings", None) or length
-        length = min(length, longest - 2)
-        batch["input_ids"] = (torch.arange(size * length) % min(model.config.vocab_size, 97)).view(size, length)
-        batch["attention_mask"] = torch.ones(size, length, dtype=torch.long)
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     return batch
 
 

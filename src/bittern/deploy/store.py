@@ -19,13 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from bittern import native
 from bittern.deploy import probe
-from bittern.deploy.checkpoint import (
-    METHOD,
-    BitternConfig,
-    is_packed,
-    mark,
-    open_checked,
-)
+from bittern.deploy.checkpoint import METHOD, BitternConfig, is_packed, mark, open_checked
 from bittern.deploy.companions import copy_companions, folder_of, source_of, warn_of_missing, write_card
 from bittern.deploy.files import atomic_folder, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer

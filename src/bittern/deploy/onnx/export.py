@@ -24,7 +24,7 @@ from bittern.deploy.onnx.parity import check, compare, complete, made_up, run, r
 from bittern.deploy.onnx.plan import Form, Plan, integer_codes, may_saturate, plan, remove_rounding, round_inputs
 from bittern.deploy.packed import PackedLayer
 from bittern.deploy.store import REPORT, load
-from bittern.errors import InputError, ModelError, first_line
+from bittern.errors import InputError, ModelError, one_line
 from bittern.layers import is_simulated
 from bittern.options import find_own, name_own
 from bittern.progress import Track, silent
@@ -81,10 +81,8 @@ def export(
     round_inputs(layers, plans)
     reference = run(model, track(batches, "reference"))
     onnx_graph.use_operators(layers, plans, safe)
-    try:
+    with one_line(ModelError, f"torch.onnx cannot export {type(model).__name__}"):
         graph = onnx_graph.trace(model, made_up(model, 2), list(simulated))
-    except Exception as error:  # torch.export raises whatever the model's code meets
-        raise ModelError(f"torch.onnx cannot export {type(model).__name__}: {first_line(error)}") from error
     onnx_graph.finish(graph, plans)
     with _written(Path(out), force) as (file, report):
         onnx_graph.save(graph, file)

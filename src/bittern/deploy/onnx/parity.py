@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bittern.dry_run import dummy_batch
-from bittern.errors import ModelError, first_line
+from bittern.errors import ModelError, one_line
 
 SLACK = 1.5
 FLOAT_NOISE = 1e-4  # relative: float32 sums in another order, through all layers
@@ -48,13 +48,12 @@ def made_up(model: PreTrainedModel, samples: int, length: int = 9, seed: int = 0
     Raises ModelError if the inputs are unusual.
     """
     random, batch = torch.Generator().manual_seed(seed), {}
-    for name, values in dummy_batch(model).items():
-        shape = (samples, length if name == "input_ids" else values.shape[1], *values.shape[2:])
+    for name, values in dummy_batch(model, samples, length).items():
         if values.is_floating_point():
-            batch[name] = torch.randn(shape, generator=random)
+            batch[name] = torch.randn(values.shape, generator=random)
         else:
             vocabulary = model.config.get_text_config().vocab_size
-            batch[name] = torch.randint(min(5, vocabulary - 1), vocabulary, shape, generator=random)
+            batch[name] = torch.randint(min(5, vocabulary - 1), vocabulary, values.shape, generator=random)
     batch = complete(model, batch)
     if "attention_mask" in batch:
         batch["attention_mask"][(samples + 1) // 2 :, length - length // 4 :] = 0
@@ -109,14 +108,12 @@ def session(file: str | Path, threads: int = 0, optimized: str | Path | None = N
 def run_file(file: str | Path, names: Sequence[str], batches: Iterable[Mapping[str, Tensor]]) -> Outputs:
     """Run the file in onnxruntime on all batches. Raises ModelError if it cannot be run."""
     found: Outputs = {name: [] for name in names}
-    try:
+    with one_line(ModelError, "onnxruntime cannot run the exported file"):
         running = session(file, torch.get_num_threads())
         for batch in batches:
             given = {name: values.numpy() for name, values in batch.items()}
             for name, values in zip(names, running.run(list(names), given), strict=True):
                 found[name].append(torch.from_numpy(values))
-    except Exception as error:  # onnxruntime's exceptions share no base
-        raise ModelError(f"onnxruntime cannot run the exported file: {first_line(error)}") from error
     return found
 
 
