@@ -2,17 +2,20 @@
 nothing that is damaged or of another job is taken."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bittern.deploy.files import JOB, Journal, atomic_folder, check_output, reserved
+from bittern.deploy.files import JOB, WRITTEN, Journal, atomic_file, atomic_folder, check_output, reserved
 from bittern.errors import CheckpointError, InputError
 from helpers import refused, same
 from material import tree
@@ -183,6 +186,79 @@ def test_what_comes_meanwhile_stays(tmp_path: Path) -> None:
         (tmp_path / "out" / "notes.txt").write_text("new")
     assert [path.read_text() for path in tmp_path.rglob("notes.txt")] == ["new"]
     assert (tmp_path / "out" / "model").read_text() == "two"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from bittern.deploy import files
+
+when, out = sys.argv[1:]
+if when == "between":  # the old output has gone, and the new one is not there yet
+    files.Path.rename = lambda path, to, rename=Path.rename: rename(path, to) and os.kill(os.getpid(), signal.SIGKILL)
+with files.atomic_folder(out, force=True) as folder:
+    (folder / "model").write_text("two")
+    if when == "writing":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if when == "waiting":
+        print(1, flush=True)
+        input()
+"""
+
+
+@pytest.mark.parametrize("when", ["writing", "between"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_a_kill(tmp_path: Path, when: str, fails: bool) -> None:
+    """The next run clears away what a killed one left; if it fails too, the output is there that was there before."""
+    write(tmp_path / "out")
+    killed = subprocess.run([sys.executable, "-c", KILLED, when, str(tmp_path / "out")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    with suppress(ZeroDivisionError), atomic_folder(tmp_path / "out", force=True) as folder:
+        (folder / "model").write_text("three")
+        if fails:
+            raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "model").read_text() == ("one" if fails else "three")
+
+
+def test_what_another_run_writes_stays(tmp_path: Path) -> None:
+    """Temporary folders of a run that lives are no left-overs, though the two do not see each other's lock."""
+    command, elsewhere = [sys.executable, "-c", KILLED, "waiting", str(tmp_path / "out")], tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"TMPDIR": str(elsewhere)}
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        write(tmp_path / "out")
+        other.communicate(b"\n")
+    assert other.returncode == 0
+    assert (tmp_path / "out" / "model").read_text() == "two"
+
+
+def test_list_that_names_files_elsewhere(tmp_path: Path) -> None:
+    """A folder that lists files outside of it as its own does not get them deleted."""
+    write(tmp_path / "out")
+    (tmp_path / "mine").write_text("precious")
+    listed = {"model": 3, "plots/map.svg": 3, "../mine": 8, "../../mine": 8, str(tmp_path / "mine"): 8}
+    (tmp_path / "out" / WRITTEN).write_text(json.dumps(listed))
+    write(tmp_path / "out", "two")
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert (tmp_path / "out" / "model").read_text() == "two"
+
+
+def test_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss of power takes nothing back: files, their folders and the name of the output are synced, in this order."""
+    synced: list[str] = []
+    monkeypatch.setattr("os.fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "below").mkdir()
+        (folder / "below" / "model").write_text("one")
+    names = [Path(path).name for path in synced]
+    assert names == ["model", WRITTEN, "below", "new", tmp_path.name]
+    with atomic_file(tmp_path / "part") as file:
+        file.write_text("one")
+    assert synced[-1] == str(tmp_path)
 
 
 @pytest.mark.parametrize("source", ["out", "out/below", "out.work/checkpoint-5"])

@@ -1,6 +1,9 @@
 """Whole jobs: the figures they report are those of the files they write, and the same seed gives the same file."""
 
+import os
 import shutil
+from collections.abc import Callable
+from contextvars import Context
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,15 @@ from torch import Tensor
 
 import bittern
 from bittern import jobs, native
+from bittern.analysis.study import analyze
 from bittern.data import digits
 from bittern.demo import DIGITS
 from bittern.deploy.files import reserved
+from bittern.deploy.onnx.export import export
+from bittern.errors import InputError
+from bittern.options import Distill, Training
 from bittern.recipe import recipe_names
+from helpers import refused
 from material import LABELS, TEXTS, save_text_model, tree, write_tables
 
 BATCH = 32
@@ -256,7 +264,27 @@ def test_source_inside_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         jobs.quantize(DIGITS, "ternary-2-2-8", run, force=True)
 
 
-def test_two_runs(tmp_path: Path) -> None:
-    """A second run that writes to the same output is refused at once."""
-    with reserved(tmp_path / "out"), pytest.raises(bittern.InputError, match=r"out is being written by process \d+"):
-        jobs.quantize(DIGITS, "ternary-2-2-8", tmp_path / "out")
+# Two at once
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        lambda out: jobs.quantize("m", "w8a8", out),
+        lambda out: jobs.ptq("m", "w8a8", out, data="d"),
+        lambda out: jobs.qat("m", "w8a8", out, data="d", distill=Distill(), training=Training()),
+        lambda out: bittern.compress("m", out, data="d"),
+        lambda out: analyze("m", "m", "d", out),
+        lambda out: export("m", out),
+        lambda out: export("m", out.with_suffix(".onnx")),
+    ],
+    ids=["quantize", "ptq", "qat", "compress", "analyze", "export", "export to a file"],
+)
+def test_two_at_once(tmp_path: Path, job: Callable[[Path], Any]) -> None:
+    """Each job refuses an output that another one is writing at once, before it loads anything, and says who does."""
+    with (
+        reserved(tmp_path / "out"),
+        reserved(tmp_path / "out.onnx"),
+        refused(InputError, f"is being written by process {os.getpid()}"),
+    ):
+        Context().run(job, tmp_path / "out")

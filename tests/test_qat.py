@@ -15,18 +15,20 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
 import bittern
 from bittern import jobs
 from bittern.data import load_data
 from bittern.demo import DIGITS
+from bittern.deploy.files import seal
 from bittern.errors import InputError, ModelError
 from bittern.options import Training, parse_distill
 from bittern.qat.optimizer import BertAdam
 from bittern.qat.training import ByLength, collator, first_step, last_checkpoint, train
 from families import SUPPORTED
-from helpers import refused
+from helpers import refused, same
 from material import LABELS, SENTENCE, TEXTS, command, save_text_model, write_tables
 
 QUICK = Training(steps=6, batch_size=8, learning_rate=1e-3, evaluations=2)
@@ -276,6 +278,21 @@ def test_crash(tmp_path: Path) -> None:
     assert not (tmp_path / "out.work").exists()
 
 
+def test_a_moved_run(tmp_path: Path) -> None:
+    """A run that was killed goes on in another place, with its best checkpoint, to the same bits."""
+    ends = "--lr 1 --steps 12 --evaluations 6"  # the later, the worse
+    subprocess.run([*qat(tmp_path / "whole"), *ends.split()], check=True, capture_output=True)
+    process = subprocess.Popen([*qat(tmp_path / "a" / "out"), *ends.split()], stdout=subprocess.DEVNULL)
+    while process.poll() is None and last_checkpoint(tmp_path / "a" / "out.work") is None:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    (tmp_path / "a").rename(tmp_path / "b")
+    subprocess.run([*qat(tmp_path / "b" / "out"), *ends.split(), "--resume"], check=True, capture_output=True)
+    whole, moved = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "b/out"))
+    assert same(whole, moved)
+
+
 def test_processes(tmp_path: Path) -> None:
     """Two processes share each epoch between them, and the first one writes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *qat(tmp_path / "out")[1:]]
@@ -323,12 +340,17 @@ def test_first_step() -> None:
 
 
 def test_last_checkpoint(tmp_path: Path) -> None:
-    """The newest complete one, by number, not by name."""
+    """The newest one, by number, of those that are whole: one that was cut short, damaged or robbed of a file since is
+    passed over, and so the run goes on to the same bits."""
     assert last_checkpoint(tmp_path / "nowhere") is None
-    for step, text in ((9, "{}"), (10, "{}"), (11, '{"half'), (12, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if text is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    for step in (9, 10, 11, 12, 13):
+        (folder := tmp_path / f"checkpoint-{step}").mkdir()
+        for name in ("trainer_state.json", "optimizer.pt"):
+            (folder / name).write_text("{}")
+        if step < 13:  # killed before
+            seal(folder)
+    (tmp_path / "checkpoint-12" / "optimizer.pt").write_text("{!")
+    (tmp_path / "checkpoint-11" / "optimizer.pt").unlink()
     found = last_checkpoint(tmp_path)
     assert found is not None
     assert found.name == "checkpoint-10"

@@ -96,9 +96,7 @@ def ptq(
         )
         return found.simulation, {"ptq": found.to_dict()}
 
-    result = job.run(search)
-    Journal.delete(job.folder)
-    return result
+    return job.run(search)
 
 
 def qat(
@@ -182,10 +180,7 @@ def qat(
             found["plain"] = baseline | {"reached": first_step(trained.history, trained.metric, baseline["best"])}
         return simulation, found
 
-    result = job.run(teach)
-    if is_main:
-        Journal.delete(folder)
-    return result
+    return job.run(teach)
 
 
 Found = tuple[Simulation, dict[str, Any]]  # what was simulated, and what there is to tell of how
@@ -223,7 +218,11 @@ class _Job:
         check_output(self.out, self.force, self.source, self.student)
         with reserved(self.out):
             self.prepare()
-            return self.finish(*find())
+            simulation, found = find()
+            result = self.finish(simulation, found)
+            if found:
+                Journal.delete(self.folder)
+            return result
 
     def prepare(self) -> None:
         """Load and check everything, and run the float model."""

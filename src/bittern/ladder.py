@@ -30,7 +30,7 @@ from bittern.data import Data, load_splits
 from bittern.data.evaluate import LOWER_IS_BETTER, headline, metrics, predict
 from bittern.deploy.bench import alternate
 from bittern.deploy.checkpoint import pack
-from bittern.deploy.files import Journal, atomic_folder, check_output, digest
+from bittern.deploy.files import Journal, atomic_folder, check_output, digest, holds_output
 from bittern.deploy.store import REPORT, float_bytes, load, measure, save
 from bittern.errors import InputError
 from bittern.jobs import load_float
@@ -293,6 +293,7 @@ def choose(rows: Sequence[Row], goal: Goal, max_loss: float) -> tuple[Row, str]:
     return best, f"{what} of {len(within)} rungs within the limit of {max_loss:g}, of {len(rows)} measured"
 
 
+@holds_output
 def compress(
     source: str | Path,
     out: str | Path,

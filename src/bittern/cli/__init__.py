@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from typing import NoReturn
 
 
 def main() -> None:
-    """Run the command line: a known error is one line on stderr and exit code 1, Ctrl-C exits with 130."""
+    """Run the command line: a known error is one line on stderr and exit code 1; told to stop, by Ctrl-C or SIGTERM, it
+    clears up and exits with 130 or 143; told so again, it exits at once."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not a line for each of its five tries
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what goes wrong is told once, by us
+    stopped_by = signal.SIGINT
+
+    def stop(number: int, _: object) -> NoReturn:
+        nonlocal stopped_by
+        stopped_by = signal.Signals(number)
+        for known in handlers:
+            signal.signal(known, lambda number, _: os._exit(128 + number))
+        raise KeyboardInterrupt
+
+    ours = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, stop) for number in ours if signal.getsignal(number) != signal.SIG_IGN}
     try:
         sys.exit(_run())
     except KeyboardInterrupt:  # from the first import on
         print("interrupted; nothing was left half-written", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + stopped_by)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _run() -> int:

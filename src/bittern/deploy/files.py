@@ -7,16 +7,20 @@ each finished part; a training run keeps its own checkpoints there.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from hashlib import sha256
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from functools import wraps
+from hashlib import file_digest, sha256
+from inspect import signature
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +29,10 @@ from torch import Tensor
 
 from bittern.errors import CheckpointError, InputError, first_line
 
+P = ParamSpec("P")
+T = TypeVar("T")
 JOB = "job.json"
+SEAL = "sealed.json"  # checksums of all files of a training run's checkpoint, written last
 WRITTEN = ".bittern-files.json"  # names and sizes of what a run wrote beside it: nothing else is ever deleted
 
 
@@ -77,9 +84,13 @@ def _telling(where: object) -> Iterator[None]:
         raise InputError(f"cannot write {where}: {getattr(error, 'strerror', None) or first_line(error)}") from error
 
 
-def _sync(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+def sync(path: Path) -> None:
+    """Make a file's content last, or the names in a folder, whatever happens to the machine."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 @contextmanager
@@ -89,8 +100,9 @@ def atomic_file(file: Path) -> Iterator[Path]:
     with _telling(f"to {file.parent}"):
         try:
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             temporary.rename(file)
+            sync(file.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -99,39 +111,58 @@ def atomic_file(file: Path) -> Iterator[Path]:
 def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
     """A new folder under a temporary name beside `out`, renamed to it if the block ends well, removed if not."""
     check_output(out, force)
+    with folder_beside(out) as folder:
+        yield folder
+        sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+        (folder / WRITTEN).write_text(json.dumps(sizes, indent=1) + "\n")
+        for name in (*sizes, WRITTEN):
+            (folder / name).chmod(0o644)
+            sync(folder / name)
+        for inner in (*(f for f in folder.rglob("*") if f.is_dir()), folder):
+            inner.chmod(0o755)
+            sync(inner)
+        _replace(Path(out).resolve(), folder.parent)
+
+
+@contextmanager
+def folder_beside(out: str | Path) -> Iterator[Path]:
+    """An empty folder beside `out`, removed at the end, and with it what runs that were killed left there."""
     place = Path(out).resolve()  # what a symbolic link names
-    with _telling(f"to {place.parent}"):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    with _telling(out):
-        try:
-            yield folder
-            sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
-            (folder / WRITTEN).write_text(json.dumps(sizes, indent=1) + "\n")
-            for name in (*sizes, WRITTEN):
-                (folder / name).chmod(0o644)
-                _sync(folder / name)
-            folder.chmod(0o755)
-            _replace(place, folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    with reserved(out), ExitStack() as stack:
+        with _telling(f"to {place.parent}"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            for room in place.parent.glob(f".{glob.escape(place.name)}.bittern-*"):
+                with suppress(OSError, ImportError), _hold(room):  # nobody's any more
+                    _discard(place, room)
+            room = Path(tempfile.mkdtemp(prefix=f".{place.name}.bittern-", dir=place.parent))
+            stack.callback(_discard, place, room)
+            with suppress(OSError, ImportError):
+                stack.enter_context(_hold(room))
+            (room / "new").mkdir()
+        with _telling(out):
+            yield room / "new"
 
 
-def _replace(out: Path, folder: Path) -> None:
-    """Rename `folder` to `out`; if that fails, what was there before is there again."""
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent)) / out.name
-    try:
-        if out.exists():
-            out.rename(old)
-        folder.rename(out)
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        for name in (*_written(old), WRITTEN):
-            (old / name).unlink(missing_ok=True)
-        for empty in (*sorted(old.rglob("*"), reverse=True), old, old.parent):
-            with suppress(OSError):  # what was put there in the meantime is nobody's to delete
-                empty.rmdir()
+def _replace(place: Path, room: Path) -> None:
+    if place.exists():
+        place.rename(room / "old")
+    (room / "new").rename(place)
+    sync(place.parent)
+
+
+def _discard(place: Path, room: Path) -> None:
+    """Remove a temporary folder; if there is no output, what was there before is there again."""
+    old = room / "old"
+    if old.exists() and not place.exists():
+        old.rename(place)
+    shutil.rmtree(room / "new", ignore_errors=True)
+    names = {*_written(old), WRITTEN}
+    for path in (*sorted(old.rglob("*"), reverse=True), old, room):
+        with suppress(OSError):  # what was put there in the meantime is nobody's to delete
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            elif str(path.relative_to(old)) in names:
+                path.unlink()
 
 
 def _written(folder: Path) -> dict[str, int]:
@@ -184,43 +215,100 @@ def check_parent(out: Path) -> None:
         raise InputError(f"cannot write to {parent}; choose another output")
 
 
+_held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())  # outputs that this run has reserved
+
+
 @contextmanager
 def reserved(out: str | Path) -> Iterator[None]:
     """Hold an output for one run. Raises InputError that names the process, if another one writes to it."""
-    name = sha256(str(Path(out).resolve()).encode()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / f"bittern-{name}.lock"
-    lock = _lock(path, out)
-    try:
+    place = Path(out).resolve()
+    if place in _held.get():  # by whoever called
         yield
+        return
+    name = sha256(str(place).encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"bittern-{name}.lock"
+    held = _held.set(_held.get() | {place})
+    try:
+        with _lock(path, out):
+            yield
     finally:
-        if lock is not None:
-            path.unlink(missing_ok=True)
-            lock.close()
+        _held.reset(held)
 
 
-def _lock(path: Path, out: str | Path) -> IO[str] | None:
-    """Lock a file, as long as it is open and this process lives; None where that cannot be."""
-    try:
-        import fcntl
+def holds_output(job: Callable[P, T]) -> Callable[P, T]:
+    """Let a job hold its output, the argument `out`, from its start."""
 
-        lock = path.open("a+")
-    except (ImportError, OSError):  # Windows; the file of another user
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        with lock:
+    @wraps(job)
+    def held(*args: P.args, **options: P.kwargs) -> T:
+        with reserved(signature(job).bind(*args, **options).arguments["out"]):
+            return job(*args, **options)
+
+    return held
+
+
+@contextmanager
+def _lock(path: Path, out: str | Path) -> Iterator[None]:
+    """Lock a file, as long as this process lives; go on without where that cannot be."""
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(path.open("a+"))
+            stack.enter_context(_hold(path))
+        except BlockingIOError:
+            lock.seek(0)
             raise InputError(
                 f"{out} is being written by {lock.read()}; wait for it, or choose another output"
             ) from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()}, since {time.strftime('%H:%M')}")
-    lock.flush()
-    return lock
+        except (ImportError, OSError):  # Windows; the file of another user
+            yield
+            return
+        stack.callback(path.unlink, missing_ok=True)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}, since {time.strftime('%H:%M')}")
+        lock.flush()
+        yield
+
+
+def _hold(path: Path) -> ExitStack:
+    """Lock a file or folder until what is returned is closed. Raises BlockingIOError if another process has locked it
+    or removed it in between, OSError or ImportError where nobody can."""
+    import fcntl
+
+    with ExitStack() as stack:
+        number = os.open(path, os.O_RDONLY)
+        stack.callback(os.close, number)
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(number)):
+            raise BlockingIOError
+        return stack.pop_all()
 
 
 # ---- long jobs
+
+
+def seal(folder: Path) -> None:
+    """Make the files of a finished folder last, and note their checksums: see `is_sealed`."""
+    sums = _sums(folder)
+    for path in (*map(folder.joinpath, sums), folder, folder.parent):
+        sync(path)
+    with atomic_file(folder / SEAL) as file:
+        file.write_text(json.dumps(sums, indent=1) + "\n")
+
+
+def is_sealed(folder: Path) -> bool:
+    """True if a folder holds just what it held when it was sealed."""
+    try:
+        return bool(read_json(folder / SEAL) == _sums(folder))
+    except (CheckpointError, OSError):
+        return False
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != SEAL:
+            with path.open("rb") as file:
+                found[str(path.relative_to(folder))] = file_digest(file, "sha256").hexdigest()
+    return found
 
 
 class Journal:
@@ -232,6 +320,9 @@ class Journal:
         with _telling(f"to {folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.check_ours(self.folder)
+        for half in self.folder.glob(".*.[0-9]*"):  # of a run that was killed while it wrote
+            if half.is_file():
+                half.unlink()
         if not any(self.folder.rglob("*.safetensors")):  # nothing is finished that could be lost
             with atomic_file(self.folder / JOB) as file:
                 file.write_text(json.dumps(job, indent=1) + "\n")

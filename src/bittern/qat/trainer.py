@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from bittern.deploy.checkpoint import mark
+from bittern.deploy.files import seal
 from bittern.errors import InputError, ModelError
 from bittern.layers import is_simulated
 from bittern.options import Distill, Intervention
@@ -126,8 +127,14 @@ class QATTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         _load_state(self.model if model is None else self.accelerator.unwrap_model(model), resume_from_checkpoint)
 
-    def _load_best_model(self) -> None:
-        _load_state(self.model, self.state.best_model_checkpoint)
+    def _load_best_model(self) -> None:  # which lies here, wherever this folder lay when it was written
+        _load_state(self.model, str(Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name))
+
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        super()._save_checkpoint(*args, **options)
+        self.accelerator.wait_for_everyone()  # each process writes its own random state
+        if self.args.should_save:
+            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
 
 def _check_processes(arguments: Any) -> None:

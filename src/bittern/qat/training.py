@@ -29,6 +29,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from bittern.data import Data, task_of
 from bittern.data.evaluate import LOWER_IS_BETTER
+from bittern.deploy.files import is_sealed
 from bittern.errors import InputError, first_line
 from bittern.options import Distill, Intervention, Training
 from bittern.progress import OnStep, ignore, is_main_process
@@ -156,16 +157,9 @@ def first_step(history: Sequence[Mapping[str, float]], metric: str, value: float
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end; the Trainer writes its state last."""
-    found = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    """Return the newest checkpoint that was written to its end and is as it was then."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if is_sealed(path)]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        return isinstance(json.loads(path.read_text()), dict)
-    except ValueError:
-        return False
 
 
 def collator(data: Data, model: PreTrainedModel) -> Callable[[Sequence[int]], dict[str, Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from bittern.data import load_any_split
 from bittern.data.tokens import TARGETS
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.companions import copy_companions
-from bittern.deploy.files import atomic_folder, check_output, check_parent
+from bittern.deploy.files import atomic_folder, check_output, check_parent, folder_beside, holds_output, sync
 from bittern.deploy.onnx.parity import check, compare, complete, made_up, run, run_file
 from bittern.deploy.onnx.plan import Form, Plan, integer_codes, may_saturate, plan, remove_rounding, round_inputs
 from bittern.deploy.packed import PackedLayer
@@ -33,6 +32,7 @@ from bittern.reader import LAYERS
 NEEDED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
+@holds_output
 @native.disabled()  # kernels would not see what is done to the layers
 def export(
     source: str | Path,
@@ -170,12 +170,10 @@ def _written(out: Path, force: bool) -> Iterator[tuple[Path, Path]]:
         with atomic_folder(out, force=force) as folder:
             yield folder / "model.onnx", folder / REPORT
         return
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as temporary:
-            file = Path(temporary) / out.name
-            yield file, file.with_suffix(".json")
-            for part in sorted(Path(temporary).iterdir(), key=lambda part: part == file):  # the model itself last
-                part.replace(out.parent / part.name)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}") from error
+    with folder_beside(out) as folder:
+        file = folder / out.name
+        yield file, file.with_suffix(".json")
+        for part in sorted(folder.iterdir(), key=lambda part: part == file):  # the model itself last
+            sync(part)
+            part.replace(out.parent / part.name)
+        sync(out.parent)
