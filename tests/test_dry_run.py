@@ -737,6 +737,16 @@ def test_attention_that_computes_something_else(monkeypatch: pytest.MonkeyPatch)
     assert_same_state(model, before)
 
 
+def test_two_eager_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several eager functions in a family's file, attention is compared with the one that it calls."""
+    model, batch = SUPPORTED["bert"]()
+    eager = modeling_bert.eager_attention_forward
+    monkeypatch.delattr(modeling_bert, "eager_attention_forward")
+    monkeypatch.setattr(modeling_bert, "vision_eager_attention_forward", lambda *_, **__: None, raising=False)
+    monkeypatch.setattr(modeling_bert, "eager_attention_forward", eager, raising=False)
+    assert len(read_anatomy(model, batch).attentions) == 2
+
+
 class OwnSelfAttention(modeling_bert.BertSelfAttention):
     """A subclass in a module without an eager attention function; its base's is the one that it uses."""
 

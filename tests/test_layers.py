@@ -584,6 +584,7 @@ REFUSED = [
         r"query: group_size 24 does not divide its 32 inputs per row",
     ),
     (as_it_is, recipe(Rule(modules="*.layers.*", weight=ROW)), r"'\*\.layers\.\*' matches nothing"),
+    (as_it_is, recipe(Rule(roles=("stem",), weight=ROW)), "recipe test selects nothing that BertForSequenceClass"),
 ]
 
 

@@ -192,9 +192,11 @@ def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, A
         recipe.check_globs(anatomy.roles | attentions)
         tied = _tied_layers(model, anatomy.roles)
         plan = _plan(model, recipe, anatomy, tied)
+        rules = {name: recipe.rule_for(name, role) for name, role in attentions.items()}
+        sites = {name: rule.operands for name, rule in rules.items() if rule is not None and rule.operands}
+        if not plan and not sites:
+            raise ModelError(f"recipe {recipe.name} selects nothing that {type(model).__name__} runs")
         undo.pop_all()
-    rules = {name: recipe.rule_for(name, role) for name, role in attentions.items()}
-    sites = {name: rule.operands for name, rule in rules.items() if rule is not None and rule.operands}
     for name, (weight, fmt_input) in plan.items():
         layer = model.get_submodule(name)
         swap(layer, name, weight, fmt_input)
