@@ -1,5 +1,6 @@
 """What the documents show is run as it stands: commands, Python and recipes; and their links lead somewhere."""
 
+import json
 import os
 import re
 import runpy
@@ -25,6 +26,7 @@ from material import TEXTS, command, save_text_model, write_tables
 
 ROOT = Path(__file__).parents[1]
 RUNNABLE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *RUNNABLE[1:]]
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
@@ -114,6 +116,18 @@ def test_blocks_run(path: Path, examples: Path, tmp_path: Path, monkeypatch: pyt
             Path(file[1]).write_text(block.text)
         else:
             exec(compile(block.text, block.place, "exec"), names)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of each notebook runs from top to bottom; none holds outputs, which would grow old."""
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells
+    names: dict[str, Any] = {"__name__": "notebook"}
+    for i, cell in enumerate(cells):
+        assert cell["outputs"] == []
+        exec(compile("".join(cell["source"]), f"{path.name}, cell {i}", "exec"), names)
 
 
 def test_recipes_are_valid() -> None:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 import bittern
 from bittern.recipe import recipe_names
+from material import save_text_model
 
 PUBLIC = [
     "Anatomy",
@@ -59,6 +61,47 @@ def test_import_is_light() -> None:
     code = "import sys, bittern; print(*{'torchvision', 'timm', 'datasets', 'sklearn', 'pandas'} & sys.modules.keys())"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "\n", "")
+
+
+TOOLS = ("accelerate", "datasets", "pandas", "peft", "PIL", "pyarrow", "pycocotools", "onnx", "scipy", "sklearn")
+
+
+def test_serving_needs_no_tools(tmp_path: Path) -> None:
+    """A packed model is loaded, runs and serves a pipeline where nothing of what makes, measures and trains models is
+    installed; what needs it says in one line which extra brings it."""
+    save_text_model(tmp_path / "float")
+    model = bittern.load(tmp_path / "float")
+    bittern.simulate(model, "ternary")
+    bittern.save(bittern.pack(model), tmp_path / "packed")
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({TOOLS})
+import bittern
+from transformers import pipeline
+model = bittern.load("packed")
+print(pipeline("text-classification", model="packed")("a bittern booms")[0]["label"], bittern.is_packed(model))
+assert bittern.inspect("packed", verify=True)["verified"] < 1e-3
+bittern.save(model, "again")
+from bittern.jobs import evaluate, qat
+try:
+    evaluate("packed", "sentences", against="float")
+except bittern.InputError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    lines = ran.stdout.splitlines()
+    assert ran.returncode == 0, ran.stderr
+    assert lines[0].endswith("True")
+    assert lines[1] == "this needs datasets, which is not installed: pip install 'bittern[tools]'"
+
+
+def test_extras() -> None:
+    """What a plain install brings is what runs a packed model; the rest is in extras that messages name."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    plain = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
+    assert plain == {"torch", "transformers", "safetensors", "numpy", "pydantic", "pyyaml", "typer", "rich", "jinja2"}
+    named = set(re.findall(r"bittern\[(\w+)\]|\"(\w+)\"\) for name in", "".join(p.read_text() for p in SOURCES)))
+    assert {a or b for a, b in named} | {"tools"} <= project["optional-dependencies"].keys()
 
 
 @pytest.mark.parametrize("pattern", [r"\bpickle\b", r"torch\.load\(", r"\.cuda\(", r"https?://"])

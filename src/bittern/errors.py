@@ -11,6 +11,8 @@ Each message is one line: what was given, what was expected, what to do.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 
 class BitternError(Exception):
@@ -31,6 +33,18 @@ class ModelError(BitternError):
 
 class CheckpointError(BitternError):
     """A packed checkpoint that is damaged, foreign or newer than this version."""
+
+
+def need(module: str, extra: str = "tools") -> Any:
+    """Import a module of a library that loading and running a packed model does without.
+
+    Raises InputError, with the extra that brings it, if it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        library = module.partition(".")[0]
+        raise InputError(f"this needs {library}, which is not installed: pip install 'bittern[{extra}]'") from error
 
 
 def first_line(error: BaseException) -> str:

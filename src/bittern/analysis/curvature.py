@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from bittern.analysis.pair import Pair
 from bittern.deploy.packed import PACKED, PackedLayer
-from bittern.errors import InputError
+from bittern.errors import InputError, need
 from bittern.options import Curvature
 from bittern.progress import Track
 from bittern.qat.losses import prediction_loss, squared_loss
@@ -117,9 +116,10 @@ def top_eigenvalues(hessian: Hessian, count: int = 5, seed: int = 0, tolerance: 
 
     # Few Lanczos vectors, in the model's precision: each is as large as the model.
     dtype, kept = hessian.gradient.detach().cpu().numpy().dtype, min(hessian.size, max(2 * count + 1, 10))
-    operator = LinearOperator((hessian.size, hessian.size), matvec=matvec, dtype=dtype)
+    linalg = need("scipy.sparse.linalg")
+    operator = linalg.LinearOperator((hessian.size, hessian.size), matvec=matvec, dtype=dtype)
     start = np.random.default_rng(seed).standard_normal(hessian.size).astype(dtype)
-    values = eigsh(operator, k=count, which="LM", v0=start, ncv=kept, tol=tolerance, return_eigenvectors=False)
+    values = linalg.eigsh(operator, k=count, which="LM", v0=start, ncv=kept, tol=tolerance, return_eigenvectors=False)
     return sorted((float(v) for v in values), reverse=True)
 
 

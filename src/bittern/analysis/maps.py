@@ -18,6 +18,7 @@ from bittern.analysis.recovery import min_max
 from bittern.attention import Point, Taps
 from bittern.data import Data
 from bittern.data.texts import load_tokenizer
+from bittern.errors import need
 
 SAMPLES, TOKENS, BYTES = 6, 40, 3_000_000  # shown at most: samples, tokens of a text, bytes of maps in a report
 
@@ -97,12 +98,10 @@ def _encoded(maps: Tensor) -> str:
 
 def _data_uri(pixels: Tensor) -> str:
     """A picture of normalised pixels (channels, height, width), its own darkest and lightest as black and white."""
-    from PIL import Image
-
     pixels = pixels.float().cpu()
     pixels = (pixels - pixels.amin()) / (pixels.amax() - pixels.amin()).clamp(min=1e-12)
     array = (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array[..., :3])
+    image = need("PIL.Image").fromarray(array[..., 0] if array.shape[-1] == 1 else array[..., :3])
     image.thumbnail((224, 224))
     file = BytesIO()
     image.save(file, "PNG")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from bittern.data.labels import match_classes
 from bittern.data.splits import Split, split_files
-from bittern.errors import InputError, first_line
+from bittern.errors import InputError, first_line, need
 from bittern.options import Labels
 
 LAYOUT = "train/ and val/, each with images and an annotations .json, or annotations/instances_{train,val}*.json"
@@ -148,9 +148,5 @@ def mean_average_precision(scenes: Sequence[Scene], found: Sequence[dict[str, An
 
 def pycocotools() -> tuple[Any, Any]:
     """Import COCO and COCOeval. Raises InputError if they are not installed."""
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise InputError("mAP of detectors needs pycocotools: pip install 'bittern[detection]'") from error
-    return COCO, COCOeval
+    coco, evaluation = (need(f"pycocotools.{name}", "detection") for name in ("coco", "cocoeval"))
+    return coco.COCO, evaluation.COCOeval

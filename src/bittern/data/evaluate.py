@@ -23,7 +23,7 @@ from bittern.data.pooling import embed
 from bittern.data.tasks import check_served, share_padding
 from bittern.data.tokens import TARGETS, answer_scores, best_spans, tag_scores
 from bittern.dry_run import evaluating
-from bittern.errors import InputError, first_line
+from bittern.errors import InputError, first_line, need
 from bittern.options import find_own
 
 HEADLINES = {"cola": "mcc", "mrpc": "f1", "qqp": "f1", "stsb": "pearson"}  # of GLUE; accuracy of the other tasks
@@ -123,14 +123,12 @@ def similarity_agreement(embeddings: Tensor, reference: Tensor) -> float:
 
     Where all pairs are alike to one of them it is 0, to both 1.
     """
-    from scipy.stats import spearmanr
-
     if len(embeddings) < 3:
         raise InputError(f"the agreement of similarities needs 3 samples or more, got {len(embeddings)}")
     rows, columns = torch.triu_indices(len(embeddings), len(embeddings), 1)
     pairs = [(e @ e.T)[rows, columns].numpy() for e in (embeddings, reference)]
     alike = [np.ptp(pair) == 0 for pair in pairs]
-    return float(all(alike)) if any(alike) else float(spearmanr(*pairs).statistic)
+    return float(all(alike)) if any(alike) else float(need("scipy.stats").spearmanr(*pairs).statistic)
 
 
 def of_labels(output: Tensor, labels: Tensor, regression: bool = False) -> dict[str, float]:
@@ -138,29 +136,27 @@ def of_labels(output: Tensor, labels: Tensor, regression: bool = False) -> dict[
 
     Of a regression Pearson's and Spearman's correlation; a constant prediction correlates with nothing: 0.
     """
-    from scipy.stats import pearsonr, spearmanr
-    from sklearn.metrics import f1_score, matthews_corrcoef
-
     if regression:
         predicted, right = output.flatten().double().numpy(), labels.flatten().double().numpy()
         if len(right) < 2 or predicted.std() == 0 or right.std() == 0:
             return {"pearson": 0.0, "spearman": 0.0}
-        correlations = {"pearson": pearsonr, "spearman": spearmanr}
+        stats = need("scipy.stats")
+        correlations = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}
         return {name: float(f(predicted, right).statistic) for name, f in correlations.items()}
     found = {"accuracy": accuracy(output, labels)}
     if output.shape[-1] > 5:
         found["top5"] = top5(output, labels)
     if output.shape[-1] == 2:
         chosen, right = output.argmax(-1).numpy(), labels.numpy()
-        found |= {"f1": float(f1_score(right, chosen)), "mcc": float(matthews_corrcoef(right, chosen))}
+        scores = need("sklearn.metrics")
+        found |= {"f1": float(scores.f1_score(right, chosen)), "mcc": float(scores.matthews_corrcoef(right, chosen))}
     return found
 
 
 def of_several(output: Tensor, labels: Tensor) -> dict[str, float]:
     """Return F1 of labels that are on or off, over all of them (micro) and the mean of each (macro), and the share of
     samples with no label wrong."""
-    from sklearn.metrics import f1_score
-
+    f1_score = need("sklearn.metrics").f1_score
     chosen, right = (output > 0).numpy(), labels.bool().numpy()
     scores = {"f1": "micro", "f1_macro": "macro"}
     found = {name: float(f1_score(right, chosen, average=kind, zero_division=0)) for name, kind in scores.items()}

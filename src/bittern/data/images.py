@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from bittern.data.detection import Scene
 from bittern.data.texts import Collate
-from bittern.errors import InputError, one_line
+from bittern.errors import InputError, need, one_line
 
 
 def image_processor(path: str | Path) -> Any:
@@ -54,7 +54,7 @@ def read_image(row: Path | Scene | dict[str, Any] | None, mode: str) -> Any:
 
     It is turned as its EXIF tag says, as by transformers and `datasets`; 16 bits of grey are scaled to 8.
     """
-    from PIL import Image, ImageOps
+    Image, ImageOps = need("PIL.Image"), need("PIL.ImageOps")  # noqa: N806
 
     cell: dict[str, Any] = (
         row if isinstance(row, dict) else {"path": row.path if isinstance(row, Scene) else row, "bytes": None}
@@ -67,7 +67,7 @@ def read_image(row: Path | Scene | dict[str, Any] | None, mode: str) -> Any:
             image = stored  # its boxes were drawn on the image as it is stored
         if image.mode.startswith("I;16"):
             image = image.convert("I").point(lambda value: value * (1 / 257))
-        elif image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 255):  # type: ignore[operator]
+        elif image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 255):
             raise ValueError(f"it has pixels of 32 bits (Pillow's mode {image.mode}); save it with 8 or 16")
         image = image.convert(mode)
     if isinstance(row, Scene) and image.size != (row.width, row.height):

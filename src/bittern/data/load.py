@@ -34,7 +34,7 @@ from bittern.data.texts import (
     warn_of_cuts,
 )
 from bittern.data.tokens import answer_rows, masked_rows, tag_rows, token_collate
-from bittern.errors import InputError
+from bittern.errors import InputError, need
 from bittern.options import Reading
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -44,11 +44,10 @@ BLOCK = 512  # tokens of a language model's block, by default
 @cache
 def digits(split: Split) -> tuple[Tensor, Tensor]:
     """Load scikit-learn's handwritten digits: images (n, 1, 8, 8) in [0, 1] and labels; 1,437 to train, 360 to test."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
+    images, labels = need("sklearn.datasets").load_digits(return_X_y=True)
+    parts = need("sklearn.model_selection").train_test_split(
+        images, labels, test_size=360, stratify=labels, random_state=0
+    )
     x, y = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
     return torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(y)
 
@@ -92,9 +91,7 @@ def load_data(
     if source == "sentences":
         if not is_text:
             raise InputError(f"sentences are texts; {type(model).__name__} expects {expected_inputs(model)}")
-        from datasets import Dataset
-
-        return _texts(ask, Dataset.from_dict({"text": sentences()[split == "test" :: 2]}))
+        return _texts(ask, need("datasets").Dataset.from_dict({"text": sentences()[split == "test" :: 2]}))
     if os.path.isdir(source) and not tables.holds_tables(Path(source)):
         if is_text:
             kinds = f"{type(model).__name__} needs texts in one of {', '.join(tables.READERS)}"

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from bittern.data.labels import label_numbers
 from bittern.data.splits import Split, extension, pick_name, split_files, visible_files
 from bittern.data.tasks import task_of
-from bittern.errors import InputError, one_line
+from bittern.errors import InputError, need, one_line
 from bittern.options import Labels, Reading
 
 TEXT_COLUMNS = (
@@ -51,7 +51,7 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def read_table(source: str, split: Split) -> Any:
     """Read a `datasets.Dataset` with at least one row; None if the source has no such split."""
-    import datasets
+    datasets = need("datasets")
 
     datasets.disable_progress_bars()
     known = f"digits, sentences, a folder, a file with rows ({', '.join(READERS)}), or a dataset name on the hub"
@@ -79,7 +79,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def _read_local(path: Path, split: Split) -> Any:
-    import datasets
+    datasets = need("datasets")
 
     if path.is_dir() and _is_saved(path):
         saved = datasets.load_from_disk(path)
@@ -99,7 +99,7 @@ def _read_local(path: Path, split: Split) -> Any:
 @cache
 def _cache_folder() -> str | None:
     """Return where `datasets` may keep what it reads: None for its own folder, a temporary one if that is read-only."""
-    import datasets
+    datasets = need("datasets")
 
     own = Path(datasets.config.HF_DATASETS_CACHE)
     try:
@@ -154,7 +154,7 @@ def read_images(source: str, table: Any, column: str) -> list[dict[str, Any]]:
 
     A path is one in the folder of the table, or else in the present one.
     """
-    import datasets
+    datasets = need("datasets")
 
     try:
         cells = list(table.cast_column(column, datasets.Image(decode=False))[column])

@@ -30,7 +30,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from bittern.data import Data, task_of
 from bittern.data.evaluate import LOWER_IS_BETTER
 from bittern.deploy.files import is_sealed
-from bittern.errors import InputError, first_line
+from bittern.errors import InputError, first_line, need
 from bittern.options import Distill, Intervention, Training
 from bittern.progress import OnStep, ignore, is_main_process
 from bittern.qat.optimizer import BertAdam
@@ -317,6 +317,7 @@ def _arguments(training: Training, folder: Path) -> TrainingArguments:
         "use_cpu": not torch.accelerator.is_available(),  # else several CPU processes do not know of each other
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    need("accelerate")
     try:
         return TrainingArguments(**chosen | check_arguments(training))
     except (TypeError, ValueError) as error:
