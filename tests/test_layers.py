@@ -614,7 +614,8 @@ def test_unknown_layers_stay_float(change: Callable[[hf.PreTrainedModel], None],
     change(model)
     report = simulate(model, DYNAMIC, batch)
     assert name in [layer.name for layer in report.kept_float if layer.unknown]
-    assert report.notes[1:] == (f"layers of classes that Bittern does not know stay float: {name}",)
+    note = "layers of classes that Bittern does not know, or with weights that other code reads, stay float: "
+    assert report.notes[1:] == (note + name,)
 
 
 def test_subclass_that_computes_what_its_base_does() -> None:
@@ -635,6 +636,21 @@ def test_unknown_layers_keep_what_is_tied_to_them_float() -> None:
     model.set_input_embeddings(own)
     report = simulate(model, DYNAMIC, batch)
     assert {"transformer.wte", "lm_head"} <= {layer.name for layer in report.kept_float}
+
+
+def test_weights_that_other_code_reads() -> None:
+    """A weight that a model's own code takes from a layer that never runs stays float, and so do layers tied to it:
+    simulated, and then packed, that code would not read the same."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "embedding_size": 16, "intra_bottleneck_size": 32, "true_hidden_size": 32}
+    config = hf.MobileBertConfig(**sizes, num_hidden_layers=2, intermediate_size=48, vocab_size=99)
+    model, batch = hf.MobileBertForMaskedLM(config).eval(), {"input_ids": torch.arange(18).view(2, 9)}
+    notes = simulate(model, DYNAMIC, batch).notes
+    assert notes[-1].endswith("stay float: mobilebert.embeddings.word_embeddings")
+    expected = logits(model, batch)
+    pack(model)
+    with native.disabled():
+        assert torch.equal(logits(model, batch), expected)
 
 
 def test_idle_tied_layers_read_nothing() -> None:

@@ -49,6 +49,7 @@ class Anatomy:
     inputs: names of what the model was given in the dry run, without labels. float_products: modules outside of
     `attentions` that multiply activations with each other, or weigh them by a softmax, which stays float.
     like_base: layers of subclasses that have nothing of their own but a forward, which gave what their base's gives.
+    read: layers that never ran and whose weight a model's own code reads, where it could not be quantized.
     """
 
     blocks: tuple[Block, ...]
@@ -57,6 +58,7 @@ class Anatomy:
     inputs: frozenset[str] = field(default=frozenset(), compare=False)
     float_products: tuple[str, ...] = ()
     like_base: frozenset[str] = field(default=frozenset(), compare=False)
+    read: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def attentions(self) -> tuple[Attention, ...]:

@@ -169,7 +169,7 @@ def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> Run:
     def on_enter(kind: str, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             run.events.append(Event(kind, name))
-            running.append(Frame(name))
+            running.append(Frame(name, kind == "layer"))
 
         return hook
 
@@ -198,7 +198,7 @@ def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> Run:
             config._attn_implementation_internal = _DRY_RUN
         failed = f"the dry run of {type(model).__name__} on {_describe(batch)} failed"
         explained = one_line(ModelError, failed, "; give one batch of inputs that the model accepts")
-        with explained, evaluating(model), unwatched(model), Trace(running, on_product, on_attention):
+        with explained, evaluating(model), unwatched(model), Trace(running, on_product, on_attention, run.read.add):
             run.output = model(**batch)
     finally:
         AttentionInterface.register(_DRY_RUN, attention_forward)  # lets go of the spy, and so of the model

@@ -241,6 +241,7 @@ def describe(model: PreTrainedModel) -> Simulation:
     """Return the report of a simulated model: each module with parameters, and each attention, with its formats."""
     anatomy, recipe, given = anatomy_of(model), record_of(model).recipe, formats(model)
     tied, reports = _tied_layers(model, anatomy.roles), []
+    read = {tied.get(name, name) for name in anatomy.read}
     roles = anatomy.roles | dict.fromkeys((a.name for a in anatomy.attentions), "attention")
     for name, module in model.named_modules():
         parameters = [module.weight] if name in anatomy.roles else list(module.parameters(recurse=False))
@@ -251,7 +252,7 @@ def describe(model: PreTrainedModel) -> Simulation:
             operands = ", ".join(f"{operand} {fmt}" for operand, fmt in rule.operands.items())
             rule_of = recipe.rule_for(name, roles[name]) if recipe is not None and name in anatomy.roles else None
             meant = rule_of is not None and not rule_of.is_float and name not in given
-            unknown = meant and not is_known(module, name, anatomy)
+            unknown = meant and (name in read or not is_known(module, name, anatomy))
             reports.append(LayerReport(name, kind, roles.get(name, ""), weights, weight, fmt_input, operands, unknown))
     return Simulation("" if recipe is None else recipe.name, tuple(reports), anatomy)
 
@@ -278,9 +279,11 @@ def _plan(model: PreTrainedModel, recipe: Recipe, anatomy: Anatomy, tied: Mappin
 
 
 def _is_unknown(layer: nn.Module, name: str, recipe: Recipe, anatomy: Anatomy) -> bool:
-    """True for a layer of a class that is not known, unless a rule names it, so that it is refused and not left out."""
+    """True for a layer whose weight other code reads, or of a class that is not known, unless a rule names that, so
+    that it is refused and not left out."""
     rule = recipe.rule_for(name, anatomy.roles[name])
-    return not is_known(layer, name, anatomy) and (rule is None or rule.modules == "*")
+    by_name = rule is not None and rule.modules != "*"
+    return name in anatomy.read or (not is_known(layer, name, anatomy) and not by_name)
 
 
 def restore(model: PreTrainedModel) -> None:

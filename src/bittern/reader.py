@@ -35,13 +35,15 @@ class Event:
 
 @dataclass
 class Run:
-    """What a dry run saw: events in order, the first input and output of each module, attention in own code, output."""
+    """What a dry run saw: events in order, the first input and output of each module, attention in own code, output,
+    and parameters that code outside of layers reads."""
 
     events: list[Event]
     first_io: dict[str, tuple[Any, Any]]
     found: dict[str, list[Found]]
     like_base: dict[str, bool] = field(default_factory=dict)  # of layers of subclasses that ran
     output: Any = None
+    read: set[nn.Parameter] = field(default_factory=set)
 
 
 def _same_values(x: Any, y: Any) -> bool:
@@ -81,7 +83,8 @@ class Reader:
         blocks = tuple(replace(b, attentions=tuple(a for a in b.attentions if a.name not in lone)) for b in blocks)
         idle = frozenset(roles) - {e.name for e in self.events}
         like_base = frozenset(name for name, same in self.run.like_base.items() if same)
-        return Anatomy(blocks, roles, idle, inputs, tuple(lone), like_base)
+        read = frozenset(name for name in idle if self.modules[name].weight in self.run.read)
+        return Anatomy(blocks, roles, idle, inputs, tuple(lone), like_base, read)
 
     def _ends(self, reached: set[str], lone: list[str]) -> list[tuple[int, str]]:
         """Where attention ends in the first run of each module; of lone products that is the last."""

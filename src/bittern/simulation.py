@@ -17,7 +17,7 @@ class LayerReport:
     """One module with parameters, or one attention, and what it got; formats are texts, empty where it stayed float.
 
     role: empty for modules without a weight matrix, such as norms. weights: a weight shared by layers counts once.
-    unknown: a subclass whose forward may differ from those that Bittern knows.
+    unknown: a subclass whose forward may differ from those that Bittern knows, or its weight is read by other code.
     """
 
     name: str
@@ -62,7 +62,8 @@ class Simulation:
         if products := self.anatomy.float_products:
             notes.append(f"products of activations stay float in {_some(products)}")
         if unknown := [x.name for x in self.kept_float if x.unknown]:
-            notes.append(f"layers of classes that Bittern does not know stay float: {_some(unknown)}")
+            why = "of classes that Bittern does not know, or with weights that other code reads,"
+            notes.append(f"layers {why} stay float: {_some(unknown)}")
         return tuple(notes)
 
     def to_dict(self) -> dict[str, Any]:
