@@ -1,5 +1,6 @@
 # make demo: quantize real models on real data.   make test: everything that CI checks.
 # make quick: a short share of it.                make kinds: the tests on each kind of kernels, threads and roundings.
+# make arm: the kernels for arm64 in an emulator; some minutes.
 # make census: every model type of transformers, into docs/compatibility.md; about an hour.
 # make results: the tables of docs/results.md, from benchmarks/results/*.json.
 # make docs: the site, in build/site; every link and anchor must lead somewhere.
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test quick kinds results docs census venv lint
+.PHONY: demo test quick kinds arm results docs census venv lint
 
 demo: venv
 	$(BIN)/bittern demo all --out bittern-demo --force
@@ -20,6 +21,9 @@ quick: venv
 
 kinds: venv
 	scripts/test_kinds.sh
+
+arm: venv
+	scripts/test_arm.sh
 
 results: venv
 	$(BIN)/python scripts/results.py

@@ -170,6 +170,41 @@ struct Weights {
   }
 };
 
+// A block by one call for each of its parts.
+std::vector<float> parts(const Block& b, const std::vector<float>& x, int batch, int tokens, const float* mask, int threads) {
+  const int rows = batch * tokens, hidden = b.query.inputs, values = b.heads * b.value_dim;
+  const auto run = [&](const Layer& layer, const std::vector<float>& from, int activation) {
+    std::vector<int8_t> codes(size_t(up(rows, 16)) * up(layer.inputs, 64));
+    std::vector<float> scale(rows), offset(rows), to(size_t(rows) * layer.outputs);
+    std::vector<int32_t> sums(rows);
+    const Codes view{codes.data(), scale.data(), offset.data(), sums.data(), rows};
+    if (bittern_quantize(from.data(), layer.inputs, &layer.input, threads, &view)) fail("finite values are not finite");
+    if (bittern_linear(&view, &layer, activation, threads, to.data())) fail("linear failed");
+    return to;
+  };
+  const auto normed = [&](const std::vector<float>& from, int i) {
+    std::vector<float> to(from.size());
+    bittern_norm(from.data(), rows, hidden, b.norms[i].weight, b.norms[i].bias, b.norms[i].epsilon, threads, to.data());
+    return to;
+  };
+  const auto plus = [](std::vector<float> to, const std::vector<float>& more) {
+    for (size_t i = 0; i < to.size(); ++i) to[i] += more[i];
+    return to;
+  };
+  const std::vector<float> read = b.pre_norm ? normed(x, 0) : x;
+  const std::vector<float> q = run(b.query, read, 0), k = run(b.key, read, 0), v = run(b.value, read, 0);
+  std::vector<float> map(size_t(batch) * b.heads * tokens * up(tokens, 16)), context(size_t(rows) * values);
+  const int64_t wide = b.query.outputs, narrow = b.key.outputs, third = b.value.outputs;
+  const Attention a{q.data(), k.data(), v.data(), mask, map.data(), context.data(),
+                    {tokens * wide, b.dim, wide}, {tokens * narrow, b.dim, narrow}, {tokens * third, b.value_dim, third},
+                    {0, 0, tokens}, batch, b.heads, b.key_heads, tokens, tokens, b.dim, b.value_dim, b.scaling,
+                    b.query_format, b.key_format, b.value_format, b.map_format};
+  if (bittern_attention(&a, threads)) fail("attention failed");
+  const std::vector<float> sum = plus(run(b.output, context, 0), x), middle = normed(sum, b.pre_norm ? 1 : 0);
+  const std::vector<float> down = run(b.down, run(b.up, middle, b.activation), 0);
+  return b.pre_norm ? plus(down, sum) : normed(plus(down, middle), 1);
+}
+
 void block(int threads) {
   const int batch = pick(1, 2), tokens = pick(1, 40), key_heads = pick(1, 2), heads = key_heads * pick(1, 2);
   const int dim = pick(1, 20), value_dim = pick(1, 20), hidden = pick(1, 90), wide = pick(1, 90);
@@ -193,6 +228,7 @@ void block(int threads) {
   if (again != out) fail("two blocks in one call differ from one after the other");
   for (const float v : out)
     if (!std::isfinite(v)) fail("a block gave what is not finite");
+  if (parts(b, x, batch, tokens, masked, threads) != first) fail("a block differs from its parts");
 }
 
 }  // namespace

@@ -15,9 +15,10 @@ inline void drain() {}
 
 inline float add_up(const Floats& v) { return vaddvq_f32(float32x4_t(v)); }
 
-inline Floats smaller(const Floats& a, const Floats& b) { return Floats(vminq_f32(float32x4_t(a), float32x4_t(b))); }
+// Not fmin and fmax, for which zeros differ by their sign: x86-64 gives b if neither is smaller.
+inline Floats smaller(const Floats& a, const Floats& b) { return a < b ? a : b; }
 
-inline Floats larger(const Floats& a, const Floats& b) { return Floats(vmaxq_f32(float32x4_t(a), float32x4_t(b))); }
+inline Floats larger(const Floats& a, const Floats& b) { return a > b ? a : b; }
 
 // The nearest whole numbers, of two the even one.
 inline Floats whole(const Floats& v) { return Floats(vrndnq_f32(float32x4_t(v))); }
