@@ -21,6 +21,7 @@ from bittern import calibrate, is_packed, pack, simulate
 from bittern.deploy import packed
 from bittern.deploy.packed import PACKED, PackedLayer, bytes_per_row, pack_codes, pack_layers, unpack_codes
 from bittern.errors import ModelError
+from bittern.kernels import NO_GRAPH
 from bittern.layers import QuantLayer, fake_quants, swap, weight_matrix
 from bittern.quantizers import find_scale
 from bittern.recipe import Format, Recipe, Rule
@@ -346,6 +347,28 @@ def test_other_processes(name: str) -> None:
         for again in (torch.load(file, weights_only=False), pickle.loads(pickle.dumps(model))):
             assert same(outputs(again, batch), outputs(model, batch))
             assert again.num_parameters() == model.num_parameters()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit"])
+@torch.no_grad()
+def test_graphs(name: str) -> None:
+    """torch.compile leaves its graph for what kernels compute and gives the same; other tracers refuse in a line."""
+    model, batch = quantized(name, "w8a8")
+    expected = outputs(model, batch)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        assert same(outputs(compiled, batch), expected)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=NO_GRAPH):
+        torch.compile(model, backend="eager", fullgraph=True)(**batch)
+    for strict in (False, True):
+        with pytest.raises(Exception, match=NO_GRAPH):
+            torch.export.export(model, (), dict(batch), strict=strict)
+    with pytest.raises(ModelError, match=NO_GRAPH):
+        torch.jit.trace(model, example_kwarg_inputs=dict(batch), strict=False)
+    assert same(outputs(model, batch), expected)
 
 
 @pytest.mark.parametrize("ids", [[[5, -100]], [[-1]], [[99]]])

@@ -9,7 +9,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,20 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)  # what is computed in them goes 
 
 # Told of each attention that kernels compute in this context: query, key, mask and scaling.
 watcher: ContextVar[Callable[[Tensor, Tensor, Tensor | None, float], None] | None] = ContextVar("watcher", default=None)
+
+F = TypeVar("F", bound=Callable[..., Any])
+NO_GRAPH = "packed layers compute in calls that no graph of PyTorch can hold; export the model to ONNX by bittern"
+
+
+def outside_graphs(forward: F) -> F:
+    """Let torch.compile leave its graph for each call of a function."""
+    left = torch.compiler.disable(forward, reason=NO_GRAPH)  # slower to call than a look whether it is needed
+
+    @wraps(forward)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (left if torch.compiler.is_compiling() else forward)(*args, **kwargs)
+
+    return either  # type: ignore[return-value]
 
 
 def input_coding(quantizer: FakeQuant | None) -> native.Coding | None:
@@ -68,6 +83,7 @@ def make_panels(codes: Tensor, scale: Tensor, fmt: Format) -> native.Panels | No
     return native.Panels(codes.to(torch.int16), scale, bits, -code_range(fmt)[0])
 
 
+@outside_graphs
 def attend(
     quantizers: Mapping[str, FakeQuant | None],
     query: Tensor,
@@ -98,6 +114,7 @@ def attend(
 class LayerNorm(nn.LayerNorm):
     """LayerNorm of a packed model."""
 
+    @outside_graphs
     def forward(self, input: Tensor) -> Tensor:
         if native.serves(input, self.weight, self.bias) and input.shape[-1:] == self.normalized_shape:
             return native.norm(input, self.weight, self.bias, self.eps)
@@ -133,6 +150,7 @@ def _served(kind: type[nn.Module]) -> type[nn.Module]:
         return SERVED[kind]
     activation = _ACTIVATIONS[kind]
 
+    @outside_graphs
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         if native.serves(input):
             return native.activate(input, activation)

@@ -214,6 +214,7 @@ class _Fused(nn.Module):
 def _fused(kind: type[nn.Module]) -> type[nn.Module]:
     """A class for blocks of this kind in packed models, of the same name."""
 
+    @kernels.outside_graphs
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call, written = dict(enumerate(args)) | kwargs, partial(kind.forward, self, *args, **kwargs)
         found = _run(self, call, written) if _serves(self, call) else None

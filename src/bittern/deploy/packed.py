@@ -28,7 +28,15 @@ from bittern import native
 from bittern.deploy.weight import PackedWeight
 from bittern.errors import ModelError
 from bittern.experts import ExpertsLinear
-from bittern.kernels import SIXTEEN_BITS, has_kernel, input_coding, make_panels, warn_if_slow
+from bittern.kernels import (
+    NO_GRAPH,
+    SIXTEEN_BITS,
+    has_kernel,
+    input_coding,
+    make_panels,
+    outside_graphs,
+    warn_if_slow,
+)
 from bittern.layers import (
     QuantConv1D,
     QuantConv2d,
@@ -129,6 +137,7 @@ class PackedLayer(QuantizedLayer):
         """The layer that holds the codes of this one."""
         return self.owner[0] if self.owner else self
 
+    @outside_graphs
     def forward(self, input: Tensor) -> Tensor:
         """Multiply as a linear layer, of whatever class; convolutions and embeddings have their own forward."""
         out = self.integer_product(input)
@@ -236,6 +245,8 @@ class PackedLayer(QuantizedLayer):
 
     def unpacked(self, rows: Tensor | None = None) -> Tensor:
         """The weight's values (rows, columns), or those of the given rows (…, columns), in the model's type."""
+        if torch.compiler.is_exporting() or torch._C._get_tracing_state():
+            raise ModelError(NO_GRAPH)
         layer = self.source
         codes, fmt, scale, offset = layer.weight_codes, layer.weight_format, layer.weight_scale, layer.weight_offset
         if rows is not None:
@@ -270,6 +281,7 @@ class PackedConv1D(PackedLayer, Conv1D):
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):
+    @outside_graphs
     def forward(self, input: Tensor) -> Tensor:
         if (out := self._patches(input)) is not None:
             return out
@@ -294,11 +306,13 @@ class PackedExpertsLinear(PackedLayer, ExpertsLinear):
         rows = self.weight_shape[0] // len(self.weight)
         return self.unpacked(torch.arange(expert * rows, (expert + 1) * rows, device=self.source.weight_codes.device))
 
+    @outside_graphs
     def forward(self, x: Tensor, expert: int) -> Tensor:  # type: ignore[override]
         return ExpertsLinear.forward(self, self.quantized_input(x), expert)
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):
+    @outside_graphs
     def forward(self, input: Tensor) -> Tensor:
         return self.unpacked(input)
 

@@ -49,9 +49,9 @@ class PackedWeight(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _WITHOUT_VALUES:
-            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         name = func.__name__
+        if func in _WITHOUT_VALUES or (name == "__get__" and func not in _READ):
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         if isinstance(next(iter((*args, *kwargs.values()))), cls):
             if name in ("__set__", "__setitem__", "set_data") or (name[-1] == "_" and name[-2] != "_"):
                 raise ModelError(
@@ -63,14 +63,15 @@ class PackedWeight(nn.Parameter):
         return func(*args, **kwargs)
 
 
-_ASKED = (
-    "shape dtype device ndim layout nbytes itemsize requires_grad grad grad_fn is_leaf _version is_meta is_cpu is_cuda"
+_CALLED = (
+    "size dim numel nelement element_size stride storage_offset is_floating_point is_complex is_conj is_neg _is_view "
+    "is_inference requires_grad_ get_device data_ptr"
 )
-_CALLED = "size dim numel nelement element_size stride is_floating_point is_complex requires_grad_ get_device data_ptr"
 _tensor: Any = Tensor
+# of a tensor's attributes all others tell nothing of its values
+_READ = {getattr(_tensor, name).__get__ for name in ("data", "T", "H", "mT", "mH", "real", "imag")}
 _SAME = {_tensor.data.__get__, _tensor.detach}
 _WITHOUT_VALUES = {
-    *(getattr(_tensor, name).__get__ for name in _ASKED.split()),
     *(getattr(_tensor, name) for name in _CALLED.split()),
     *(_tensor.__len__, _tensor.__hash__, _tensor.untyped_storage, _tensor.requires_grad.__set__, _tensor.grad.__set__),
     *(torch.is_floating_point, torch.is_complex, torch.numel),
