@@ -16,10 +16,11 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain, pairwise
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -80,6 +81,8 @@ class Parts:
         sites = [module for module in block.modules() if isinstance(module, attention.Site)]
         if len(sites) != 1 or sorted(steps.values()) != sorted("nnllllllf"):
             return None
+        if any("forward" in vars(module) for module in block.modules()):  # of the instance, as accelerate puts it there
+            return None
         known = {id(p) for module in steps for p in module.parameters(recurse=False)}
         return Parts(steps, sites[0]) if all(id(p) in known for p in block.parameters()) else None
 
@@ -95,40 +98,35 @@ ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 class Guard:
-    """Everything that a plan takes for granted, in flat lists.
-
-    As little as possible: each object that is looked at is fetched into the caches again, which the weights fill.
-    """
+    """Everything that a plan takes for granted: modules, their classes (exchanged where models are packed or made
+    trainable), all that they hold, their hooks, and changes of tensors."""
 
     def __init__(self, block: nn.Module):
-        every, self.attributes = list(block.modules()), list[tuple[dict[str, Any], str]]()
-        self.modules = every[1:]
-        for module in self.modules:
+        every, attributes = list(block.modules()), [(block.__dict__, "training")]
+        inner = every[1:]
+        for module in inner:
             names = next(names for kind, names in ATTRIBUTES.items() if isinstance(module, kind))
-            self.attributes += [(module.__dict__, name) for name in names]
+            attributes += [(module.__dict__, name) for name in ("forward", *names)]
         # A module that holds nothing of some sort has no use for it; a packed layer's own buffers became its panels.
         tables = [(m._modules, m._parameters, {} if isinstance(m, PackedLayer) else m._buffers) for m in every]
-        self.tables: list[dict[str, Any]] = [table for some in tables for table in some if table]
-        self.hooks = [table for m in self.modules for table in (m._forward_hooks, m._forward_pre_hooks)]
-        self.hooked = [table for table in self.hooks if table]
-        self.things = self._things()
-        held = [t for t in self.things if isinstance(t, Tensor) and not isinstance(t, PackedWeight)]
+        hooks = [table for m in inner for table in (m._forward_hooks, m._forward_pre_hooks)]
+        # of hooks their numbers, of which none comes twice
+        filled: list[Any] = [
+            *(table for some in tables for table in some if table),
+            *(table for table in hooks if table),
+        ]
+        self.objects = native.Objects(filled, hooks, attributes, inner)
+        held = [t for t in self.objects.held if isinstance(t, Tensor) and not isinstance(t, PackedWeight)]
         self.tensors = [tensor for tensor in held if not tensor.is_inference()]  # PyTorch counts no changes of those
         self.parameters = [t for t in held if isinstance(t, nn.Parameter)]
         self.changes = self._changes()
 
-    def _things(self) -> list[object]:
-        """Modules, their classes (exchanged where models are packed or made trainable) and all that they hold."""
-        held = chain(*map(dict.values, self.tables), *self.hooked)  # of hooks their numbers, of which none comes twice
-        return [*held, *map(type, self.modules), *(table.get(name) for table, name in self.attributes)]
-
     def _changes(self) -> list[int]:
         pointers = map(Tensor.data_ptr, self.parameters)  # `module.to` exchanges their memory, but other tensors
-        return [*map(len, self.hooks), *map(attrgetter("_version"), self.tensors), *pointers]
+        return [*map(attrgetter("_version"), self.tensors), *pointers]
 
     def holds(self) -> bool:
-        now = self._things()
-        return len(now) == len(self.things) and all(map(is_, now, self.things)) and self._changes() == self.changes
+        return self.objects.unchanged() and self._changes() == self.changes
 
 
 @dataclass(eq=False)
@@ -153,7 +151,8 @@ class Plan:
         plans = [self]
         while (plan := plans[-1].following) and plan not in plans and len(plans) * x.nbytes < AHEAD_BYTES:
             plans.append(plan)
-        with torch.inference_mode(torch.is_inference_mode_enabled() and len(plans) == 1):  # else without `_version`
+        # in inference mode they would have no `_version`
+        with torch.inference_mode(False) if len(plans) > 1 and torch.is_inference_mode_enabled() else nullcontext():
             outs = run_blocks([plan.whole for plan in plans], x.contiguous(), mask) if x.dim() == 3 else None
         if outs is None:
             return None
@@ -225,26 +224,25 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _serves(block: nn.Module, call: Arguments) -> bool:
-    """True if a block may run in one piece now: a float tensor, perhaps a mask, and nothing else that could matter."""
+    """True if a block may run in one piece now: a float tensor and perhaps a mask, and nobody looks."""
     tensors = [value for value in call.values() if isinstance(value, Tensor)]
-    plain = all(value is None or isinstance(value, Tensor | bool | int | float | str) for value in call.values())
-    return bool(
-        plain
-        and len(tensors) in (1, 2)
-        and native.serves(*tensors)
-        and not (torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters()))
-        and not block.training
-        and not _has_any_global_hook()
-        and not attention.collects_maps()
-    )
+    looks = block.training or _has_any_global_hook() or attention.collects_maps()
+    return len(tensors) in (1, 2) and not looks and native.serves(*tensors)
 
 
 def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
     """The block's output by its plan, or as it is written if that is still to be made; None if there is none."""
     plans: _Plans = block.__dict__.setdefault("_plans", _Plans())
-    way = tuple((key, "tensor" if isinstance(value, Tensor) else value) for key, value in call.items())
+    way = tuple([(key, "tensor" if isinstance(value, Tensor) else value) for key, value in call.items()])
+    if any(not isinstance(value, bool | int | float | str | None) for _, value in way):
+        return None  # something else that could matter, as a cache of keys
     guard, plan = plans.get(way, (None, None))
-    if guard is not None and guard.holds():
+    if guard is not None and not guard.holds():
+        guard = None
+    parameters = guard.parameters if guard else block.parameters()
+    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        return None
+    if guard:
         return plan and plan.run(call)
     parts = Parts.of(block)
     if parts is None or len(plans) > 8:  # somebody put other modules in, or an argument is another number each time

@@ -250,11 +250,24 @@ class PackedLayer(QuantizedLayer):
         layer = self.source
         codes, fmt, scale, offset = layer.weight_codes, layer.weight_format, layer.weight_scale, layer.weight_offset
         if rows is not None:
+            if (values := self._looked_up(rows)) is not None:
+                return values.view(*rows.shape, -1).to(self.weight.dtype)
             flat = rows.flatten()  # index_select refuses rows below zero, as a float embedding does
             codes, scale = codes.index_select(0, flat), scale[flat] if scale.dim() else scale
             offset = offset[flat] if offset is not None and offset.dim() else offset
         values = decode(unpack_codes(codes, layer.weight_shape[1], fmt), fmt, scale, offset).to(self.weight.dtype)
         return values if rows is None else values.view(*rows.shape, -1)
+
+    def _looked_up(self, rows: Tensor) -> Tensor | None:
+        """Values of the given rows by the kernels; None where they do not serve."""
+        layer = self.source
+        fmt, (count, columns) = layer.weight_format, layer.weight_shape
+        tensors = layer.weight_codes, layer.weight_scale, layer.weight_offset
+        usual = native.serves(*tensors[1:]) and rows.is_cpu and type(rows) is Tensor and not rows.is_floating_point()
+        if not usual or fmt.bits > 8 or fmt.storage == "base3" or tensors[1].numel() not in (1, count):
+            return None
+        numbers = code_range(fmt)[0], 2 if fmt.kind == "binary" else 1
+        return native.rows(tensors[0], rows, columns, fmt.bits, numbers, *tensors[1:])
 
     def weight_bytes(self) -> int:
         """Bytes of codes, scales and offsets in a file; 0 for a tied layer."""

@@ -7,8 +7,20 @@ contiguity of all they pass on, and raise ValueError; tensors stay referenced wh
 
 from bittern.native.codes import MOST_INPUTS, Coding, Quantized, quantize
 from bittern.native.library import SWITCHED_OFF, available, disabled, engine, kinds, serves, use
-from bittern.native.products import SCHEMES, Activation, Panels, activate, attention, linear, norm, padded_bias
+from bittern.native.objects import Objects
+from bittern.native.products import SCHEMES, Activation, Panels, activate, attention, linear, norm, padded_bias, rows
 
 __all__ = ["MOST_INPUTS", "Coding", "Quantized", "quantize"]
 __all__ += ["SWITCHED_OFF", "available", "disabled", "engine", "kinds", "serves", "use"]
-__all__ += ["SCHEMES", "Activation", "Panels", "activate", "attention", "linear", "norm", "padded_bias"]
+__all__ += [
+    "SCHEMES",
+    "Activation",
+    "Objects",
+    "Panels",
+    "activate",
+    "attention",
+    "linear",
+    "norm",
+    "padded_bias",
+    "rows",
+]

@@ -32,7 +32,10 @@ inline void tile(const uint8_t* panel, size_t next, const int8_t* a, size_t stri
       sum[r][p] = add ? _mm512_loadu_si512(sums + p * next_sums + r * kPanel) : _mm512_setzero_si512();
   for (int g = 0; g < groups; ++g) {
     __m512i w[P];
-    for (int p = 0; p < P; ++p) w[p] = _mm512_loadu_si512(panel + p * next + g * 64);
+    for (int p = 0; p < P; ++p) {
+      w[p] = _mm512_loadu_si512(panel + p * next + g * 64);
+      __builtin_prefetch(panel + (P + p) * next + g * 64);  // the next pair, which may lie beyond all caches
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       int32_t four;

@@ -6,13 +6,15 @@
 // the caller does without us.
 
 #include "block.h"
+#include "lookup.h"
 #include "losses.h"
+#include "objects.h"
 #include "rounding.h"
 
 extern "C" {
 
 // Counts changes of functions and structures below; library.py has the same number.
-int bittern_interface() { return 3; }
+int bittern_interface() { return 4; }
 
 // Asks the system for what this kind of CPU needs; 0 if it is granted or nothing is needed.
 int bittern_start() { return start() ? 0 : 1; }
@@ -84,5 +86,13 @@ int bittern_blocks(const Block* const* blocks, int count, const float* x, int ba
   block_scratch.trim(64 << 20);
   return result;
 }
+
+// Rows of an embedding by their numbers; 1 if there is no such row.
+int bittern_rows(const Lookup* lookup, const int64_t* ids, int count, float* out) {
+  return look_up(*lookup, ids, count, out) ? 0 : 1;
+}
+
+// 1 if Python's objects hold what they held. Called with the interpreter's lock.
+int bittern_unchanged(const Objects* objects) { return unchanged(*objects) ? 1 : 0; }
 
 }  // extern "C"

@@ -23,7 +23,7 @@ from bittern.errors import InputError
 from bittern.native import structures as c
 
 SWITCH = "BITTERN_KERNELS"
-INTERFACE = 3  # see bittern_interface in kernels.cpp
+INTERFACE = 4  # see bittern_interface in kernels.cpp
 SWITCHED_OFF = "the kernels are switched off"  # by `disabled` or BITTERN_KERNELS=none
 
 # Best first: what it is called, and what the CPU must have.
@@ -144,8 +144,10 @@ def _load(file: Path) -> ctypes.CDLL | None:
         "activate": (p, n, i, i, p),
         "attention": (ctypes.POINTER(c.Attention), i),
         "blocks": (p, i, p, i, i, p, p, i, p),
+        "rows": (ctypes.POINTER(c.Lookup), p, i, p),
     }.items():
         getattr(library, f"bittern_{name}").argtypes = arguments
+    setattr(library, "bittern_unchanged", ctypes.PyDLL(str(file)).bittern_unchanged)  # keeps the interpreter's lock
     return library
 
 

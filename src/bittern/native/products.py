@@ -92,6 +92,26 @@ def linear(x: Quantized, panels: Panels, bias: Tensor, activation: Activation = 
     return out
 
 
+def rows(
+    codes: Tensor, ids: Tensor, columns: int, bits: int, numbers: tuple[int, int], scale: Tensor, offset: Tensor | None
+) -> Tensor | None:
+    """Rows of a packed embedding by their numbers `ids`, as float32 (ids, columns). None if one of them does not exist.
+
+    codes: uint8 (rows, bytes) of `bits` bits. numbers: the least code, and the step to the next. scale, offset: one, or
+    one for each row.
+    """
+    out, ids = buffer(ids.numel(), columns), ids.to(torch.int64).contiguous()
+    units = tuple(scale.shape)
+    lookup = c.Lookup(
+        address(codes, "codes", (len(codes), -(-columns * bits // 8)), torch.uint8),
+        address(scale, "scale", units),
+        None if offset is None else address(offset, "offset", units),
+        *codes.shape,
+        *(columns, bits, *numbers, scale.numel() > 1),
+    )
+    return None if required().bittern_rows(lookup, ids.data_ptr(), ids.numel(), out.data_ptr()) else out
+
+
 def norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
     """Layer normalization over the last dimension."""
     columns = x.shape[-1]

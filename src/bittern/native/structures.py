@@ -56,3 +56,20 @@ class Block(ctypes.Structure):
         ("scaling", ctypes.c_float),
         *((f"{name}_format", Format) for name in OPERANDS),
     )
+
+
+class Lookup(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "offset")),
+        *((name, ctypes.c_int64) for name in ("rows", "row_bytes")),
+        *((name, ctypes.c_int32) for name in ("columns", "bits", "low", "step", "by_row")),
+    )
+
+
+class Objects(ctypes.Structure):
+    _fields_ = (
+        ("python", ctypes.c_void_p * 5),
+        *((n, ctypes.c_void_p) for n in ("tables", "values", "sized", "named", "keys", "found", "objects", "classes")),
+        ("sizes", ctypes.c_void_p),
+        *((f"{n}_count", ctypes.c_int32) for n in ("table", "value", "sized", "named", "object")),
+    )
