@@ -256,3 +256,20 @@ def test_copies_have_plans_of_their_own() -> None:
     for copied in (deepcopy(layer), pickle.loads(pickle.dumps(layer._plans))):
         assert not getattr(copied, "_plans", copied)
     assert same(outputs(deepcopy(model), batch), expected)
+
+
+@torch.no_grad()
+def test_forward_of_an_instance(calls: list[Any]) -> None:
+    """A part that somebody gave another forward, as accelerate does, runs by it, before a plan was made and after."""
+    for before in (True, False):
+        model, batch = quantized("bert", "w8a8")
+        norm = model.bert.encoder.layer[0].output.LayerNorm
+        if not before:
+            outputs(model, batch)
+        norm.forward = torch.zeros_like
+        calls.clear()
+        found = outputs(model, batch)
+        assert same(found, in_parts(model, batch))
+        assert len(calls) == model.config.num_hidden_layers - 1
+        del norm.forward
+        assert not same(outputs(model, batch), found)

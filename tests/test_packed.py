@@ -17,7 +17,7 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
-from bittern import calibrate, is_packed, pack, simulate
+from bittern import calibrate, is_packed, native, pack, simulate
 from bittern.deploy import packed
 from bittern.deploy.packed import PACKED, PackedLayer, bytes_per_row, pack_codes, pack_layers, unpack_codes
 from bittern.errors import ModelError
@@ -186,6 +186,23 @@ def test_embedding_unpacks_rows() -> None:
         patch.setattr(packed, "unpack_codes", spy)
         assert layer(torch.tensor([[3, 999], [3, 0]])).shape == (2, 2, 8)
     assert unpacked == [4]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kind", KINDS)
+def test_embedding_by_kernels(kind: str) -> None:
+    """Rows that the kernels look up are those that PyTorch unpacks, bit for bit, and what is no row is refused."""
+    for granularity, columns in product(("tensor", "row", "group"), (4, 12, 20)):
+        layer = nn.Embedding(ROWS, columns)
+        group = {"group_size": 4} if granularity == "group" else {}
+        swap(layer, "embedding", Format(granularity=granularity, **group, **KINDS[kind]), None)
+        pack_layers(nn.ModuleList([layer]))
+        for ids in (torch.randint(0, ROWS, (2, 5)), torch.randint(0, ROWS, (5, 2)).int().t(), torch.empty(2, 0).long()):
+            found = layer(ids)
+            with native.disabled():
+                assert torch.equal(found, layer(ids))
+        with pytest.raises(IndexError):
+            layer(torch.tensor([[-1]]))
 
 
 # Models

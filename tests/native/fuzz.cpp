@@ -149,6 +149,29 @@ void rows(int threads) {
   bittern_activate(x.data(), int64_t(x.size()), pick(0, 4), threads, out.data());
 }
 
+void look_up(int) {
+  const int rows = pick(1, 9), columns = pick(1, 70), bits = pick(1, 8), by_row = pick(0, 1);
+  const int64_t row_bytes = (int64_t(columns) * bits + 7) / 8;
+  std::vector<uint8_t> codes(size_t(rows * row_bytes));
+  for (uint8_t& c : codes) c = uint8_t(pick(0, 255));
+  const std::vector<float> scale = floats(by_row ? rows : 1), offset = floats(scale.size());
+  const Lookup l{codes.data(), scale.data(), pick(0, 1) ? offset.data() : nullptr, rows, row_bytes, columns, bits, -3, 2, by_row};
+  const int64_t ids[3] = {0, rows - 1, pick(0, rows - 1)}, wrong[2] = {pick(-9, -1), rows};
+  std::vector<float> out(size_t(3 * columns));
+  if (bittern_rows(&l, ids, 3, out.data()) || !bittern_rows(&l, wrong, 1, out.data()) || !bittern_rows(&l, wrong + 1, 1, out.data()))
+    fail("rows of an embedding");
+  for (int i = 0; i < 3; ++i)
+    for (int k = 0; k < columns; ++k) {
+      int code = 0;
+      for (int b = 0; b < bits; ++b) {
+        const int bit = k * bits + b;
+        code |= (codes[size_t(ids[i] * row_bytes + bit / 8)] >> (bit % 8) & 1) << b;
+      }
+      volatile float value = float(code * 2 - 3) * scale[by_row ? ids[i] : 0];
+      if (out[size_t(i * columns + k)] != (l.offset ? value + offset[by_row ? ids[i] : 0] : value)) fail("value of an embedding");
+    }
+}
+
 // A layer with weights of exactly their size.
 struct Weights {
   std::vector<uint8_t> panels;
@@ -241,6 +264,7 @@ int main(int, char** arguments) {
     linear(pick(1, pick(0, 3) ? 20 : 300), pick(1, pick(0, 3) ? 150 : 1700), pick(1, 80), pick(1, 4));
     attention(pick(1, 4));
     rows(pick(1, 4));
+    look_up(1);
     rounding(pick(1, 4));
     losses(pick(1, 4));
     block(pick(1, 4));

@@ -147,7 +147,8 @@ def _load(file: Path) -> ctypes.CDLL | None:
         "rows": (ctypes.POINTER(c.Lookup), p, i, p),
     }.items():
         getattr(library, f"bittern_{name}").argtypes = arguments
-    setattr(library, "bittern_unchanged", ctypes.PyDLL(str(file)).bittern_unchanged)  # keeps the interpreter's lock
+    # keeps the interpreter's lock
+    library.bittern_unchanged = ctypes.PyDLL(str(file)).bittern_unchanged  # type: ignore[attr-defined]
     return library
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from bittern.native import structures as c
 from bittern.native.library import required
 
-
 _CALLS = ("PyDict_Next", "PyDict_GetItemWithError", "PyDict_Size", "PyObject_Type", "Py_DecRef")
 _PYTHON = [ctypes.cast(ctypes.pythonapi[name], ctypes.c_void_p).value for name in _CALLS]
 
