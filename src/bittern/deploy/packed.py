@@ -251,12 +251,12 @@ class PackedLayer(QuantizedLayer):
         codes, fmt, scale, offset = layer.weight_codes, layer.weight_format, layer.weight_scale, layer.weight_offset
         if rows is not None:
             if (values := self._looked_up(rows)) is not None:
-                return values.view(*rows.shape, -1).to(self.weight.dtype)
+                return values.view(*rows.shape, layer.weight_shape[1]).to(self.weight.dtype)
             flat = rows.flatten()  # index_select refuses rows below zero, as a float embedding does
             codes, scale = codes.index_select(0, flat), scale[flat] if scale.dim() else scale
             offset = offset[flat] if offset is not None and offset.dim() else offset
         values = decode(unpack_codes(codes, layer.weight_shape[1], fmt), fmt, scale, offset).to(self.weight.dtype)
-        return values if rows is None else values.view(*rows.shape, -1)
+        return values if rows is None else values.view(*rows.shape, layer.weight_shape[1])
 
     def _looked_up(self, rows: Tensor) -> Tensor | None:
         """Values of the given rows by the kernels; None where they do not serve."""
