@@ -616,7 +616,7 @@ def test_accessors() -> None:
         "decoder.layers.1.encoder_attn",
     ]
     assert anatomy.block_of(anatomy.attentions[3]).name == "model.decoder.layers.0"
-    assert anatomy.layers("head") == ["lm_head"]
+    assert [name for name, role in anatomy.roles.items() if role == "head"] == ["lm_head"]
 
 
 @pytest.mark.parametrize(("name", "products", "heads"), [("mpnet", 2, 4), ("deberta_v2", 4, 4), ("bloom", 2, 4)])

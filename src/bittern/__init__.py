@@ -34,33 +34,10 @@ if not _is_command:  # which imports what it needs, when it needs it: its help a
     from bittern.recipe import Format, Recipe, Rule, load_recipe, recipe_names
     from bittern.simulation import Simulation
 
-__all__ = [
-    "Anatomy",
-    "BitternError",
-    "CheckpointError",
-    "FakeQuant",
-    "Format",
-    "InputError",
-    "ModelError",
-    "Recipe",
-    "RecipeError",
-    "Rule",
-    "Simulation",
-    "calibrate",
-    "compress",
-    "fake_quantize",
-    "inspect",
-    "is_packed",
-    "is_simulated",
-    "load",
-    "load_recipe",
-    "pack",
-    "read_anatomy",
-    "recipe_names",
-    "restore",
-    "save",
-    "simulate",
-]
+__all__ = ["Anatomy", "FakeQuant", "Format", "Recipe", "Rule", "Simulation"]
+__all__ += ["BitternError", "CheckpointError", "InputError", "ModelError", "RecipeError"]
+__all__ += ["calibrate", "compress", "fake_quantize", "pack", "restore", "simulate"]
+__all__ += ["inspect", "is_packed", "is_simulated", "load", "load_recipe", "read_anatomy", "recipe_names", "save"]
 
 
 def __getattr__(name: str) -> Any:

@@ -67,9 +67,6 @@ class Anatomy:
     def block_of(self, attention: Attention) -> Block:
         return next(b for b in self.blocks if attention in b.attentions)
 
-    def layers(self, role: Role) -> list[str]:
-        return [name for name, r in self.roles.items() if r == role]
-
 
 @dataclass
 class Record:

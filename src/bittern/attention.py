@@ -142,14 +142,11 @@ class Site(nn.Module):
     def on_output(self, point: Point, module: nn.Module, args: Any, out: Any) -> Any:
         return (self.tap(point, out[0]), *out[1:]) if isinstance(out, tuple) else self.tap(point, out)
 
-    def on_norm_input(self, module: nn.Module, args: Any) -> Any:
-        return (self.tap("residual", args[0]), *args[1:])
-
-    def on_embedding(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def on_input(self, point: Point, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
-            return (self.tap("embedding", args[0]), *args[1:]), kwargs
+            return (self.tap(point, args[0]), *args[1:]), kwargs
         name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
-        return args, kwargs | {name: self.tap("embedding", kwargs[name])}
+        return args, kwargs | {name: self.tap(point, kwargs[name])}
 
 
 def attention_forward(
@@ -266,10 +263,13 @@ def _hook(
     def outputs(point: Point, name: str) -> tuple[Point, Any]:
         return point, modules[name].register_forward_hook(partial(site.on_output, point))
 
+    def inputs(point: Point, name: str) -> tuple[Point, Any]:
+        return point, modules[name].register_forward_pre_hook(partial(site.on_input, point), with_kwargs=True)
+
     if part.output:
         yield outputs("output", part.output)
     if part.norm and part.norm_reads_residual:
-        yield "residual", modules[part.norm].register_forward_pre_hook(site.on_norm_input)
+        yield inputs("residual", part.norm)
         yield outputs("norm", part.norm)
     block = anatomy.block_of(part)
     if block.name not in hooked:
@@ -278,7 +278,7 @@ def _hook(
             yield outputs("ffn", block.ffn_out)
         yield outputs("hidden", block.name)
         if block is next(b for b in anatomy.blocks if b.stack == block.stack):
-            yield "embedding", modules[block.name].register_forward_pre_hook(site.on_embedding, with_kwargs=True)
+            yield inputs("embedding", block.name)
 
 
 def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

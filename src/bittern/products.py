@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bittern.errors import ModelError
@@ -274,16 +275,8 @@ class Trace(TorchFunctionMode):
         self.marks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor → the calls that it came from
 
     def _marks(self, x: Any) -> frozenset[Any]:
-        if isinstance(x, Tensor):
-            found: frozenset[Any] = self.marks.get(x, frozenset())
-            return found
-        return frozenset().union(*map(self._marks, x)) if isinstance(x, list | tuple) else frozenset()
-
-    def _mark(self, x: Any, marks: frozenset[Any]) -> None:
-        if isinstance(x, Tensor):
-            self.marks[x] = marks
-        for part in x if isinstance(x, list | tuple) else ():
-            self._mark(part, marks)
+        tensors = (leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
+        return frozenset().union(*(self.marks.get(tensor, frozenset()) for tensor in tensors))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -297,10 +290,10 @@ class Trace(TorchFunctionMode):
             marks = frozenset({_ACTIVATION})
         elif call is not None:
             marks = self._follow(call, out, marks)
-        elif func in _OTHER_PRODUCTS and sum(_ACTIVATION in self._marks(x) for x in _flat(args)) > 1:
+        elif func in _OTHER_PRODUCTS and sum(_ACTIVATION in self._marks(x) for x in tree_leaves(args)) > 1:
             self.on_product()
         if marks:
-            self._mark(out, marks)
+            self.marks.update((leaf, marks) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
 
     def _follow(self, call: _Call, out: Tensor, marks: frozenset[Any]) -> frozenset[Any]:
@@ -339,7 +332,3 @@ class Trace(TorchFunctionMode):
 def _shared(*calls: _Seen) -> list[Frame]:
     """The runs of modules that all of these calls are in, outermost first."""
     return [frame for frame in calls[0].at if all(frame in call.at for call in calls)]
-
-
-def _flat(args: Sequence[Any]) -> list[Any]:
-    return [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]

@@ -56,12 +56,11 @@ def read_image(row: Path | Scene | dict[str, Any] | None, mode: str) -> Any:
     """
     Image, ImageOps = need("PIL.Image"), need("PIL.ImageOps")  # noqa: N806
 
-    cell: dict[str, Any] = (
-        row if isinstance(row, dict) else {"path": row.path if isinstance(row, Scene) else row, "bytes": None}
-    )
-    name = cell["path"] or "a row"
+    content = row["bytes"] if isinstance(row, dict) else None
+    path: Any = row["path"] if isinstance(row, dict) else row.path if isinstance(row, Scene) else row
+    name = path or "a row"
     explained = one_line(InputError, f"{name} is not a readable image")
-    with explained, Image.open(BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as stored:
+    with explained, Image.open(BytesIO(content) if content else path) as stored:
         image = ImageOps.exif_transpose(stored)
         if isinstance(row, Scene) and stored.size == (row.width, row.height) != image.size:
             image = stored  # its boxes were drawn on the image as it is stored

@@ -150,12 +150,10 @@ def answer_scores(rows: Sequence[Row], logits: Tensor) -> dict[str, float]:
         said = _words(row["context"][begin[0] : end[1]] if begin and end else "")
         rights = [_words(answer) for answer in row["answers"] or [""]]
         shared = [2 * sum((Counter(said) & Counter(right)).values()) for right in rights]
-        f1 = [n / (len(said) + len(r)) if said or r else 1.0 for n, r in zip(shared, rights, strict=True)]
-        scores.append((max(f1), float(said in rights)))
-    return {
-        name: sum(values) / len(rows)
-        for name, values in zip(("f1", "exact_match"), zip(*scores, strict=True), strict=True)
-    }
+        alike = [n / (len(said) + len(r)) if said or r else 1.0 for n, r in zip(shared, rights, strict=True)]
+        scores.append((max(alike), float(said in rights)))
+    f1, exact = (sum(values) / len(rows) for values in zip(*scores, strict=True))
+    return {"f1": f1, "exact_match": exact}
 
 
 def _words(text: str) -> list[str]:

@@ -24,7 +24,7 @@ from bittern.deploy.companions import copy_companions, folder_of, source_of, war
 from bittern.deploy.files import atomic_folder, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer
 from bittern.dry_run import check_merged, check_model
-from bittern.errors import BitternError, CheckpointError, InputError, ModelError, first_line
+from bittern.errors import CheckpointError, InputError, ModelError, first_line, one_line
 from bittern.layers import formats, is_simulated
 from bittern.quantizers import FakeQuant
 
@@ -43,17 +43,12 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMode
     if local:
         _check_folder(Path(path))
     options = {"trust_remote_code": trust_remote_code, "local_files_only": local or _is_only_cached(str(path))}
-    try:
+    foreign = InputError, f"no such folder: {path}; nor can the hub give it"
+    with one_line(*((CheckpointError, f"cannot load {path}") if local else foreign)):
         config = AutoConfig.from_pretrained(path, **options)
         name = (config.architectures or ["AutoModel"])[0]
         cls = getattr(transformers, name, None) or transformers.AutoModel
         model = cls.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **options)
-    except BitternError:
-        raise
-    except Exception as error:  # transformers and safetensors raise whatever their parsers meet
-        if local:
-            raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
-        raise InputError(f"no such folder: {path}; nor can the hub give it: {first_line(error)}") from error
     check_model(model)
     model.eval()
     return model
