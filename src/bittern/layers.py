@@ -191,13 +191,13 @@ def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, A
         attentions: dict[str, Role] = {a.name: "attention" for a in anatomy.attentions}
         recipe.check_globs(anatomy.roles | attentions)
         tied = _tied_layers(model, anatomy.roles)
-        plan = _plan(model, recipe, anatomy, tied)
+        chosen = _choose_formats(model, recipe, anatomy, tied)
         rules = {name: recipe.rule_for(name, role) for name, role in attentions.items()}
         sites = {name: rule.operands for name, rule in rules.items() if rule is not None and rule.operands}
-        if not plan and not sites:
+        if not chosen and not sites:
             raise ModelError(f"recipe {recipe.name} selects nothing that {type(model).__name__} runs")
         undo.pop_all()
-    for name, (weight, fmt_input) in plan.items():
+    for name, (weight, fmt_input) in chosen.items():
         layer = model.get_submodule(name)
         swap(layer, name, weight, fmt_input)
         if weight is not None and weight.range == "static":
@@ -257,12 +257,11 @@ def describe(model: PreTrainedModel) -> Simulation:
     return Simulation("" if recipe is None else recipe.name, tuple(reports), anatomy)
 
 
-Plan = dict[str, tuple[Format | None, Format | None]]  # layer → formats of weight and input
-
-
-def _plan(model: PreTrainedModel, recipe: Recipe, anatomy: Anatomy, tied: Mapping[str, str]) -> Plan:
+def _choose_formats(
+    model: PreTrainedModel, recipe: Recipe, anatomy: Anatomy, tied: Mapping[str, str]
+) -> dict[str, tuple[Format | None, Format | None]]:
     """Formats of every layer that gets one; refuses what cannot be quantized as asked."""
-    plan: Plan = {}
+    chosen = {}
     owners = {name: tied.get(name, name) for name in anatomy.roles}
     ran = {owner for name, owner in owners.items() if name not in anatomy.idle}
     unknown = {owner for name, owner in owners.items() if _is_unknown(model.get_submodule(name), name, recipe, anatomy)}
@@ -274,8 +273,8 @@ def _plan(model: PreTrainedModel, recipe: Recipe, anatomy: Anatomy, tied: Mappin
             fmt_input = None
         if owner in ran - unknown and (weight is not None or fmt_input is not None):
             _check_layer(name, model.get_submodule(name), anatomy, weight, fmt_input)
-            plan[name] = weight, fmt_input
-    return plan
+            chosen[name] = weight, fmt_input
+    return chosen
 
 
 def _is_unknown(layer: nn.Module, name: str, recipe: Recipe, anatomy: Anatomy) -> bool:
