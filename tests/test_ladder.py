@@ -21,7 +21,7 @@ from bittern.data.evaluate import metrics, predict
 from bittern.demo import DIGITS
 from bittern.deploy.files import Journal
 from bittern.errors import InputError
-from bittern.ladder import LADDER, Loss, Rung, Workshop, choose, climb, compress, keep_wide, paired_loss, with_bits
+from bittern.ladder import LADDER, Rung, Workshop, choose, climb, compress, interval, keep_wide, paired_loss, with_bits
 from bittern.layers import formats, simulate
 from bittern.recipe import load_recipe
 
@@ -51,10 +51,13 @@ def test_loss_of_pairs(digits: tuple[PreTrainedModel, Data]) -> None:
     loss = paired_loss("accuracy", model, data, output, reference)
     lost, won, n = 6.5, 2.5, 102.0  # half a sample more in each cell of the table
     error = math.sqrt(lost + won - (lost - won) ** 2 / n) / n
-    assert loss == Loss(pytest.approx(4.0), pytest.approx(100 * error), 100)
-    assert loss.at_least < 4 < loss.at_most == pytest.approx(4 + 100 * 1.645 * error)
+    ends = {"at_most": 4 + 100 * 1.645 * error, "at_least": 4 - 100 * 1.645 * error}
+    assert loss == pytest.approx({"points": 4.0, "error": 100 * error, "samples": 100, **ends})
     same = paired_loss("accuracy", model, data, reference, reference)
-    assert (same.points, same.error) == (0, pytest.approx(100 / 102))  # no difference on few samples is not certainty
+    assert (same["points"], same["error"]) == (
+        0,
+        pytest.approx(100 / 102),
+    )  # no difference on few samples is not certainty
 
 
 def test_loss_by_bootstrap(digits: tuple[PreTrainedModel, Data]) -> None:
@@ -69,8 +72,8 @@ def test_loss_by_bootstrap(digits: tuple[PreTrainedModel, Data]) -> None:
         loss = paired_loss("perplexity", model, data, output, reference)
     gaps = (output - reference)[..., 0].mean(1)
     ratio = gaps.mean().exp().item()
-    assert loss.points == pytest.approx(100 * (ratio - 1), rel=1e-4)
-    assert loss.error == pytest.approx(100 * ratio * gaps.std().item() / math.sqrt(200), rel=0.15)
+    assert loss["points"] == pytest.approx(100 * (ratio - 1), rel=1e-4)
+    assert loss["error"] == pytest.approx(100 * ratio * gaps.std().item() / math.sqrt(200), rel=0.15)
 
 
 class Bench(Workshop):
@@ -83,9 +86,7 @@ class Bench(Workshop):
         self.made.append(rung.name)
 
     def measure(self, rung: Rung) -> dict[str, Any]:
-        points = self.losses[rung.name]
-        loss = Loss(points, 0.2, 100)
-        return {"rung": rung.name, "points": points, "error": 0.2, "at_least": loss.at_least, "at_most": loss.at_most}
+        return {"rung": rung.name, **interval(self.losses[rung.name], 0.2, 100)}
 
 
 def steps(*names: str) -> list[list[Rung]]:

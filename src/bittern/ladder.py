@@ -14,7 +14,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -81,29 +81,15 @@ LADDER: Ladder = (  # of each step the first rung within the limit is enough
 )
 
 
-@dataclass(frozen=True)
-class Loss:
-    """How much worse a model is than the float one on the same samples, in points (percent for perplexity).
-
-    error: the standard error of that; samples: how many were compared.
-    """
-
-    points: float
-    error: float
-    samples: int
-
-    @property
-    def at_most(self) -> float:
-        """The end of the one-sided 95 % confidence interval."""
-        return self.points + Z95 * self.error
-
-    @property
-    def at_least(self) -> float:
-        return self.points - Z95 * self.error
+def interval(points: float, error: float, samples: int) -> Row:
+    """Return a loss on so many samples with its standard error and the ends of its one-sided 95 % intervals."""
+    ends = {"at_most": points + Z95 * error, "at_least": points - Z95 * error}
+    return {"points": points, "error": error, "samples": samples, **ends}
 
 
-def paired_loss(metric: str, model: PreTrainedModel, data: Data, output: Tensor, reference: Tensor) -> Loss:
-    """Compare two models' outputs for the same samples by a metric of `metrics`.
+def paired_loss(metric: str, model: PreTrainedModel, data: Data, output: Tensor, reference: Tensor) -> Row:
+    """Return how much worse a model is than the float one by its outputs for the same samples and a metric of
+    `metrics`, in points (percent for perplexity), as an `interval`.
 
     For the accuracy and the agreement of classes the standard error is that of Agresti and Min (2005): half a sample is
     added to each cell of the table of pairs, so that even no difference at all, on few samples, leaves some doubt. For
@@ -115,7 +101,7 @@ def paired_loss(metric: str, model: PreTrainedModel, data: Data, output: Tensor,
         hits, theirs = output.argmax(-1) == right, reference.argmax(-1) == right
         lost, won = int((theirs & ~hits).sum()), int((hits & ~theirs).sum())
         variance = lost + won + 1 - (lost - won) ** 2 / (count + 2)
-        return Loss(100 * (lost - won) / count, 100 * math.sqrt(variance) / (count + 2), count)
+        return interval(100 * (lost - won) / count, 100 * math.sqrt(variance) / (count + 2), count)
 
     def points(data: Data, output: Tensor, reference: Tensor) -> float:
         worse, better = (metrics(model, data, o, reference)[metric] for o in (output, reference))
@@ -125,7 +111,7 @@ def paired_loss(metric: str, model: PreTrainedModel, data: Data, output: Tensor,
     for _ in range(DRAWS):
         rows = torch.randint(count, (count,), generator=draw)
         found.append(points(data.take(rows.tolist()), output[rows], reference[rows]))
-    return Loss(points(data, output, reference), statistics.stdev(found), count)
+    return interval(points(data, output, reference), statistics.stdev(found), count)
 
 
 def with_bits(recipe: Recipe, bits: int, name: str) -> Recipe:
@@ -232,9 +218,7 @@ class Workshop:
             "rung": rung.name,
             "how": rung.how,
             self.metric: metrics(packed, self.choice, output, self.reference)[self.metric],
-            **asdict(loss),
-            "at_most": loss.at_most,
-            "at_least": loss.at_least,
+            **loss,
             "bits": size.bits,
             "file": size.file,
             "smaller": size.float32 / size.file,
@@ -386,7 +370,7 @@ def compress(
         "rows": rows,
         "chosen": chosen["rung"],
         "why": why,
-        "fresh": asdict(loss) | {"at_most": loss.at_most},
+        "fresh": loss,
         "rungs": str(folder),
     }
     with atomic_folder(out, force=force) as place:
