@@ -34,10 +34,19 @@ if not _is_command:  # which imports what it needs, when it needs it: its help a
     from bittern.recipe import Format, Recipe, Rule, load_recipe, recipe_names
     from bittern.simulation import Simulation
 
-__all__ = ["Anatomy", "FakeQuant", "Format", "Recipe", "Rule", "Simulation"]
-__all__ += ["BitternError", "CheckpointError", "InputError", "ModelError", "RecipeError"]
-__all__ += ["calibrate", "compress", "fake_quantize", "pack", "restore", "simulate"]
-__all__ += ["inspect", "is_packed", "is_simulated", "load", "load_recipe", "read_anatomy", "recipe_names", "save"]
+__all__ = ["Anatomy", "BitternError", "CheckpointError", "FakeQuant", "Format", "InputError", "ModelError", "Recipe"]
+__all__ += ["RecipeError", "Rule", "Simulation", "calibrate", "compress", "fake_quantize", "inspect", "is_packed"]
+__all__ += [
+    "is_simulated",
+    "load",
+    "load_recipe",
+    "pack",
+    "read_anatomy",
+    "recipe_names",
+    "restore",
+    "save",
+    "simulate",
+]
 
 
 def __getattr__(name: str) -> Any:
