@@ -190,7 +190,7 @@ def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, A
         anatomy = anatomy_of(model, batch)
         attentions: dict[str, Role] = {a.name: "attention" for a in anatomy.attentions}
         recipe.check_globs(anatomy.roles | attentions)
-        tied = _tied_layers(model, anatomy.roles)
+        tied = tied_layers(model, anatomy.roles)
         chosen = _choose_formats(model, recipe, anatomy, tied)
         rules = {name: recipe.rule_for(name, role) for name, role in attentions.items()}
         sites = {name: rule.operands for name, rule in rules.items() if rule is not None and rule.operands}
@@ -240,7 +240,7 @@ def formats(model: nn.Module) -> dict[str, Rule]:
 def describe(model: PreTrainedModel) -> Simulation:
     """Return the report of a simulated model: each module with parameters, and each attention, with its formats."""
     anatomy, recipe, given = anatomy_of(model), record_of(model).recipe, formats(model)
-    tied, reports = _tied_layers(model, anatomy.roles), []
+    tied, reports = tied_layers(model, anatomy.roles), []
     read = {tied.get(name, name) for name in anatomy.read}
     roles = anatomy.roles | dict.fromkeys((a.name for a in anatomy.attentions), "attention")
     for name, module in model.named_modules():
@@ -321,7 +321,7 @@ def as_float(module: nn.Module) -> Iterator[None]:
             quantizer.bypass = bypass
 
 
-def _tied_layers(model: nn.Module, roles: Mapping[str, Role]) -> dict[str, str]:
+def tied_layers(model: nn.Module, roles: Mapping[str, Role]) -> dict[str, str]:
     """Layers that share another's weight → the layer that decides its format: the embedding, else the first."""
     owners: dict[object, str] = {}
     tied = {}

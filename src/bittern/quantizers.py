@@ -123,6 +123,12 @@ def _prepare(x: Tensor, fmt: Format) -> Tensor:
     return _units(x if fmt.clip is None else x.clamp(-fmt.clip, fmt.clip), fmt)
 
 
+def check_finite(x: Tensor, name: str) -> None:
+    """Raise ModelError on NaN or infinity."""
+    if not torch.isfinite(x).all():
+        raise ModelError(f"{name} holds NaN or infinite values; repair the model or the data before quantizing")
+
+
 def find_scale(x: Tensor, fmt: Format, name: str = "tensor") -> tuple[Tensor, Tensor | None]:
     """Scale and offset of `x` by its extremes (uniform) or mean magnitudes (ternary, binary).
 
@@ -131,8 +137,7 @@ def find_scale(x: Tensor, fmt: Format, name: str = "tensor") -> tuple[Tensor, Te
     >>> find_scale(torch.tensor([[1.0, -127.0]]), Format(bits=8))[0].item()
     1.0
     """
-    if not torch.isfinite(x).all():
-        raise ModelError(f"{name} holds NaN or infinite values; repair the model or the data before quantizing")
+    check_finite(x, name)
     scale, offset = _scale(_prepare(x, fmt), fmt)
     if fmt.granularity == "tensor":  # no dimensions: serves tensors of any rank
         scale, offset = scale.reshape(()), None if offset is None else offset.reshape(())

@@ -95,14 +95,8 @@ class Hessian:
 
     def product(self, vector: Tensor) -> Tensor:
         """H · v, by a second backward through the same graph."""
-        found = torch.autograd.grad(
-            self.gradient,
-            self.used,
-            vector.to(self.gradient),
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        v = vector.to(self.gradient)
+        found = torch.autograd.grad(self.gradient, self.used, v, retain_graph=True, materialize_grads=True)
         return torch.cat([g.flatten() for g in found])
 
 
@@ -137,15 +131,15 @@ def filter_normalised(parameters: Parameters, seed: int) -> dict[str, Tensor]:
     """A random direction whose every filter (row of a weight) has the norm of the weight's; none for biases and norms
     (Li et al. 2018)."""
     generator = torch.Generator().manual_seed(seed)
-    direction = {}
-    for name, p in parameters.items():
+
+    def direction(p: Tensor) -> Tensor:
         if p.dim() < 2:
-            direction[name] = torch.zeros_like(p)
-            continue
-        d = torch.randn(p.shape, generator=generator).to(p)
-        norms = [x.flatten(1).norm(dim=1).view(-1, *[1] * (p.dim() - 1)) for x in (p, d)]
-        direction[name] = d * (norms[0] / norms[1].clamp(min=1e-12))
-    return direction
+            return torch.zeros_like(p)
+        d, filters = torch.randn(p.shape, generator=generator).to(p), tuple(range(1, p.dim()))
+        normed: Tensor = d * (p.norm(dim=filters, keepdim=True) / d.norm(dim=filters, keepdim=True).clamp(min=1e-12))
+        return normed
+
+    return {name: direction(p) for name, p in parameters.items()}
 
 
 def surface_row(

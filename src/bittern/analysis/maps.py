@@ -37,11 +37,11 @@ def shown_samples(
     model, size, point = pairs[0].teacher, 0, output_point(pairs[0].anatomy)
     found: list[dict[str, Any]] = []
     tokenizer = load_tokenizer(processor_path) if model.main_input_name == "input_ids" else None
-    rows = list(range(len(data))) if order is None else list(order)
-    short = [
-        i for i in rows[: 4 * SAMPLES] if not tokenizer or data.collate([data.rows[i]])["input_ids"].shape[1] <= TOKENS
-    ]
-    for i in (short or rows)[:SAMPLES]:
+    rows = range(len(data)) if order is None else order
+    if tokenizer:
+        lengths = {i: data.collate([data.rows[i]])["input_ids"].shape[1] for i in rows[: 4 * SAMPLES]}
+        rows = [i for i, length in lengths.items() if length <= TOKENS] or rows
+    for i in rows[:SAMPLES]:
         batch = {k: v.to(model.device) for k, v in data.collate([data.rows[i]]).items()}
         both = [pair.record(batch, "map", point) for pair in pairs]
         taps = [both[0][1], *(own for own, _ in both)]

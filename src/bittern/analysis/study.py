@@ -96,9 +96,7 @@ class _Study:
         self.pairs = [self._pair(path) for path in self.paths]
         self.kinds = token_kinds(self.teacher, self.teacher_path)
         models = [self.teacher, *(pair.student for pair in self.pairs)]
-        job: dict[str, Any] = {
-            f"model {i}": digest(sorted(model.state_dict().items())) for i, model in enumerate(models)
-        }
+        job: dict[str, Any] = {f"model {i}": digest(sorted(m.state_dict().items())) for i, m in enumerate(models)}
         job |= {"data": self.data.fingerprint(), "batch size": self.data.batch_size, "samples": self.samples}
         job |= {"few": self.few, "seed": self.seed, "curvature": self.curvature and vars(self.curvature)}
         self.journal = Journal(f"{Path(self.out)}.work", job)
@@ -176,13 +174,6 @@ class _Study:
         def part(name: str, make: Callable[[], Any]) -> Any:
             return self.part(f"{i}-{name}", make)
 
-        parts: dict[str, Callable[[], Any]] = {
-            "speed": lambda: speed(pair, next(iter(self.data))),
-            "compare": lambda: compare(pair, self.data, self.kinds, track=track),
-            "blocks": lambda: block_errors(pair, self.subset, track),
-            "classes": lambda: class_errors(pair, self.subset, track),
-            "nuclear": lambda: nuclear_norms(pair, self.subset, track),
-        }
         found: dict[str, Any] = {
             "path": str(self.paths[i]),
             "name": path.name,
@@ -197,7 +188,11 @@ class _Study:
             "metric": qat.get("metric"),
             "frontier": ptq.get("frontier", []),
             "bits": ptq.get("bits", {}),
-            **{name: part(name, make) for name, make in parts.items()},
+            "speed": part("speed", lambda: speed(pair, next(iter(self.data)))),
+            "compare": part("compare", lambda: compare(pair, self.data, self.kinds, track=track)),
+            "blocks": part("blocks", lambda: block_errors(pair, self.subset, track)),
+            "classes": part("classes", lambda: class_errors(pair, self.subset, track)),
+            "nuclear": part("nuclear", lambda: nuclear_norms(pair, self.subset, track)),
         }
         if self.curvature is not None:
             found["curvature"] = measure(self.curvature, pair, self.mini, self.seed, part, track)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -59,14 +59,13 @@ class Captured:
 
 def unit_layers(name: str, module: nn.Module) -> dict[str, QuantLayer]:
     """Simulated layers of a unit that read activations and whose product is a matrix product, by full name."""
-    found = ((f"{name}.{n}" if n else name, m) for n, m in module.named_modules())
-    return {
-        n: m
-        for n, m in found
-        if isinstance(m, QuantLayer)
-        and not isinstance(m, QuantEmbedding | QuantExpertsLinear)  # whose rows are those of chosen experts
-        and not (isinstance(m, QuantConv2d) and m.groups > 1)
-    }
+
+    def is_product(m: nn.Module) -> bool:
+        if isinstance(m, QuantEmbedding | QuantExpertsLinear):  # of experts, whose rows are those of chosen ones
+            return False
+        return not (isinstance(m, QuantConv2d) and m.groups > 1)
+
+    return {n: m for n, m in module.named_modules(prefix=name) if isinstance(m, QuantLayer) and is_product(m)}
 
 
 def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: Sequence[int], seed: int) -> Captured:
@@ -81,8 +80,7 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
     sites = [m for m in module.modules() if isinstance(m, Site) and m.formats]
     norms = [(n, m) for n, m in module.named_modules() if _is_norm(m)]
     reads: dict[str, list[Inputs | None]] = {name: [] for name in layers}  # None: of no known sample
-    heads: dict[str, list[tuple[Tensor, ...] | None]] = {}
-    groups: dict[str, int] = {}
+    heads: dict[str, list[Heads | None]] = {}
 
     def capture_call(call: Call, first: int) -> None:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + call.batch)
@@ -119,7 +117,6 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
                 on_read(unit, call.args[0])
             call.output = call.run()
         for name, *tensors in zip(taps.names["map"], *(taps[point] for point in OPERANDS), strict=True):
-            groups[name] = tensors[0].shape[1] // tensors[1].shape[1]
             heads.setdefault(name, []).append(_heads(tensors, batch, size, first, len(calls), generator))
 
     first = 0
@@ -142,11 +139,7 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
     for group in inputs.values():
         if group.norm is not None and not _alone(module, group, layers, calls[0]):
             group.norm = None
-    joined = {
-        name: Heads(*map(_pad_and_join, zip(*parts, strict=True)), groups=groups[name])
-        for name, parts in heads.items()
-        if name not in unclear
-    }
+    joined = {name: _joined(*filter(None, parts)) for name, parts in heads.items() if name not in unclear}
     return Captured(list(inputs.values()), joined, unclear)
 
 
@@ -230,25 +223,25 @@ def padding_mask(batch: Mapping[str, Any], shape: Sequence[int]) -> Tensor | Non
 
 def _heads(
     tensors: list[Tensor], batch: Mapping[str, Any], size: int, first: int, calls: int, generator: torch.Generator
-) -> tuple[Tensor, ...] | None:
-    """Return the fields of `Heads` for one call; None if there is nothing, or samples cannot be told apart."""
+) -> Heads | None:
+    """Return what one call reads; None if there is nothing, or samples cannot be told apart."""
     query, key, value, map_ = tensors
     items, device = len(query), query.device
     if items % size or not map_.numel():
         return None
     some = _part(items, max(1, MAX_MAP // (calls * map_[0].numel())), generator, device)
-    masks = (padding_mask(batch, (items, x.shape[2])) for x in (query, key))
-    valid_rows, valid_keys = (
-        torch.ones(items, x.shape[2], dtype=torch.bool, device=device) if mask is None else mask
-        for x, mask in zip((query, key), masks, strict=True)
-    )
-    valid_rows = valid_rows.repeat(1, query.shape[1] // key.shape[1])  # (items, groups · queries)
+    valid = []
+    for x in (query, key):
+        mask = padding_mask(batch, (items, x.shape[2]))
+        valid.append(torch.ones(items, x.shape[2], dtype=torch.bool, device=device) if mask is None else mask)
+    groups = query.shape[1] // key.shape[1]
+    valid_rows, valid_keys = valid[0].repeat(1, groups), valid[1]  # (items, groups · queries), (items, keys)
 
     def chosen(x: Tensor, valid: Tensor) -> Tensor:
         x = x.reshape(items, key.shape[1], -1, x.shape[-1])  # (items, key heads, rows, ·): grouped queries become rows
         return (x * valid[:, None, :, None])[some].detach().float()
 
-    return (
+    return Heads(
         chosen(query, valid_rows),
         chosen(key, valid_keys),
         chosen(value, valid_keys),
@@ -256,14 +249,19 @@ def _heads(
         _samples(items, size, device)[some] + first,
         valid_rows[some],
         valid_keys[some],
+        groups=groups,
     )
 
 
-def _pad_and_join(parts: tuple[Tensor, ...]) -> Tensor:
+def _joined(*parts: Heads) -> Heads:
     """Join batches of different lengths along the items; what is added is zero, and so not valid."""
-    shape = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True)]
-    padded = [
-        F.pad(p, [n for a, b in zip(reversed(p.shape[1:]), reversed(shape), strict=True) for n in (0, b - a)])
-        for p in parts
-    ]
-    return torch.cat(padded)
+    joined = []
+    for field_ in fields(Heads)[:-1]:
+        tensors = [getattr(part, field_.name) for part in parts]
+        whole = tensors[0].new_zeros(
+            sum(map(len, tensors)), *map(max, zip(*(t.shape[1:] for t in tensors), strict=True))
+        )
+        for own, t in zip(whole.split([*map(len, tensors)]), tensors, strict=True):
+            own[tuple(map(slice, t.shape))] = t
+        joined.append(whole)
+    return Heads(*joined, groups=parts[0].groups)

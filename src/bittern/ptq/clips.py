@@ -14,18 +14,23 @@ import torch
 from torch import Tensor
 
 from bittern.errors import ModelError, RecipeError
-from bittern.quantizers import _nonzero, _prepare, _quantize, _scale, _units, code_range, decode, find_scale
+from bittern.quantizers import (
+    _nonzero,
+    _prepare,
+    _quantize,
+    _scale,
+    _units,
+    check_finite,
+    code_range,
+    decode,
+    find_scale,
+)
 from bittern.recipe import Format
 
 Scale = tuple[Tensor, Tensor | None]
 CHUNK = 2**15  # values of a unit at a time: they stay in the cache, and no sum is shared between threads
 HISTOGRAM_BINS = 2**16  # in one histogram of a large unit
 SMALLEST_SHRINK = 0.01  # of the extremes, in the search for the least error
-
-
-def check_finite(x: Tensor, name: str) -> None:
-    if not torch.isfinite(x).all():
-        raise ModelError(f"{name} holds NaN or infinite values; repair the model or the data before quantizing")
 
 
 def _as_rows(x: Tensor, fmt: Format, name: str) -> tuple[Tensor, Format, tuple[int, ...]]:
@@ -52,8 +57,7 @@ def _clip(low: Tensor, high: Tensor, row: Format) -> Scale:
 
 
 def _shaped(found: Scale, shape: tuple[int, ...]) -> Scale:
-    scale, offset = found
-    return scale.reshape(shape), None if offset is None else offset.reshape(shape)
+    return found[0].reshape(shape), None if found[1] is None else found[1].reshape(shape)
 
 
 # Percentile
@@ -170,6 +174,7 @@ def _fit(points: Tensor, row: Format, found: Scale, counts: Tensor | None) -> Sc
 @cache
 def _optimal_clips(bits: int) -> tuple[float, float]:
     """The clips of least error for a normal (in σ) and a Laplace distribution (in b), as ACIQ tabulates them."""
+    from scipy.optimize import brentq
 
     def normal(a: float) -> float:  # derivatives of the errors
         tail = 2 * math.sqrt(2 / math.pi) * math.exp(-a * a / 2)
@@ -178,24 +183,16 @@ def _optimal_clips(bits: int) -> tuple[float, float]:
     def laplace(a: float) -> float:
         return -2 * math.exp(-a) + 2 * a / (3 * 4.0**bits)
 
-    clips = []
-    for slope in (normal, laplace):
-        low, high = 0.0, 64.0
-        for _ in range(64):
-            middle = (low + high) / 2
-            low, high = (middle, high) if slope(middle) < 0 else (low, middle)
-        clips.append(low)
-    return clips[0], clips[1]
+    return brentq(normal, 0, 64), brentq(laplace, 0, 64)
 
 
 def aciq_scale(x: Tensor, fmt: Format, name: str = "tensor") -> Scale:
     """Return the scale of the analytic clip (ACIQ, Banner et al. 2019): mean ± α, by the better of two distributions.
 
-    They are the normal and the Laplace distribution; no clip is tried too.
-
-    α is the optimum itself: to the printed digits 1.71σ ... 3.92σ (normal), 2.83b ... 9.89b (Laplace) for 2 to 8 bits.
-    Of the three the one with the least error on x is taken, unit by unit, as in the published code: the expected errors
-    would always favour the normal distribution. Units without negative values, and all of an unsigned format, get the
+    They are the normal and the Laplace distribution; no clip is tried too. α is the optimum itself: to the printed
+    digits 1.71σ ... 3.92σ (normal), 2.83b ... 9.89b (Laplace) for 2 to 8 bits. Of the three the one with the least
+    error on x is taken, unit by unit, as in the published code: the expected errors would always favour the normal
+    distribution. Units without negative values, and all of an unsigned format, get the
     α of one bit more and the range from 0 to mean⁺ + α; a symmetric format always has the range ±(|mean| + α).
     """
     rows, row, shape = _as_rows(x, fmt, name)
@@ -209,13 +206,12 @@ def aciq_scale(x: Tensor, fmt: Format, name: str = "tensor") -> Scale:
     one_sided = (low >= 0) | (row.scheme == "unsigned")
     found = [_clip(low, high, row)]
     for spread, clip, wider in zip(spreads, _optimal_clips(fmt.bits), _optimal_clips(fmt.bits + 1), strict=True):
+        start = torch.where(one_sided, 0.0, torch.maximum(low, mean - clip * spread))
+        end = torch.minimum(high, torch.where(one_sided, mean.clamp(min=0) + wider * spread, mean + clip * spread))
         if row.scheme == "symmetric":
-            top = torch.minimum(torch.maximum(high, -low), mean.abs() + clip * spread)
-            found.append(_clip(-top, top, row))
-        else:
-            start = torch.where(one_sided, 0.0, torch.maximum(low, mean - clip * spread))
-            end = torch.where(one_sided, mean.clamp(min=0) + wider * spread, mean + clip * spread)
-            found.append(_clip(start, torch.minimum(high, end), row))
+            end = torch.minimum(torch.maximum(high, -low), mean.abs() + clip * spread)
+            start = -end
+        found.append(_clip(start, end, row))
     return _shaped(_least(rows, row, found), shape)
 
 
@@ -257,9 +253,8 @@ def ocs(
     The scale is that of the weight with one half in place of each split column: by its extremes, or with `mse` by OMSE.
     """
     if fmt.kind != "uniform" or fmt.scheme != "symmetric":
-        raise RecipeError(
-            f"{name}: OCS needs a symmetric uniform format, got {fmt}; use kind: uniform, scheme: symmetric"
-        )
+        hint = "use kind: uniform, scheme: symmetric"
+        raise RecipeError(f"{name}: OCS needs a symmetric uniform format, got {fmt}; {hint}")
     if not 0 <= ratio <= 1:
         raise RecipeError(f"ratio must be 0 to 1, got {ratio:g}; 0.01 to 0.05 is usual")
     check_finite(weight, name)

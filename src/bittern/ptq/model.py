@@ -26,6 +26,7 @@ from bittern.layers import (
     describe,
     fake_quants,
     simulate,
+    tied_layers,
     weight_matrix,
 )
 from bittern.options import Mixed
@@ -79,18 +80,16 @@ class Result:
     peak_memory: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "method": self.method.name,
-            "inputs": self.method.inputs,
-            "samples": self.samples,
-            "solved": [asdict(s) for s in self.solved],
-            "by_extremes": self.by_extremes,
-            "bits": self.bits,
-            "frontier": [asdict(point) for point in self.frontier],
-            "divergence": self.divergence,
-            "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
-            "peak_memory": self.peak_memory,
-        }
+        own = {name: value for name, value in vars(self).items() if name not in ("simulation", "method")}
+        return (
+            {"method": self.method.name, "inputs": self.method.inputs}
+            | own
+            | {
+                "solved": [asdict(s) for s in self.solved],
+                "frontier": [asdict(point) for point in self.frontier],
+                "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
+            }
+        )
 
 
 @dataclass
@@ -105,8 +104,14 @@ class _Run:
     seed: int
     journal: Journal | None
     anatomy: Anatomy
-    tied: frozenset[str]
+    tied: set[str]  # layers whose weight another shares
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def forward(self, calls: Sequence[Call], in_float: bool) -> None:
+        """Set the outputs of a unit's calls."""
+        with self.clock("forward"), as_float(calls[0].module) if in_float else nullcontext():
+            for call in calls:
+                call.output = call.run()
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
@@ -147,7 +152,8 @@ def quantize(
     model.eval()
     start = time.perf_counter()
     simulation = simulate(model, recipe, given[0])
-    run = _Run(model, given, sizes, method, mixed, seed, journal, simulation.anatomy, _tied(model))
+    tied = tied_layers(model, simulation.anatomy.roles)
+    run = _Run(model, given, sizes, method, mixed, seed, journal, simulation.anatomy, {*tied, *tied.values()})
     result = Result(simulation, method, sum(sizes))
     _solve_without_data(model, method)
     run.seconds["embeddings"] = time.perf_counter() - start
@@ -213,31 +219,22 @@ def _stream(run: _Run, track: Track) -> Iterator[dict[int, Found]]:
     with as_float(run.model):
         for unit, calls in stream(run.model, units, run.batches[:1]):
             left[unit] += 1
-            _run_all(calls)
+            run.forward(calls, in_float=True)
     held: dict[str, list[Call]] = defaultdict(list)
     steps = stream(run.model, units, run.batches)
     with closing(steps), as_float(run.model) if parallel else nullcontext():
         for _ in track(range(left.total()), "calibrating"):
             with run.clock("forward"):
-                step = next(steps, None)
-            if step is None:
-                break
-            unit, calls = step
+                unit, calls = next(steps)
             held[unit] += calls
             left[unit] -= 1
             if left[unit]:
-                with run.clock("forward"), as_float(calls[0].module):
-                    _run_all(calls)
+                run.forward(calls, in_float=True)
                 continue
             number += 1
             yield _solve_unit(run, held.pop(unit), number)
-            with run.clock("forward"):
-                _run_all([] if parallel else calls)
-
-
-def _run_all(calls: Sequence[Call]) -> None:
-    for call in calls:
-        call.output = call.run()
+            if not parallel:
+                run.forward(calls, in_float=False)
 
 
 def _solve_unit(run: _Run, calls: list[Call], number: int) -> dict[int, Found]:
@@ -251,8 +248,7 @@ def _solve_unit(run: _Run, calls: list[Call], number: int) -> dict[int, Found]:
     }
     kept = {bits: run.journal.load(file) for bits, file in files.items()} if run.journal else {}
     if kept and None not in kept.values():
-        with run.clock("forward"), as_float(module):
-            _run_all(calls)
+        run.forward(calls, in_float=True)
         return {bits: Found(unit, part[0], **part[1]) for bits, part in kept.items() if part}
     with run.clock("forward"):
         captured = capture(calls, run.batches, run.sizes, run.seed)
@@ -366,15 +362,6 @@ def _solve_without_data(model: nn.Module, method: Method) -> None:
             if method.space is not None:
                 clip = omse_scale if quantizer.format.bits < 8 else find_scale
             quantizer.set_scale(*clip(weight_matrix(module).detach().float(), quantizer.format))
-
-
-def _tied(model: nn.Module) -> frozenset[str]:
-    """Layers whose weight another module shares."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), nn.Parameter):
-            owners.setdefault(id(module.weight), []).append(name)
-    return frozenset(name for names in owners.values() if len(names) > 1 for name in names)
 
 
 def _samples(batch: Mapping[str, Any]) -> int:

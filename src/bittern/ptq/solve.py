@@ -1,12 +1,12 @@
 """Find the numbers of one unit: scales of weights, inputs and attention operands, biases, and rounded weights.
 
-A product has two sides: `Operand` is one of activations, `Weight` a layer's weight and what it needs of the product.
-`_alternate` searches each for the others as they are [VT 3.2]; layers that read the same input share their left side.
+A product has two sides. `_alternate` searches each for the others as they are [VT 3.2]; layers that read the same input
+share their left side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,9 +21,8 @@ from bittern.ptq.clips import Scale
 from bittern.ptq.methods import Method
 from bittern.ptq.product import Product
 from bittern.ptq.ranking import ranking_penalty
-from bittern.ptq.search import Penalty, Space, scales
+from bittern.ptq.search import Penalty, Space, random_rows, scales
 from bittern.quantizers import FakeQuant, fake_quantize, find_scale
-from bittern.recipe import Format
 
 FOLD_ROWS = 1024  # on which folds are compared
 Fold = tuple[Tensor, Tensor] | None  # r and t of (x + t)/r, for each channel
@@ -55,143 +54,106 @@ def searchable(quantizer: FakeQuant | None) -> bool:
 # Sides of products
 
 
-class Operand:
-    """An element-wise operand of products: its float values x, what stands for them, and its scale.
+class Side:
+    """One side of a product: its float values x, its format and scale, and the values that stand for x.
 
-    product: of which it is the right side, if it is one.
+    layer: whose weight (out, in) x is, a right side with the scales of its format; activations have one scale.
+    product: the one whose right side it is. fixed: there is nothing to search, or the weight is tied to another's.
     """
 
     product: Product
-    shift = 0.0
 
-    def __init__(self, x: Tensor, quantizer: FakeQuant | None, method: Method):
-        self.x, self.method, self.fixed = x, method, not searchable(quantizer)
-        self.ends: tuple[int, int] | None = None  # the factors of both extremes, among the candidates
-        self.scale: Scale = (torch.ones(()), None)
-        self.values = x
+    def __init__(
+        self,
+        x: Tensor,
+        quantizer: FakeQuant | None,
+        method: Method,
+        layer: QuantLayer | None = None,
+        tied: bool = False,
+    ):
+        self.x, self.layer, self.quantized = x, layer, x
+        self.space, self.fixed = method.space or Space(), tied or not searchable(quantizer)
+        self.shift = 0.0  # sum of what is taken from the outputs
+        self.factor: Tensor | None = None  # of a weight's scales
+        self.ends: tuple[int, int] | None = None  # the factors of both extremes of activations, among the candidates
+        self.scale: Scale = (torch.zeros(()), None)
         if quantizer is not None and self.fixed:
-            self.values = fake_quantize(x, quantizer.format)
+            self.quantized = fake_quantize(x, quantizer.format, quantizer.scale, quantizer.offset)
         elif quantizer is not None:
-            # one scale per head is found head by head, where it serves a tensor
-            self.format = quantizer.format.model_copy(update={"granularity": "tensor"})
-            self.extremes = x.aminmax()
-            self.largest = scales(*self.extremes, self.format, torch.ones(1, device=x.device))[0]
-            self.set(method.activation_clip(x, self.format))
+            self.format = quantizer.format
+            if layer is None:  # one scale per head is found head by head, where it serves a tensor
+                self.format = self.format.model_copy(update={"granularity": "tensor"})
+            self.largest = find_scale(x, self.format, quantizer.name)
+            clip = method.activation_clip if layer is None else method.weight_clip
+            self.set(clip(x, self.format))
 
     def set(self, scale: Scale) -> None:
-        self.scale, self.values = scale, fake_quantize(self.x, self.format, *scale)
-
-    def by_extremes(self) -> Tensor:
-        return self.values if self.fixed else fake_quantize(self.x, self.format, *self.largest)
-
-    def search(self, best: search.Search) -> bool:
-        """Take the best candidates for both extremes by one factor, then for each alone; True if any is another."""
-        space = self.method.space or Space()
-        factors, before = space.factors(self.format).to(self.x.device), self.ends
-        two_ended = space.ends and self.format.scheme == "asymmetric" and bool(self.extremes[0] < 0 < self.extremes[1])
-        if self.ends is None or not two_ended:
-            index = best(scales(*self.extremes, self.format, factors), self.ends and self.ends[0])
-            self.ends = index, index
-        for end in (1, 0) if two_ended else ():
-            pairs = factors[torch.tensor([self.ends] * len(factors), device=factors.device)]
-            pairs[:, end] = factors
-            index = best(scales(*self.extremes, self.format, pairs), self.ends[end])
-            self.ends = (index, self.ends[1]) if end == 0 else (self.ends[0], index)
-        self.set(scales(*self.extremes, self.format, factors[list(self.ends)][None])[0])
-        return self.ends != before
-
-    def search_for(self, left: Operand, penalty: Penalty | None) -> bool:
-        """Search as the right side of a product."""
-        return self.search(search.search_right(self.x, self.format, self.product, left.values, penalty))
-
-    def correct(self, left: Operand) -> None:
-        """Leave the mean output error as it is: there is no bias."""
-
-    @property
-    def state(self) -> tuple[float, ...]:
-        return tuple(float(t) for t in self.scale if t is not None)
-
-    @property
-    def ratio(self) -> float:
-        return float(self.scale[0] / self.largest[0])
-
-
-class Weight:
-    """A layer's weight, the right side of its product with the float inputs, and what stands for it.
-
-    fold: (r, t), if the layer reads (x + t)/r in place of x; its weight is then W·r and its bias b - W·t.
-    """
-
-    def __init__(self, name: str, layer: QuantLayer, tied: bool, x: Tensor, sample: Tensor, method: Method, fold: Fold):
-        self.name, self.layer, self.space = name, layer, method.space or Space()
-        weight = weight_matrix(layer).detach().float()
-        self.float = (weight if fold is None else weight * fold[0]).contiguous()
-        shift = weight @ fold[1] if fold is not None and layer.bias is not None else None
-        self.product = Product(x, self.float.T, sample, self.space.objective, shift=shift, slack=self.space.slack)
-        self.mean = self.product.out.mean(0, dtype=torch.float64)
-        self.factor: Tensor | None = None
-        self.rounded: Tensor | None = None
-        self.before = self.after = 0.0  # losses
-        quantizer = layer.weight_quantizer
-        self.fixed = tied or not searchable(quantizer)
-        if quantizer is None or self.fixed:
-            self.quantized = self.float
-            if quantizer is not None:
-                self.quantized = fake_quantize(self.float, quantizer.format, quantizer.scale, quantizer.offset)
-        else:
-            self.format: Format = quantizer.format
-            self.largest = find_scale(self.float, self.format, f"{name}.weight")
-            self.set(method.weight_clip(self.float, self.format))
-
-    def set(self, scale: Scale) -> None:
-        self.scale, self.quantized = scale, fake_quantize(self.float, self.format, *scale)
+        self.scale, self.quantized = scale, fake_quantize(self.x, self.format, *scale)
 
     @property
     def values(self) -> Tensor:
-        return self.quantized.T  # (out, in) → (in, out)
+        return self.quantized if self.layer is None else self.quantized.T  # (out, in) → (in, out)
 
+    @property
     def by_extremes(self) -> Tensor:
-        return self.values if self.fixed else fake_quantize(self.float, self.format, *self.largest).T
-
-    def search_for(self, left: Operand, penalty: Penalty | None) -> bool:
-        """Search for the present inputs; True if the scales are others."""
-        factors, before = self.space.factors(self.format).to(self.float.device), self.factor
-        self.factor = search.search_weight(self.format, self.largest, factors, self.product, left.values, before)
-        self.set(search.times(self.largest, self.factor))
-        # Of many rows a few may go to and fro for ever between candidates that are equally good.
-        return before is None or bool((self.factor != before).float().mean() > 0.01)
-
-    def correct(self, left: Operand) -> None:
-        """Find the mean output error, which the bias takes away, from mean inputs, in closed form [VT eq. 16]."""
-        if self.layer.bias is not None:
-            mean = left.values.mean(0, dtype=torch.float64)
-            self.product.shift = (self.quantized.double() @ mean - self.mean).float()
+        """The values with the scales of the extremes."""
+        if self.fixed:
+            return self.values
+        quantized = fake_quantize(self.x, self.format, *self.largest)
+        return quantized if self.layer is None else quantized.T
 
     @property
-    def shift(self) -> float:
-        return 0.0 if self.product.shift is None else float(self.product.shift.double().sum())
-
-    @property
-    def state(self) -> tuple[float, float]:
+    def state(self) -> tuple[float, ...]:
         """Return what tells present scales and shift from others."""
-        return 0.0 if self.fixed else float(self.scale[0].double().sum()), self.shift
+        return self.shift, *(float(t.double().sum()) for t in self.scale if t is not None)
 
     @property
     def ratio(self) -> float:
+        """Scale / scale of the extremes, mean over rows."""
         scale, largest = self.scale[0], self.largest[0]
         if largest.dim() == 3 and scale.dim() == 2:  # Bit-Split has one scale per row in place of its groups
             largest = largest.mean(1)
         return float((scale / largest).mean())
 
+    def search(self, best: search.Search) -> bool:
+        """Take the best scale of activations: for both extremes by one factor, then for each; True if it is another."""
+        factors, before, extremes = self.space.factors(self.format).to(self.x.device), self.ends, self.x.aminmax()
+        two_ended = self.space.ends and self.format.scheme == "asymmetric" and bool(extremes[0] < 0 < extremes[1])
+        if self.ends is None or not two_ended:
+            index = best(scales(*extremes, self.format, factors), self.ends and self.ends[0])
+            self.ends = index, index
+        for end in (1, 0) if two_ended else ():
+            pairs = factors[torch.tensor([self.ends] * len(factors), device=factors.device)]  # (candidates, 2)
+            pairs[:, end] = factors
+            index = best(scales(*extremes, self.format, pairs), self.ends[end])
+            self.ends = (index, self.ends[1]) if end == 0 else (self.ends[0], index)
+        self.set(scales(*extremes, self.format, factors[list(self.ends)][None])[0])
+        return self.ends != before
 
-def _alternate(
-    left: Operand, rights: Sequence[Operand | Weight], method: Method, penalty: Penalty | None = None
-) -> int:
+    def search_for(self, left: Side, penalty: Penalty | None) -> bool:
+        """Search as the right side of its product; True if the scales are others."""
+        if self.layer is None:
+            return self.search(search.search_right(self.x, self.format, self.product, left.values, penalty))
+        factors, before = self.space.factors(self.format).to(self.x.device), self.factor
+        self.factor = search.search_weight(self.format, self.largest, factors, self.product, left.values, before)
+        self.set(search.times(self.largest, self.factor))
+        # Of many rows a few may go to and fro for ever between candidates that are equally good.
+        return before is None or bool((self.factor != before).float().mean() > 0.01)
+
+    def correct(self, left: Side) -> None:
+        """Find the mean output error, which the bias takes away, from mean inputs, in closed form [VT eq. 16]."""
+        if self.layer is not None and self.layer.bias is not None:
+            mean, out = (x.mean(0, dtype=torch.float64) for x in (left.values, self.product.out))
+            self.product.shift = (self.quantized.double() @ mean - out).float()
+            self.shift = float(self.product.shift.double().sum())
+
+
+def _alternate(left: Side, rights: Sequence[Side], method: Method, penalty: Penalty | None = None) -> int:
     """Search each side for the others as they are, in turn, until nothing changes; return the rounds."""
     rounds, seen = 0, set[tuple[object, ...]]()
     searched_for: dict[int, tuple[object, ...]] = {}  # a side is searched again if what it depends on is another
 
-    def is_new(side: Operand | Weight, *others: object) -> bool:
+    def is_new(side: Side, *others: object) -> bool:
         was, searched_for[id(side)] = searched_for.get(id(side)), others
         return not side.fixed and was != others
 
@@ -221,7 +183,7 @@ def solve_layers(
     x: Tensor,
     sample: Tensor,
     method: Method,
-    tied: frozenset[str] = frozenset(),
+    tied: Collection[str] = (),
     norm: nn.Module | None = None,
 ) -> list[Solved]:
     """Solve the layers that read x (rows, in), each its weight and all of them one input scale; set what was found.
@@ -229,24 +191,24 @@ def solve_layers(
     sample: of each row. tied: layers whose weight another module shares, so that it keeps its values and scale.
     norm: what x is the output of, if these layers alone read it: then ranges of channels may be folded into it.
     """
-    fold, folds = None, _folds(x, norm, layers, method.folds) if norm is not None and tied.isdisjoint(layers) else []
-    if folds:  # the one that leaves the least error after one round on a part of the rows
-        subset = search.random_rows(len(x), FOLD_ROWS).to(x.device)
+    fold = None
+    if norm is not None and not any(name in tied for name in layers):
+        # the one that leaves the least error after one round on a part of the rows
+        subset = random_rows(len(x), FOLD_ROWS).to(x.device)
         samples = torch.unique(sample[subset], return_inverse=True)[1]
         trial = replace(method, rounding=None, space=method.space and replace(method.space, rounds=1))
+        folds: list[Fold] = [None, *_folds(x, norm, layers, method.folds)]
 
         def loss(fold: Fold) -> float:
-            return sum(w.after for w in _solve_group(layers, x[subset], samples, trial, tied, fold)[0])
+            return sum(solved.after for solved in _solve_group(layers, x[subset], samples, trial, tied, fold)[0])
 
-        fold = min([None, *folds], key=loss)
-    weights, operand, rounds = _solve_group(layers, x, sample, method, tied, fold)
-    solved = []
-    for w in weights:
-        ratios = {name: side.ratio for name, side in (("weight", w), ("input", operand)) if not side.fixed}
-        solved.append(Solved(w.name, w.before, w.after, rounds, ratios, fold is not None))
-        _set(w, operand, fold)
+        fold = min(folds, key=loss) if len(folds) > 1 else None
+    solved, weights, inputs = _solve_group(layers, x, sample, method, tied, fold)
+    for weight in weights:
+        _set(weight, inputs, rounded=method.rounding is not None and not weight.fixed, folded=fold is not None)
     if fold is not None and norm is not None:
-        _fold_norm(norm, fold)
+        for name, parameter in norm.named_parameters(recurse=False):  # it gives (x + t)/r in place of x
+            parameter.detach().add_(fold[1] if name == "bias" else 0).div_(fold[0])
     return solved
 
 
@@ -271,55 +233,57 @@ def _folds(x: Tensor, norm: nn.Module, layers: Mapping[str, QuantLayer], exponen
     return found
 
 
-def _fold_norm(norm: nn.Module, fold: tuple[Tensor, Tensor]) -> None:
-    """Let a norm give (x + t)/r in place of x."""
-    r, t = fold
-    affine = dict(norm.named_parameters(recurse=False))
-    affine["weight"].detach().div_(r)
-    if "bias" in affine:
-        affine["bias"].detach().add_(t).div_(r)
-
-
 def _solve_group(
-    layers: Mapping[str, QuantLayer], x: Tensor, sample: Tensor, method: Method, tied: frozenset[str], fold: Fold
-) -> tuple[list[Weight], Operand, int]:
-    """Solve layers that read x with one fold; return their weights, their input and the rounds."""
-    if fold is not None:
-        x = (x + fold[1]) / fold[0]
-    weights = [Weight(name, layer, name in tied, x, sample, method, fold) for name, layer in layers.items()]
+    layers: Mapping[str, QuantLayer], x: Tensor, sample: Tensor, method: Method, tied: Collection[str], fold: Fold
+) -> tuple[list[Solved], list[Side], Side]:
+    """Solve layers that read x, or (x + t)/r; return what to report, their weights, and their input.
+
+    With a fold a layer's weight is W·r and its bias b - W·t.
+    """
+    weights, x = [], x if fold is None else (x + fold[1]) / fold[0]
+    for name, layer in layers.items():
+        weight = weight_matrix(layer).detach().float()
+        shift = weight @ fold[1] if fold is not None and layer.bias is not None else None
+        weight = (weight if fold is None else weight * fold[0]).contiguous()
+        side = Side(weight, layer.weight_quantizer, method, layer, name in tied)
+        side.product = Product(x, side.x.T, sample, side.space.objective, shift=shift, slack=side.space.slack)
+        weights.append(side)
     quantizers = [layer.input_quantizer for layer in layers.values()]
-    operand = Operand(x, next((q for q in quantizers if searchable(q)), quantizers[0]), method)
-    extremes = operand.by_extremes()
-    for w in weights:
-        w.before = w.product.loss(extremes.__getitem__, w.by_extremes())
-    rounds = _alternate(operand, weights, method)
-    inputs = operand.values
+    inputs = Side(x, next((q for q in quantizers if searchable(q)), quantizers[0]), method)
+    before = [w.product.loss(inputs.by_extremes.__getitem__, w.by_extremes) for w in weights]
+    rounds = _alternate(inputs, weights, method)
     if method.rounding is not None:
-        gram, cross = inputs.T @ inputs, inputs.T @ x
+        gram, cross = inputs.values.T @ inputs.values, inputs.values.T @ x
         for w in weights:
             if not w.fixed:
-                w.rounded, w.format, w.scale = method.rounding(w.float, w.format, w.scale, gram, cross)
-                w.quantized = w.rounded
-    for w in weights:
+                w.quantized, w.format, w.scale = method.rounding(w.x, w.format, w.scale, gram, cross)
+    solved = []
+    for name, w, loss in zip(layers, weights, before, strict=True):
         if method.correct_bias:
-            w.correct(operand)
-        w.after = w.product.loss(inputs.__getitem__, w.values)
-    return weights, operand, rounds
+            w.correct(inputs)
+        after = w.product.loss(inputs.values.__getitem__, w.values)
+        solved.append(Solved(name, loss, after, rounds, _ratios(weight=w, input=inputs), fold is not None))
+    return solved, weights, inputs
 
 
-def _set(w: Weight, operand: Operand, fold: Fold) -> None:
-    layer = w.layer
-    if not w.fixed:
-        assert layer.weight_quantizer is not None
-        layer.weight_quantizer.format = w.format
-        layer.weight_quantizer.set_scale(*w.scale)
-    if w.rounded is not None or fold is not None:
-        weight_matrix(layer).detach().copy_(w.float if w.rounded is None else w.rounded)
-    if layer.input_quantizer is not None and not operand.fixed:
-        layer.input_quantizer.set_scale(*operand.scale)
-    if w.product.shift is not None:
+def _ratios(**sides: Side) -> dict[str, float]:
+    return {name: side.ratio for name, side in sides.items() if not side.fixed}
+
+
+def _set(weight: Side, inputs: Side, rounded: bool, folded: bool) -> None:
+    """Give a layer what was found for it."""
+    layer = weight.layer
+    assert layer is not None
+    if layer.weight_quantizer is not None and not weight.fixed:
+        layer.weight_quantizer.format = weight.format
+        layer.weight_quantizer.set_scale(*weight.scale)
+    if rounded or folded:
+        weight_matrix(layer).detach().copy_(weight.quantized if rounded else weight.x)
+    if layer.input_quantizer is not None and not inputs.fixed:
+        layer.input_quantizer.set_scale(*inputs.scale)
+    if weight.product.shift is not None:
         bias: nn.Parameter = layer.bias  # type: ignore[assignment]
-        bias.detach().sub_(w.product.shift.to(bias.dtype))
+        bias.detach().sub_(weight.product.shift.to(bias.dtype))
     layer._kept = None
 
 
@@ -344,7 +308,10 @@ def solve_attention(site: Site, heads: Heads, method: Method) -> list[Solved]:
         found = [_solve_product(site, names, part, heads, method) for part in parts]
         for name, quantizer in chosen.items():
             repeats = heads.groups if by_head and name in ("query", "map") else 1
-            _set_heads(quantizer, [sides[name].scale for _, sides in found for _ in range(repeats)])
+            shape = (1, -1, 1, 1) if by_head else ()  # one for each head, or one for all
+            both = zip(*(sides[name].scale for _, sides in found for _ in range(repeats)), strict=True)
+            scale, offset = (None if t[0] is None else torch.stack(t).view(shape) for t in both)
+            quantizer.set_scale(scale, offset)  # type: ignore[arg-type]
         results = [result for result, _ in found]
         before, after = (sum(getattr(r, k) for r in results) / len(results) for k in ("before", "after"))
         ratios = {n: sum(r.scales[n] for r in results) / len(results) for n in results[0].scales}
@@ -352,25 +319,16 @@ def solve_attention(site: Site, heads: Heads, method: Method) -> list[Solved]:
     return solved
 
 
-def _set_heads(quantizer: FakeQuant, found: Sequence[Scale]) -> None:
-    """One scale for all, or one for each head (1, heads, 1, 1)."""
-    if len(found) == 1:
-        quantizer.set_scale(*found[0])
-        return
-    stacked = [None if part[0] is None else torch.stack(part).view(1, -1, 1, 1) for part in zip(*found, strict=True)]
-    quantizer.set_scale(*stacked)  # type: ignore[arg-type]
-
-
 def _solve_product(
     site: Site, names: tuple[str, str], part: slice, heads: Heads, method: Method
-) -> tuple[Solved, dict[str, Operand]]:
+) -> tuple[Solved, dict[str, Side]]:
     """Solve a part of the heads of Q·Kᵀ or of map·V; return what to report, and both sides by name."""
     scores = names[0] == "query"
     left, right = (
         getattr(heads, name)[:, part] for name in names
     )  # (items, heads, rows, inner), (items, heads, keys, ·)
     count, right = left.shape[1], right.mT if scores else right  # K (…, keys, head dim) → (…, head dim, keys)
-    a, b = (Operand(x.flatten(0, 1), site.quantizer(n), method) for x, n in zip((left, right), names, strict=True))
+    a, b = (Side(x.flatten(0, 1), site.quantizer(n), method) for x, n in zip((left, right), names, strict=True))
     rows = heads.valid_rows.repeat_interleave(count, 0)  # (items · heads, rows)
     keys = heads.valid_keys.repeat_interleave(count, 0)  # (items · heads, keys)
     columns = keys.sum(-1, keepdim=True) if scores else torch.full_like(rows[:, :1], right.shape[-1], dtype=torch.long)
@@ -381,9 +339,8 @@ def _solve_product(
     penalty = None
     if scores and method.ranking:
         penalty = ranking_penalty(product, rows, keys, method.ranking, method.margin)
-    before = product.loss(a.by_extremes().__getitem__, b.by_extremes())
+    before = product.loss(a.by_extremes.__getitem__, b.by_extremes)
     rounds = _alternate(a, [b], method, penalty)
     after = product.loss(a.values.__getitem__, b.values)
     sides = dict(zip(names, (a, b), strict=True))
-    ratios = {name: side.ratio for name, side in sides.items() if not side.fixed}
-    return Solved(f"{site.name}.{'·'.join(names)}", before, after, rounds, ratios), sides
+    return Solved(f"{site.name}.{'·'.join(names)}", before, after, rounds, _ratios(**sides)), sides

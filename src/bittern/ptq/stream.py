@@ -45,42 +45,35 @@ class Call:
         return type(self.module).forward(self.module, *self.args, **self.kwargs)
 
 
-class _StoppedError(Exception):
-    """Raised inside a batch's thread when nobody wants the rest of its forward."""
-
-
 class _Worker:
     """The forward of one batch in a thread of its own; it runs only while `advance` waits for it."""
 
-    def __init__(self, index: int, model: nn.Module, batch: Mapping[str, Any], current: threading.local):
-        self.index, self.call, self.error, self.stopping = index, None, None, False
+    def __init__(self, index: int, model: nn.Module, batch: Mapping[str, Any]):
+        self.index, self.stopping = index, False
+        self.call: Call | None = None
+        self.error: BaseException | None = None
         self.go, self.ready = threading.Semaphore(0), threading.Semaphore(0)
-        self.thread = threading.Thread(target=self._run, args=(model, batch, current), daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(model, batch), daemon=True)
         self.thread.start()
 
-    call: Call | None
-    error: BaseException | None
-
-    def _run(self, model: nn.Module, batch: Mapping[str, Any], current: threading.local) -> None:
-        current.worker = self
+    def _run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         self.go.acquire()
         try:
             if not self.stopping:
                 with torch.no_grad():
                     model(**batch)
-        except _StoppedError:
-            pass
-        except BaseException as error:  # told in the thread that waits
+        except BaseException as error:  # told in the thread that waits, if one does
             self.error = error
         self.call = None
         self.ready.release()
 
-    def exchange(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.call = call = Call(self.index, name, module, args, kwargs)
+    def exchange(self, call: Call) -> Any:
+        """In the thread: show a call, and go on with the output that it gets."""
+        self.call = call
         self.ready.release()
         self.go.acquire()
         if self.stopping:
-            raise _StoppedError
+            raise SystemExit  # which no model catches; nobody wants the rest of the forward
         output, call.output = call.output, None
         return output
 
@@ -106,15 +99,15 @@ def stream(
     units: names of modules, none inside another. Leaving the loop early ends all forwards.
     Raises ModelError if batches take different ways through the model.
     """
-    current = threading.local()
+    workers: list[_Worker] = []
 
     def hold(name: str, module: nn.Module) -> None:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return current.worker.exchange(name, module, args, kwargs)
+            worker = next(w for w in workers if w.thread is threading.current_thread())
+            return worker.exchange(Call(worker.index, name, module, args, kwargs))
 
         module.forward = forward
 
-    workers: list[_Worker] = []
     # A unit may run more than once on a call, and a cache of keys and values would grow each time.
     configs = [c for c in attention_configs(model) if getattr(c, "use_cache", False)]
     try:
@@ -122,7 +115,7 @@ def stream(
             config.use_cache = False
         for name in units:
             hold(name, model.get_submodule(name))
-        workers = [_Worker(i, model, batch, current) for i, batch in enumerate(batches)]
+        workers += [_Worker(i, model, batch) for i, batch in enumerate(batches)]
         while True:
             calls = [worker.advance() for worker in workers]
             names = {call.unit if call else None for call in calls}

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from bittern.errors import ModelError, RecipeError
-from bittern.ptq.clips import check_finite
-from bittern.quantizers import _nonzero, _units, code_range, decode, find_scale
+from bittern.quantizers import _nonzero, _units, check_finite, code_range, decode, find_scale
 from bittern.recipe import Format
 
 BLOCK = 128  # columns whose effect on the others is applied at once, by one matrix product
@@ -91,12 +90,11 @@ def compensate(
     gram: Tensor,
     cross: Tensor | None = None,
     damp: float = 0.01,
-    order: bool = True,
     name: str = "weight",
 ) -> Tensor:
     """Round each column to its nearest codes; the columns to come make up for its error (GPTQ, Frantar et al. 2023).
 
-    order: columns of large inputs first. damp: share of the mean of gram's diagonal that is added to it, which fewer
+    Columns of large inputs come first. damp: share of the mean of gram's diagonal that is added to it, which fewer
     samples than columns need. With `cross` the weight is first replaced by its `ridge` solution, which leaves exactly
     this problem (the aim of GPTAQ's asymmetric calibration). Inputs that are always zero get the nearest code.
 
@@ -114,10 +112,7 @@ def compensate(
     w = _checked(weight, fmt, gram, cross, name)
     if cross is not None:
         w = ridge(weight, gram, cross, damp, name).double()
-    diagonal = gram.double().diagonal()
-    places = (
-        diagonal.argsort(descending=True, stable=True) if order else torch.arange(len(diagonal), device=gram.device)
-    )
+    places = gram.double().diagonal().argsort(descending=True, stable=True)
     # With H = U Uᵀ, U upper triangular (the Cholesky factor of H back to front), H⁻¹ = RᵀR for R = U⁻¹.
     back = places.flip(0)
     upper = _factor(gram.double()[back][:, back], damp).flip(0, 1)
