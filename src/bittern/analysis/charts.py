@@ -13,6 +13,8 @@ from html import escape
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
+
 WIDTH = 340.0  # of all plots, in units that are pixels on a phone, and a little more where there is room
 SIZE, LETTER = 12, 7.0  # of text: its height, and about the width of a letter
 # cividis, which looks the same to people who see no red or green, in ten steps
@@ -163,10 +165,9 @@ def curve(points: Iterable[Point], style: int) -> str:
 
 def colour(share: float) -> str:
     """A colour of cividis for a share from 0 to 1."""
-    at = min(max(share, 0.0), 1.0) * (len(CIVIDIS) - 1)
-    i = min(int(at), len(CIVIDIS) - 2)
-    low, high = (bytes.fromhex(CIVIDIS[j]) for j in (i, i + 1))
-    return "#" + "".join(f"{round(a + (b - a) * (at - i)):02x}" for a, b in zip(low, high, strict=True))
+    channels = zip(*map(bytes.fromhex, CIVIDIS), strict=True)
+    values = (np.interp(share * (len(CIVIDIS) - 1), range(len(CIVIDIS)), channel) for channel in channels)
+    return "#" + "".join(f"{round(float(value)):02x}" for value in values)
 
 
 def colour_bar(x: float, y: float, low: float, high: float, name: str) -> tuple[str, float]:

@@ -135,9 +135,9 @@ def filter_normalised(parameters: Parameters, seed: int) -> dict[str, Tensor]:
     def direction(p: Tensor) -> Tensor:
         if p.dim() < 2:
             return torch.zeros_like(p)
-        d, filters = torch.randn(p.shape, generator=generator).to(p), tuple(range(1, p.dim()))
-        normed: Tensor = d * (p.norm(dim=filters, keepdim=True) / d.norm(dim=filters, keepdim=True).clamp(min=1e-12))
-        return normed
+        d = torch.randn(p.shape, generator=generator).to(p)
+        size, own = (torch.linalg.vector_norm(x, dim=[*range(1, p.dim())], keepdim=True) for x in (p, d))
+        return d.mul(size / own.clamp(min=1e-12))
 
     return {name: direction(p) for name, p in parameters.items()}
 

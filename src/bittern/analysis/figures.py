@@ -119,11 +119,8 @@ def depth(result: Result) -> Iterator[Figure]:
     yield figure("first-token", numbered(ratios), labels=labels_of(result))
 
     def given(student: Result) -> dict[str, list[Point]]:
-        found = {
-            TEXTS["interventions"]["signals"][how]: values
-            for how, values in student["compare"]["depth"].items()
-            if values
-        }
+        signals = TEXTS["interventions"]["signals"]
+        found = {signals[how]: values for how, values in student["compare"]["depth"].items() if values}
         return numbered(found) if len(found) > 1 else {}
 
     yield from paired("interventions", by_name(result, given), labels=places)
@@ -170,29 +167,24 @@ def training(result: Result) -> Iterator[Figure]:
             for name in dict.fromkeys(names)
         }
 
-    bands = [{"bands": s["phases"]} for s in result["students"]]
-    yield from paired("losses", by_name(result, lambda s: curves(s, "loss_") or curves(s, "loss")), bands)
+    metrics = [str(s["metric"]).replace("_", " ") for s in result["students"]]
+    each = [{"bands": s["phases"], "values": {"metric": m}} for s, m in zip(result["students"], metrics, strict=True)]
+    yield from paired("losses", by_name(result, lambda s: curves(s, "loss_") or curves(s, "loss")), each)
     best = by_name(result, lambda s: {"": p} if (p := curves(s, "eval_").get(s["metric"])) else {})
-    more = [
-        own | {"values": {"metric": str(s["metric"]).replace("_", " ")}}
-        for own, s in zip(bands, result["students"], strict=True)
-    ]
-    yield from paired("metric", best, more)
+    yield from paired("metric", best, each)
 
 
 def frontier(result: Result) -> Iterator[Figure]:
     def points(student: Result) -> list[tuple[float, float]]:
         return [(p["size"] / 8e6, p["sensitivity"]) for p in student["frontier"]]
 
-    chosen = [
-        [at for at, p in zip(points(s), s["frontier"], strict=True) if p["bits"] == s["bits"]]
-        for s in result["students"]
-    ]
+    def chosen(student: Result) -> dict[str, Any]:
+        found = zip(points(student), student["frontier"], strict=True)
+        return {"marked": [(*at, "chosen") for at, p in found if p["bits"] == student["bits"]][:1]}
+
     curves = by_name(result, lambda s: {"": p[:: -(-len(p) // 300)]} if len(p := points(s)) > 1 else {})
     log = all(y > 0 for s in result["students"] for _, y in points(s))
-    yield from paired(
-        "frontier", curves, [{"marked": [(*at, "chosen") for at in some[:1]]} for some in chosen], log=log
-    )
+    yield from paired("frontier", curves, [chosen(s) for s in result["students"]], log=log)
 
 
 def sharpness(result: Result) -> Iterator[Figure]:
@@ -202,9 +194,7 @@ def sharpness(result: Result) -> Iterator[Figure]:
     losses = {of: c["surface"]["loss"] for of, c in curved.items()}
     yield from paired("surface", losses, steps=next(iter(curved.values()))["surface"]["steps"])
     traces = [f"trace {short(c['trace'][0])} ± {short(c['trace'][1])}{of and f' ({of})'}" for of, c in curved.items()]
-    spectra = {
-        name: [(v, float(k)) for k, group in enumerate(c["spectra"]) for v in group] for name, c in curved.items()
-    }
+    spectra = {of: [(v, float(k)) for k, group in enumerate(c["spectra"]) for v in group] for of, c in curved.items()}
     drawn = figure("spectrum", spectra, values={"traces": "; ".join(traces)})
     rows = [[name, k, *group] for name, c in curved.items() for k, group in enumerate(c["spectra"])]
     head = ["", "batch", *(f"λ{i + 1}" for i in range(len(rows[0]) - 2))]

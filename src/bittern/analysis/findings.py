@@ -190,22 +190,12 @@ def worst_blocks(
             what = "nothing: that is too little to matter."
         else:
             own = [rule for module, rule in formats.items() if module.startswith(f"{name}.")]
-            what = advice(
-                own, student["how"], student["learned"], blamed=blamed, block=name, by_attention=times > STANDS_OUT
-            )
+            how, learned, by_attention = student["how"], student["learned"], times > STANDS_OUT
+            what = advice(own, how, learned, blamed=blamed, block=name, by_attention=by_attention)
         if times > STANDS_OUT:
             text += f"; head {head} is furthest from the teacher's, {times:.1f} × the median divergence"
         else:
             text += "; none of its heads stands out"
-        found.append(
-            block
-            | {
-                "layer": layer,
-                "head": head,
-                "divergence": divergence,
-                "times": times,
-                "found": f"{text}.",
-                "advice": what,
-            }
-        )
+        place = {"layer": layer, "head": head, "divergence": divergence, "times": times}
+        found.append(block | place | {"found": f"{text}.", "advice": what})
     return found

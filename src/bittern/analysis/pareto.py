@@ -54,9 +54,8 @@ def plot(result: Mapping[str, Any], key: str, unit: float, name: str) -> str:
         mark += text(*place, row["rung"], turn=f"rotate(-50 {place[0]:.1f} {place[1]:.1f})")
         parts.append(tag("a", tag("title", escape(tip)) + mark, href=f"#{row['rung']}"))
     height = below + 20
-    return tag(
-        "svg", "".join(parts), viewBox=f"0 0 {WIDTH} {height:.0f}", role="img", aria_label=f"points lost by {name}"
-    )
+    label = {"role": "img", "aria_label": f"points lost by {name}"}
+    return tag("svg", "".join(parts), viewBox=f"0 0 {WIDTH} {height:.0f}", **label)
 
 
 def write_page(result: Mapping[str, Any], file: Path) -> None:
@@ -67,6 +66,5 @@ def write_page(result: Mapping[str, Any], file: Path) -> None:
         plots=[plot(result, "file", unit, name), plot(result, "latency_ms", 1.0, "milliseconds for one sample")],
         light=PAPER,
         columns=2,
-        megabytes=megabytes,
     )
     file.write_text(page, encoding="utf-8")

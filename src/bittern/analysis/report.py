@@ -36,9 +36,6 @@ def breakable(text: str) -> Markup:
     return Markup(re.sub(r"([._])(?=[^\W\d])", r"\1<wbr>", str(escape(text))))
 
 
-ENVIRONMENT.globals |= {"short": short, "width": WIDTH, "breakable": breakable}
-
-
 def write_report(result: Result, folder: Path) -> None:
     """Write report.html, report.json and plots/*.svg into a folder."""
     (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n")
@@ -47,10 +44,11 @@ def write_report(result: Result, folder: Path) -> None:
         title=f"{' and '.join(names_of(result))} against {Path(result['teacher']['path']).name}",
         result=result,
         sections=sections,
-        summary=summary(result),
+        measured=measured(result),
+        names=names_of(result),
         labels=labels_of(result),
-        data=script_data(result),
         light=PAPER,
+        cividis=CIVIDIS,
         columns=1 + len(result["students"]),
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
@@ -67,60 +65,16 @@ def write_plot(figure: Figure, folder: Path) -> None:
     (folder / f"{figure.name}.svg").write_text(svg, encoding="utf-8")
 
 
-def script_data(result: Result) -> Markup:
-    """Return the data of the page's script, as JSON that cannot end the element that it stands in."""
-    worst = result["students"][0]["worst"]
-    data = {
-        "shown": result["shown"],
-        "names": ["teacher", *names_of(result)],
-        "labels": labels_of(result),
-        "colours": PAPER,
-        "cividis": CIVIDIS,
-        "first": {"layer": worst[0]["layer"], "head": worst[0]["head"]} if worst else {},
-    }
-    return Markup(json.dumps(data).replace("<", "\\u003c"))
-
-
-def summary(result: Result) -> list[list[str]]:
-    """The table at the top: a row for each fact, a column for the teacher and each student."""
-    count, reference, own = measured(result)
-    students = result["students"]
-    sizes, speeds = [s["holds"] for s in students], [s["speed"] for s in students]
-    metrics = [
-        [
-            f"{name.replace('_', ' ')} ({count:,} samples)",
-            *(f"{m[name]:.4f}" if name in m else "" for m in (reference, *own)),
-        ]
-        for name in own[0]
-        if name != "max_difference"
-    ]
-    whole = result["teacher"]["file"]
-    smaller = (f"{megabytes(h['file'])} ({whole / h['file']:.1f}× smaller)" for h in sizes)
-    time = f"time of {speeds[0]['batch']} samples, threads: {speeds[0]['threads']}"
-    return [
-        ["", "teacher", *names_of(result)],
-        *metrics,
-        ["size of the file", megabytes(whole), *smaller],
-        ["bits per quantized weight", "32", *(f"{h['bits']:.2f}" for h in sizes)],
-        [time, f"{1e3 * speeds[0]['teacher']:.0f} ms", *map(_speed, speeds)],
-        ["made by", "", *(f"{s['how']} {s['holds']['recipe']}" for s in students)],
-        ["quantized", "nothing", *("; ".join(s["notes"]) for s in students)],
-        ["stayed float", "everything", *(_kept(h["kept_float"]) for h in sizes)],
-    ]
-
-
 def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
-def _speed(seconds: Mapping[str, float]) -> str:
-    ratio = seconds["teacher"] / seconds["student"]
-    how = f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
-    return f"{1e3 * seconds['student']:.0f} ms ({how} here)"
-
-
-def _kept(modules: Sequence[Mapping[str, Any]]) -> str:
-    total = sum(m["parameters"] for m in modules)
+def layers_of(modules: Sequence[Mapping[str, Any]]) -> str:
+    """Name the layers among modules that stayed float; norms have no names of their own in the summary."""
     layers = [m["name"] for m in modules if m["type"] in ("Linear", "Conv2d", "Embedding", "Conv1D")]
     named = ", ".join(layers[:4]) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
-    return f"{total:,} parameters: {named + ', ' if named else ''}norms and biases"
+    return f"{named}, " if named else ""
+
+
+ENVIRONMENT.globals |= {"short": short, "width": WIDTH, "megabytes": megabytes, "layers_of": layers_of}
+ENVIRONMENT.filters["breakable"] = breakable

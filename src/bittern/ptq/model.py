@@ -34,10 +34,10 @@ from bittern.progress import Track, peak_memory, silent
 from bittern.ptq.calibrate import calibrate
 from bittern.ptq.capture import Captured, capture, unit_layers
 from bittern.ptq.clips import omse_scale
-from bittern.ptq.found import Found
 from bittern.ptq.methods import Method, find_method
 from bittern.ptq.mixed import (
     Choice,
+    Found,
     Part,
     block_parts,
     check_mixed,
@@ -242,10 +242,8 @@ def _solve_unit(run: _Run, calls: list[Call], number: int) -> dict[int, Found]:
     unit, module = calls[0].unit, calls[0].module
     block = next((b for b in run.anatomy.blocks if b.name == unit), None)
     parts = block_parts(block) if block is not None and run.mixed is not None else {}
-    files = {
-        bits: f"{number:03}-{unit}" + f"@{bits}" * bool(bits)
-        for bits in (run.mixed.bits if run.mixed and parts else (0,))
-    }
+    widths = run.mixed.bits if run.mixed and parts else (0,)
+    files = {bits: f"{number:03}-{unit}" + f"@{bits}" * bool(bits) for bits in widths}
     kept = {bits: run.journal.load(file) for bits, file in files.items()} if run.journal else {}
     if kept and None not in kept.values():
         run.forward(calls, in_float=True)
@@ -338,15 +336,13 @@ def _units(model: nn.Module, anatomy: Anatomy) -> list[str]:
     blocks = [block.name for block in anatomy.blocks]
     inside = tuple(f"{block}." for block in blocks)
     outside = [n for n, m in model.named_modules() if isinstance(m, QuantLayer) and not n.startswith(inside)]
-    return [
-        name
-        for name in (*outside, *blocks)
-        if name not in anatomy.idle
-        and (
-            unit_layers(name, model.get_submodule(name))
-            or any(isinstance(m, Site) and m.formats for m in model.get_submodule(name).modules())
-        )
-    ]
+
+    def is_solved(name: str) -> bool:
+        module = model.get_submodule(name)
+        has_products = any(isinstance(m, Site) and m.formats for m in module.modules())
+        return name not in anatomy.idle and (has_products or bool(unit_layers(name, module)))
+
+    return [name for name in (*outside, *blocks) if is_solved(name)]
 
 
 def _solve_without_data(model: nn.Module, method: Method) -> None:
