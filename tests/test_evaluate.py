@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 from bittern.data import Data
 from bittern.data.evaluate import accuracy, agreement, headline, metrics, of_labels, predict, similarity_agreement, top5
 from bittern.errors import InputError
-from families import SUPPORTED, Batch
+from families import SUPPORTED, VISION, Batch
 from helpers import refused
 
 LOGITS = torch.tensor([[1.0, 2.0, 0.5], [3.0, -1.0, 2.0], [-3.0, -2.0, -1.0], [0.0, 0.1, 0.0]])  # classes 1, 0, 2, 1
@@ -263,10 +263,11 @@ def test_no_batches() -> None:
         (SUPPORTED["bart"], "cannot be evaluated"),
         (SUPPORTED["clip"], "cannot be evaluated"),
         (lambda: (hf.BertForMultipleChoice(SUPPORTED["bert"]()[0].config), {}), "cannot be evaluated"),
+        (lambda: (hf.ViltForQuestionAnswering(hf.ViltConfig(**VISION)), {}), "cannot be evaluated"),
         (lambda: (Given(), {"last_hidden_state": torch.zeros(2, 3)}), "gives no last_hidden_state"),
         (lambda: (GivenForSequenceClassification(), {"last_hidden_state": torch.zeros(2, 3, 4)}), "gives no logits"),
     ],
-    ids=["translation", "two towers", "multiple choice", "no tokens", "no logits"],
+    ids=["translation", "two towers", "multiple choice", "questions on images", "no tokens", "no logits"],
 )
 def test_models_that_are_not_evaluated(make: Callable[[], tuple[nn.Module, Batch]], what: str) -> None:
     """A model whose head is not served, or that does not give what its name says, is refused."""

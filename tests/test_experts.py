@@ -31,6 +31,9 @@ MIXTURES = {
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES, num_local_experts=4)),
     "gpt_oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**SIZES, num_local_experts=4)),  # transposed, with a bias
     "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**SIZES, num_experts=4)),
+    "granitemoe": lambda: hf.GraniteMoeForCausalLM(
+        hf.GraniteMoeConfig(**SIZES, num_local_experts=4)
+    ),  # renamed in files
     "nemotron_h": lambda: hf.NemotronHForCausalLM(  # without a gate
         hf.NemotronHConfig(**SIZES, n_routed_experts=4, layers_block_type=["attention", "moe"], n_group=1, topk_group=1)
     ),
@@ -85,6 +88,17 @@ def test_simulated_packed_loaded(name: str, recipe: str, tmp_path: Path) -> None
     with native.disabled():
         assert torch.equal(logits(loaded, batch), simulated)
     assert bittern.inspect(tmp_path / "packed", verify=True)
+
+
+@pytest.mark.parametrize("kept", ["*.experts.*", "*.experts.down_proj", "*.layers.0.*experts.*"])
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe"])
+def test_some_experts_stay_float(name: str, kept: str, tmp_path: Path) -> None:
+    """Where rules keep some or all experts float, a loaded model gives what was saved."""
+    model, batch = mixture(name)
+    rules = Rule(modules=kept), Rule(roles=("qkv", "ffn"), weight=Format(bits=8, granularity="row"))
+    bittern.simulate(model, Recipe(name="test", rules=rules), batch)
+    bittern.save(bittern.pack(model), tmp_path / "packed")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "packed").eval(), batch), logits(model, batch))
 
 
 def test_rows_of_experts() -> None:

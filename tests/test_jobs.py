@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -26,6 +27,7 @@ from bittern.deploy.onnx.export import export
 from bittern.errors import InputError
 from bittern.options import Distill, Training
 from bittern.recipe import recipe_names
+from families import SUPPORTED, VISION
 from helpers import refused
 from material import LABELS, TEXTS, save_text_model, tree, write_tables
 
@@ -40,6 +42,22 @@ def run(model: hf.PreTrainedModel, batches: list[dict[str, Tensor]], output: str
 
 def image_batches(images: Tensor) -> list[dict[str, Tensor]]:
     return [{"pixel_values": part} for part in images.split(BATCH)]
+
+
+def test_heads_that_are_not_served(tmp_path: Path) -> None:
+    """A model with a head that no job measures is refused as that before anything else."""
+    model, _ = SUPPORTED["bart"]()
+    model.save_pretrained(tmp_path / "bart")
+    with refused(InputError, f"{type(model).__name__} cannot be evaluated"):
+        jobs.evaluate(tmp_path / "bart", "digits")
+    config = hf.BeitConfig(**VISION | {"num_hidden_layers": 4}, out_indices=[1, 2, 3, 4])
+    hf.BeitForSemanticSegmentation(config).save_pretrained(tmp_path / "beit")
+    hf.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "beit")
+    for part in ("train", "test"):
+        (tmp_path / "images" / part / "a").mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "images" / part / "a" / "0.png")
+    with refused(InputError, "BeitForSemanticSegmentation cannot be evaluated"):
+        jobs.ptq(tmp_path / "beit", "w8a8", tmp_path / "out", data=str(tmp_path / "images"))
 
 
 @pytest.fixture(scope="module", params=recipe_names())

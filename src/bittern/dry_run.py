@@ -198,8 +198,8 @@ def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> Run:
             config._attn_implementation_internal = _DRY_RUN
         failed = f"the dry run of {type(model).__name__} on {_describe(batch)} failed"
         explained = one_line(ModelError, failed, "; give one batch of inputs that the model accepts")
-        with explained, evaluating(model), unwatched(model), Trace(running, on_product, on_attention, run.read.add):
-            run.output = model(**batch)
+        with explained, evaluating(model), unwatched(model), Trace(running, on_product, on_attention) as trace:
+            run.output, run.read = model(**batch), trace.read
     finally:
         AttentionInterface.register(_DRY_RUN, attention_forward)  # lets go of the spy, and so of the model
         for hook in hooks:

@@ -6,7 +6,7 @@ transformers' ExpertsInterface then calls `run_experts`, which runs the layers e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Container
 from copy import copy
 from typing import Any
 
@@ -44,22 +44,22 @@ def _products(module: nn.Module) -> list[str]:
     return ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
 
 
-def open_experts(model: nn.Module, chosen: Callable[[str], bool] = lambda name: True) -> None:
-    """Make layers of the weights of experts, in place. chosen: true for the names of the modules of experts meant."""
-    for name, module in list(model.named_modules()):
+def open_experts(model: nn.Module) -> None:
+    """Make layers of the weights of experts, in place."""
+    for _, module in list(model.named_modules()):
         parts = _products(module)
-        if parts and all(part in module._parameters for part in parts) and chosen(name):
+        if parts and all(part in module._parameters for part in parts):
             for part in parts:
                 module.add_module(part, ExpertsLinear(module._parameters.pop(part), module.is_transposed))
             module._config_was, module.config = module.config, copy(module.config)
             module.config._experts_implementation_internal = NAME
 
 
-def close_experts(model: nn.Module) -> None:
-    """Undo `open_experts`."""
-    for module in list(model.modules()):
-        if config := module.__dict__.pop("_config_was", None):
-            module.config = config
+def close_experts(model: nn.Module, keep: Container[str] = ()) -> None:
+    """Undo `open_experts`, but for experts of which a layer is to be kept, by its name."""
+    for name, module in list(model.named_modules()):
+        if "_config_was" in vars(module) and not any(f"{name}.{part}" in keep for part in _products(module)):
+            module.config = module.__dict__.pop("_config_was")
             for part in _products(module):
                 layer: Any = module._modules.pop(part)
                 setattr(module, part, layer.weight)

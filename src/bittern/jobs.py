@@ -18,6 +18,7 @@ from bittern import native
 from bittern.analysis.findings import verdict
 from bittern.data import check_same_inputs, load_any_split, load_splits, task_of
 from bittern.data.evaluate import check_comparable, headline, is_measurable, metrics, predict
+from bittern.data.tasks import check_served
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.files import Journal, check_output, digest, reserved
 from bittern.deploy.store import float_bytes, load, measure, save
@@ -238,7 +239,8 @@ class _Job:
             if self.hold_out and self.test is None:
                 self.train, self.test = self.train.split(min(2000, len(self.train) // 10), self.seed)
         self.calibration = self.train.subset(self.samples, self.seed) if self.train else None
-        if self.test:  # a recipe that does not fit is refused here, before the model runs on all of the data
+        if self.test:  # a head or recipe that does not fit is refused here, before the model runs on all of the data
+            check_served(self.model)
             simulate(self.model, self.recipe, next(iter(self.calibration)) if self.calibration else None)
             restore(self.model)
         self.reference = self._predict(self.float_model, "float")
@@ -349,7 +351,7 @@ def evaluate(
 
     A source of data with one part only is used whole. kernels: whether packed layers of both may multiply in integers.
     """
-    model = load(source)
+    check_served(model := load(source))
     loaded = load_any_split(data, model, source, **columns)
     if against is None and not is_measurable(model, loaded):
         no_classes = f"is for {type(model).__name__}, which has no classes"

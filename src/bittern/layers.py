@@ -197,6 +197,7 @@ def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, A
         if not chosen and not sites:
             raise ModelError(f"recipe {recipe.name} selects nothing that {type(model).__name__} runs")
         undo.pop_all()
+    close_experts(model, chosen)
     for name, (weight, fmt_input) in chosen.items():
         layer = model.get_submodule(name)
         swap(layer, name, weight, fmt_input)

@@ -259,19 +259,14 @@ _OTHER_PRODUCTS = (torch.einsum, torch.functional.einsum, F.multi_head_attention
 
 class Trace(TorchFunctionMode):
     """Follows results from call to call in a dry run. running: the modules that run, innermost last; on_product: told
-    when one of them multiplies activations, or weighs them by a softmax; on_attention: of attention that is complete;
-    on_read: of a parameter that code outside of layers reads.
+    when one of them multiplies activations, or weighs them by a softmax; on_attention: of attention that is complete.
+    read: parameters that code outside of layers read.
     """
 
-    def __init__(
-        self,
-        running: list[Frame],
-        on_product: Callable[[], None],
-        on_attention: Callable[[Found], None],
-        on_read: Callable[[nn.Parameter], None],
-    ):
+    def __init__(self, running: list[Frame], on_product: Callable[[], None], on_attention: Callable[[Found], None]):
         super().__init__()
-        self.running, self.on_product, self.on_attention, self.on_read = running, on_product, on_attention, on_read
+        self.running, self.on_product, self.on_attention = running, on_product, on_attention
+        self.read: set[nn.Parameter] = set()
         self.marks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor → the calls that it came from
 
     def _marks(self, x: Any) -> frozenset[Any]:
@@ -283,9 +278,8 @@ class Trace(TorchFunctionMode):
         marks = self._marks([*args, *kwargs.values()])
         call = _counted(func, args, kwargs)
         out = func(*args, **kwargs)
-        for x in args if isinstance(out, Tensor) and self.running and not self.running[-1].is_layer else ():
-            if isinstance(x, nn.Parameter):
-                self.on_read(x)
+        if isinstance(out, Tensor) and self.running and not self.running[-1].is_layer:
+            self.read |= {x for x in args if isinstance(x, nn.Parameter)}
         if func in _LAYERS:
             marks = frozenset({_ACTIVATION})
         elif call is not None:

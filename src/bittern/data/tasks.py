@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from inspect import signature
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +43,8 @@ def task_of(model: PreTrainedModel) -> Task | None:
         towers = config.is_encoder_decoder or all(hasattr(config, f"{part}_config") for part in ("text", "vision"))
         return None if towers else "embedding"
     task = HEADS.get(head[1])
+    if task == "answers" and "start_positions" not in signature(model.forward).parameters:
+        return None  # of images, by classes
     if task == "classes":
         if config.problem_type == "multi_label_classification":
             return "labels"

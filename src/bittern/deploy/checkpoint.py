@@ -41,7 +41,7 @@ from bittern.deploy.blocks import use_kernels
 from bittern.deploy.files import digest, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers, weight_bytes
 from bittern.errors import CheckpointError, ModelError
-from bittern.experts import open_experts
+from bittern.experts import close_experts, open_experts
 from bittern.layers import QuantizedLayer, QuantLayer, fake_quants, formats, is_simulated, swap, weight_matrix
 from bittern.products import Plan
 from bittern.recipe import Rule
@@ -262,8 +262,10 @@ class BitternQuantizer(HfQuantizer):
             raise CheckpointError("a Bittern checkpoint loads from safetensors files; got none")
         handles = verify([Path(file) for file in checkpoint_files])
         self.keys_in_file = tuple(handles)
-        open_experts(model, lambda name: any(f".{name.rpartition('.')[2]}.down_proj." in key for key in handles))
-        _rebuild(model, self.quantization_config, _quantized_modules(model, handles))
+        open_experts(model)
+        stored = _quantized_modules(model, handles)
+        close_experts(model, stored)
+        _rebuild(model, self.quantization_config, stored)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
