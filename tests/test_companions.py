@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, RepoUrl
 
 import bittern
 from bittern.deploy.companions import source_of
@@ -87,6 +87,30 @@ def test_card(tmp_path: Path) -> None:
         exec(code.removeprefix("python").replace("path/to/this/folder", "packed"), given)
     assert type(given["model"]) is type(model)
     assert str(tmp_path) not in card.text
+
+
+def test_push_to_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is uploaded is the whole folder, tokenizer and card with the figures included, under the name asked for."""
+    model = bittern.load(sentence_model(tmp_path / "source"))
+    bittern.simulate(model, "ternary-2-2-8")
+    bittern.save(bittern.pack(model), tmp_path / "packed", report={"float": {"accuracy": 0.5}, "packed": {}})
+    sent: list[dict[str, bytes]] = []
+
+    def upload(api: HfApi, *, repo_id: str, folder_path: Path, **commit: str) -> str:
+        assert (repo_id, commit) == ("me/small", {"revision": "v1"})
+        sent.append({str(f.relative_to(folder_path)): f.read_bytes() for f in folder_path.rglob("*") if f.is_file()})
+        return "https://hub/commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **_: RepoUrl(f"https://huggingface.co/{repo_id}"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    for pushed in (bittern.load(tmp_path / "packed"), model):  # loaded from a job's folder; packed just now
+        assert pushed.push_to_hub("me/small", revision="v1") == "https://hub/commit"
+    ready, fresh = sent
+    assert ready["README.md"] == (tmp_path / "packed" / "README.md").read_bytes()
+    assert {"bittern.json", "tokenizer.json", "modules.json", "model.safetensors"} <= ready.keys()
+    assert ready["model.safetensors"] == (tmp_path / "packed" / "model.safetensors").read_bytes()
+    assert b"import bittern" in fresh["README.md"]
+    assert b"license: apache-2.0" in fresh["README.md"]
 
 
 def test_size_of_the_source(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import transformers as hf
+from huggingface_hub import HfApi, RepoUrl
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -108,6 +109,8 @@ def test_blocks_run(path: Path, examples: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(demo, "TRAINING", replace(demo.TRAINING, steps=1))
     monkeypatch.setattr(demo, "_start_check", lambda packed, data, other: (packed, data, other))
     monkeypatch.setattr(demo, "_finish_check", lambda job: jobs.evaluate(job[0], job[1], against=job[2]))
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **_: RepoUrl(f"https://huggingface.co/{repo_id}"))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda api, **_: "")  # there is no network
     for block in blocks("sh", "python", of=path):
         if block.language == "sh":
             for line in block.text.replace("\\\n", " ").splitlines():

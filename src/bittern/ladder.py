@@ -30,8 +30,9 @@ from bittern.data import Data, load_splits
 from bittern.data.evaluate import LOWER_IS_BETTER, headline, metrics, predict
 from bittern.deploy.bench import alternate
 from bittern.deploy.checkpoint import pack
+from bittern.deploy.companions import CARD, REPORT
 from bittern.deploy.files import Journal, atomic_folder, check_output, digest, holds_output
-from bittern.deploy.store import REPORT, float_bytes, load, measure, save
+from bittern.deploy.store import float_bytes, load, measure, save
 from bittern.errors import InputError
 from bittern.jobs import load_float
 from bittern.layers import simulate
@@ -375,6 +376,9 @@ def compress(
     }
     with atomic_folder(out, force=force) as place:
         shutil.copytree(folder / chosen["rung"], place, dirs_exist_ok=True)
+        with (place / CARD).open("a", encoding="utf-8") as card:
+            card.write(f"* Measured: {metric} {chosen[metric]:.4f}, of the float model {result['float']:.4f}; on ")
+            card.write(f"{loss.samples} fresh samples it loses {loss.points:.2f} points, at most {loss.at_most:.2f}\n")
         (place / REPORT).write_text(json.dumps(result, indent=2) + "\n")
         write_page(result, place / PAGE)
     return result | {"out": str(out)}

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from bittern import native
 from bittern.deploy.checkpoint import is_packed
+from bittern.deploy.companions import REPORT
 from bittern.deploy.packed import weight_bytes
-from bittern.deploy.store import REPORT, float_bytes, load, measure
+from bittern.deploy.store import float_bytes, load, measure
 from bittern.dry_run import dummy_batch
 from bittern.errors import InputError, ModelError
 from bittern.kernels import has_kernel

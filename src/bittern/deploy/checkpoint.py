@@ -38,6 +38,7 @@ from bittern.compat import (
 )
 from bittern.deploy import probe
 from bittern.deploy.blocks import use_kernels
+from bittern.deploy.companions import push_to_hub
 from bittern.deploy.files import digest, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers, weight_bytes
 from bittern.errors import CheckpointError, ModelError
@@ -157,6 +158,7 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
     """Make a model with packed layers what its users get: on the kernels, frozen, with a true size in memory."""
     use_kernels(model)
     model.get_memory_footprint = partial(weight_bytes, model)
+    model.push_to_hub = partial(push_to_hub, model)
     return model.requires_grad_(False)
 
 

@@ -7,9 +7,10 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from transformers import PreTrainedModel
 
 from bittern.errors import first_line
@@ -19,7 +20,7 @@ COMPANIONS = (
     *("*processor*.json", "*_template.json", "normalizer.json", "generation_config.json", "LICENSE*", "NOTICE*"),
     *("modules.json", "*sentence*.json", "[1-9]_*/*"),  # of sentence-transformers: pooling, normalization, prompts
 )
-CARD = "README.md"
+CARD, REPORT = "README.md", "bittern.json"  # the model card; what a job measured
 # By what a model reads first: what it needs to be used, and the files of which there must be one.
 NEEDED = {
     "input_ids": ("tokenizer", ("tokenizer*.json", "vocab*", "*.model")),
@@ -112,3 +113,30 @@ def write_card(model: PreTrainedModel, source: str | Path, folder: Path, report:
         measured="".join(f"* Measured, {kind}: {values}\n" for kind, values in metrics if values),
     )
     (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def push_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    max_shard_size: str = "50GB",
+    **commit: Any,
+) -> str:
+    """Upload a packed model with all that it needs and its card, which transformers' own method replaces by a blank.
+
+    commit: what `HfApi.upload_folder` takes, such as revision and commit_message. Returns the address of the commit.
+    """
+    api, source = HfApi(token=token), source_of(model)
+    repo, there = api.create_repo(repo_id, private=private, exist_ok=True).repo_id, folder_of(source)
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        copy_companions(source, folder)
+        if there and (there / REPORT).exists():  # written by a job, with its figures
+            shutil.copyfile(there / CARD, folder / CARD)
+            shutil.copyfile(there / REPORT, folder / REPORT)
+        else:
+            write_card(model, source, folder, None)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, **commit))

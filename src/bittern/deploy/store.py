@@ -20,15 +20,13 @@ from transformers import AutoConfig, PreTrainedModel
 from bittern import native
 from bittern.deploy import probe
 from bittern.deploy.checkpoint import METHOD, BitternConfig, is_packed, mark, open_checked
-from bittern.deploy.companions import copy_companions, folder_of, source_of, warn_of_missing, write_card
+from bittern.deploy.companions import REPORT, copy_companions, folder_of, source_of, warn_of_missing, write_card
 from bittern.deploy.files import atomic_folder, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer
 from bittern.dry_run import check_merged, check_model
 from bittern.errors import CheckpointError, InputError, ModelError, first_line, one_line
 from bittern.layers import formats, is_simulated
 from bittern.quantizers import FakeQuant
-
-REPORT = "bittern.json"
 
 
 def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -17,12 +17,12 @@ from bittern import native
 from bittern.data import load_any_split
 from bittern.data.tokens import TARGETS
 from bittern.deploy.checkpoint import is_packed, pack
-from bittern.deploy.companions import copy_companions
+from bittern.deploy.companions import REPORT, copy_companions
 from bittern.deploy.files import atomic_folder, check_output, check_parent, folder_beside, holds_output, sync
 from bittern.deploy.onnx.parity import check, compare, complete, made_up, run, run_file
 from bittern.deploy.onnx.plan import Form, Plan, integer_codes, may_saturate, plan, remove_rounding, round_inputs
 from bittern.deploy.packed import PackedLayer
-from bittern.deploy.store import REPORT, load
+from bittern.deploy.store import load
 from bittern.errors import InputError, ModelError, one_line
 from bittern.layers import is_simulated
 from bittern.options import find_own, name_own
