@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import compress  # noqa: E402
 import kd  # noqa: E402
 import plateau  # noqa: E402
 import ptq_grid  # noqa: E402
@@ -131,6 +132,7 @@ def overhead(one: str, two: str) -> str:
 
 KINDS: dict[str, Callable[..., str]] = {
     "recipes": recipes,
+    "compress": lambda name: compress.table(RESULTS / f"{name}.json"),
     "ptq": lambda name: ptq_grid.table(RESULTS / f"{name}.json"),
     "kd": lambda name: kd.table(RESULTS / f"{name}.json"),
     "ti": lambda name: ti.table(RESULTS / f"{name}.json"),

@@ -6,6 +6,7 @@ Nothing is read as markup: paths and messages may hold brackets. What a terminal
 from __future__ import annotations
 
 import codecs
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,13 +50,33 @@ def print_table(
     left: Sequence[str] = (),
     show_lines: bool = False,
 ) -> None:
-    """Print a table; the first column stands left, and those named in `left`."""
-    table = Table(title=title, title_justify="left", show_lines=show_lines)
+    """Print a table; the first column stands left, and those named in `left`: they share what room the others leave."""
+    table, rows = Table(title=title, title_justify="left", show_lines=show_lines), list(rows)
+    widths = [max(len(line) for row in (columns, *rows) for line in row[i].split("\n")) for i in range(len(columns))]
+    texts = {i for i, name in enumerate(columns) if i == 0 or name in left}
+    room = out_console.width - 1 - sum(3 + (i not in texts) * width for i, width in enumerate(widths))
+    share = min(1.0, room / sum(widths[i] for i in texts))
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 0 or name in left else "right", overflow="fold")
+        table.add_column(name, justify="left" if i in texts else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(
+            *(fold(cell, max(12, int(share * widths[i]))) if i in texts else cell for i, cell in enumerate(row))
+        )
     out_console.print(table)
+
+
+def fold(text: str, width: int) -> str:
+    """Break a text after spaces, dots and underscores, so that its lines are no longer than `width` where they can be.
+
+    >>> fold("encoder.layer.*.attention.output", 20).split("\\n")
+    ['encoder.layer.*.', 'attention.output']
+    """
+    lines = [""]
+    for part in re.findall(r"[^\s._]*[\s._]*", text):
+        if len(lines[-1] + part.rstrip()) > width and not lines[-1].endswith("\n"):
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line for line in lines if line)
 
 
 def megabytes(size: int) -> str:
