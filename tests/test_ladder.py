@@ -154,6 +154,7 @@ def test_compress(tmp_path: Path, digits: tuple[PreTrainedModel, Data], monkeypa
     assert seen[:2] == ["w8a8", "w4a8"]
     assert result["chosen"] == "w4a8"
     assert json.loads((tmp_path / "out" / "bittern.json").read_text()).items() <= result.items()
+    assert f"accuracy {result['rows'][1]['accuracy']:.4f}, of" in (tmp_path / "out" / "README.md").read_text()
     page = (tmp_path / "out" / "compress.html").read_text()
     assert all(page.count(f'href="#{rung}"') == 2 and page.count(f'id="{rung}"') == 1 for rung in seen)
     model, test = digits

@@ -378,7 +378,9 @@ def compress(
         shutil.copytree(folder / chosen["rung"], place, dirs_exist_ok=True)
         with (place / CARD).open("a", encoding="utf-8") as card:
             card.write(f"* Measured: {metric} {chosen[metric]:.4f}, of the float model {result['float']:.4f}; on ")
-            card.write(f"{loss.samples} fresh samples it loses {loss.points:.2f} points, at most {loss.at_most:.2f}\n")
+            card.write(
+                f"{loss['samples']} other samples it loses {loss['points']:.2f}, at most {loss['at_most']:.2f}\n"
+            )
         (place / REPORT).write_text(json.dumps(result, indent=2) + "\n")
         write_page(result, place / PAGE)
     return result | {"out": str(out)}
