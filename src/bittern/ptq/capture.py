@@ -193,8 +193,7 @@ def _rows(layer: QuantLayer, x: Tensor, batch: Mapping[str, Any], size: int) -> 
 
     None if the samples cannot be told apart.
     """
-    is_conv = isinstance(layer, QuantConv2d)
-    if x.dim() < (4 if is_conv else 2) or x.shape[0] % size:
+    if x.dim() < (4 if isinstance(layer, QuantConv2d) else 2) or x.shape[0] % size:
         return None
     if isinstance(layer, QuantConv2d):
         x = F.pad(x, layer._reversed_padding_repeated_twice)  # (items, channels, height, width)

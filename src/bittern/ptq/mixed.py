@@ -131,7 +131,7 @@ def paper_sensitivity(out: Tensor, changed: Tensor) -> float:
 
 
 def relative_sensitivity(out: Tensor, changed: Tensor) -> float:
-    """Return ‖Ŷ - Y‖²/‖Y‖² of a block's output (samples, …), mean over samples: one unit for attention and FFN."""
+    """Return ‖Ŷ - Y‖²/‖Y‖² of outputs (samples, …), mean over samples: of a block's, one unit for attention and FFN."""
     power = out.double().square().flatten(1).sum(1).clamp(min=1e-30)
     return float(((changed - out).double().square().flatten(1).sum(1) / power).mean())
 
@@ -159,8 +159,7 @@ def divergence(outputs: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
     total = 0.0
     for out, other in zip(outputs, changed, strict=True):
         finite = out.isfinite()
-        power = out[finite].double().square().sum().clamp(min=1e-30)
-        total += float((other - out)[finite].double().square().sum() / power) / len(outputs)
+        total += relative_sensitivity(out[finite][None], other[finite][None]) / len(outputs)
     return math.inf if math.isnan(total) else total
 
 

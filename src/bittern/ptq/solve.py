@@ -224,13 +224,10 @@ def _folds(x: Tensor, norm: nn.Module, layers: Mapping[str, QuantLayer], exponen
     symmetric = quantizers[0].format.scheme == "symmetric"  # type: ignore[union-attr]
     size = torch.maximum(high.abs(), low.abs()) if symmetric else high - low
     live = size > 1e-6 * size.mean()
-    found: list[Fold] = []
     biased = getattr(norm, "bias", None) is not None and all(layer.bias is not None for layer in layers.values())
-    for exponent in exponents:
-        r = torch.where(live, (size / size.mean()).clamp(min=1e-4) ** exponent, 1.0)
-        t = -(high + low) / 2 * live if biased else torch.zeros_like(r)
-        found.append((r, t))
-    return found
+    t = -(high + low) / 2 * live if biased else torch.zeros_like(size)
+    relative = (size / size.mean()).clamp(min=1e-4)
+    return [(torch.where(live, relative**exponent, 1.0), t) for exponent in exponents]
 
 
 def _solve_group(

@@ -24,16 +24,6 @@ from bittern.qat import losses
 from bittern.qat.intervention import Intervener
 from bittern.recorded import TokenMasks, attention_output, by_place, check_shapes, real_tokens, token_masks
 
-# what a term compares at each layer; for those with several points, or none, see `_points`
-POINT_OF: dict[str, Point] = {
-    "score": "score",
-    "map": "map",
-    "self_output": "output",  # AO, without its residual
-    "context": "context",
-    "query_relation": "query",
-    "key_relation": "key",
-    "value_relation": "value",
-}
 ALL_LAYERS = ("hidden",)  # terms that `layers` does not narrow down
 
 
@@ -242,11 +232,9 @@ def balanced(
 def _points(distill: Distill, student: Anatomy, teacher: Anatomy) -> Iterator[tuple[str, tuple[Point, ...]]]:
     """Yield each layer-wise term with the points that it compares."""
     for term in distill.layerwise:
-        own = point_of(term)
-        if term == "hidden" or own == "hidden":
+        point = point_of(term) or term.removesuffix("_relation")  # terms are named by what they compare
+        if point == "hidden":
             yield term, ("embedding", "hidden")
-        elif own:
-            yield term, (own,)  # type: ignore[misc]
         elif term == "map" and distill.map_temperature != 1:
             yield term, ("score",)
         elif term == "output":
@@ -254,5 +242,7 @@ def _points(distill: Distill, student: Anatomy, teacher: Anatomy) -> Iterator[tu
             if points[0] != points[1]:
                 raise ModelError("term output: one of student and teacher is post-norm, the other is not")
             yield term, (points[0],)
+        elif term == "self_output":
+            yield term, ("output",)  # AO, without its residual
         else:
-            yield term, (POINT_OF[term],)
+            yield term, (point,)  # type: ignore[misc]
