@@ -145,9 +145,10 @@ def qat(
 
     def teach() -> Found:
         assert job.train is not None
+        assert job.test is not None
         teacher = job.float_model if student else copy.deepcopy(job.model)
         simulation, measured = job.simulate(), job.measure()
-        options = replace(training, metric=training.metric or headline(data, measured, job.metric))
+        options = replace(training, metric=training.metric or headline(data, measured, job.test.metric))
         if baseline and baseline["metric"] != options.metric:
             raise InputError(
                 f"{baseline_run} was chosen by {baseline['metric']}, this run by {options.metric}; set --metric"
@@ -245,11 +246,6 @@ class _Job:
             restore(self.model)
         self.reference = self._predict(self.float_model, "float")
         self.float_bytes = float_bytes(self.float_model)
-
-    @property
-    def metric(self) -> str | None:
-        """The metric that was asked for, if any."""
-        return self.test.metric if self.test else None
 
     def _predict(self, model: PreTrainedModel, description: str) -> Tensor | None:
         return predict(model, self.track(self.test, description)) if self.test else None
