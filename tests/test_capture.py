@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from bittern import simulate
 from bittern.attention import sites
-from bittern.layers import as_float, fake_quants
+from bittern.layers import as_float, fake_quants, swap
 from bittern.ptq import capture as module
 from bittern.ptq.capture import Captured, capture
-from bittern.ptq.stream import stream
+from bittern.ptq.stream import Call, stream
+from bittern.recipe import Format
 from families import SUPPORTED, Batch
 from helpers import outputs, same
 
@@ -219,3 +220,23 @@ def test_errors_leave_nothing_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
             capture(calls, [batch], [2], 0)
     assert all(site.taps is None for site in sites(model))
     assert [q.bypass for _, q in fake_quants(model)] == before
+
+
+class Nested(nn.Module):
+    """Gives pairs, as Grounding DINO's fusion of texts and images does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        return (self.linear(self.norm(x)), x), x
+
+
+@torch.no_grad()
+def test_outputs_in_pairs() -> None:
+    """A norm is found that one layer alone reads, also where a unit gives tuples of tuples."""
+    unit, x, fmt = Nested(), torch.randn(2, 3, 8), Format(range="static")
+    swap(unit.linear, "unit.linear", fmt, fmt)
+    found = capture([Call(0, "unit", unit, (x,), {})], [{"x": x}], [2], 0)
+    assert [(group.layers, group.norm) for group in found.inputs] == [(["unit.linear"], "norm")]

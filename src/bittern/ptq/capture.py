@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bittern.attention import Site, recording
 from bittern.layers import QuantConv2d, QuantEmbedding, QuantExpertsLinear, QuantLayer, as_float
@@ -178,7 +179,7 @@ def _alone(module: nn.Module, group: Inputs, layers: Mapping[str, QuantLayer], c
             t.mul_(2)
         for t in doubled:
             t.div_(2)
-    first, was = (o[0] if isinstance(o, tuple) else o for o in (out, call.output))
+    first, was = (tree_leaves(o)[0] for o in (out, call.output))
     return bool((first - was).norm() <= 1e-4 * was.norm())
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bittern.anatomy import Block
 from bittern.attention import Site, Taps, recording
@@ -110,7 +111,7 @@ def _run(call: Call, parts: Mapping[str, Part], part: Part | None) -> tuple[Tens
             unset = quantizer.format.range == "static" and quantizer.scale is None  # by extremes, in the end
             quantizer.bypass = part is None or part_of(f"{call.unit}.{name}", parts) != part or unset
         out = call.run()
-    return (out[0] if isinstance(out, tuple) else out), taps
+    return tree_leaves(out)[0], taps
 
 
 def nuclear_norm(matrices: Tensor) -> Tensor:
