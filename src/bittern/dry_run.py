@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,46 +167,33 @@ def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> Run:
         run.events.append(Event("attention", found.frame.name, cross=found.cross))
         run.found.setdefault(found.frame.name, []).append(found)
 
-    def on_enter(kind: str, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            run.events.append(Event(kind, name))
-            running.append(Frame(name, kind == "layer"))
+    def on_enter(kind: str, name: str, module: nn.Module, args: Any) -> None:
+        run.events.append(Event(kind, name))
+        running.append(Frame(name, kind == "layer"))
 
-        return hook
-
-    def on_leave(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            running.pop()
-            if isinstance(module, LAYERS) and type(module) not in LAYERS:
-                run.like_base[name] = run.like_base.get(name, True) and _is_like_base(module, args, kwargs, out)
-            x = args[0] if args else next((v for v in kwargs.values() if torch.is_tensor(v)), None)
-            run.first_io.setdefault(name, (x, out[0] if isinstance(out, tuple) else out))
-
-        return hook
+    def on_leave(name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        running.pop()
+        if isinstance(module, LAYERS) and type(module) not in LAYERS:
+            run.like_base[name] = run.like_base.get(name, True) and _is_like_base(module, args, kwargs, out)
+        x = args[0] if args else next((v for v in kwargs.values() if torch.is_tensor(v)), None)
+        run.first_io.setdefault(name, (x, out[0] if isinstance(out, tuple) else out))
 
     AttentionInterface.register(_DRY_RUN, spy)
     AttentionMaskInterface.register(_DRY_RUN, eager_mask)
-    configs = attention_configs(model)
-    was = [c._attn_implementation for c in configs]
-    hooks = []
-    for module, name in names.items():
-        is_norm = "norm" in type(module).__name__.lower() and not list(module.children())
-        kind = "layer" if isinstance(module, LAYERS) else "norm" if is_norm else "enter"
-        hooks.append(module.register_forward_pre_hook(on_enter(kind, name)))
-        hooks.append(module.register_forward_hook(on_leave(name), with_kwargs=True))
-    try:
-        for config in configs:
+    with ExitStack() as undo:
+        undo.callback(AttentionInterface.register, _DRY_RUN, attention_forward)  # lets go of the spy, and of the model
+        for module, name in names.items():
+            is_norm = "norm" in type(module).__name__.lower() and not list(module.children())
+            kind = "layer" if isinstance(module, LAYERS) else "norm" if is_norm else "enter"
+            undo.enter_context(module.register_forward_pre_hook(partial(on_enter, kind, name)))
+            undo.enter_context(module.register_forward_hook(partial(on_leave, name), with_kwargs=True))
+        for config in attention_configs(model):
+            undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)
             config._attn_implementation_internal = _DRY_RUN
         failed = f"the dry run of {type(model).__name__} on {_describe(batch)} failed"
         explained = one_line(ModelError, failed, "; give one batch of inputs that the model accepts")
         with explained, evaluating(model), unwatched(model), Trace(running, on_product, on_attention) as trace:
             run.output, run.read = model(**batch), trace.read
-    finally:
-        AttentionInterface.register(_DRY_RUN, attention_forward)  # lets go of the spy, and so of the model
-        for hook in hooks:
-            hook.remove()
-        for config, implementation in zip(configs, was, strict=True):
-            config._attn_implementation_internal = implementation
     return run
 
 

@@ -179,8 +179,8 @@ def command(job: str, show_result: Show) -> Callable[[Callable[..., None]], Call
     """Make a command that runs a job, named `module:function` of Bittern, and shows or prints its result."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        def run(*, as_json: bool, **given: Any) -> None:
-            arguments = job_arguments(function, given)
+        def run(**given: Any) -> None:
+            arguments, as_json = job_arguments(function, given), given["json"]
             module, _, name = job.partition(":")
             work = getattr(import_module(f"bittern.{module}"), name)
             result = work(**arguments, **show.watchers(work, arguments, as_json or not is_main_process()))
@@ -188,13 +188,10 @@ def command(job: str, show_result: Show) -> Callable[[Callable[..., None]], Call
                 print(json.dumps(result)) if as_json else show_result(result)
             leave_processes()
 
-        unique = {entry.key: entry for entry in reversed(list(entries(function)))}
+        known = [*entries(function), Entry("", "json", bool, False, Option("Print one JSON object instead of tables."))]
+        unique = {entry.key: entry for entry in reversed(known)}
         parameters = [typer_parameter(entry) for entry in reversed(unique.values())]
-        json_option = typer.Option("--json", help="Print one JSON object instead of tables.")
-        as_json = inspect.Parameter(
-            "as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, json_option]
-        )
-        run.__signature__ = inspect.Signature([*parameters, as_json])  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__name__, run.__doc__, run.__annotations__ = function.__name__, function.__doc__, {}
         run.job, run.options = job, function  # type: ignore[attr-defined]
         return run
