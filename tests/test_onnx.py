@@ -19,8 +19,8 @@ from bittern.attention import Site
 from bittern.deploy.onnx import export as exporter
 from bittern.deploy.onnx import graph
 from bittern.deploy.onnx.export import export
+from bittern.deploy.onnx.forms import Clip, may_saturate, pack_blocks
 from bittern.deploy.onnx.parity import check, compare, complete, made_up, run, session
-from bittern.deploy.onnx.plan import Clip, may_saturate, pack_blocks
 from bittern.deploy.packed import PackedConv1D, PackedLayer, PackedLinear
 from bittern.errors import CheckpointError, InputError, ModelError
 from bittern.layers import QuantLayer

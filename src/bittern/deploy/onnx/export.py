@@ -19,8 +19,8 @@ from bittern.data.tokens import TARGETS
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.companions import REPORT, copy_companions
 from bittern.deploy.files import atomic_folder, check_output, check_parent, folder_beside, holds_output, sync
+from bittern.deploy.onnx import forms
 from bittern.deploy.onnx.parity import check, compare, complete, made_up, run, run_file
-from bittern.deploy.onnx.plan import Form, Plan, integer_codes, may_saturate, plan, remove_rounding, round_inputs
 from bittern.deploy.packed import PackedLayer
 from bittern.deploy.store import load
 from bittern.errors import InputError, ModelError, one_line
@@ -39,7 +39,7 @@ def export(
     out: str | Path,
     *,
     to: str | Callable[[PreTrainedModel, Path], None] = "onnx",
-    form: Form = "int8",
+    form: forms.Form = "int8",
     dynamic: bool = False,
     safe: bool = False,
     data: str | None = None,
@@ -66,29 +66,29 @@ def export(
         raise InputError(f"export to ONNX needs {', '.join(missing)}: pip install bittern[onnx]")
     from bittern.deploy.onnx import graph as onnx_graph
 
-    if form not in get_args(Form):
-        raise InputError(f"no form {form!r}; give one of {', '.join(get_args(Form))}")
+    if form not in get_args(forms.Form):
+        raise InputError(f"no form {form!r}; give one of {', '.join(get_args(forms.Form))}")
     _check_output(Path(out), force, source)
     model = load(source)
     if is_simulated(model) and not is_packed(model):
         pack(model)
     batches = _batches(model, source, data, samples, seed, columns)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedLayer)}
-    plans = {name: plan(layer, form, dynamic) for name, layer in layers.items()}
+    chosen = {name: forms.choose(layer, form, dynamic) for name, layer in layers.items()}
     simulated = run(model, track(batches, "simulated"))
-    remove_rounding(model)
+    forms.remove_rounding(model)
     exact = run(model, track(batches, "exact"))
-    round_inputs(layers, plans)
+    forms.round_inputs(layers, chosen)
     reference = run(model, track(batches, "reference"))
-    onnx_graph.use_operators(layers, plans, safe)
+    onnx_graph.use_operators(layers, chosen, safe)
     with one_line(ModelError, f"torch.onnx cannot export {type(model).__name__}"):
         graph = onnx_graph.trace(model, made_up(model, 2), list(simulated))
-    onnx_graph.finish(graph, plans)
+    onnx_graph.finish(graph, chosen)
     with _written(Path(out), force) as (file, report):
         onnx_graph.save(graph, file)
         parity = compare(run_file(file, list(simulated), track(batches, "file")), simulated, exact, reference)
         check(parity)
-        as_bytes = [name for name, known in plans.items() if known.kind in ("static", "dynamic")]
+        as_bytes = [name for name, known in chosen.items() if known.kind in ("static", "dynamic")]
         result = {
             "source": str(source),
             "model": type(model).__name__,
@@ -97,9 +97,9 @@ def export(
             "outputs": onnx_graph.shapes(graph.graph.outputs),
             "data": data or "made up",
             "parity": parity,
-            "layers": dict(Counter(known.kind for known in plans.values())),
-            "may_saturate": [] if safe else [n for n in as_bytes if may_saturate(integer_codes(layers[n]))],
-            "kept_float": list(_kept_float(model, plans)),
+            "layers": dict(Counter(known.kind for known in chosen.values())),
+            "may_saturate": [] if safe else [n for n in as_bytes if forms.may_saturate(forms.integer_codes(layers[n]))],
+            "kept_float": list(_kept_float(model, chosen)),
             "float_nodes": onnx_graph.float_nodes(graph),
             "bytes": sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")),
         }
@@ -126,10 +126,10 @@ def _export_own(source: str | Path, out: Path, to: str, force: bool) -> dict[str
     return {"source": str(source), "model": type(model).__name__, "to": to, "bytes": size, "out": str(out)}
 
 
-def _kept_float(model: nn.Module, plans: Mapping[str, Plan]) -> Iterator[dict[str, str]]:
+def _kept_float(model: nn.Module, chosen: Mapping[str, forms.LayerForm]) -> Iterator[dict[str, str]]:
     """Name the layers with a weight matrix that compute in float, and why."""
     for name, module in model.named_modules():
-        known = plans.get(name)
+        known = chosen.get(name)
         if known is None and isinstance(module, LAYERS):
             yield {"name": name, "type": type(module).__name__, "why": "float in the model"}
         elif known and known.kind in ("stored", "float"):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bittern.attention import use_attention
-from bittern.deploy.onnx.plan import Plan, integer_codes, may_saturate, pack_blocks, scales, zero_point
+from bittern.deploy.onnx.forms import LayerForm, integer_codes, may_saturate, pack_blocks, scales, zero_point
 from bittern.deploy.packed import PackedLayer
 
 OPSET, OPSET_INT2 = 21, 25  # INT4 weights came with 21, INT2 with 25
@@ -38,14 +38,14 @@ INTEGERS = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
 # ---- the operators of a layer
 
 
-def use_operators(layers: Mapping[str, PackedLayer], plans: Mapping[str, Plan], safe: bool) -> None:
-    """Let packed layers compute with the operators of their plans when they are traced, in place.
+def use_operators(layers: Mapping[str, PackedLayer], forms: Mapping[str, LayerForm], safe: bool) -> None:
+    """Let packed layers compute with the operators of their forms when they are traced, in place.
 
     What the operators read becomes buffers, so that it has the layer's name in the file. safe: weights that may
     saturate as signed bytes are stored unsigned.
     """
     for name, layer in layers.items():
-        known = plans[name]
+        known = forms[name]
         for part, tensor in _stored(layer, known, safe).items():
             layer.register_buffer(part, tensor)
         layer.weight = nn.Parameter(torch.zeros(1, dtype=layer.weight.dtype), False)  # no value that a trace may keep
@@ -55,7 +55,7 @@ def use_operators(layers: Mapping[str, PackedLayer], plans: Mapping[str, Plan], 
             vars(layer)["integer_product"] = partial(_product, layer, known)
 
 
-def _stored(layer: PackedLayer, known: Plan, safe: bool) -> dict[str, Tensor | None]:
+def _stored(layer: PackedLayer, known: LayerForm, safe: bool) -> dict[str, Tensor | None]:
     """Tensors that the operators of a layer read beside its input and bias."""
     if known.kind == "float":
         return {"values": layer.unpacked()}
@@ -91,7 +91,7 @@ def _op(
     return torch.onnx.ops.symbolic(kind, inputs, given, dtype=dtype, shape=shape, version=version)
 
 
-def _product(layer: Any, known: Plan, x: Tensor) -> Tensor:
+def _product(layer: Any, known: LayerForm, x: Tensor) -> Tensor:
     """The layer's output for x (…, columns): (…, rows)."""
     (rows, columns), shape = layer.weight_shape, (*x.shape[:-1], layer.weight_shape[0])
     x = x if known.clip is None else known.clip(x)
@@ -116,7 +116,7 @@ def _product(layer: Any, known: Plan, x: Tensor) -> Tensor:
     return _op(f"{MICROSOFT}::MatMulIntegerToFloat", inputs, shape)
 
 
-def _weight(layer: Any, known: Plan, ids: Tensor | None = None) -> Tensor:
+def _weight(layer: Any, known: LayerForm, ids: Tensor | None = None) -> Tensor:
     """A weight (rows, columns) that is computed with in float, or the given rows of an embedding (…, columns)."""
     if known.kind == "rows":
         assert ids is not None
@@ -126,7 +126,7 @@ def _weight(layer: Any, known: Plan, ids: Tensor | None = None) -> Tensor:
     return weight if ids is None else F.embedding(ids, weight)
 
 
-def _rows(layer: Any, known: Plan, ids: Tensor) -> Tensor:
+def _rows(layer: Any, known: LayerForm, ids: Tensor) -> Tensor:
     """The rows `ids` of an embedding (…, columns): the bytes that are read, split into codes."""
     columns, per_byte, same = layer.weight_shape[1], 8 // known.bits, [0] * ids.dim()
     whole, parts = (*ids.shape, columns), (*ids.shape, columns // per_byte, per_byte)
@@ -198,15 +198,15 @@ def trace(model: PreTrainedModel, batch: Mapping[str, Tensor], outputs: Sequence
     return program.model
 
 
-def finish(model: ir.Model, plans: Mapping[str, Plan]) -> None:
+def finish(model: ir.Model, forms: Mapping[str, LayerForm]) -> None:
     """Make a traced graph what onnxruntime runs fastest, in place."""
-    graph, ternary = model.graph, any(known.kind == "portable" and known.bits == 2 for known in plans.values())
+    graph, ternary = model.graph, any(known.kind == "portable" and known.bits == 2 for known in forms.values())
     for name, value in list(graph.initializers.items()):
         assert value.const_value is not None
         value.name = name.removeprefix("model.")
         graph.initializers.pop(name, None)  # older versions of onnx_ir keep the old key
         value.metadata_props.clear()
-        known, kind = plans.get(value.name.removesuffix(".codes")), value.const_value.dtype
+        known, kind = forms.get(value.name.removesuffix(".codes")), value.const_value.dtype
         if known and known.kind == "portable":
             kind = INTEGERS[known.bits]  # which PyTorch lacks
         array = np.asarray(value.const_value.numpy().astype(kind.numpy(), copy=False), order="C")

@@ -1,4 +1,4 @@
-"""Plans of packed layers for ONNX: the form of each, its integer codes, and what the form rounds."""
+"""Forms of packed layers in ONNX: the form of each, its integer codes, and what the form rounds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Clip(FakeQuant):
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayerForm:
     """The form in which a layer is written.
 
     kind: `static` and `dynamic` multiply 8-bit integers; `nbits` is MatMulNBits, which rounds inputs to 8 bits block by
@@ -57,35 +57,35 @@ class Plan:
     why: str = ""
 
 
-def plan(layer: PackedLayer, form: Form, dynamic: bool) -> Plan:
+def choose(layer: PackedLayer, form: Form, dynamic: bool) -> LayerForm:
     """Choose the form of one packed layer. dynamic: find ranges of inputs at run time in place of static scales."""
     fmt, own = layer.weight_format, layer.input_quantizer
     grouped = fmt.granularity == "group"
     symmetric = fmt.kind in ("ternary", "binary") or (fmt.kind == "uniform" and fmt.scheme == "symmetric")
     if not symmetric or fmt.bits > 8:
-        return Plan("float", why=f"weights {fmt} are not 8-bit integers times a scale")
+        return LayerForm("float", why=f"weights {fmt} are not 8-bit integers times a scale")
     if isinstance(layer, PackedConv2d):
-        return Plan("float", why="groups of weights in a convolution") if grouped else Plan("stored")
+        return LayerForm("float", why="groups of weights in a convolution") if grouped else LayerForm("stored")
     bits = next(b for b in BLOCKS if fmt.bits <= b)
     columns = fmt.group_size or layer.weight_shape[1]
     fast = (128, 64, 32) if bits == 2 and not grouped else (128, 64, 32, 16)  # 2 bits in blocks of 16 run in float
     block = next((b for b in fast if b <= BLOCKS[bits] and columns % b == 0), BLOCKS[bits])
     if grouped and columns % block:
-        return Plan("float", why=f"groups of {columns} are no multiple of 16")
+        return LayerForm("float", why=f"groups of {columns} are no multiple of 16")
     if isinstance(layer, PackedEmbedding):
         if grouped:
-            return Plan("float", why="groups of weights in an embedding")
+            return LayerForm("float", why="groups of weights in an embedding")
         bits = bits if columns * bits % 8 == 0 else 8
-        return Plan("rows", bits, columns if columns % block else block)
+        return LayerForm("rows", bits, columns if columns % block else block)
     rounds = own is not None and own.format.kind == "uniform" and own.format.bits <= 8
     tied = bool(layer.owner)  # bytes would be a second copy
     if own is not None and rounds and not grouped and not tied and (form == "int8" or bits == 8):
         if own.format.range == "static" and not dynamic:
-            return Plan("static", clip=Clip(own, ranged=own.format.bits < 8), input=_static_bytes(own))
-        return Plan("dynamic", clip=Clip(own, ranged=False), input=FakeQuant(Format(scheme="asymmetric")))
+            return LayerForm("static", clip=Clip(own, ranged=own.format.bits < 8), input=_static_bytes(own))
+        return LayerForm("dynamic", clip=Clip(own, ranged=False), input=FakeQuant(Format(scheme="asymmetric")))
     by_block = Format(granularity="token") if columns % block else Format(granularity="group", group_size=block)
     clip = None if own is None else Clip(own, ranged=False)
-    return Plan("portable" if form == "portable" else "nbits", bits, block, clip, FakeQuant(by_block))
+    return LayerForm("portable" if form == "portable" else "nbits", bits, block, clip, FakeQuant(by_block))
 
 
 def _static_bytes(own: FakeQuant) -> FakeQuant:
@@ -110,9 +110,9 @@ def remove_rounding(model: nn.Module) -> None:
         model.set_submodule(name, clip)
 
 
-def round_inputs(layers: Mapping[str, PackedLayer], plans: Mapping[str, Plan]) -> None:
-    """Let layers round their inputs in PyTorch as their plans do, in place."""
-    for name, known in plans.items():
+def round_inputs(layers: Mapping[str, PackedLayer], forms: Mapping[str, LayerForm]) -> None:
+    """Let layers round their inputs in PyTorch as their forms do, in place."""
+    for name, known in forms.items():
         if known.input is not None:
             steps = nn.Sequential(*filter(None, (known.clip, known.input)))
             layers[name].input_quantizer = steps  # type: ignore[assignment]
