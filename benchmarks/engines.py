@@ -13,7 +13,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
@@ -67,10 +67,14 @@ def onnxruntime_engines(
 
 
 def openvino_engines(
-    model: PreTrainedModel, batch: Mapping[str, Tensor], folder: Path
+    model: PreTrainedModel,
+    batch: Mapping[str, Tensor],
+    folder: Path,
+    calibration: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Callable[[], object]]:
     """The float model in OpenVINO, and with static int8 for weights, linear inputs and both products of attention, by
-    NNCF, calibrated on the batch; nothing if not installed. Files that are in the folder already are used again.
+    NNCF, calibrated on the batch or on others of its shape; nothing if not installed. Files that are in the folder
+    already are used again.
     """
     if any(find_spec(name) is None for name in ("openvino", "nncf", "onnxscript")):
         return {}
@@ -80,6 +84,7 @@ def openvino_engines(
 
     names, source = ("openvino float32", "openvino int8"), folder / "onnxruntime float32.onnx"
     feeds = {key: value.numpy() for key, value in batch.items()}
+    samples = [{key: value.numpy() for key, value in some.items()} for some in calibration or [batch]]
     if not source.exists():
         with _silence():
             export_float(model, batch, source)
@@ -97,7 +102,7 @@ def openvino_engines(
                 nncf.set_log_level(logging.ERROR)
                 kind, preset = nncf.ModelType.TRANSFORMER, nncf.QuantizationPreset.MIXED
                 with _silence():
-                    graph = nncf.quantize(graph, nncf.Dataset([feeds]), model_type=kind, preset=preset)
+                    graph = nncf.quantize(graph, nncf.Dataset(samples), model_type=kind, preset=preset)
             openvino.save_model(graph, file, compress_to_fp16=False)
         request = core.compile_model(file, "CPU", settings).create_infer_request()
         engines[name] = partial(request.infer, feeds, share_inputs=True)
