@@ -304,10 +304,12 @@ def test_attention(kind: str, shape: tuple[int, ...], static: bool) -> None:
         assert torch.allclose(context.transpose(1, 2).double(), expected, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("pre_norm", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 33), (1, 130)], ids=str)
-def test_block(kind: str, shape: tuple[int, int], pre_norm: bool) -> None:
-    """A block gives the bits of its parts one after the other, with a mask or not, on one thread or two."""
+def test_block(kind: str, shape: tuple[int, int], pre_norm: bool, static: bool) -> None:
+    """A block gives the bits of its parts one after the other, with a mask or not, on one thread or two; static scales
+    let it go from codes to codes."""
     torch.manual_seed(0)
     (batch, tokens), hidden, wide, heads, dim = shape, 100, 70, 4, 12
     sizes = {
@@ -321,10 +323,14 @@ def test_block(kind: str, shape: tuple[int, int], pre_norm: bool) -> None:
     layers = {}
     for i, (part, (inputs, outputs)) in enumerate(sizes.items()):
         panels = Panels(torch.randint(-1, 2, (outputs, inputs)), torch.rand(outputs) * 0.1, 2, 1)
-        coding = Coding(0, 255, "asymmetric", by_row=True) if part == "down" else Coding(-128, 127, clip=3.0 + i // 3)
+        coding = Coding(-128, 127, clip=3.0 + i // 3)
+        if part == "down":
+            known = {"scale": 0.031, "offset": -0.17} if static else {"by_row": True}
+            coding = Coding(0, 255, "asymmetric", clip=6.0, **known)  # type: ignore[arg-type]
         layers[part] = Layer(panels, padded_bias(torch.randn(outputs), panels), coding)
     norms = Norm(torch.randn(hidden), torch.randn(hidden), 1e-5), Norm(torch.randn(hidden), torch.randn(hidden), 1e-6)
-    codings = {"query": SIGNED, "key": SIGNED, "value": Coding(-8, 7), "map": Coding(0, 255, "unsigned")}
+    codings = {"query": SIGNED, "key": SIGNED, "value": Coding(-8, 7)}
+    codings["map"] = Coding(0, 255, "unsigned", scale=1 / 255 if static else None)
     rest: Any = {"pre_norm": pre_norm, "activation": "gelu", "heads": heads, "key_heads": 2, "scaling": 0.3}
     block = Block(layers, norms, codings, **rest)
 
@@ -362,6 +368,11 @@ def test_block(kind: str, shape: tuple[int, int], pre_norm: bool) -> None:
     broken = x.clone()
     broken[0, 0, 0] = torch.inf
     assert run_blocks([block, block], broken, None) is None
+    bias = layers["up"].bias.clone()
+    for value in (torch.inf, torch.nan):
+        bias[wide - 1] = value
+        inside = layers | {"up": Layer(layers["up"].panels, bias, layers["up"].coding)}
+        assert run_blocks([Block(inside, norms, codings, **rest)], x, None) is None
     wrong: list[Any] = [
         lambda: run_blocks([block], x[..., :-1], None),
         lambda: run_blocks([block], x[0], None),

@@ -51,12 +51,36 @@ inline int quantize_rows(const float* x, int columns, const Format& format, int 
   return quantize_rows(x, to.rows, columns, format, threads, to.codes, to.scale, to.offset, to.sums);
 }
 
-inline int multiply(const Codes& a, const Layer& layer, int activation, Output where, int threads, float* out) {
+inline Linear product(const Codes& a, const Layer& layer, int activation, Output where, float* out) {
   const Format& f = layer.input;
-  return multiply_all(Linear{a.codes, a.scale, a.offset, a.sums, layer.panels, layer.scale, layer.bias, layer.sums, out,
-                             a.rows, layer.inputs, layer.outputs, layer.bits, layer.top, layer.zero, f.shift, activation,
-                             f.scheme == 2 || f.shift > 0, where == kPastCaches},
-                      threads);
+  return Linear{a.codes, a.scale, a.offset, a.sums, layer.panels, layer.scale, layer.bias, layer.sums, out,
+                a.rows, layer.inputs, layer.outputs, layer.bits, layer.top, layer.zero, f.shift, activation,
+                f.scheme == 2 || f.shift > 0, where == kPastCaches};
+}
+
+inline int multiply(const Codes& a, const Layer& layer, int activation, Output where, int threads, float* out) {
+  return multiply_all(product(a, layer, activation, where, out), threads);
+}
+
+// The same to codes with a static scale, without the floats: a quarter of the memory, written and read once.
+inline int multiply_to_codes(const Codes& a, const Layer& layer, int activation, const Format& next, int threads,
+                             const Codes& to) {
+  Linear l = product(a, layer, activation, kCached, nullptr);
+  std::atomic<bool> finite{true};
+  l.codes = to.codes, l.next = coding(next, Range{}), l.finite = &finite;
+  if (const int failed = multiply_all(l, threads)) return failed;
+  const int width = up(layer.outputs, kAlign), piece = 16;
+  parallel(up(to.rows, piece) / piece, worth(double(to.rows) * width / 4, threads), [&](int chunk, int) {
+    for (int r = chunk * piece; r < to.rows && r < (chunk + 1) * piece; ++r) {
+      int8_t* row = to.codes + size_t(r) * size_t(width);
+      memset(row + layer.outputs, 0, size_t(width - layer.outputs));
+      int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int i = 0; i < width; ++i) sum += row[i];
+      to.scale[r] = l.next.scale, to.offset[r] = l.next.offset, to.sums[r] = sum;
+    }
+  });
+  return finite.load() ? kOk : kNotFinite;
 }
 
 thread_local Scratch block_scratch;
@@ -97,19 +121,24 @@ inline int run_block(const Block& b, const float* x, int batch, int tokens, cons
   int widest = hidden > wide ? hidden : wide;
   widest = widest > contexts ? widest : contexts;
   const size_t padded = size_t(up(rows, kPanel)), map = size_t(batch) * b.heads * tokens * up(tokens, kPanel);
-  const size_t inner = size_t(rows) * wide > map ? size_t(rows) * wide : map;  // one after the other
+  const bool keeps_map = b.map_format.mode != 0, keeps_inner = b.down.input.mode != 0;  // their scales are not known before
+  const size_t inner = keeps_inner && (!keeps_map || size_t(rows) * wide > map) ? size_t(rows) * wide : keeps_map ? map : 0;
   size_t used = 0;
   const auto take = [&](size_t bytes) { return used += (bytes + 127) / 64 * 64, used - (bytes + 127) / 64 * 64; };
   const size_t at_codes = take(padded * size_t(up(widest, kAlign))), at_numbers = take(padded * 12);
   const size_t at_query = take(size_t(rows) * queries * 4), at_key = take(size_t(rows) * keys * 4);
   const size_t at_value = take(size_t(rows) * values * 4), at_context = take(size_t(rows) * contexts * 4);
+  const size_t at_wide = take(keeps_inner ? 0 : padded * (size_t(up(wide, kAlign)) + 12));
   const size_t at_inner = take(inner * 4), at_sum = take(size_t(rows) * hidden * 4), at_norm = take(size_t(rows) * hidden * 4);
   auto* memory = static_cast<uint8_t*>(block_scratch.get(used));
   if (memory == nullptr) return kNoMemory;
   const auto floats = [&](size_t at) { return reinterpret_cast<float*>(memory + at); };
-  float* numbers = floats(at_numbers);
-  const Codes codes{reinterpret_cast<int8_t*>(memory + at_codes), numbers, numbers + padded,
-                    reinterpret_cast<int32_t*>(numbers + 2 * padded), rows};
+  const auto codes_at = [&](size_t at, size_t at_numbers) {
+    float* numbers = floats(at_numbers);
+    return Codes{reinterpret_cast<int8_t*>(memory + at), numbers, numbers + padded,
+                 reinterpret_cast<int32_t*>(numbers + 2 * padded), rows};
+  };
+  const Codes codes = codes_at(at_codes, at_numbers), inside = codes_at(at_wide + padded * 12, at_wide);
   const auto read_codes = [&](const float* from, const Layer& layer) {
     return quantize_rows(from, layer.inputs, layer.input, threads, codes);
   };
@@ -124,7 +153,7 @@ inline int run_block(const Block& b, const float* x, int batch, int tokens, cons
     before = layer;
     if (const int failed = multiply(codes, *layer, kNone, kPastCaches, threads, floats(at))) return failed;
   }
-  Attention a{floats(at_query), floats(at_key), floats(at_value), mask, floats(at_inner), floats(at_context),
+  Attention a{floats(at_query), floats(at_key), floats(at_value), mask, keeps_map ? floats(at_inner) : nullptr, floats(at_context),
               {int64_t(tokens) * queries, b.dim, queries}, {int64_t(tokens) * keys, b.dim, keys},
               {int64_t(tokens) * values, b.value_dim, values}, {}, batch, b.heads, b.key_heads, tokens, tokens, b.dim,
               b.value_dim, b.scaling, b.query_format, b.key_format, b.value_format, b.map_format};
@@ -134,9 +163,13 @@ inline int run_block(const Block& b, const float* x, int batch, int tokens, cons
   if (const int failed = multiply(codes, b.output, kNone, kPastCaches, threads, sum)) return failed;
   add_and_norm(sum, x, rows, hidden, sum, &b.norms[b.pre_norm ? 1 : 0], threads, normed);
   if (const int failed = read_codes(normed, b.up)) return failed;
-  if (const int failed = multiply(codes, b.up, b.activation, kCached, threads, floats(at_inner))) return failed;
-  if (const int failed = read_codes(floats(at_inner), b.down)) return failed;
-  if (const int failed = multiply(codes, b.down, kNone, kPastCaches, threads, out)) return failed;
+  if (keeps_inner) {
+    if (const int failed = multiply(codes, b.up, b.activation, kCached, threads, floats(at_inner))) return failed;
+    if (const int failed = read_codes(floats(at_inner), b.down)) return failed;
+  } else if (const int failed = multiply_to_codes(codes, b.up, b.activation, b.down.input, threads, inside)) {
+    return failed;
+  }
+  if (const int failed = multiply(keeps_inner ? codes : inside, b.down, kNone, kPastCaches, threads, out)) return failed;
   if (b.pre_norm) add_and_norm(out, sum, rows, hidden, out, nullptr, threads, nullptr);
   else add_and_norm(out, normed, rows, hidden, out, &b.norms[1], threads, out);
   return kOk;

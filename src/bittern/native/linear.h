@@ -33,6 +33,9 @@ struct Linear {
   float* out;
   int rows, columns, outputs, bits, top, zero, shift, activation;
   bool offsets, stream;  // stream: write past the caches, if the output is too large for them
+  int8_t* codes = nullptr;  // where codes of the output go in its place, of rows padded to kAlign, and by which rule
+  Coding next = {};
+  std::atomic<bool>* finite = nullptr;  // to be cleared if an output has no code
 };
 
 constexpr size_t kStream = 2 << 20;  // bytes of an output beyond which no core's cache holds it
@@ -52,6 +55,8 @@ inline void finish(const Linear& l, int row0, int rows, int output, const int32_
     memcpy(&bias[p], l.bias + output + p * kPanel, sizeof(PanelFloats));
     memcpy(&weight_sums[p], l.weight_sums + output + p * kPanel, sizeof(PanelInts));
   }
+  const Rounder round(l.next);
+  int32_t most = 0;
   for (int r = 0; r < rows; ++r, sums += kPanel) {
     const float scale = l.scale[row0 + r], offset = l.offset[row0 + r];
     const int32_t zero = l.zero * l.sums[row0 + r];
@@ -67,13 +72,21 @@ inline void finish(const Linear& l, int row0, int rows, int output, const int32_
         value[p] = weight_scale[p] * scale * __builtin_convertvector(sum, PanelFloats) + bias[p];
       }
     }
-    float* out = l.out + size_t(row0 + r) * l.outputs + output;
     if (l.activation != kNone) activate(reinterpret_cast<float*>(value), P * kPanel, l.activation);
+    if (l.codes != nullptr) {
+      const auto* values = reinterpret_cast<const float*>(value);
+      const int32_t found = largest(values, real);
+      most = most > found ? most : found;
+      to_codes(values, real, round, l.next.shift, l.codes + size_t(row0 + r) * up(l.outputs, kAlign) + output, real);
+      continue;
+    }
+    float* out = l.out + size_t(row0 + r) * l.outputs + output;
     if (real < P * kPanel) memcpy(out, value, sizeof(float) * size_t(real));
     else if (l.stream)
       for (int i = 0; i < P * kPanel; i += kLanes) stream(out + i, load(reinterpret_cast<const float*>(value) + i));
     else memcpy(out, value, sizeof(value));
   }
+  if (most >= kInfinity) l.finite->store(false);
 }
 
 inline void finish(const Linear& l, int row0, int rows, int output, int count, const int32_t* sums, size_t next_sums) {

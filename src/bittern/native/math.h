@@ -84,11 +84,10 @@ inline void registers(const float* x, int n, F body) {
 }
 
 // Codes of n values (padded with zeros to `width`) and their sum.
-inline int32_t to_codes(const float* x, int n, const Coding& c, int8_t* out, int width) {
-  const Rounder round(c);
+inline int32_t to_codes(const float* x, int n, const Rounder& round, int shift, int8_t* out, int width) {
   Ints sum = {};
   registers(x, n, [&](int at, const Floats& values, int count) {
-    const Ints code = __builtin_convertvector(round(values), Ints) - c.shift;
+    const Ints code = __builtin_convertvector(round(values), Ints) - shift;
     if (count == kLanes) {
       sum += code;
       store_bytes(out + at, code);
@@ -99,6 +98,10 @@ inline int32_t to_codes(const float* x, int n, const Coding& c, int8_t* out, int
   });
   if (width > n) memset(out + n, 0, size_t(width - n));
   return add_up(sum);
+}
+
+inline int32_t to_codes(const float* x, int n, const Coding& c, int8_t* out, int width) {
+  return to_codes(x, n, Rounder(c), c.shift, out, width);
 }
 
 // What the codes of n values stand for: code x scale + offset, rounded twice.
