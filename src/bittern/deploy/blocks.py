@@ -165,9 +165,8 @@ class Plan:
         return outs[0]
 
 
-AHEAD_BYTES = (
-    2 << 20
-)  # of outputs that wait for their blocks; where they are larger, a call costs little beside its work
+# of outputs that wait for their blocks; where they are larger, a call costs little beside its work
+AHEAD_BYTES = 2 << 20
 
 
 class _Ready(NamedTuple):

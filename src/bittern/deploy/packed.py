@@ -28,15 +28,7 @@ from bittern import native
 from bittern.deploy.weight import PackedWeight
 from bittern.errors import ModelError
 from bittern.experts import ExpertsLinear
-from bittern.kernels import (
-    NO_GRAPH,
-    SIXTEEN_BITS,
-    has_kernel,
-    input_coding,
-    make_panels,
-    outside_graphs,
-    warn_if_slow,
-)
+from bittern.kernels import NO_GRAPH, SIXTEEN_BITS, has_kernel, input_coding, make_panels, outside_graphs, warn_if_slow
 from bittern.layers import (
     QuantConv1D,
     QuantConv2d,

@@ -12,15 +12,5 @@ from bittern.native.products import SCHEMES, Activation, Panels, activate, atten
 
 __all__ = ["MOST_INPUTS", "Coding", "Quantized", "quantize"]
 __all__ += ["SWITCHED_OFF", "available", "disabled", "engine", "kinds", "serves", "use"]
-__all__ += [
-    "SCHEMES",
-    "Activation",
-    "Objects",
-    "Panels",
-    "activate",
-    "attention",
-    "linear",
-    "norm",
-    "padded_bias",
-    "rows",
-]
+__all__ += ["SCHEMES", "Activation", "Objects", "Panels"]
+__all__ += ["activate", "attention", "linear", "norm", "padded_bias", "rows"]
