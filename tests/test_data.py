@@ -1114,3 +1114,14 @@ def test_read_only_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     tables._cache_folder.cache_clear()
     assert list(tables.read_table(str(tmp_path / "data.csv"), "train")["text"]) == ["good"]
     tables._cache_folder.cache_clear()
+
+
+@pytest.mark.parametrize("limit", ["long", [1]])
+def test_damaged_tokenizer(tmp_path: Path, limit: object) -> None:
+    """Settings of a tokenizer that are none are told in one line."""
+    folder = save_text_model(tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"model_max_length": limit}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_tables(tmp_path / "data", text=["a bittern booms"] * 4)
+    with refused(InputError, str(folder), "its tokenizer"):
+        load_data(str(tmp_path / "data"), bittern.load(folder), folder, split="train")

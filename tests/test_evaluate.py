@@ -283,3 +283,10 @@ def test_whole_batch_is_given() -> None:
     model.register_forward_pre_hook(lambda _module, _args, batch: seen.append(set(batch)), with_kwargs=True)
     predict(model, [{"logits": LOGITS, "extra": LOGITS}])
     assert seen == [{"logits", "extra"}]
+
+
+def test_inputs_that_do_not_fit() -> None:
+    """Inputs that the model's own code refuses are one line."""
+    model, batch = SUPPORTED["vit"]()
+    with refused(InputError, "ViTForImageClassification cannot run on this data"):
+        predict(model, [{"pixel_values": batch["pixel_values"][..., :5]}])

@@ -291,6 +291,9 @@ def test_a_moved_run(tmp_path: Path) -> None:
     subprocess.run([*qat(tmp_path / "b" / "out"), *ends.split(), "--resume"], check=True, capture_output=True)
     whole, moved = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "b/out"))
     assert same(whole, moved)
+    runs = [json.loads((tmp_path / name / "bittern.json").read_text())["qat"]["history"] for name in ("whole", "b/out")]
+    steps = [[(e["step"], e.get("loss"), e.get("eval_accuracy")) for e in history] for history in runs]
+    assert steps[0] == steps[1]
 
 
 def test_processes(tmp_path: Path) -> None:

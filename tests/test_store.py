@@ -552,3 +552,19 @@ def test_inspect_float(tmp_path: Path) -> None:
     found = inspect(tmp_path)
     assert (found["state"], found["recipe"], found["format_version"], found["modules"]) == ("float", "", None, [])
     assert sum(m["parameters"] for m in found["kept_float"]) * 4 == found["float32"]
+
+
+@pytest.mark.parametrize("name", ["classifier.weight", "bert.pooler.dense.bias"])
+def test_weights_that_are_not_there(tmp_path: Path, name: str) -> None:
+    """A float model whose file lacks a weight is refused, for transformers would make one up; a pooler is named."""
+    model, _ = SUPPORTED["bert"]()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["other"] = tensors.pop(name)
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    if "pooler" in name:
+        with pytest.warns(UserWarning, match=rf"holds no weights {name}"):
+            load(tmp_path)
+    else:
+        with refused(CheckpointError, str(tmp_path), name, "would be random"):
+            load(tmp_path)

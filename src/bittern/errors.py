@@ -57,13 +57,15 @@ def first_line(error: BaseException) -> str:
 def one_line(kind: type[BitternError], what: str, advice: str = "") -> Iterator[None]:
     """Make one error of ours of whatever the code of others raises inside the block: what failed, why, what to do.
 
-    Their errors have no common base; ours pass as they are.
+    Their errors have no common base; ours pass as they are, and so does a lack of memory.
     """
     try:
         yield
     except BitternError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise kind(f"{what}: {first_line(error)}{advice}") from error
 
 

@@ -23,7 +23,7 @@ from bittern.data.pooling import embed
 from bittern.data.tasks import check_served, share_padding
 from bittern.data.tokens import TARGETS, answer_scores, best_spans, tag_scores
 from bittern.dry_run import evaluating
-from bittern.errors import InputError, first_line, need
+from bittern.errors import InputError, first_line, need, one_line
 from bittern.options import find_own
 
 HEADLINES = {"cola": "mcc", "mrpc": "f1", "qqp": "f1", "stsb": "pearson"}  # of GLUE; accuracy of the other tasks
@@ -48,7 +48,7 @@ def predict(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> 
     """
     check_served(model)
     device = next(model.parameters()).device
-    with evaluating(model):
+    with evaluating(model), one_line(InputError, f"{type(model).__name__} cannot run on this data"):
         outputs = [_output(model, {k: v.to(device) for k, v in batch.items()}) for batch in batches]
     if not outputs:
         raise InputError("there is nothing to predict: the data is empty")

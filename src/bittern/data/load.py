@@ -34,7 +34,7 @@ from bittern.data.texts import (
     warn_of_cuts,
 )
 from bittern.data.tokens import answer_rows, masked_rows, tag_rows, token_collate
-from bittern.errors import InputError, need
+from bittern.errors import InputError, need, one_line
 from bittern.options import Reading
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -98,8 +98,11 @@ def load_data(
             raise InputError(f"{source} holds no table named train, validation or test; {kinds}")
         return _image_folder(ask)
     table = tables.read_table(source, split)
-    if table is None or is_text:
-        return None if table is None else _texts(ask, table)
+    if table is None:
+        return None
+    if is_text:
+        with one_line(InputError, f"{processor_path}: its tokenizer or config.json cannot be used"):
+            return _texts(ask, table)
     (column,) = tables.pick_columns(source, table, ask.reading.columns, tables.IMAGE_COLUMNS, most=1)
     images, good = _good_images(ask, tables.read_images(source, table, column))
     return ask.data(images, tables.read_labels(source, table.select(good), model, ask.reading))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
@@ -18,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import AutoConfig, PreTrainedModel
 
 from bittern import native
+from bittern.data.labels import listed
 from bittern.deploy import probe
 from bittern.deploy.checkpoint import METHOD, BitternConfig, is_packed, mark, open_checked
 from bittern.deploy.companions import REPORT, copy_companions, folder_of, source_of, warn_of_missing, write_card
@@ -46,8 +48,15 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMode
         config = AutoConfig.from_pretrained(path, **options)
         name = (config.architectures or ["AutoModel"])[0]
         cls = getattr(transformers, name, None) or transformers.AutoModel
-        model = cls.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **options)
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        found = cls.from_pretrained(path, dtype=torch.float32, **options)
+        model, report = found if isinstance(found, tuple) else (found, {})  # a class that is none of a model
     check_model(model)
+    missing = sorted(report["missing_keys"])
+    if any("pooler" not in name for name in missing):  # which many models do without
+        raise CheckpointError(f"{path} holds no weights {listed(missing)}: they would be random; save the model again")
+    if missing:
+        warnings.warn(f"{path} holds no weights {listed(missing)}: they are random", stacklevel=2)
     model.eval()
     return model
 

@@ -85,7 +85,8 @@ def train(
     if "truth" in distill.terms and not data.has_labels and task_of(student) != "next":
         raise InputError(f"{data.name} has no labels, which the term truth needs; choose other terms with --distill")
     patience = [EarlyStoppingCallback(training.patience)] if training.patience else []
-    arguments = _arguments(training, Path(folder))
+    arguments, checkpoint = _arguments(training, Path(folder)), last_checkpoint(folder) if resume else None
+    arguments.eval_on_start = checkpoint is None  # it is told already
     published = BertAdam, {"lr": arguments.learning_rate}
     trainer = _MeasuredTrainer(
         student,
@@ -111,7 +112,6 @@ def train(
             "recipe without a clip on activations, or with more bits for them, or other terms",
             stacklevel=2,
         )
-    checkpoint = last_checkpoint(folder) if resume else None
     start = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
