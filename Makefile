@@ -3,12 +3,13 @@
 # make arm: the kernels for arm64 in an emulator; some minutes.
 # make census: every model type of transformers, into docs/compatibility.md; about an hour.
 # make results: the tables of docs/results.md, from benchmarks/results/*.json.
+# make torture: two minutes of scripts/torture, which tries to break it.   make audit: known weaknesses of what it needs.
 # make docs: the site, in build/site; every link and anchor must lead somewhere.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test quick kinds arm results docs census venv lint
+.PHONY: demo test quick kinds arm results docs census torture audit venv lint
 
 demo: venv
 	$(BIN)/bittern demo all --out bittern-demo --force
@@ -33,6 +34,12 @@ docs: venv
 
 census: venv
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/census
+
+torture: venv
+	$(BIN)/python scripts/torture --minutes 2
+
+audit:
+	scripts/audit.sh
 
 lint: venv
 	$(BIN)/ruff check .

@@ -501,12 +501,16 @@ def test_disabled() -> None:
     assert native.available()
 
 
-def test_fuzz_under_sanitizers(tmp_path: Path) -> None:
-    """No shape makes the kernels read or write outside their buffers, or compute what C++ does not define."""
+@pytest.mark.parametrize(
+    ("sanitizers", "rounds"), [("address,undefined", 150), ("thread", 10)], ids=["memory", "threads"]
+)
+def test_fuzz_under_sanitizers(tmp_path: Path, sanitizers: str, rounds: int) -> None:
+    """No shape makes the kernels read or write outside their buffers, or compute what C++ does not define; and no two
+    of their threads, or of their callers', touch the same memory without order."""
     compiler = shutil.which("c++")
     assert compiler, "the kernels' tests need a C++ compiler"
     here = Path(__file__).parent
-    sanitize = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+    sanitize = f"-O{int(sanitizers == 'thread')} -g1 -fsanitize={sanitizers} -fno-sanitize-recover=all"
     include = here.parent / hatch_build.NATIVE
     kinds = {KINDS[0], KINDS[-1]}  # what avx512 has, amx has too
     made = []
@@ -514,6 +518,9 @@ def test_fuzz_under_sanitizers(tmp_path: Path) -> None:
         flags = f"{hatch_build.FLAGS} {hatch_build.KINDS[kind]} {sanitize} -Werror -I {include}".split()
         made.append(subprocess.Popen([compiler, *flags, str(here / "native/fuzz.cpp"), "-o", str(tmp_path / kind)]))
     assert [build.wait() for build in made] == [0] * len(kinds)
+    settings = os.environ | {"TSAN_OPTIONS": "halt_on_error=1 die_after_fork=0"}
     for kind in kinds:
-        run = subprocess.run([tmp_path / kind, "7", "150"], capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            [tmp_path / kind, "7", str(rounds)], capture_output=True, text=True, check=False, env=settings
+        )
         assert (run.returncode, run.stdout) == (0, "ok\n"), run.stderr[-3000:]

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -568,3 +568,16 @@ def test_weights_that_are_not_there(tmp_path: Path, name: str) -> None:
     else:
         with refused(CheckpointError, str(tmp_path), name, "would be random"):
             load(tmp_path)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_code_of_a_model(tmp_path: Path, known: bool) -> None:
+    """Code that lies beside a model does not run unless the caller says so."""
+    model, _ = SUPPORTED["bert"]()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit\n")
+    maps = {"AutoConfig": "code.C", "AutoModel": "code.M", "AutoModelForSequenceClassification": "code.M"}
+    change_config(tmp_path, auto_map=maps, **({} if known else {"model_type": "of-its-own"}))
+    with suppress(CheckpointError) if known else refused(CheckpointError, str(tmp_path)):
+        load(tmp_path)
+    assert not (tmp_path / "ran").exists()

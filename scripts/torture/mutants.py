@@ -210,8 +210,10 @@ def answer(folder: Path, seed: int = 0) -> str:
 
 
 def checkpoint(folder: Path) -> str:
-    inspect(folder)
-    return answer(folder)
+    found = answer(folder)
+    if found[0] in "01":  # now and then: it loads the model once more
+        inspect(folder)
+    return found
 
 
 def float_model(folder: Path) -> str:

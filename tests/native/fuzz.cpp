@@ -11,7 +11,7 @@
 
 namespace {
 
-std::mt19937 generator;
+thread_local std::mt19937 generator;
 
 int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
 
@@ -254,27 +254,31 @@ void block(int threads) {
   if (parts(b, x, batch, tokens, masked, threads) != first) fail("a block differs from its parts");
 }
 
+void everything() {
+  linear(pick(1, pick(0, 3) ? 20 : 300), pick(1, pick(0, 3) ? 150 : 1700), pick(1, 80), pick(1, 4));
+  attention(pick(1, 4));
+  rows(pick(1, 4));
+  look_up(1);
+  rounding(pick(1, 4));
+  losses(pick(1, 4));
+  block(pick(1, 4));
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
   generator.seed(unsigned(std::stoi(arguments[1])));
   if (bittern_start()) fail("the system does not grant AMX");
   linear(0, 5, 7, 1), linear(1, 1, 1, 1), linear(300, 800, 40, 2), linear(600, 70, 1024, 3);
-  for (int i = 0; i < std::stoi(arguments[2]); ++i) {
-    linear(pick(1, pick(0, 3) ? 20 : 300), pick(1, pick(0, 3) ? 150 : 1700), pick(1, 80), pick(1, 4));
-    attention(pick(1, 4));
-    rows(pick(1, 4));
-    look_up(1);
-    rounding(pick(1, 4));
-    losses(pick(1, 4));
-    block(pick(1, 4));
-  }
+  for (int i = 0; i < std::stoi(arguments[2]); ++i) everything();
   std::vector<std::thread> callers;  // several at once
   for (int i = 0; i < 4; ++i)
-    callers.emplace_back([] {
+    callers.emplace_back([i, rounds = std::stoi(arguments[2]) / 10] {
+      generator.seed(unsigned(i));
       std::vector<float> x(40000, 1.0f), y(x.size());
       for (int r = 0; r < 50; ++r) bittern_activate(x.data(), int64_t(x.size()), kRelu, 3, y.data());
       if (y != x) fail("several callers at once");
+      for (int r = 0; r < rounds; ++r) everything();
     });
   for (std::thread& caller : callers) caller.join();
   if (const pid_t child = fork(); child == 0) {
