@@ -172,9 +172,9 @@ def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> Run:
         running.append(Frame(name, kind == "layer"))
 
     def on_leave(name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        running.pop()
         if isinstance(module, LAYERS) and type(module) not in LAYERS:
             run.like_base[name] = run.like_base.get(name, True) and _is_like_base(module, args, kwargs, out)
+        running.pop()
         x = args[0] if args else next((v for v in kwargs.values() if torch.is_tensor(v)), None)
         run.first_io.setdefault(name, (x, out[0] if isinstance(out, tuple) else out))
 
