@@ -4,7 +4,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
-from threading import Barrier
+from threading import Barrier, Event
 from typing import Any
 
 import pytest
@@ -103,6 +103,27 @@ def test_first_calls_from_threads() -> None:
             found = [future.result() for future in [pool.submit(run) for _ in range(8)]]
         assert all(same(other, expected) for other in found)
         assert same(outputs(fresh, batch), expected)
+
+
+def test_copies_while_threads_compute() -> None:
+    """Copies of a packed model that other threads call, whose layers exchange codes and panels, give what it gives."""
+    model, batch = quantized("bert", "w8a8")
+    expected, going = outputs(model, batch), Event()
+
+    def call() -> bool:
+        right = True
+        while not going.is_set():
+            right &= same(outputs(model, batch), expected)
+        return right
+
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(call) for _ in range(3)]
+        try:
+            copies = [deepcopy(model) if i % 2 else pickle.loads(pickle.dumps(model)) for i in range(30)]
+        finally:
+            going.set()
+    assert all(called.result() for called in calls)
+    assert all(same(outputs(copied, batch), expected) for copied in copies)
 
 
 def test_what_is_watched_runs_in_parts(calls: list[Any]) -> None:

@@ -22,8 +22,9 @@ from bittern.recipe import OPERANDS, Format
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)  # what is computed in them goes through the kernels as float32
 
-# Told of each attention that kernels compute in this context: query, key, mask and scaling.
-watcher: ContextVar[Callable[[Tensor, Tensor, Tensor | None, float], None] | None] = ContextVar("watcher", default=None)
+# Told, in this context, of each packed layer, norm and activation that runs, and of each attention that kernels
+# compute: query, key, mask and scaling. Hooks would be seen by other threads, and by those that copy the modules.
+watcher: ContextVar[Callable[..., None] | None] = ContextVar("watcher", default=None)
 
 F = TypeVar("F", bound=Callable[..., Any])
 NO_GRAPH = "packed layers compute in calls that no graph of PyTorch can hold; export the model to ONNX by bittern"
@@ -111,11 +112,18 @@ def attend(
     return found and (found[0].to(dtype), found[1].to(dtype))
 
 
+def tell_of(module: nn.Module) -> None:
+    """Tell of a packed layer, norm or activation that runs, if somebody wants to know."""
+    if (watch := watcher.get()) is not None:
+        watch(module)
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm of a packed model."""
 
     @outside_graphs
     def forward(self, input: Tensor) -> Tensor:
+        tell_of(self)
         if native.serves(input, self.weight, self.bias) and input.shape[-1:] == self.normalized_shape:
             return native.norm(input, self.weight, self.bias, self.eps)
         return super().forward(input)
@@ -140,8 +148,9 @@ def _remade(make: Maker, kind: type[nn.Module]) -> nn.Module:
 
 
 def reduction(make: Maker, kind: type[nn.Module]) -> Callable[..., Any]:
-    """Return `__reduce_ex__` for the class that `make` makes of a kind: copies and other processes make it anew."""
-    return lambda self, _protocol: (_remade, (make, kind), self.__getstate__())
+    """Return `__reduce_ex__` for the class that `make` makes of a kind: copies and other processes make it anew. Its
+    state is a copy, since another thread may add to the module's own."""
+    return lambda self, _protocol: (_remade, (make, kind), dict(self.__getstate__()))
 
 
 def _served(kind: type[nn.Module]) -> type[nn.Module]:
@@ -152,6 +161,7 @@ def _served(kind: type[nn.Module]) -> type[nn.Module]:
 
     @outside_graphs
     def forward(self: nn.Module, input: Tensor) -> Tensor:
+        tell_of(self)
         if native.serves(input):
             return native.activate(input, activation)
         out: Tensor = kind.forward(self, input)

@@ -260,21 +260,17 @@ def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], 
     hooks = list(chain.from_iterable(table.values() for table in hooked))
     ran: list[tuple[str, Any]] = []  # kind and module, or what attention was given
 
-    def runs(module: nn.Module, *_: Any) -> None:
-        if kernels.watcher.get() is attends:  # else it is another thread that runs it
-            ran.append((parts.steps[module], module))
+    def told(*given: Any) -> None:
+        if len(given) > 1:
+            ran.append(("a", given))
+        elif given[0] in parts.steps:
+            ran.append((parts.steps[given[0]], given[0]))
 
-    def attends(*given: Any) -> None:
-        ran.append(("a", given))
-
-    watching = [module.register_forward_hook(runs) for module in parts.steps]
-    token = kernels.watcher.set(attends)
+    token = kernels.watcher.set(told)
     try:
         out = written()
     finally:
         kernels.watcher.reset(token)
-        for hook in watching:
-            hook.remove()
     if not all(map(attention.only_watches, hooks)) or not isinstance(out, Tensor):
         return out, None
     try:

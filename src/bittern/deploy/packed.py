@@ -28,7 +28,16 @@ from bittern import native
 from bittern.deploy.weight import PackedWeight
 from bittern.errors import ModelError
 from bittern.experts import ExpertsLinear
-from bittern.kernels import NO_GRAPH, SIXTEEN_BITS, has_kernel, input_coding, make_panels, outside_graphs, warn_if_slow
+from bittern.kernels import (
+    NO_GRAPH,
+    SIXTEEN_BITS,
+    has_kernel,
+    input_coding,
+    make_panels,
+    outside_graphs,
+    tell_of,
+    warn_if_slow,
+)
 from bittern.layers import (
     QuantConv1D,
     QuantConv2d,
@@ -132,6 +141,7 @@ class PackedLayer(QuantizedLayer):
     @outside_graphs
     def forward(self, input: Tensor) -> Tensor:
         """Multiply as a linear layer, of whatever class; convolutions and embeddings have their own forward."""
+        tell_of(self)
         out = self.integer_product(input)
         return F.linear(self.quantized_input(input), self.unpacked(), self.bias) if out is None else out
 
@@ -225,7 +235,7 @@ class PackedLayer(QuantizedLayer):
         """State for copies and other processes, which make panels of their own."""
         with _exchange:
             self.drop_panels()
-            state = self.__dict__ | {"_bias": None}
+            state = self.__dict__ | {"_bias": None, "_buffers": dict(self._buffers)}  # another thread makes panels
         like = torch.empty(self.weight.shape, dtype=self.weight.dtype, device="meta")
         return state | {"_parameters": {**self._parameters, "weight": like}}
 
