@@ -61,9 +61,9 @@ def one_line(kind: type[BitternError], what: str, advice: str = "") -> Iterator[
     """
     try:
         yield
-    except BitternError:
+    except (BitternError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # what Rust's libraries panic with is no Exception
         if out_of_memory(error):
             raise
         raise kind(f"{what}: {first_line(error)}{advice}") from error
