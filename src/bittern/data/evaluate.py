@@ -48,7 +48,7 @@ def predict(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> 
     """
     check_served(model)
     device = next(model.parameters()).device
-    with evaluating(model), one_line(InputError, f"{type(model).__name__} cannot run on this data"):
+    with evaluating(model):
         outputs = [_output(model, {k: v.to(device) for k, v in batch.items()}) for batch in batches]
     if not outputs:
         raise InputError("there is nothing to predict: the data is empty")
@@ -57,7 +57,8 @@ def predict(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> 
 
 def _output(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     task = task_of(model)
-    out = model(**{name: value for name, value in batch.items() if name not in TARGETS})
+    with one_line(InputError, f"{type(model).__name__} cannot run on this data"):
+        out = model(**{name: value for name, value in batch.items() if name not in TARGETS})
     names = OUTPUTS.get(str(task), ("logits",))
     if any(out.get(name) is None for name in names) or (task == "embedding" and out[names[0]].dim() != 3):
         raise InputError(f"{type(model).__name__} gives no {' and '.join(names)} that can be evaluated")
