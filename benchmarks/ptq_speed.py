@@ -116,7 +116,7 @@ def captured_units(model: PreTrainedModel, images: Tensor, blocks: list[int] | N
     batches = [{"pixel_values": part} for part in images.split(16)]
     anatomy = simulate(model, "vt-w8a8", batches[0]).anatomy
     names = [block.name for block in anatomy.blocks]
-    stem = anatomy.layers("stem")
+    stem = [name for name, role in anatomy.roles.items() if role == "stem"]
     wanted = [*stem, *names] if blocks is None else [names[i] for i in blocks]
     with as_float(model):
         for unit, calls in stream(model, [*stem, *names], batches):
