@@ -46,6 +46,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini tests
+	$(BIN)/mypy --config-file scripts/mypy.ini benchmarks scripts
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 

@@ -288,7 +288,7 @@ def main() -> None:
         print(_line(results[part][-1]), flush=True)
         _save(args.json, results)
 
-    rounds = 7 if args.quick else 9
+    rounds = 6 if args.quick else 9
     for threads, busy in [] if args.no_layers else conditions:
         for rows in (1, 128) if args.quick else (1, 8, 128, 1024):
             for inputs, outputs in LAYERS[:3] if args.quick else LAYERS:

@@ -50,11 +50,11 @@ def prepare(work: Path) -> None:
         elif kind == "txt":
             file.write_text("\n".join(TEXTS))
         else:
-            text = io.StringIO()
-            table = csv.DictWriter(text, ["text", "label"], delimiter="\t" if kind == "tsv" else ",")
+            stream = io.StringIO()
+            table = csv.DictWriter(stream, ["text", "label"], delimiter="\t" if kind == "tsv" else ",")
             table.writeheader()
             table.writerows(rows)
-            file.write_text(text.getvalue())
+            file.write_text(stream.getvalue())
     for kind in ("png", "jpg", "gif", "bmp", "tiff", "webp", "ppm"):
         for label in (0, 1):
             folder = place / f"images-{kind}" / "train" / str(label)

@@ -48,11 +48,11 @@ class Case:
             return f"run again: {ended}"
         if left := strays(self.area):
             return f"run again, it left {left}"
-        if (found := bits(self.area)) != self.whole.bits:
+        if (now := bits(self.area)) != self.whole.bits:
             kept = self.area.with_name("differs")  # to look at
             shutil.rmtree(kept, ignore_errors=True)
             shutil.copytree(self.area, kept)
-            return f"other bits in {[k for k in {*found, *self.whole.bits} if found.get(k) != self.whole.bits.get(k)]}"
+            return f"other bits in {[k for k in {*now, *self.whole.bits} if now.get(k) != self.whole.bits.get(k)]}"
         return ""
 
     def holds_all(self) -> bool:
