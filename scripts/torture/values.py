@@ -82,11 +82,14 @@ def inputs(name: str, recipe: str, dice: random.Random) -> None:
         batch["inputs_embeds"] = torch.nn.functional.embedding(ids, torch.randn(embed.weight.shape))
         key = "inputs_embeds"
     x = batch[key]
+    least = 1e-2 * float(
+        output(simulated, batch).norm()
+    )  # norms make a thousand times more of what rounding leaves of 0
     for value in (float("nan"), float("inf"), -float("inf"), 1e-40, 1e30, 1e-30, 3e38, 0.0):
         some = x.clone()
         some.view(-1)[dice.randrange(x.numel())] = value
         for changed in (some, torch.full_like(x, value)):
-            check(simulated, packed, batch | {key: changed})
+            check(simulated, packed, batch | {key: changed}, least)
 
 
 def weights(name: str, recipe: str, dice: random.Random) -> None:
@@ -135,6 +138,8 @@ def sizes(name: str, recipe: str, dice: random.Random) -> None:
                 output(packed, changed)
             except (RuntimeError, IndexError, ValueError):
                 continue
+            if not output(packed, changed).numel():
+                continue  # of no tokens nothing, which PyTorch's views cannot say
             raise AssertionError("packed accepts what the simulated model refuses") from error
         with native.disabled():
             near(output(packed, changed), expected, 0.0)
