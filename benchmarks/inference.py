@@ -53,7 +53,7 @@ from transformers import BertConfig, BertModel, DeiTConfig, DeiTModel, PreTraine
 from bittern import calibrate, native, pack, simulate
 from bittern.deploy import blocks
 from bittern.deploy.bench import FLOAT, OURS, alternate, ratios, sample_batch, using_threads
-from bittern.native.block import PARTS, Block
+from bittern.native.block import LAYER_NAMES
 
 SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -194,7 +194,11 @@ class Contenders:
 
     def breakdown(self, rounds: int, most: float) -> dict[str, float]:
         """Milliseconds of the parts of a forward."""
-        model, run, seen = self.packed[OURS], blocks.run_blocks, list[tuple[Sequence[Block], Tensor, Tensor | None]]()
+        model, run, seen = (
+            self.packed[OURS],
+            blocks.run_blocks,
+            list[tuple[Sequence[blocks.KernelBlock], Tensor, Tensor | None]](),
+        )
         blocks.run_blocks = lambda *given: seen.append(given) or run(*given)
         try:
             model(**self.batch)
@@ -209,7 +213,7 @@ class Contenders:
         attentions: list[Callable[[], object]] = []
         operations = 0
         for block in ran:
-            for part in PARTS:
+            for part in LAYER_NAMES:
                 layer = block.layers[part]
                 wide = torch.randn(rows, layer.panels.inputs)
                 codes = native.quantize(wide, layer.coding)

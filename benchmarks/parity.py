@@ -30,7 +30,7 @@ from bittern.data import load_splits, task_of
 from bittern.demo import DIGITS
 from bittern.deploy.bench import alternate, ratios
 from bittern.deploy.onnx.export import export
-from bittern.deploy.onnx.parity import Outputs, complete, made_up, run, run_file, session
+from bittern.deploy.onnx.parity import Outputs, complete, made_up, run_file, run_model, session
 from bittern.errors import BitternError
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -85,7 +85,7 @@ def study(name: str, folder: Path | None, data: str | None, most: int, rounds: i
         folder = folder or work / "float"
         models = {"float": load(folder)}
         calibration, test, labels = samples(models["float"], folder, data, most)
-        reference = run(models["float"], test)
+        reference = run_model(models["float"], test)
         files = {"float": work / "float.onnx"}
         float_bytes = export(folder, files["float"], samples=16)["bytes"]
         score = quality(reference, reference, labels)
@@ -94,10 +94,10 @@ def study(name: str, folder: Path | None, data: str | None, most: int, rounds: i
             model = load(folder)
             simulate(model, recipe, test[0])
             calibrate(model, calibration)
-            simulated = run(model, test)
+            simulated = run_model(model, test)
             save(pack(model), work / recipe)
             models[recipe], files[recipe] = load(work / recipe), work / f"{recipe}.onnx"
-            found = {"packed": run(models[recipe], test)}
+            found = {"packed": run_model(models[recipe], test)}
             onnx_bytes = export(work / recipe, files[recipe], samples=16)["bytes"]
             found["onnx"] = run_file(files[recipe], list(simulated), test)
             rows.append(

@@ -37,7 +37,7 @@ from bittern.attention import Site
 from bittern.layers import as_float
 from bittern.ptq import METHODS, quantize
 from bittern.ptq.capture import Captured, capture, unit_layers
-from bittern.ptq.search import Space, scales
+from bittern.ptq.search import Space, candidate_scales
 from bittern.ptq.solve import solve_attention, solve_layers
 from bittern.ptq.stream import stream
 from bittern.quantizers import fake_quantize, find_scale
@@ -84,7 +84,7 @@ def brute_force(left: Tensor, rights: list[Tensor], space: Space, rounds: int, l
     """
     outs = [left @ right for right in rights]
     tensors = [left, *rights]
-    options = [[s for s, _ in scales(*t.aminmax(), FORMAT, space.factors(FORMAT))] for t in tensors]
+    options = [[s for s, _ in candidate_scales(*t.aminmax(), FORMAT, space.factors(FORMAT))] for t in tensors]
     found = [find_scale(t, FORMAT)[0] for t in tensors]
 
     def search_rights() -> None:

@@ -26,7 +26,7 @@ from bittern import load, simulate
 from bittern.attention import recording
 from bittern.data import load_data
 from bittern.data.evaluate import LOWER_IS_BETTER
-from bittern.options import POINTS, Act, Intervention, parse_distill
+from bittern.options import SIGNALS, Act, Intervention, parse_distill
 from bittern.qat.distill import Distiller
 
 VARIANTS = ["plain", "output-30", "context-30", "map-30", "gradual-30", "inverted-30", "stochastic-30", "fade-30"]
@@ -81,10 +81,10 @@ def errors(options: Any) -> dict[str, list[float]]:
     batch = next(iter(data.subset(128)))
     batch.pop("labels", None)
     distiller = Distiller(parse_distill("hidden"), student, teacher, Intervention())
-    with recording(teacher, "embedding", "hidden", *POINTS) as theirs:
+    with recording(teacher, "embedding", "hidden", *SIGNALS) as theirs:
         teacher(**batch)
     found: dict[str, list[float]] = {}
-    for mode in (None, *POINTS):
+    for mode in (None, *SIGNALS):
         if mode:
             distiller.intervener.begin(Act(mode), theirs, "all")
         with recording(student, "embedding", "hidden") as mine:

@@ -191,7 +191,7 @@ def test_model_is_left_as_it_was(case: str, training: bool) -> None:
         layer = model.bert.encoder.layer[0].output.LayerNorm
         layer.register_forward_hook(lambda _module, _args, out: out.index_fill(-1, torch.tensor([3]), torch.nan))
     if case == "never ran":
-        model.unused = FakeQuant(static(), "unused.input")
+        model.unused = FakeQuant(static(), "unused.input").train(training)
     before = {name: q.scale for name, q in fake_quants(model)}
     if error is None:
         calibrate(model, batches)

@@ -139,11 +139,11 @@ def test_any_tensor(x: np.ndarray, bits: int, scheme: str, method: str) -> None:
 @pytest.mark.parametrize("call", [*SCALES.values(), ocs], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_no_nan(call: Callable[..., object], value: float) -> None:
-    """NaN and infinity are refused in one line that names the tensor."""
+    """NaN and infinity are refused in one line."""
     x = random()
     x[1, 2] = value
-    with pytest.raises(ModelError, match=r"^blocks\.0 holds NaN or infinite values;[^\n]*$"):
-        call(x, Format(bits=4, granularity="row"), name="blocks.0")
+    with pytest.raises(ModelError, match=r"^a (tensor|weight) holds NaN or infinite values;[^\n]*$"):
+        call(x, Format(bits=4, granularity="row"))
 
 
 def test_impossible_formats() -> None:
@@ -352,13 +352,12 @@ def halves(x: np.ndarray, scale: np.ndarray, bits: int, split: list[int]) -> np.
     return out
 
 
-@pytest.mark.parametrize("mse", [False, True])
 @pytest.mark.parametrize("bits", [2, 4, 8, 12])
 @pytest.mark.parametrize("unit", ["tensor", "row"])
-def test_ocs_is_the_sum_of_the_halves(mse: bool, bits: int, unit: str) -> None:
+def test_ocs_is_the_sum_of_the_halves(bits: int, unit: str) -> None:
     """The weight is what the two rounded halves of every split channel sum to."""
     x = random((16, 40)) ** 3
-    got, scale, split = ocs(x, Format(bits=bits, granularity=unit), 0.1, mse)
+    got, scale, split = ocs(x, Format(bits=bits, granularity=unit), 0.1)
     expected = halves(x.double().numpy(), np.atleast_2d(scale.double().numpy()), bits, split)
     assert 1 <= len(split) <= 4
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6, atol=0)

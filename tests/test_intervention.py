@@ -17,7 +17,7 @@ from bittern.anatomy import Anatomy
 from bittern.attention import Point, Taps, recording, sites
 from bittern.errors import InputError, ModelError
 from bittern.layers import QuantLayer, fake_quants
-from bittern.options import POINTS, Act, Intervention, parse_distill
+from bittern.options import SIGNALS, Act, Intervention, parse_distill
 from bittern.qat.distill import Distiller
 from bittern.qat.trainer import QATTrainer
 from bittern.recipe import Format, Recipe, Rule
@@ -116,7 +116,7 @@ def reference(model: hf.PreTrainedModel, ids: Tensor, shown: list[dict[str, Tens
 
 
 @pytest.mark.parametrize("terms", ["prediction", "prediction,hidden,map", "map=1", "output=1", "self_output,context"])
-@pytest.mark.parametrize("mode", POINTS)
+@pytest.mark.parametrize("mode", SIGNALS)
 def test_gradients(mode: str, terms: str) -> None:
     """Losses and all gradients are those of a layer written by hand, where Q, K and V (under map: Q and K) read a
     detached input and losses on maps, contexts and outputs without residual see the student's own, so that V and W_O
@@ -217,7 +217,7 @@ def everything_else_float(point: str) -> Recipe:
     return Recipe(name=f"replaced by {point}", rules=tuple(rules))
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", SIGNALS)
 @pytest.mark.parametrize("family", ALL)
 def test_equals_teacher(family: str, point: str) -> None:
     """If all that is quantized is replaced, in every attention, the student gives what the teacher gives."""
@@ -284,7 +284,7 @@ def test_before_quantization() -> None:
 
 def test_own_maps_are_compared() -> None:
     """Where nothing below was replaced, the loss of a map is what it is without intervention."""
-    for point in POINTS:
+    for point in SIGNALS:
         student, teacher, batch = pair("bert")
         distiller = distiller_of(student, teacher, batch, point, "map")
         distiller.distill = parse_distill("map", balance="fixed", layers=(0,))
@@ -296,7 +296,7 @@ def test_own_maps_are_compared() -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "mpnet"])
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", SIGNALS)
 def test_padding(family: str, point: str) -> None:
     """Padding changes nothing while the teacher intervenes."""
     student, teacher, batch = pair(family)
@@ -376,7 +376,7 @@ def test_scope() -> None:
     }
     everything = scoped(distiller.anatomy, student)
     assert {"query", "key", "qkv"} < everything
-    for point in POINTS:
+    for point in SIGNALS:
         begin(distiller, batch, point, "part")
         assert scoped(distiller.anatomy, student) - outside == expected[point]
         distiller.release()

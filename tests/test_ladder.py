@@ -21,7 +21,18 @@ from bittern.data.evaluate import metrics, predict
 from bittern.demo import DIGITS
 from bittern.deploy.files import Journal
 from bittern.errors import InputError
-from bittern.ladder import LADDER, Rung, Workshop, choose, climb, compress, interval, keep_wide, paired_loss, with_bits
+from bittern.ladder import (
+    LADDER,
+    Rung,
+    Workshop,
+    choose_rung,
+    climb,
+    compress,
+    interval,
+    keep_wide,
+    paired_loss,
+    with_bits,
+)
 from bittern.layers import formats, simulate
 from bittern.recipe import load_recipe
 
@@ -118,11 +129,11 @@ def test_choose() -> None:
     """The goal decides between rungs within the limit; none within it is an error that names the nearest."""
     table = [("a", 100, 9.0, True), ("b", 40, 8.0, True), ("c", 35, 9.2, True), ("d", 10, 1.0, False)]
     rows = [{"rung": n, "file": f, "latency_ms": t, "within": w, "points": 1.0, "error": 0.1} for n, f, t, w in table]
-    assert [choose(rows, goal, 1.0)[0]["rung"] for goal in ("size", "speed", "balanced")] == ["c", "b", "b"]
+    assert [choose_rung(rows, goal, 1.0)[0]["rung"] for goal in ("size", "speed", "balanced")] == ["c", "b", "b"]
     with pytest.raises(InputError, match=r"nearest is d, 1\.00 ± 0\.10: raise --max-loss"):
-        choose(rows[3:], "size", 0.5)
+        choose_rung(rows[3:], "size", 0.5)
     with pytest.raises(InputError, match=r"1\.00 ± 0\.10: give more labelled data, raise --max-loss"):
-        choose(rows[3:], "size", 1.05)  # loses no more than that, but is not sure to
+        choose_rung(rows[3:], "size", 1.05)  # loses no more than that, but is not sure to
 
 
 def test_recipes(digits: tuple[PreTrainedModel, Data]) -> None:

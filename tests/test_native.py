@@ -21,7 +21,7 @@ from torch import Tensor
 from bittern import native
 from bittern.errors import InputError
 from bittern.native import Coding, Panels, linear, padded_bias, quantize, rounding
-from bittern.native.block import PARTS, Block, Layer, Norm, run_blocks
+from bittern.native.block import LAYER_NAMES, KernelBlock, KernelLayer, KernelNorm, run_blocks
 from bittern.quantizers import encode, find_scale, kernel_coding
 from bittern.recipe import Format
 
@@ -114,9 +114,9 @@ def test_defaults_of_pytorch_do_not_matter(kind: str, dtype: torch.dtype) -> Non
         assert rows is not None
         attended = native.attention(four, four, four, None, 0.5, codings)
         assert attended is not None
-        layers = dict.fromkeys(PARTS, Layer(square, padded_bias(None, square), SIGNED))
-        norms = (Norm(x[0], x[1], 1e-5),) * 2
-        block = Block(layers, norms, codings, pre_norm=True, activation="gelu", heads=2, key_heads=2, scaling=0.5)
+        layers = dict.fromkeys(LAYER_NAMES, KernelLayer(square, padded_bias(None, square), SIGNED))
+        norms = (KernelNorm(x[0], x[1], 1e-5),) * 2
+        block = KernelBlock(layers, norms, codings, pre_norm=True, activation="gelu", heads=2, key_heads=2, scaling=0.5)
         blocks = run_blocks([block, block], x[None], None)
         assert blocks is not None
         rounded = rounding.uniform(x, SIGNED), rounding.ternary(x, 0.7, None, True)
@@ -327,12 +327,15 @@ def test_block(kind: str, shape: tuple[int, int], pre_norm: bool, static: bool) 
         if part == "down":
             known = {"scale": 0.031, "offset": -0.17} if static else {"by_row": True}
             coding = Coding(0, 255, "asymmetric", clip=6.0, **known)  # type: ignore[arg-type]
-        layers[part] = Layer(panels, padded_bias(torch.randn(outputs), panels), coding)
-    norms = Norm(torch.randn(hidden), torch.randn(hidden), 1e-5), Norm(torch.randn(hidden), torch.randn(hidden), 1e-6)
+        layers[part] = KernelLayer(panels, padded_bias(torch.randn(outputs), panels), coding)
+    norms = (
+        KernelNorm(torch.randn(hidden), torch.randn(hidden), 1e-5),
+        KernelNorm(torch.randn(hidden), torch.randn(hidden), 1e-6),
+    )
     codings = {"query": SIGNED, "key": SIGNED, "value": Coding(-8, 7)}
     codings["map"] = Coding(0, 255, "unsigned", scale=1 / 255 if static else None)
     rest: Any = {"pre_norm": pre_norm, "activation": "gelu", "heads": heads, "key_heads": 2, "scaling": 0.3}
-    block = Block(layers, norms, codings, **rest)
+    block = KernelBlock(layers, norms, codings, **rest)
 
     def run(part: str, x: Tensor) -> Tensor:
         layer = layers[part]
@@ -371,19 +374,19 @@ def test_block(kind: str, shape: tuple[int, int], pre_norm: bool, static: bool) 
     bias = layers["up"].bias.clone()
     for value in (torch.inf, torch.nan):
         bias[wide - 1] = value
-        inside = layers | {"up": Layer(layers["up"].panels, bias, layers["up"].coding)}
-        assert run_blocks([Block(inside, norms, codings, **rest)], x, None) is None
+        inside = layers | {"up": KernelLayer(layers["up"].panels, bias, layers["up"].coding)}
+        assert run_blocks([KernelBlock(inside, norms, codings, **rest)], x, None) is None
     wrong: list[Any] = [
         lambda: run_blocks([block], x[..., :-1], None),
         lambda: run_blocks([block], x[0], None),
         lambda: run_blocks([block], x.double(), None),
         lambda: run_blocks([block], torch.randn(2, hidden, 3).transpose(1, 2), None),
         lambda: run_blocks([block], x, torch.zeros(1, 1, 1, tokens, dtype=torch.float64)),
-        lambda: run_blocks([block, Block(layers, norms, codings, **rest | {"heads": 2})], x, None),
-        lambda: Block(layers | {"up": layers["down"]}, norms, codings, **rest),
-        lambda: Block(layers, norms, codings | {"key": UNSIGNED}, **rest),
-        lambda: Block(layers, norms, codings, **rest | {"key_heads": 3}),
-        lambda: Block(layers, (norms[0], Norm(torch.ones(99), norms[0].bias, 1e-5)), codings, **rest),
+        lambda: run_blocks([block, KernelBlock(layers, norms, codings, **rest | {"heads": 2})], x, None),
+        lambda: KernelBlock(layers | {"up": layers["down"]}, norms, codings, **rest),
+        lambda: KernelBlock(layers, norms, codings | {"key": UNSIGNED}, **rest),
+        lambda: KernelBlock(layers, norms, codings, **rest | {"key_heads": 3}),
+        lambda: KernelBlock(layers, (norms[0], KernelNorm(torch.ones(99), norms[0].bias, 1e-5)), codings, **rest),
     ]
     for call in wrong:
         with pytest.raises(ValueError, match=r"block|kernels|heads|mask|expected|contiguous"):

@@ -20,7 +20,7 @@ from bittern.deploy.onnx import export as exporter
 from bittern.deploy.onnx import graph
 from bittern.deploy.onnx.export import export
 from bittern.deploy.onnx.forms import Clip, may_saturate, pack_blocks
-from bittern.deploy.onnx.parity import check, compare, complete, made_up, run, session
+from bittern.deploy.onnx.parity import check_parity, complete, made_up, measure_parity, run_model, session
 from bittern.deploy.packed import PackedConv1D, PackedLayer, PackedLinear
 from bittern.errors import CheckpointError, InputError, ModelError
 from bittern.layers import QuantLayer
@@ -83,7 +83,7 @@ def test_families(case: str, tmp_path: Path) -> None:
     assert result["parity"]["file"] <= result["parity"]["limit"] < 0.5
     assert result["parity"]["twin"] > 1e-3
     batch = made_up(model, 3, 17, seed=5)
-    wanted = run(model, [batch])
+    wanted = run_model(model, [batch])
     found = session(file, 1).run(list(wanted), {k: v.numpy() for k, v in batch.items()})
     for name, values in zip(wanted, found, strict=True):
         error = (torch.from_numpy(values) - wanted[name][0]).norm() / wanted[name][0].norm()
@@ -251,18 +251,18 @@ def test_compare() -> None:
         "pred_boxes": [torch.ones(1, 4)] * 2,
     }
     file = {"logits": [torch.tensor([[3.0, 0.0]]), torch.tensor([[5.0, 4.0]])], "pred_boxes": [torch.ones(1, 4)] * 2}
-    found = compare(file, exact, exact, reference)
+    found = measure_parity(file, exact, exact, reference)
     limit = 1.5 * (1 + 3 / 2**0.5) * 0.2 + 1e-4
     distances = {"error": 1.0, "largest": 5.0, "drift": 1.0, "simulated": 0.0, "file": 1.0, "twin": 0.2}
     assert found == {"samples": 2, "agreement": 0.5, "limit": limit, **distances}
     with refused(ModelError, "1.00e+00", "9.36e-01"):
-        check(found)
-    check(compare(reference, exact, exact, reference))
+        check_parity(found)
+    check_parity(measure_parity(reference, exact, exact, reference))
     boxes = file | {"logits": exact["logits"], "pred_boxes": [2 * torch.ones(1, 4)] * 2}
-    assert compare(boxes, exact, exact, reference)["error"] == 1.0
+    assert measure_parity(boxes, exact, exact, reference)["error"] == 1.0
     broken = {name: [torch.full_like(t, torch.nan) for t in values] for name, values in exact.items()}
     with refused(ModelError, "nan"):
-        check(compare(broken, exact, exact, reference))
+        check_parity(measure_parity(broken, exact, exact, reference))
 
 
 def test_inputs_are_completed() -> None:

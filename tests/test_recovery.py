@@ -43,7 +43,7 @@ def test_golden_cover() -> None:
 
 def test_golden_ranking() -> None:
     """The ranking loss is that of the golden file, head by head, and counts each pair once."""
-    total, pairs = recovery.ranking_loss(STUDENT, TEACHER, SEEN)
+    total, pairs = recovery.map_ranking_loss(STUDENT, TEACHER, SEEN)
     torch.testing.assert_close(total.float(), GOLDEN["ranking_loss.sum"], rtol=1e-6, atol=1e-7)
     lengths = GOLDEN["map_loss.lengths"]
     assert torch.equal(pairs, (lengths * lengths * (lengths - 1) // 2)[:, None].expand(3, 4))
@@ -71,7 +71,7 @@ def test_causal_rows() -> None:
     """With rows of every length cover, ranking and ranking ratio are what loops over each row's own keys give."""
     student, teacher, seen = random_maps(), random_maps(seed=1), causal()
     cover = recovery.cover_length_ratio(student, teacher, seen, top=3)
-    total, pairs = recovery.ranking_loss(student, teacher, seen)
+    total, pairs = recovery.map_ranking_loss(student, teacher, seen)
     ratio = recovery.ranking_ratio(student, seen, token=1)
     for i in range(2):
         for h in range(3):
@@ -96,9 +96,9 @@ def test_ranking_of_ties() -> None:
     teacher = torch.tensor([[[[0.3, 0.3, 0.3, 0.1]]]])
     student = torch.tensor([[[[0.1, 0.5, 0.2, 0.2]]]])
     seen = torch.ones(1, 1, 1, 4, dtype=torch.bool)
-    total, _ = recovery.ranking_loss(student, teacher, seen)
+    total, _ = recovery.map_ranking_loss(student, teacher, seen)
     assert total.item() == pytest.approx(0.1)  # only the first key fell behind the last
-    assert recovery.ranking_loss(student, student, seen)[0].item() == 0
+    assert recovery.map_ranking_loss(student, student, seen)[0].item() == 0
     assert recovery.ranking_ratio(student, seen, token=2).item() == pytest.approx((1 + 0.5) / 3)
 
 
@@ -121,7 +121,7 @@ def test_padding(name: str) -> None:
             case "cover":
                 return recovery.cover_length_ratio(s, t, seen, 3)
             case "ranking":
-                return torch.stack(recovery.ranking_loss(s, t, seen))
+                return torch.stack(recovery.map_ranking_loss(s, t, seen))
             case "divergence":
                 return recovery.divergence(s, t, seen)
             case "ratio":

@@ -22,7 +22,7 @@ from bittern.ptq import search
 from bittern.ptq.capture import Captured, Heads, capture
 from bittern.ptq.product import Objective, Product, loss
 from bittern.ptq.ranking import ranking_penalty
-from bittern.ptq.search import Space, choose, scales, search_left, search_right, search_weight
+from bittern.ptq.search import Space, candidate_scales, choose, search_left, search_right, search_weight
 from bittern.ptq.stream import stream
 from bittern.quantizers import fake_quantize, find_scale
 from bittern.recipe import Format
@@ -171,7 +171,7 @@ def as_format(bits: int, scheme: str = "symmetric") -> Format:
 
 
 def options_of(x: Tensor, fmt: Format) -> list[search.Scale]:
-    return scales(*x.aminmax(), fmt, Space().factors(fmt))
+    return candidate_scales(*x.aminmax(), fmt, Space().factors(fmt))
 
 
 # Linear layers

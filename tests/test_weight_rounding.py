@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bittern.errors import ModelError, RecipeError
-from bittern.ptq.weight_rounding import adaround, bit_split, compensate, output_error, ridge
+from bittern.ptq import weight_rounding
+from bittern.ptq.weight_rounding import output_error, ridge
 from bittern.quantizers import code_range, decode, encode, fake_quantize, find_scale
 from bittern.recipe import Format
 
@@ -22,6 +23,29 @@ FORMATS = [
     for bits in (2, 4, 8, 12)
     for scheme, unit in (("symmetric", "row"), ("symmetric", "group"), ("asymmetric", "row"), ("asymmetric", "tensor"))
 ]
+
+
+def adaround(weight: Tensor, fmt: Format, *given: object, **options: float) -> Tensor:
+    """The values alone; format and scale are as they were."""
+    values, found, scale = weight_rounding.adaround(weight, fmt, *given, **options)
+    assert (found, scale) == (fmt, given[0])
+    return values
+
+
+def compensate(weight: Tensor, fmt: Format, *given: object, **options: float) -> Tensor:
+    """The values alone; format and scale are as they were."""
+    values, found, scale = weight_rounding.compensate(weight, fmt, *given, **options)
+    assert (found, scale) == (fmt, given[0])
+    return values
+
+
+def bit_split(weight: Tensor, fmt: Format, *given: object, **options: int) -> tuple[Tensor, Tensor]:
+    """The values and their scales; the format is as it was."""
+    values, found, (scale, _) = weight_rounding.bit_split(weight, fmt, None, *given, **options)
+    assert found == fmt
+    return values, scale
+
+
 ROUNDERS: dict[str, Callable[..., Tensor]] = {
     "compensate": compensate,
     "adaround": partial(adaround, steps=60),
@@ -67,7 +91,7 @@ def test_result_is_on_the_grid(method: str, fmt: Format, drift: bool) -> None:
     weight, x, seen = layer(6, 24)
     weight[2], weight[3] = 0, 0.7
     scale, offset = find_scale(weight * 0.8, fmt)
-    got = ROUNDERS[method](weight, fmt, scale, offset, *products(x, seen if drift else None))
+    got = ROUNDERS[method](weight, fmt, (scale, offset), *products(x, seen if drift else None))
     assert (got.shape, got.dtype) == (weight.shape, torch.float32)
     assert on_grid(got, fmt, scale, offset)
 
@@ -89,7 +113,7 @@ def test_any_shape(rows: int, columns: int, samples: int, bits: int, seed: int) 
         scale, offset = find_scale(weight, fmt)
         for method in ROUNDERS.values():
             for given_inputs in (None, seen):
-                got = method(weight, fmt, scale, offset, *products(x, given_inputs))
+                got = method(weight, fmt, (scale, offset), *products(x, given_inputs))
                 assert on_grid(got, fmt, scale, offset)
     got, scale = bit_split(weight, row, *products(x, seen))
     assert on_grid(got, row, scale)
@@ -101,7 +125,7 @@ def test_no_randomness(method: str) -> None:
     weight, x, _ = layer(8, 32)
     fmt = Format(bits=3, granularity="row")
     scale, _ = find_scale(weight, fmt)
-    first, second = (ROUNDERS[method](weight, fmt, scale, None, *products(x)) for _ in range(2))
+    first, second = (ROUNDERS[method](weight, fmt, (scale, None), *products(x)) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -111,11 +135,11 @@ def test_works_without_grad_mode_and_on_parameters(method: str) -> None:
     weight, x, _ = layer(4, 16)
     parameter, fmt = torch.nn.Parameter(weight.clone()), Format(bits=3, granularity="row")
     scale, _ = find_scale(weight, fmt)
-    expected = ROUNDERS[method](weight, fmt, scale, None, *products(x))
+    expected = ROUNDERS[method](weight, fmt, (scale, None), *products(x))
     with torch.inference_mode():
-        got = ROUNDERS[method](parameter, fmt, scale, None, *products(x))
+        got = ROUNDERS[method](parameter, fmt, (scale, None), *products(x))
     assert torch.equal(got, expected)
-    assert torch.equal(ROUNDERS[method](parameter, fmt, scale, None, *products(x)), expected)
+    assert torch.equal(ROUNDERS[method](parameter, fmt, (scale, None), *products(x)), expected)
     assert torch.equal(parameter, weight)
 
 
@@ -125,8 +149,8 @@ def test_rows_are_separate(method: str) -> None:
     weight, x, _ = layer(6, 32)
     fmt = Format(bits=3, granularity="row")
     scale, _ = find_scale(weight, fmt)
-    together = ROUNDERS[method](weight, fmt, scale, None, *products(x))
-    alone = torch.cat([ROUNDERS[method](weight[[i]], fmt, scale[[i]], None, *products(x)) for i in range(6)])
+    together = ROUNDERS[method](weight, fmt, (scale, None), *products(x))
+    alone = torch.cat([ROUNDERS[method](weight[[i]], fmt, (scale[[i]], None), *products(x)) for i in range(6)])
     assert (together == alone).float().mean() > 0.98  # a sum in another order may turn a tie
 
 
@@ -137,12 +161,12 @@ def test_dead_inputs_get_nearest_codes(method: str) -> None:
     x[:, 3:6] = 0
     fmt = Format(bits=3, granularity="row")
     scale, _ = find_scale(weight, fmt)
-    got = ROUNDERS[method](weight, fmt, scale, None, *products(x))
+    got = ROUNDERS[method](weight, fmt, (scale, None), *products(x))
     live = [c for c in range(16) if c not in (3, 4, 5)]
     if method == "compensate":
         assert torch.equal(got[:, 3:6], fake_quantize(weight, fmt, scale)[:, 3:6])
-        assert torch.equal(got[:, live], compensate(weight[:, live], fmt, scale, None, *products(x[:, live])))
-    silent = ROUNDERS[method](weight, fmt, scale, None, torch.zeros(16, 16))
+        assert torch.equal(got[:, live], compensate(weight[:, live], fmt, (scale, None), *products(x[:, live])))
+    silent = ROUNDERS[method](weight, fmt, (scale, None), torch.zeros(16, 16))
     assert torch.equal(silent, fake_quantize(weight, fmt, scale))
 
 
@@ -154,11 +178,11 @@ def test_no_nan(method: str, where: str) -> None:
     gram, cross = products(x, seen)
     {"weight": weight, "gram": gram, "cross": cross}[where][1, 2] = math.nan
     fmt = Format(bits=4, granularity="row")
-    named = "fc1" if where == "weight" else f"{where} of fc1"
+    named = "a weight" if where == "weight" else f"{where} of a weight"
     call = {
-        "ridge": lambda: ridge(weight, gram, cross, name="fc1"),
-        "bit_split": lambda: bit_split(weight, fmt, gram, cross, name="fc1"),
-    }.get(method, lambda: ROUNDERS[method](weight, fmt, torch.ones(4, 1), None, gram, cross, name="fc1"))
+        "ridge": lambda: ridge(weight, gram, cross, 0.01),
+        "bit_split": lambda: bit_split(weight, fmt, gram, cross),
+    }.get(method, lambda: ROUNDERS[method](weight, fmt, (torch.ones(4, 1), None), gram, cross))
     with pytest.raises(ModelError, match=rf"^{named} holds NaN or infinite values;[^\n]*$"):
         call()
 
@@ -168,16 +192,34 @@ def test_impossible_requests() -> None:
     weight, x, _ = layer(4, 8)
     gram, scale = x.t() @ x, torch.ones(4, 1)
     row = Format(bits=4, granularity="row")
-    with pytest.raises(ModelError, match=r"gram of weight has the shape \(7, 7\); expected \(8, 8\)"):
-        compensate(weight, row, scale, None, gram[1:, 1:])
-    with pytest.raises(ModelError, match=r"weight has the shape \(8,\); expected \(rows, columns\)"):
-        adaround(weight[0], row, scale, None, gram)
+    with pytest.raises(ModelError, match=r"gram of a weight has the shape \(7, 7\); expected \(8, 8\)"):
+        compensate(weight, row, (scale, None), gram[1:, 1:])
+    with pytest.raises(ModelError, match=r"a weight has the shape \(8,\); expected \(rows, columns\)"):
+        adaround(weight[0], row, (scale, None), gram)
     with pytest.raises(RecipeError, match="kind: uniform, got ternary"):
-        compensate(weight, Format(kind="ternary"), scale, None, gram)
-    with pytest.raises(RecipeError, match=r"clip 2\.5 is for training"):
-        adaround(weight, Format(bits=4, granularity="row", clip=2.5), scale, None, gram)
-    with pytest.raises(RecipeError, match="granularity: row, got uniform 4-bit per tensor"):
-        bit_split(weight, Format(bits=4))
+        compensate(weight, Format(kind="ternary"), (scale, None), gram)
+
+
+@pytest.mark.parametrize("name", ["compensate", "adaround", "bit_split"])
+def test_a_clip_is_for_training(name: str) -> None:
+    """Codes may lie beyond a clip: it is no part of the format that is found, in which the values are on the grid."""
+    weight, x, _ = layer(4, 8)
+    clipped, find = Format(bits=4, granularity="row", clip=0.5), getattr(weight_rounding, name)
+    free = clipped.model_copy(update={"clip": None})
+    scale = find_scale(weight, free)
+    got, fmt, found = find(weight, clipped, scale, x.t() @ x)
+    assert fmt == free
+    assert on_grid(got, fmt, *found)
+    assert torch.equal(got, find(weight, free, scale, x.t() @ x)[0])
+
+
+def test_bit_split_has_scales_per_row() -> None:
+    """Whatever scales the format has, Bit-Split makes symmetric ones of rows."""
+    weight, x, _ = layer(4, 8)
+    for fmt in (Format(bits=4), Format(bits=4, scheme="asymmetric", granularity="group", group_size=4)):
+        got, found, scale = weight_rounding.bit_split(weight, fmt, None, x.t() @ x)
+        assert found == Format(bits=4, granularity="row")
+        assert on_grid(got, found, *scale)
 
 
 # Products of inputs
@@ -243,7 +285,7 @@ def test_compensate_is_the_naive_loop(fmt: Format, samples: int) -> None:
             t.double().expand(3, 37, 4).reshape(3, 148).numpy() if t.dim() == 3 else t.double().expand(3, 148).numpy()
         )
 
-    got = encode(compensate(weight, fmt, scale, offset, gram), fmt, scale, offset)
+    got = encode(compensate(weight, fmt, (scale, offset), gram, damp=0.01), fmt, scale, offset)
     expected = naive_compensate(
         weight.double().numpy(), gram.numpy(), everywhere(scale), everywhere(offset), code_range(fmt)
     )
@@ -257,10 +299,10 @@ def test_compensate_beats_rounding(bits: int) -> None:
     fmt = Format(bits=bits, granularity="row")
     scale, _ = find_scale(weight, fmt)
     nearest = fake_quantize(weight, fmt, scale)
-    got = compensate(weight, fmt, scale, None, *products(x))
+    got = compensate(weight, fmt, (scale, None), *products(x))
     assert outputs_differ(weight, got, x).sum() < 0.5 * outputs_differ(weight, nearest, x).sum()
-    aware = compensate(weight, fmt, scale, None, *products(x, seen))
-    unaware = compensate(weight, fmt, scale, None, *products(seen))
+    aware = compensate(weight, fmt, (scale, None), *products(x, seen))
+    unaware = compensate(weight, fmt, (scale, None), *products(seen))
     assert outputs_differ(weight, aware, x, seen).sum() < outputs_differ(weight, unaware, x, seen).sum()
 
 
@@ -269,7 +311,7 @@ def test_compensate_without_damping() -> None:
     weight, x, _ = layer(4, 24, samples=5)
     fmt = Format(bits=4, granularity="row")
     scale, _ = find_scale(weight, fmt)
-    assert on_grid(compensate(weight, fmt, scale, None, *products(x), damp=0), fmt, scale)
+    assert on_grid(compensate(weight, fmt, (scale, None), *products(x), damp=0), fmt, scale)
 
 
 # AdaRound
@@ -297,7 +339,7 @@ def test_adaround_nearly_reaches_the_optimum(bits: int, drift: bool) -> None:
     x, seen = x + noise, seen + noise
     given, fmt = (x, seen if drift else None), Format(bits=bits, granularity="row")
     scale, _ = find_scale(weight, fmt)
-    got = outputs_differ(weight, adaround(weight, fmt, scale, None, *products(*given)), *given)
+    got = outputs_differ(weight, adaround(weight, fmt, (scale, None), *products(*given)), *given)
     nearest = outputs_differ(weight, fake_quantize(weight, fmt, scale), *given)
     best = best_rounding(weight, fmt, scale, *given)
     assert (got >= best * (1 - 1e-4)).all()
@@ -310,7 +352,7 @@ def test_adaround_rounds_down_or_up(fmt: Format) -> None:
     """No code is further than one from the weight, and none leaves the range."""
     weight, x, _ = layer(8, 16)
     scale, offset = find_scale(weight * 0.7, fmt)
-    codes = encode(adaround(weight, fmt, scale, offset, *products(x), steps=100), fmt, scale, offset)
+    codes = encode(adaround(weight, fmt, (scale, offset), *products(x), steps=100), fmt, scale, offset)
     exact = weight if fmt.group_size is None else weight.unflatten(-1, (-1, 4))
     ratios = ((exact if offset is None else exact - offset) / scale).reshape(8, 16)
     low, high = code_range(fmt)
@@ -323,8 +365,8 @@ def test_adaround_does_not_depend_on_units() -> None:
     weight, x, _ = layer(8, 24)
     fmt = Format(bits=4, granularity="row")
     scale, _ = find_scale(weight, fmt)
-    first = adaround(weight, fmt, scale, None, *products(x), steps=200)
-    second = adaround(weight / 64, fmt, scale / 64, None, *products(x * 16), steps=200)
+    first = adaround(weight, fmt, (scale, None), *products(x), steps=200)
+    second = adaround(weight / 64, fmt, (scale / 64, None), *products(x * 16), steps=200)
     assert torch.equal(first / 64, second)
 
 

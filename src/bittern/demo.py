@@ -61,9 +61,6 @@ DEMOS = {
 }
 
 
-Row = dict[str, Any]  # of the demo's table: see `_row`
-
-
 def demo(
     what: str = "digits",
     out: str | Path = Path("bittern-demo"),
@@ -72,7 +69,7 @@ def demo(
     track: Track = silent,
     on_step: OnStep = ignore,
     on_missing: Callable[[str], None] = ignore,
-) -> dict[str, list[Row]]:
+) -> dict[str, list[dict[str, Any]]]:
     """Quantize digits, minilm or all of what is installed, in folders of `out`; the rows of each.
 
     All outputs are checked before the first model runs. on_missing: told of what is not installed, if all was asked
@@ -98,7 +95,7 @@ def _folder(name: str, format: str, out: str | Path) -> Path:
     return Path(out) / DEMOS[name].folder / ("ternary-trained" if format == TRAINED else format.partition(",")[0])
 
 
-def _rows(name: str, source: Path, out: str | Path, force: bool, track: Track, on_step: OnStep) -> list[Row]:
+def _rows(name: str, source: Path, out: str | Path, force: bool, track: Track, on_step: OnStep) -> list[dict[str, Any]]:
     """Make each format, and check its file in a fresh process while the next one is made."""
     data, rows, checks = DEMOS[name].data, [], []
     if name == "digits":  # to quantize by one's own recipe
@@ -121,7 +118,7 @@ def _rows(name: str, source: Path, out: str | Path, force: bool, track: Track, o
     return [float_row, *(row | {"max_error": e["max_difference"]} for row, e in zip(rows, ended, strict=True))]
 
 
-def _row(name: str, bits: float, size: int, found: dict[str, float], path: str | None = None) -> Row:
+def _row(name: str, bits: float, size: int, found: dict[str, float], path: str | None = None) -> dict[str, Any]:
     """Return one format. accuracy: digits only; agreement: with float (classes, or similarities); max_error: of the
     packed file in a fresh process, kernels off, against the simulated model, once that is known."""
     measured = {"accuracy": found.get("accuracy"), "agreement": found.get("agreement", found.get("similarity"))}

@@ -9,8 +9,9 @@ BitternError
 Each message is one line: what was given, what was expected, what to do.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -45,6 +46,22 @@ def need(module: str, extra: str = "tools") -> Any:
     except ModuleNotFoundError as error:
         library = module.partition(".")[0]
         raise InputError(f"this needs {library}, which is not installed: pip install 'bittern[{extra}]'") from error
+
+
+def listed(names: Sequence[object], most: int = 10) -> str:
+    """Return the first names, and how many more there are.
+
+    >>> listed(["query", "key", "value", "map"], 2)
+    'query, key and 2 more'
+    """
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def no_such(what: str, name: str, known: Iterable[str]) -> InputError:
+    """Return the error for a name that is none of the known ones, with the one that was meant, if that is clear."""
+    near = get_close_matches(name, known := list(known), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return InputError(f"no {what} {name!r}; {hint}there are {', '.join(known)}")
 
 
 def first_line(error: BaseException) -> str:

@@ -83,7 +83,7 @@ def ptq(
         check_mixed(chosen)
     job = _Job(source, recipe, out, data, samples, seed, force, track, columns)
 
-    def search() -> Found:
+    def search() -> Outcome:
         assert job.calibration is not None
         found = post_training(
             job.model,
@@ -143,7 +143,7 @@ def qat(
             unfinished = f"{folder} holds an unfinished run, up to {checkpoint.name}"
             raise InputError(f"{unfinished}; go on with --resume, or drop it with --force")
 
-    def teach() -> Found:
+    def teach() -> Outcome:
         assert job.train is not None
         assert job.test is not None
         teacher = job.float_model if student else copy.deepcopy(job.model)
@@ -185,7 +185,7 @@ def qat(
     return job.run(teach)
 
 
-Found = tuple[Simulation, dict[str, Any]]  # what was simulated, and what there is to tell of how
+Outcome = tuple[Simulation, dict[str, Any]]  # what was simulated, and what there is to tell of how
 
 
 @dataclass
@@ -210,7 +210,7 @@ class _Job:
         """Where what is finished of a long job is kept until `out` is written."""
         return Path(f"{Path(self.out)}.work")
 
-    def run(self, find: Callable[[], Found]) -> dict[str, Any]:
+    def run(self, find: Callable[[], Outcome]) -> dict[str, Any]:
         """Do the whole job; `find` gives the simulated model its scales or trains it. Of several processes the first
         one writes, the others return what was found."""
         self.recipe = load_recipe(self.recipe_name)

@@ -263,7 +263,7 @@ def climb(ladder: Ladder, workshop: Workshop, journal: Journal, max_loss: float)
         failed = failed or (bool(rows) and all(row["at_least"] > max_loss for row in rows))
 
 
-def choose(rows: Sequence[Row], goal: Goal, max_loss: float) -> tuple[Row, str]:
+def choose_rung(rows: Sequence[Row], goal: Goal, max_loss: float) -> tuple[Row, str]:
     """The row that serves the goal best among those within the limit, and why. Raises InputError if there is none."""
     within = [row for row in rows if row["within"]]
     if not within:
@@ -353,7 +353,7 @@ def compress(
         rows.append(row)
         on_rung(row)
     if keep is None:
-        chosen, why = choose(rows, goal, max_loss)
+        chosen, why = choose_rung(rows, goal, max_loss)
     elif keep in (names := [row["rung"] for row in rows]):
         chosen, why = rows[names.index(keep)], "asked for by --keep"
     else:

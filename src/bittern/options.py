@@ -10,13 +10,12 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
-from difflib import get_close_matches
 from importlib import import_module
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, get_args
 
-from bittern.errors import InputError
+from bittern.errors import InputError, no_such
 
 
 class Option(NamedTuple):
@@ -35,6 +34,7 @@ def option(default: Any, help: str, *flags: str, least: int | None = None) -> An
 
 
 BATCH_SIZE, SEED, METRIC = "Samples per batch.", "Of order, dropout and draws.", "Which metric decides"
+LAYER_TYPES = ("Linear", "Conv2d", "Embedding", "Conv1D", "ExpertsLinear")  # what holds a weight matrix, in results
 Labels = Mapping[str, str] | Literal["order"]
 Sensitivity = Literal["relative", "paper"]
 Balance = Literal["fixed", "auto"]
@@ -177,9 +177,7 @@ class Distill:
             if ":" in name:
                 find_own(name)
             elif name not in TERMS:
-                near = get_close_matches(name, TERMS, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
-                raise InputError(f"no distillation term {name!r}; {hint}there are {', '.join(TERMS)}")
+                raise no_such("distillation term", name, TERMS)
             if not weight > 0:
                 raise InputError(f"distillation term {name} has the weight {weight:g}; expected more than 0")
         if not self.terms:
@@ -219,8 +217,8 @@ def parse_distill(text: str, **options: Any) -> Distill:
     return Distill(terms, **options)
 
 
-POINTS: tuple[Literal["output", "context", "map"], ...] = ("output", "context", "map")  # TI-O: AO, TI-C: AC, TI-M: SA
-SCHEDULES = ("gradual", *POINTS, "inverted", "stochastic", "fade")
+SIGNALS: tuple[Literal["output", "context", "map"], ...] = ("output", "context", "map")  # TI-O: AO, TI-C: AC, TI-M: SA
+SCHEDULES = ("gradual", *SIGNALS, "inverted", "stochastic", "fade")
 
 
 class Act(NamedTuple):
@@ -259,7 +257,7 @@ class Intervention:
         if ":" in self.schedule:
             find_own(self.schedule)
         elif self.schedule not in SCHEDULES:
-            raise InputError(f"no intervention {self.schedule!r}; there are {', '.join(SCHEDULES)}")
+            raise no_such("intervention", self.schedule, SCHEDULES)
         if not self.steps > 0:
             raise InputError(f"intervention has {self.steps} steps; expected at least 1")
         _check_choice("scope of the intervention", self.scope, Scope)
@@ -276,11 +274,11 @@ class Intervention:
             case str(name) if ":" in name:
                 return find_own(name)(step, self.steps)  # type: ignore[no-any-return]
             case "gradual":
-                return Act(POINTS[min(6 * step // self.steps, 2)])
+                return Act(SIGNALS[min(6 * step // self.steps, 2)])
             case "inverted":
-                return Act(POINTS[::-1][3 * step // self.steps])
+                return Act(SIGNALS[::-1][3 * step // self.steps])
             case "stochastic":
-                return Act(random.Random(f"{self.seed} {step}").choice(POINTS))
+                return Act(random.Random(f"{self.seed} {step}").choice(SIGNALS))
             case "fade":
                 return Act("output", 1 - step / self.steps)
         return Act(self.schedule)  # type: ignore[arg-type]

@@ -34,6 +34,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def megabytes(size: int) -> str:
+    """Return a size in bytes as people say it."""
+    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
 def is_main_process() -> bool:
     """True in the process that writes and shows, the first of several; torchrun numbers them by RANK."""
     return os.environ.get("RANK", "0") == "0"

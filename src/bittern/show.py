@@ -79,10 +79,6 @@ def fold(text: str, width: int) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-
-
 def duration(seconds: float) -> str:
     """A time as people say it."""
     if seconds < 100:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from bittern.anatomy import Anatomy
+from bittern.errors import listed
 from bittern.recipe import Role
 
 LEAST_SHARE = 0.8  # of weights that a user expects to be quantized
@@ -59,11 +59,11 @@ class Simulation:
             largest = sorted((x for x in self.layers if not x.weight), key=lambda x: -x.weights)[:3]
             named = ", ".join(f"{x.name} ({x.type}, {x.weights:,})" for x in largest)
             notes[0] += f", fewer than {LEAST_SHARE:.0%}; the largest that stay float: {named}"
-        if products := self.anatomy.float_products:
-            notes.append(f"products of activations stay float in {_some(products)}")
+        if products := [name or "the model itself" for name in self.anatomy.float_products]:
+            notes.append(f"products of activations stay float in {listed(products, 3)}")
         if unknown := [x.name for x in self.kept_float if x.unknown]:
             why = "of classes that Bittern does not know, or with weights that other code reads,"
-            notes.append(f"layers {why} stay float: {_some(unknown)}")
+            notes.append(f"layers {why} stay float: {listed(unknown, 3)}")
         return tuple(notes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,8 +79,3 @@ class Simulation:
             for (role, what), group in groups.items()
         )
         return "\n".join((*rows, *self.notes))
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(name or "the model itself" for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

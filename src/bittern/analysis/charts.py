@@ -29,7 +29,7 @@ SHAPES = (  # paths of radius 1, so that points differ without colour too
     "M0 1.3L1.2-1H-1.2Z",  # triangle upside down
 )
 CIRCLE, CROSS = 0, 4
-Point = tuple[float, float]
+XY = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def symbol(shape: int, x: float, y: float, r: float = 3.5, /, **more: object) ->
     return tag("path", d=SHAPES[shape], transform=place, vector_effect="non-scaling-stroke", **more)
 
 
-def curve(points: Iterable[Point], style: int) -> str:
+def curve(points: Iterable[XY], style: int) -> str:
     """A line through points, broken where one is NaN."""
     at = " ".join("M" if math.isnan(y) else f"{x:.1f},{y:.1f}" for x, y in points)
     path = "".join(f"M{piece.strip()}" for piece in at.split("M") if piece.strip())
@@ -219,7 +219,7 @@ def heat_map(values: Cells, name: str, *, rows: Sequence[str], low: float = 0.0,
 
 
 def lines(
-    series: Mapping[str, Sequence[Point]],
+    series: Mapping[str, Sequence[XY]],
     name: str,
     *,
     x_name: str = "",
@@ -230,7 +230,7 @@ def lines(
     zero: bool = True,
     joined: bool = True,
     marked: Sequence[tuple[float, float, str]] = (),
-    beside: Iterable[Mapping[str, Sequence[Point]]] = (),
+    beside: Iterable[Mapping[str, Sequence[XY]]] = (),
 ) -> Plot:
     """Curves of (x, y) points, broken where y is NaN.
 
@@ -346,7 +346,7 @@ def surface(loss: Grid, name: str, *, steps: Sequence[float], beside: Iterable[G
     return Plot("".join(parts) + key, below, rows)
 
 
-def contour(values: Grid, level: float) -> Iterator[tuple[Point, Point]]:
+def contour(values: Grid, level: float) -> Iterator[tuple[XY, XY]]:
     """Pieces of the line where a grid has this value, as pairs of (column, row): marching squares."""
     for i in range(len(values) - 1):
         for j in range(len(values[0]) - 1):

@@ -19,12 +19,12 @@ from bittern.anatomy import Anatomy
 from bittern.attention import NAME, Point, Site, Taps, recording, replace
 from bittern.errors import InputError
 from bittern.layers import anatomy_of
-from bittern.options import POINTS
+from bittern.options import SIGNALS
 from bittern.progress import Track, silent
 from bittern.ptq.mixed import nuclear_norm
 from bittern.recorded import TokenMasks, attention_output, by_module, by_place, real_tokens, token_masks
 
-INTERVENTIONS = POINTS[::-1]  # TI-M, TI-C, TI-O
+INTERVENTIONS = SIGNALS[::-1]  # TI-M, TI-C, TI-O
 ALL = "all"
 
 
@@ -117,7 +117,7 @@ def _recovery(
     student, teacher, seen = own["map"][i], shown["map"][i], run.seen
     yield "cover", recovery.cover_length_ratio(student, teacher, seen, top)
     yield "cover_floor", recovery.cover_length_ratio(teacher, teacher, seen, top)
-    total, pairs = recovery.ranking_loss(student, teacher, seen)
+    total, pairs = recovery.map_ranking_loss(student, teacher, seen)
     yield "ranking_sum", total
     yield "ranking", total / pairs.clamp(min=1)
     yield "divergence", recovery.divergence(student, teacher, seen)

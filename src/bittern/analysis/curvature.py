@@ -33,7 +33,7 @@ SURFACE = 2  # mini-batches whose mean loss makes the surface
 Parameters = Mapping[str, Tensor]
 Loss = Callable[[Parameters], Tensor]
 Batches = Sequence[Mapping[str, Any]]
-Part = Callable[[str, Callable[[], Any]], Any]
+MakePart = Callable[[str, Callable[[], Any]], Any]
 
 
 def trainable(model: PreTrainedModel) -> PreTrainedModel:
@@ -156,7 +156,9 @@ def surface_row(
     return found
 
 
-def measure(options: Curvature, pair: Pair, batches: Batches, seed: int, part: Part, track: Track) -> dict[str, Any]:
+def measure_curvature(
+    options: Curvature, pair: Pair, batches: Batches, seed: int, part: MakePart, track: Track
+) -> dict[str, Any]:
     """Return spectra of mini-batches, the trace of the first one, and the loss surface, of a pair's student.
 
     part: makes each part of this name, or returns it as it was made before.
@@ -184,7 +186,7 @@ def measure(options: Curvature, pair: Pair, batches: Batches, seed: int, part: P
     }
 
 
-def estimate(options: Curvature, pair: Pair, batch: Mapping[str, Any]) -> float:
+def estimate_curvature(options: Curvature, pair: Pair, batch: Mapping[str, Any]) -> float:
     """Estimate the seconds that `measure` will take, from one product with the Hessian and one loss."""
     model = trainable(pair.student)
     loss = prediction_loss_of(model, pair.teacher, batch)

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from bittern.analysis.charts import Plot, Point, bars, heat_map, lines, short, surface
+from bittern.analysis.charts import XY, Plot, bars, heat_map, lines, short, surface
 
-Result = Mapping[str, Any]
+Facts = Mapping[str, Any]
 TEMPLATES = Path(__file__).parent / "templates"
 TEXTS: dict[str, dict[str, Any]] = yaml.safe_load((TEMPLATES / "figures.yaml").read_text(encoding="utf-8"))
-KINDS: dict[str, Callable[..., Plot]] = {"heat": heat_map, "lines": lines, "bars": bars, "surface": surface}
+DRAWN: dict[str, Callable[..., Plot]] = {"heat": heat_map, "lines": lines, "bars": bars, "surface": surface}
 HEATS = {"divergence": "divergence", "cover": "cover", "ranking": "ranking", "sa-gen": "gen"}  # figure → its measure
 
 
@@ -34,7 +34,7 @@ def figure(name: str, data: Any, student: str = "", values: Mapping[str, str] = 
     """Draw data as figures.yaml says, its texts filled in with `values`. student: whose it is, if there are two."""
     known = TEXTS[name]
     title, look, y_name = (known[part].format(**values) for part in ("title", "look", "shows"))
-    plot = KINDS[known["kind"]](data, name=y_name, **known.get("options", {}), **options)
+    plot = DRAWN[known["kind"]](data, name=y_name, **known.get("options", {}), **options)
     suffix, more = ("-" + re.sub(r"[^A-Za-z0-9]+", "-", student).strip("-"), f", {student}") if student else ("", "")
     return Figure(name + suffix, title + more, look, plot)
 
@@ -48,13 +48,13 @@ def paired(
             yield figure(name, own, student, beside=[other for other in data.values() if other], **options, **more)
 
 
-def names_of(result: Result) -> list[str]:
+def names_of(result: Facts) -> list[str]:
     """The names of the students that tell them apart: of their folders, or whole paths."""
     names = [s["name"] for s in result["students"]]
     return names if len(set(names)) == len(names) else [s["path"] for s in result["students"]]
 
 
-def by_name(result: Result, get: Callable[[Result], Any], teacher: Any = None) -> dict[str, Any]:
+def by_name(result: Facts, get: Callable[[Facts], Any], teacher: Any = None) -> dict[str, Any]:
     """What `get` tells of each student, after the teacher's; a single one alone has no name, and needs no legend."""
     found = {name: get(student) for name, student in zip(names_of(result), result["students"], strict=True)}
     if teacher is not None:
@@ -62,37 +62,37 @@ def by_name(result: Result, get: Callable[[Result], Any], teacher: Any = None) -
     return found if len(found) > 1 else {"": next(iter(found.values()))}
 
 
-def attentions_of(student: Result) -> list[Any]:
+def attentions_of(student: Facts) -> list[Any]:
     found: list[Any] = student["compare"]["attentions"]
     return found
 
 
-def labels_of(result: Result) -> list[str]:
+def labels_of(result: Facts) -> list[str]:
     """Labels of the attention modules, by block; those of all students agree."""
     attentions = attentions_of(result["students"][0])
     return [f"layer {a['block']}{' cross' if a['cross'] else ''}" for a in attentions]
 
 
-def of_heads(student: Result, key: str, kind: str = "all") -> list[list[float]]:
+def of_heads(student: Facts, key: str, kind: str = "all") -> list[list[float]]:
     """A measure of attention, by module and head; of the keys of one kind, where it is told by kind."""
     return [a[key] if isinstance(a[key], list) else a[key].get(kind, []) for a in attentions_of(student) if key in a]
 
 
-def over_heads(student: Result, key: str) -> list[float]:
+def over_heads(student: Facts, key: str) -> list[float]:
     return [fmean(row) for row in of_heads(student, key)]
 
 
-def numbered(values: Mapping[str, Sequence[float]]) -> dict[str, list[Point]]:
+def numbered(values: Mapping[str, Sequence[float]]) -> dict[str, list[XY]]:
     """Curves of values over their numbers from 0."""
     return {name: list(enumerate(of)) for name, of in values.items()}
 
 
-def two_sided(low: Sequence[float], high: Sequence[float]) -> list[Point]:
+def two_sided(low: Sequence[float], high: Sequence[float]) -> list[XY]:
     """Two curves as one, with a break between."""
     return [*enumerate(low), (0, float("nan")), *enumerate(high)]
 
 
-def heads(result: Result) -> Iterator[Figure]:
+def heads(result: Facts) -> Iterator[Figure]:
     floors = [v for row in of_heads(result["students"][0], "cover_floor") for v in row]
     for name, key in HEATS.items():
         low = min(floors) if key == "cover" else 0.0
@@ -100,25 +100,25 @@ def heads(result: Result) -> Iterator[Figure]:
         yield from paired(name, maps, rows=labels_of(result), low=low, values={"floor": short(fmean(floors))})
 
 
-def classes(result: Result) -> Iterator[Figure]:
+def classes(result: Facts) -> Iterator[Figure]:
     for key in ("gen", "prop"):
         kinds = list(dict.fromkeys(k for a in attentions_of(result["students"][0]) for k in a.get(key, {})))
 
-        def means(student: Result, key: str = key, kinds: Sequence[str] = kinds) -> list[float]:
+        def means(student: Facts, key: str = key, kinds: Sequence[str] = kinds) -> list[float]:
             return [fmean(v for row in of_heads(student, key, kind) for v in row) for kind in kinds]
 
         if kinds:
             yield figure(f"sa-{key}-classes", by_name(result, means), labels=kinds)
 
 
-def depth(result: Result) -> Iterator[Figure]:
+def depth(result: Facts) -> Iterator[Figure]:
     first = result["students"][0]
     places = first["compare"]["places"]
     yield figure("depth", numbered(by_name(result, lambda s: s["compare"]["depth"]["plain"])), labels=places)
     ratios = by_name(result, partial(over_heads, key="first_student"), over_heads(first, "first_teacher"))
     yield figure("first-token", numbered(ratios), labels=labels_of(result))
 
-    def given(student: Result) -> dict[str, list[Point]]:
+    def given(student: Facts) -> dict[str, list[XY]]:
         signals = TEXTS["interventions"]["signals"]
         found = {signals[how]: values for how, values in student["compare"]["depth"].items() if values}
         return numbered(found) if len(found) > 1 else {}
@@ -126,7 +126,7 @@ def depth(result: Result) -> Iterator[Figure]:
     yield from paired("interventions", by_name(result, given), labels=places)
 
 
-def extremes(result: Result) -> Iterator[Figure]:
+def extremes(result: Facts) -> Iterator[Figure]:
     first = result["students"][0]
     ranges = by_name(result, lambda s: s["compare"]["extremes"]["student"], first["compare"]["extremes"]["teacher"])
     curves = {
@@ -141,7 +141,7 @@ def extremes(result: Result) -> Iterator[Figure]:
         yield figure("min-max-tokens", curves, labels=sample["tokens"], values={"layer": labels_of(result)[layer]})
 
 
-def sensitivity(result: Result) -> Iterator[Figure]:
+def sensitivity(result: Facts) -> Iterator[Figure]:
     first = result["students"][0]
     of_block = [a["block"] for a in attentions_of(first)]
     count = len(first["blocks"]) - 2  # the last two are the rest and the whole
@@ -159,8 +159,8 @@ def sensitivity(result: Result) -> Iterator[Figure]:
         yield figure(f"nuclear-{what}", norms, labels=None if what == "ffn" else labels_of(result))
 
 
-def training(result: Result) -> Iterator[Figure]:
-    def curves(student: Result, prefix: str) -> dict[str, list[Point]]:
+def training(result: Facts) -> Iterator[Figure]:
+    def curves(student: Facts, prefix: str) -> dict[str, list[XY]]:
         names = [name for entry in student["history"] for name in entry if name.startswith(prefix)]
         return {
             name.removeprefix(prefix): [(e["step"], e[name]) for e in student["history"] if name in e]
@@ -174,11 +174,11 @@ def training(result: Result) -> Iterator[Figure]:
     yield from paired("metric", best, each)
 
 
-def frontier(result: Result) -> Iterator[Figure]:
-    def points(student: Result) -> list[tuple[float, float]]:
+def size_against_sensitivity(result: Facts) -> Iterator[Figure]:
+    def points(student: Facts) -> list[tuple[float, float]]:
         return [(p["size"] / 8e6, p["sensitivity"]) for p in student["frontier"]]
 
-    def chosen(student: Result) -> dict[str, Any]:
+    def chosen(student: Facts) -> dict[str, Any]:
         found = zip(points(student), student["frontier"], strict=True)
         return {"marked": [(*at, "chosen") for at, p in found if p["bits"] == student["bits"]][:1]}
 
@@ -187,7 +187,7 @@ def frontier(result: Result) -> Iterator[Figure]:
     yield from paired("frontier", curves, [chosen(s) for s in result["students"]], log=log)
 
 
-def sharpness(result: Result) -> Iterator[Figure]:
+def sharpness(result: Facts) -> Iterator[Figure]:
     if any("curvature" not in s for s in result["students"]):
         return
     curved = by_name(result, lambda s: s["curvature"])
@@ -208,6 +208,6 @@ SECTIONS = {
     "Range of the attention output": extremes,
     "Where the loss comes from": sensitivity,
     "Training": training,
-    "Size against sensitivity": frontier,
+    "Size against sensitivity": size_against_sensitivity,
     "Curvature": sharpness,
 }

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from bittern.analysis.charts import CIRCLE, LETTER, WIDTH, Axis, symbol, tag, text
-from bittern.analysis.report import ENVIRONMENT, PAPER, megabytes
+from bittern.analysis.report import ENVIRONMENT, PAPER
+from bittern.progress import megabytes
 
 BOTTOM, TOP = 240.0, 62.0  # above is room for names, which slant
 
 
-def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+def unbeaten(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points that no other beats in one number without being worse in the other, from left to right.
 
-    >>> frontier([(1, 5), (2, 3), (3, 4), (4, 1)])
+    >>> unbeaten([(1, 5), (2, 3), (3, 4), (4, 1)])
     [0, 1, 3]
     """
     found: list[int] = []
@@ -42,7 +43,7 @@ def plot(result: Mapping[str, Any], key: str, unit: float, name: str) -> str:
     parts.append(text((left + WIDTH) / 2, below + 14, name, "middle"))
     dashed = {"stroke": "var(--s1)", "stroke_dasharray": "6 3"}
     parts.append(tag("line", x1=left, x2=WIDTH - 6.0, y1=at_y(limit), y2=at_y(limit), **dashed))
-    edge = " ".join(f"{at_x(points[i][0]):.1f},{at_y(points[i][1]):.1f}" for i in frontier(points))
+    edge = " ".join(f"{at_x(points[i][0]):.1f},{at_y(points[i][1]):.1f}" for i in unbeaten(points))
     parts.append(tag("polyline", points=edge, fill="none", stroke="var(--line)", stroke_width=2))
     for row, (x, y) in zip(rows, points, strict=True):
         ends = {"y1": at_y(y - row["error"]), "y2": at_y(y + row["error"])}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TINY = 1e-8  # probabilities are clamped here, as in the published code of [KD]
+from bittern.qat.losses import TINY
 
 
 def ranks(x: Tensor, seen: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def cover_length_ratio(student: Tensor, teacher: Tensor, seen: Tensor, top: int 
     return _of_rows(deepest / count.clamp(min=1), seen)
 
 
-def ranking_loss(student: Tensor, teacher: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def map_ranking_loss(student: Tensor, teacher: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """Σ over rows and pairs i<j of (-(s_i - s_j)·sign(t_i - t_j))₊ [KD], and how many pairs there are.
 
     Exact, by sorting: (x)₊ is half of |x| + x. The sum of |s_i - s_j| depends on the order of s alone; that of

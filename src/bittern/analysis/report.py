@@ -16,8 +16,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from bittern.analysis.charts import CIVIDIS, WIDTH, short
-from bittern.analysis.figures import SECTIONS, TEMPLATES, Figure, Result, labels_of, names_of
+from bittern.analysis.figures import SECTIONS, TEMPLATES, Facts, Figure, labels_of, names_of
 from bittern.analysis.findings import measured
+from bittern.errors import listed
+from bittern.options import LAYER_TYPES
+from bittern.progress import megabytes
 
 REPORT = "report.json"
 PAPER: dict[str, str] = yaml.safe_load((TEMPLATES / "paper.yaml").read_text(encoding="utf-8"))  # colours
@@ -36,7 +39,7 @@ def breakable(text: str) -> Markup:
     return Markup(re.sub(r"([._])(?=[^\W\d])", r"\1<wbr>", str(escape(text))))
 
 
-def write_report(result: Result, folder: Path) -> None:
+def write_report(result: Facts, folder: Path) -> None:
     """Write report.html, report.json and plots/*.svg into a folder."""
     (folder / REPORT).write_text(json.dumps(result, indent=1) + "\n")
     sections = [(title, figures) for title, make in SECTIONS.items() if (figures := list(make(result)))]
@@ -65,15 +68,10 @@ def write_plot(figure: Figure, folder: Path) -> None:
     (folder / f"{figure.name}.svg").write_text(svg, encoding="utf-8")
 
 
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-
-
 def layers_of(modules: Sequence[Mapping[str, Any]]) -> str:
     """Name the layers among modules that stayed float; norms have no names of their own in the summary."""
-    layers = [m["name"] for m in modules if m["type"] in ("Linear", "Conv2d", "Embedding", "Conv1D")]
-    named = ", ".join(layers[:4]) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
-    return f"{named}, " if named else ""
+    layers = [module["name"] for module in modules if module["type"] in LAYER_TYPES]
+    return f"{listed(layers, 4)}, " if layers else ""
 
 
 ENVIRONMENT.globals |= {"short": short, "width": WIDTH, "megabytes": megabytes, "layers_of": layers_of}

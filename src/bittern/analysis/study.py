@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bittern.analysis.ablation import block_errors, class_errors
 from bittern.analysis.compare import compare, nuclear_norms, size_of
-from bittern.analysis.curvature import estimate, measure, seconds
+from bittern.analysis.curvature import estimate_curvature, measure_curvature, seconds
 from bittern.analysis.findings import add_findings
 from bittern.analysis.maps import shown_samples
 from bittern.analysis.pair import Pair
@@ -136,7 +136,7 @@ class _Study:
         found = {"comparing": (one + 2 * forward) * batches}
         found["sensitivity"] = (forward * passes + norms) * len(self.subset)
         if self.curvature is not None:
-            found["curvature"] = estimate(self.curvature, pair, self.mini[0])
+            found["curvature"] = estimate_curvature(self.curvature, pair, self.mini[0])
         return {name: once * len(self.pairs) for name, once in found.items()}
 
     def result(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class _Study:
             "nuclear": part("nuclear", lambda: nuclear_norms(pair, self.subset, track)),
         }
         if self.curvature is not None:
-            found["curvature"] = measure(self.curvature, pair, self.mini, self.seed, part, track)
+            found["curvature"] = measure_curvature(self.curvature, pair, self.mini, self.seed, part, track)
         return found
 
 

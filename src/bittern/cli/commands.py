@@ -17,38 +17,38 @@ DATA_HELP = (
     "Folder or file of texts or images, for detectors a folder in COCO format, a dataset name, or the built-in digits "
     "or sentences."
 )
-Model = Annotated[str, Option("Folder of a model with config.json and .safetensors, or a hub name.", ("MODEL",))]
-Recipe = Annotated[str, Option("A ready-made recipe, or a YAML file.", ("--recipe", "-r"))]
-Data = Annotated[str, Option(DATA_HELP)]
-Out = Annotated[Path, Option("Folder for the packed model.", ("--out", "-o"))]
-Samples = Annotated[int, Option("Calibration samples, drawn at random.", least=1)]
-Seed = Annotated[int, Option("Seed of the draw.")]
-Force = Annotated[bool, Option("Overwrite the output if it exists.")]
+ModelArg = Annotated[str, Option("Folder of a model with config.json and .safetensors, or a hub name.", ("MODEL",))]
+RecipeArg = Annotated[str, Option("A ready-made recipe, or a YAML file.", ("--recipe", "-r"))]
+DataArg = Annotated[str, Option(DATA_HELP)]
+OutArg = Annotated[Path, Option("Folder for the packed model.", ("--out", "-o"))]
+SamplesArg = Annotated[int, Option("Calibration samples, drawn at random.", least=1)]
+SeedArg = Annotated[int, Option("Seed of the draw.")]
+ForceArg = Annotated[bool, Option("Overwrite the output if it exists.")]
 
 
 @command("demo:demo", results.demo)
 def demo(
     what: Annotated[str, Option("digits, minilm, or all of what is installed.", ("what",))] = "digits",
     out: Annotated[Path, Option("Folder for the packed models.", ("--out", "-o"))] = Path("bittern-demo"),
-    force: Force = False,
+    force: ForceArg = False,
 ) -> None:
     """Quantize real models on real data that come with the package, and check them in a fresh process."""
 
 
 @command("ladder:compress", results.compress)
 def compress(
-    source: Model,
-    data: Data,
-    out: Out,
+    source: ModelArg,
+    data: DataArg,
+    out: OutArg,
     max_loss: Annotated[float, Option("The most that may be lost, in points of the task's metric.")] = 1.0,
     goal: Annotated[str, Option("What the choice serves: size, speed or balanced.", ("--for",))] = "balanced",
     train_minutes: Annotated[
         float, Option("Minutes that training may take; without, nothing is trained.", ("--train",))
     ] = 0.0,
     keep: Annotated[str, Option("Write this rung of the ladder, whatever it lost.")] | None = None,
-    samples: Samples = 128,
+    samples: SamplesArg = 128,
     seed: Annotated[int, Option("Seed of all draws.")] = 0,
-    force: Force = False,
+    force: ForceArg = False,
     **reading: Reading,
 ) -> None:
     """Make a model as small or fast as a limit on its loss allows: the command decides how.
@@ -59,13 +59,13 @@ def compress(
 
 @command("jobs:quantize", results.quantize)
 def quantize(
-    source: Model,
-    recipe: Recipe,
-    out: Out,
-    data: Data | None = None,
-    samples: Samples = 128,
-    seed: Seed = 0,
-    force: Force = False,
+    source: ModelArg,
+    recipe: RecipeArg,
+    out: OutArg,
+    data: DataArg | None = None,
+    samples: SamplesArg = 128,
+    seed: SeedArg = 0,
+    force: ForceArg = False,
     **reading: Reading,
 ) -> None:
     """Quantize a model by a recipe and write it packed: the file is really smaller."""
@@ -73,17 +73,17 @@ def quantize(
 
 @command("jobs:ptq", results.ptq)
 def ptq(
-    source: Model,
-    data: Data,
-    recipe: Recipe,
-    out: Out,
+    source: ModelArg,
+    data: DataArg,
+    recipe: RecipeArg,
+    out: OutArg,
     method: Annotated[
         str, Option("How scales and weights are found; module:name of your own.", ("--method", "-m"))
     ] = "bittern",
     mixed: Mixed | None = None,
-    samples: Samples = 128,
-    seed: Seed = 0,
-    force: Force = False,
+    samples: SamplesArg = 128,
+    seed: SeedArg = 0,
+    force: ForceArg = False,
     **reading: Reading,
 ) -> None:
     """Quantize after training: search for the scales that lose least, on a few samples of data.
@@ -94,10 +94,10 @@ def ptq(
 
 @command("jobs:qat", results.qat)
 def qat(
-    source: Model,
-    data: Data,
-    recipe: Recipe,
-    out: Out,
+    source: ModelArg,
+    data: DataArg,
+    recipe: RecipeArg,
+    out: OutArg,
     distill: Distill,
     training: Training,
     intervention: Intervention | None = None,
@@ -108,7 +108,7 @@ def qat(
     student: Annotated[str, Option("Float model that the student starts from.")] | None = None,
     samples: Annotated[int, Option("Samples for static scales of activations.", least=1)] = 128,
     resume: Annotated[bool, Option("Go on from the last checkpoint of the same run.")] = False,
-    force: Force = False,
+    force: ForceArg = False,
     **reading: Reading,
 ) -> None:
     """Train a quantized student with a float teacher, down to ternary weights, and write it packed.
@@ -119,8 +119,8 @@ def qat(
 
 @command("jobs:evaluate", results.evaluate)
 def evaluate(
-    source: Model,
-    data: Data,
+    source: ModelArg,
+    data: DataArg,
     against: Annotated[str, Option("Another model to compare outputs with.")] | None = None,
     kernels: Annotated[
         bool, Option("Multiply in integers; without, a packed model gives the simulated one's bits.")
@@ -132,7 +132,7 @@ def evaluate(
 
 @command("deploy.store:inspect", results.inspect)
 def inspect(
-    path: Model,
+    path: ModelArg,
     verify: Annotated[
         bool, Option("Run the model too, and compare with outputs that were kept when it was saved.")
     ] = False,
@@ -144,14 +144,14 @@ def inspect(
 def analyze(
     student: Annotated[str, Option("Folder of a packed or simulated model.", ("STUDENT",))],
     teacher: Annotated[str, Option("Folder of the float model that it was made from.")],
-    data: Data,
+    data: DataArg,
     out: Annotated[Path, Option("Folder for the report.", ("--out", "-o"))],
     against: Annotated[str, Option("Another student of this teacher, shown beside it.")] | None = None,
     samples: Annotated[int, Option("Samples of the test data, drawn at random.", least=3)] = 128,
     subset: Annotated[int, Option("How many of them serve what runs the model many times.", ("--few",), least=1)] = 32,
     curvature: Annotated[Curvature, Option("Hessian and loss surface too; takes long on large models.")] | None = None,
     seed: Annotated[int, Option("Seed of the draw and of random directions.")] = 0,
-    force: Force = False,
+    force: ForceArg = False,
     **reading: Reading,
 ) -> None:
     """Show what quantization did to a model: a report by layer and head, in one HTML file.
@@ -162,7 +162,7 @@ def analyze(
 
 @command("deploy.onnx.export:export", results.export)
 def export(
-    source: Model,
+    source: ModelArg,
     out: Annotated[Path, Option("A folder, or a file that ends in .onnx.", ("--out", "-o"))],
     to: Annotated[str, Option("The format to write: onnx, or module:name of a function that writes one.")] = "onnx",
     form: Annotated[
@@ -173,7 +173,7 @@ def export(
     data: Annotated[str, Option(f"To check the file on. {DATA_HELP} Made up by default.")] | None = None,
     samples: Annotated[int, Option("Samples to check the file on.", least=1)] = 64,
     seed: Annotated[int, Option("Of the samples.")] = 0,
-    force: Force = False,
+    force: ForceArg = False,
     **reading: Reading,
 ) -> None:
     """Write a model for another runtime, run the file and compare it with the simulated model."""
@@ -181,7 +181,7 @@ def export(
 
 @command("deploy.bench:bench", results.bench)
 def bench(
-    path: Model,
+    path: ModelArg,
     against: Annotated[str, Option("The float model; by default the one it was made from.")] | None = None,
     batch_size: Annotated[int, Option(BATCH_SIZE, least=1)] = 1,
     length: Annotated[int, Option("Tokens of each text.", least=1)] = 128,

@@ -29,7 +29,7 @@ def split(text: str, name: str = "") -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def read_numbers(text: str, name: str) -> tuple[int, ...]:
+def parse_numbers(text: str, name: str) -> tuple[int, ...]:
     """Whole numbers separated by commas."""
     try:
         return tuple(map(int, split(text)))
@@ -37,7 +37,7 @@ def read_numbers(text: str, name: str) -> tuple[int, ...]:
         raise InputError(f"{name} is {text!r}; expected whole numbers separated by commas") from None
 
 
-def read_mapping(text: str, name: str) -> dict[int, int]:
+def parse_mapping(text: str, name: str) -> dict[int, int]:
     """Pairs of whole numbers, such as 0:1,1:3."""
     pairs = [part.split(":") for part in split(text)]
     if not all(len(pair) == 2 and all(number.strip().isdigit() for number in pair) for pair in pairs):
@@ -45,7 +45,7 @@ def read_mapping(text: str, name: str) -> dict[int, int]:
     return {int(mine): int(theirs) for mine, theirs in pairs}
 
 
-def read_labels(text: str, name: str) -> dict[str, str] | str:
+def parse_labels(text: str, name: str) -> dict[str, str] | str:
     """The word order, or pairs such as good=positive,bad=0."""
     pairs = [part.partition("=") for part in split(text)]
     if text != "order" and not all(own and target for own, _, target in pairs):
@@ -55,7 +55,7 @@ def read_labels(text: str, name: str) -> dict[str, str] | str:
     return text if text == "order" else {own.strip(): target.strip() for own, _, target in pairs}
 
 
-def read_settings(options: list[str], name: str) -> dict[str, Any]:
+def parse_settings(options: list[str], name: str) -> dict[str, Any]:
     """NAME=VALUE options, values read as YAML."""
     found = {}
     for option in options:
@@ -69,12 +69,12 @@ def read_settings(options: list[str], name: str) -> dict[str, Any]:
     return found
 
 
-READERS: dict[Any, Callable[[Any, str], Any]] = {  # of types that are not written as one number or word
-    tuple[int, ...]: read_numbers,
-    Mapping[int, int]: read_mapping,
+PARSERS: dict[Any, Callable[[Any, str], Any]] = {  # of types that are not written as one number or word
+    tuple[int, ...]: parse_numbers,
+    Mapping[int, int]: parse_mapping,
     Mapping[str, float]: lambda text, name: parse_distill(text).terms,
-    Mapping[str, str]: read_labels,
-    Mapping[str, Any]: read_settings,
+    Mapping[str, str]: parse_labels,
+    Mapping[str, Any]: parse_settings,
     Sequence[str]: split,
 }
 
@@ -141,7 +141,7 @@ def unwrap(hint: Any) -> tuple[Any, Option | None]:
 def typer_parameter(entry: Entry) -> inspect.Parameter:
     """Make the parameter that typer makes an option of."""
     _, _, kind, default, (help, _, least) = entry
-    if kind in READERS:
+    if kind in PARSERS:
         text = next((n for n, terms in RECIPES.items() if terms == default), "") or ",".join(map(str, default or ()))
         kind, default = list[str] if kind == Mapping[str, Any] else str, text or None
     elif get_origin(kind) is Literal:  # the job tells which there are
@@ -161,7 +161,7 @@ def job_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dic
     known, values = list(entries(function)), defaultdict[str, dict[str, Any]](dict)
     for entry in known:
         if (value := given[entry.key]) is not None:
-            read = READERS.get(entry.kind)
+            read = PARSERS.get(entry.kind)
             values[entry.group][entry.name] = read(value, entry.name) if read else value
     arguments = values.pop("")
     hints = get_type_hints(function)

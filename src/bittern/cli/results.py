@@ -6,9 +6,11 @@ import re
 from collections import Counter
 from typing import Any
 
-from bittern.show import megabytes, print_table, say, warn
+from bittern.options import LAYER_TYPES
+from bittern.progress import megabytes
+from bittern.show import print_table, say, warn
 
-Result = dict[str, Any]
+Facts = dict[str, Any]
 
 
 def wrote(out: str) -> None:
@@ -16,9 +18,9 @@ def wrote(out: str) -> None:
     say(f"Wrote {out}. Next: ", (f"bittern inspect {out}", "bold"))
 
 
-def kept(modules: list[Result]) -> str:
+def kept(modules: list[Facts]) -> str:
     """Layers by name, if few; what has no weight matrix, such as norms, by type and count."""
-    layers = [m["name"] for m in modules if m["type"] in ("Linear", "Conv2d", "Embedding", "Conv1D", "ExpertsLinear")]
+    layers = [module["name"] for module in modules if module["type"] in LAYER_TYPES]
     others = Counter(m["type"] for m in modules if m["name"] not in layers)
     named = layers[:6] + ([f"{len(layers) - 6} more layers"] if len(layers) > 6 else [])
     return ", ".join(named + [f"{count} {kind}" for kind, count in others.items()]) or "nothing"
@@ -32,7 +34,7 @@ def of_blocks(name: str) -> str:
 # ---- commands that make a smaller model
 
 
-def compress(result: Result) -> None:
+def compress(result: Facts) -> None:
     rows = [("", "float", f"{result['float']:.4f}", "", megabytes(result["float_bytes"]), "", "")]
     for row in result["rows"]:
         mark = "→" if row["rung"] == result["chosen"] else "" if row["within"] else "✗"
@@ -52,7 +54,7 @@ def compress(result: Result) -> None:
     wrote(result["out"])
 
 
-def demo(result: Result) -> None:
+def demo(result: Facts) -> None:
     from bittern.demo import DEMOS
 
     for name, rows in result.items():
@@ -81,7 +83,7 @@ def demo(result: Result) -> None:
     )
 
 
-def sizes_and_metrics(result: Result, how: str = "") -> None:
+def sizes_and_metrics(result: Facts, how: str = "") -> None:
     """Float against packed."""
     rows = [
         ("size", megabytes(result["float_bytes"]), megabytes(result["file"])),
@@ -98,13 +100,13 @@ def sizes_and_metrics(result: Result, how: str = "") -> None:
         say((judged["text"], "" if judged["level"] == "kept" else "bold yellow"))
 
 
-def modules(result: Result) -> None:
+def modules(result: Facts) -> None:
     """What was quantized and what was not."""
     say(f"{result['quantized']} modules quantized; kept float: {kept(result['kept_float'])}")
     say("; ".join(result["notes"]))
 
 
-def quantize(result: Result) -> None:
+def quantize(result: Facts) -> None:
     sizes_and_metrics(result)
     modules(result)
     if "packed" not in result:
@@ -113,7 +115,7 @@ def quantize(result: Result) -> None:
     wrote(result["out"])
 
 
-def ptq(result: Result) -> None:
+def ptq(result: Facts) -> None:
     found = result["ptq"]
     say(result["what"])
     losses(found["solved"])
@@ -129,9 +131,9 @@ def ptq(result: Result) -> None:
     wrote(result["out"])
 
 
-def losses(solved: list[Result]) -> None:
+def losses(solved: list[Facts]) -> None:
     """1 - similarity of outputs before and after, the same part of all blocks in one row."""
-    groups: dict[str, list[Result]] = {}
+    groups: dict[str, list[Facts]] = {}
     for entry in solved:
         groups.setdefault(of_blocks(entry["name"]), []).append(entry)
     rows = []
@@ -143,7 +145,7 @@ def losses(solved: list[Result]) -> None:
     print_table(("layer or product", "count", "before", "after", "worst", "rounds"), rows, title)
 
 
-def qat(result: Result) -> None:
+def qat(result: Facts) -> None:
     run = result["qat"]
     kept_step = f"step {run['best_step']}" if run["best_step"] else "the last step"
     say(
@@ -157,7 +159,7 @@ def qat(result: Result) -> None:
     wrote(result["out"])
 
 
-def intervened(phases: list[Result], baseline: Result | None) -> str:
+def intervened(phases: list[Facts], baseline: Facts | None) -> str:
     """Tell what the teacher did when, and how many steps that saved against a run without it, if one is known."""
     *acts, alone = phases
     spans = ", ".join(f"{act['name']} in steps {act['from'] + 1} to {act['to']}" for act in acts)
@@ -175,13 +177,13 @@ def intervened(phases: list[Result], baseline: Result | None) -> str:
 # ---- commands that look
 
 
-def evaluate(result: Result) -> None:
+def evaluate(result: Facts) -> None:
     for name, value in result.items():
         shown = megabytes(value) if name in ("file", "float32") else value
         say(f"{name.replace('_', ' '):16} " + (f"{shown:.4f}" if isinstance(shown, float) else str(shown)))
 
 
-def inspect(result: Result) -> None:
+def inspect(result: Facts) -> None:
     recipe = f" by {result['recipe']}" if result["recipe"] else ""
     say(
         f"{result['model']}, {result['state']}{recipe}: {megabytes(result['file'])} on disk "
@@ -204,7 +206,7 @@ def inspect(result: Result) -> None:
     say(f"kept float: {kept(result['kept_float'])}; {total:,} parameters in all")
 
 
-def analyze(result: Result) -> None:
+def analyze(result: Facts) -> None:
     for model in result["students"]:
         if model["verdict"]:
             say(f"{model['name']}: {model['verdict']['text']}")
@@ -217,7 +219,7 @@ def analyze(result: Result) -> None:
 
 # ---- commands for models in use
 
-KINDS = {
+FORMS = {
     "static": "multiplied as bytes, static ranges of inputs",
     "dynamic": "multiplied as bytes, ranges of inputs found at run time",
     "nbits": "MatMulNBits, codes packed",
@@ -228,11 +230,11 @@ KINDS = {
 }
 
 
-def export(result: Result) -> None:
+def export(result: Facts) -> None:
     if "layers" not in result:
         return say(f"Wrote {result['out']} by {result['to']}, {megabytes(result['bytes'])}")
     for kind, count in result["layers"].items():
-        say(f"{count:4} layers: {KINDS[kind]}")
+        say(f"{count:4} layers: {FORMS[kind]}")
     nodes = ", ".join(f"{count} {kind}" for kind, count in result["float_nodes"].items())
     say(f"in float: {kept(result['kept_float'])}; of all operators {nodes}")
     if result["may_saturate"]:
@@ -253,7 +255,7 @@ def export(result: Result) -> None:
     say(f"Wrote {result['out']}, {megabytes(result['bytes'])}")
 
 
-def bench(result: Result) -> None:
+def bench(result: Facts) -> None:
     rows = [
         (
             name,

@@ -9,10 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bittern.errors import InputError
+from bittern.errors import InputError, listed
 from bittern.options import Labels
-
-SHOWN = 10  # names in an error
 
 
 def plain(name: object) -> str:
@@ -30,11 +28,6 @@ def class_names(model: PreTrainedModel) -> dict[int, str]:
 
 def _generic(names: Mapping[int, str]) -> bool:
     return all(plain(name) == f"label {i}" for i, name in names.items())
-
-
-def listed(names: Sequence[object]) -> str:
-    """Return the first names, for an error."""
-    return ", ".join(map(str, names[:SHOWN])) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def match_classes(

@@ -19,7 +19,7 @@ from bittern.data import tables
 from bittern.data.batches import Data
 from bittern.data.detection import pycocotools, read_scenes
 from bittern.data.images import bad_images, image_collate, image_mode, image_processor
-from bittern.data.labels import class_names, listed, match_classes
+from bittern.data.labels import class_names, match_classes
 from bittern.data.pooling import read_pooling
 from bittern.data.splits import Split, split_files, split_folder, visible_files
 from bittern.data.tasks import expected_inputs, task_of
@@ -34,11 +34,11 @@ from bittern.data.texts import (
     warn_of_cuts,
 )
 from bittern.data.tokens import answer_rows, masked_rows, tag_rows, token_collate
-from bittern.errors import InputError, need, one_line
+from bittern.errors import InputError, listed, need, one_line
 from bittern.options import Reading
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-BLOCK = 512  # tokens of a language model's block, by default
+BLOCK_TOKENS = 512  # tokens of a language model's block, by default
 
 
 @cache
@@ -136,7 +136,7 @@ def _texts(ask: _Request, table: Any) -> Data:
     tokenizer = padding_tokenizer(ask.processor_path, model, words)
     limit = text_limit(model, tokenizer, ask.reading.max_length)
     if task == "next":
-        length = limit if ask.reading.max_length else min(limit, BLOCK)
+        length = limit if ask.reading.max_length else min(limit, BLOCK_TOKENS)
         return ask.data(blocks([" ".join(row) for row in texts], tokenizer, length), collate=stack_blocks)
     if task == "embedding" and (prompt := read_pooling(model).prompt):
         texts = [(prompt + first, *rest) for first, *rest in texts]

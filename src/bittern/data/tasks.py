@@ -23,7 +23,7 @@ HEADS: dict[str, Task] = {
     "QuestionAnswering": "answers",
     "MaskedLM": "masked",
 }
-SERVED = (
+SERVED_TASKS = (
     "classifiers of texts and images, with one label or several, regressions, token classification, question "
     "answering, masked and causal language models, detectors, and encoders without a head"
 )
@@ -56,8 +56,8 @@ def check_served(model: PreTrainedModel) -> None:
     """Raise InputError unless evaluation serves the model."""
     if task_of(model) is None:
         raise InputError(
-            f"{type(model).__name__} cannot be evaluated, which serves {SERVED}; to quantize it, give data without a "
-            "validation or test part"
+            f"{type(model).__name__} cannot be evaluated, which serves {SERVED_TASKS}; to quantize it, give data "
+            "without a validation or test part"
         )
 
 

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from bittern.data.texts import Collate
 
-Row = dict[str, Any]
+Tokenized = dict[str, Any]
 TARGETS = ("labels", "start_positions", "end_positions")
 LONGEST_ANSWER = 30  # tokens
 
 
 def tag_rows(
     texts: Sequence[Any], tags: Sequence[Sequence[int]] | None, tokenizer: Any, limit: int, words: bool
-) -> list[Row]:
+) -> list[Tokenized]:
     """Tokenize texts, or lists of words. tags: class of each word, which its first token gets."""
     found = tokenizer(list(texts), is_split_into_words=words, truncation=True, max_length=limit)
     rows = _rows(found)
@@ -37,7 +37,7 @@ def tag_rows(
 
 def answer_rows(
     texts: Sequence[tuple[str, ...]], answers: Sequence[Any] | None, tokenizer: Any, limit: int
-) -> list[Row]:
+) -> list[Tokenized]:
     """Tokenize questions and their contexts. answers: of SQuAD, `text` and `answer_start`; none has the span (0, 0)."""
     found = tokenizer(
         *map(list, zip(*texts, strict=True)), truncation=True, max_length=limit, return_offsets_mapping=True
@@ -61,7 +61,7 @@ def answer_rows(
     return rows
 
 
-def masked_rows(texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, share: float = 0.15) -> list[Row]:
+def masked_rows(texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, share: float = 0.15) -> list[Tokenized]:
     """Tokenize texts and mask a share of the tokens, at least one, always the same; texts without any are left out."""
     found = tokenizer(
         *map(list, zip(*texts, strict=True)), truncation=True, max_length=limit, return_special_tokens_mask=True
@@ -78,14 +78,14 @@ def masked_rows(texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, sh
     return [row for row in rows if set(row["labels"]) != {-100}]
 
 
-def _rows(found: Any) -> list[Row]:
+def _rows(found: Any) -> list[Tokenized]:
     return [{name: list(values[i]) for name, values in found.items()} for i in range(len(found["input_ids"]))]
 
 
 def token_collate(tokenizer: Any) -> Collate:
     """Return a function that makes padded batches of rows, with their labels."""
 
-    def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
+    def collate(rows: Sequence[Tokenized]) -> dict[str, Tensor]:
         inputs = [{name: row[name] for name in tokenizer.model_input_names if name in row} for row in rows]
         batch = dict(tokenizer.pad(inputs, padding_side="right", return_tensors="pt"))
         width = batch["input_ids"].shape[1]
@@ -114,7 +114,7 @@ def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:
     return found
 
 
-def tag_scores(rows: Sequence[Row], logits: Tensor, names: Mapping[int, str]) -> dict[str, float]:
+def tag_scores(rows: Sequence[Tokenized], logits: Tensor, names: Mapping[int, str]) -> dict[str, float]:
     """Return accuracy of words by logits (tokens, classes), and, of tags such as B-PER, F1 of whole entities over all
     texts (as seqeval's micro average)."""
     hits, total, same = 0, 0, []
@@ -129,7 +129,7 @@ def tag_scores(rows: Sequence[Row], logits: Tensor, names: Mapping[int, str]) ->
     return found
 
 
-def best_spans(rows: Sequence[Row], logits: Tensor) -> list[tuple[int, int]]:
+def best_spans(rows: Sequence[Tokenized], logits: Tensor) -> list[tuple[int, int]]:
     """Return first and last token of the likeliest answer to each question, by logits of start and end (tokens, 2); (0,
     0) is none, if the data has such questions."""
     empty, found = any(not row.get("answers", True) for row in rows), []
@@ -142,7 +142,7 @@ def best_spans(rows: Sequence[Row], logits: Tensor) -> list[tuple[int, int]]:
     return found
 
 
-def answer_scores(rows: Sequence[Row], logits: Tensor) -> dict[str, float]:
+def answer_scores(rows: Sequence[Tokenized], logits: Tensor) -> dict[str, float]:
     """Return F1 of words and the share of exact matches, each with the best of several right answers, as for SQuAD."""
     scores = []
     for row, (first, last) in zip(rows, best_spans(rows, logits), strict=True):

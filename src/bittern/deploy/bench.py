@@ -30,8 +30,8 @@ from bittern.recipe import Rule
 
 OURS, FLOAT = "bittern", "torch float32"
 
-Call = Callable[[], object]
-Engines = Callable[[PreTrainedModel, Mapping[str, Tensor]], Mapping[str, Call]]
+Work = Callable[[], object]
+Engines = Callable[[PreTrainedModel, Mapping[str, Tensor]], Mapping[str, Work]]
 
 
 def bench(
@@ -56,7 +56,7 @@ def bench(
     other = load(_source(Path(path)) if against is None else against)
     batch = sample_batch(other, batch_size, length)
     with using_threads(threads), torch.no_grad():
-        contenders: dict[str, Call] = {OURS: lambda: model(**batch), FLOAT: lambda: other(**batch)}
+        contenders: dict[str, Work] = {OURS: lambda: model(**batch), FLOAT: lambda: other(**batch)}
         contenders |= engines(other, batch) if engines else {}
         times = alternate(contenders, rounds)
         out, with_kernels = model(**batch), native.available()
@@ -88,7 +88,7 @@ def bench(
     }
 
 
-def alternate(contenders: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
+def alternate(contenders: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
     """Call contenders in turn and return the seconds of each in each round, after one call that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for call in contenders.values():

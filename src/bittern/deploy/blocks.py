@@ -31,7 +31,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from bittern import attention, kernels, native
 from bittern.deploy.packed import PackedLayer
 from bittern.deploy.weight import PackedWeight
-from bittern.native.block import PARTS, Block, Layer, Norm, run_blocks
+from bittern.native.block import LAYER_NAMES, KernelBlock, KernelLayer, KernelNorm, run_blocks
 from bittern.quantizers import FakeQuant
 from bittern.recipe import OPERANDS
 
@@ -130,13 +130,13 @@ class Guard:
 
 
 @dataclass(eq=False)
-class Plan:
+class FusedCall:
     """A block on the kernels when it is called in one way. `x` and `mask` name these arguments."""
 
-    whole: Block
+    whole: KernelBlock
     x: Any
     mask: Any
-    following: Plan | None = None  # of the block that was last seen to run on what this one gave
+    following: FusedCall | None = None  # of the block that was last seen to run on what this one gave
 
     def run(self, call: Arguments) -> Tensor | None:
         """The block's output, made now or ready before; None where the kernels do not serve."""
@@ -172,15 +172,15 @@ AHEAD_BYTES = 2 << 20
 class _Ready(NamedTuple):
     """An output that waits for its block to be called, and what the block must then be given, unchanged."""
 
-    before: Plan
-    plan: Plan
+    before: FusedCall
+    plan: FusedCall
     x: Tensor
     version: int
     mask: Tensor | None
     seen: int | Tensor | None  # the mask's version, or a copy if PyTorch does not count its changes
     out: Tensor
 
-    def serves(self, plan: Plan, x: Tensor, mask: Tensor | None) -> bool:
+    def serves(self, plan: FusedCall, x: Tensor, mask: Tensor | None) -> bool:
         same = plan is self.plan and x is self.x and x._version == self.version and mask is self.mask
         if isinstance(self.seen, Tensor):
             return same and torch.equal(mask, self.seen)  # type: ignore[arg-type]
@@ -189,7 +189,7 @@ class _Ready(NamedTuple):
 
 class _Thread(threading.local):
     ahead: list[_Ready] = []
-    last: tuple[ref[Plan], ref[Tensor], int] | None = None  # what ran last, what it gave, and with which mask
+    last: tuple[ref[FusedCall], ref[Tensor], int] | None = None  # what ran last, what it gave, and with which mask
 
 
 _thread = _Thread()
@@ -197,11 +197,11 @@ _making = threading.RLock()  # one thread at a time hooks the parts of a block, 
 Arguments = Mapping[Any, Any]  # of a call of a block, by place or name
 
 
-class _Plans(dict[Any, tuple[Guard, Plan | None]]):
+class _FusedCalls(dict[Any, tuple[Guard, FusedCall | None]]):
     """The plans of a block by the way it is called, and when each holds. Copies are empty: plans hold addresses."""
 
-    def __reduce__(self) -> tuple[type[_Plans], tuple[()]]:
-        return _Plans, ()
+    def __reduce__(self) -> tuple[type[_FusedCalls], tuple[()]]:
+        return _FusedCalls, ()
 
 
 class _Fused(nn.Module):
@@ -231,7 +231,7 @@ def _serves(block: nn.Module, call: Arguments) -> bool:
 
 def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
     """The block's output by its plan, or as it is written if that is still to be made; None if there is none."""
-    plans: _Plans = block.__dict__.setdefault("_plans", _Plans())
+    plans: _FusedCalls = block.__dict__.setdefault("_plans", _FusedCalls())
     way = tuple([(key, "tensor" if isinstance(value, Tensor) else value) for key, value in call.items()])
     if any(not isinstance(value, bool | int | float | str | None) for _, value in way):
         return None  # something else that could matter, as a cache of keys
@@ -254,7 +254,7 @@ def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
     return out
 
 
-def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], Any]) -> tuple[Any, Plan | None]:
+def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], Any]) -> tuple[Any, FusedCall | None]:
     """What the block gives as it is written, and how the kernels may run it instead: they gave the same bits."""
     hooked = [table for m in list(block.modules())[1:] for table in (m._forward_hooks, m._forward_pre_hooks)]
     hooks = list(chain.from_iterable(table.values() for table in hooked))
@@ -281,7 +281,7 @@ def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], 
     return out, plan if found is not None and found.shape == out.shape and torch.equal(found, out) else None
 
 
-def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> Plan:
+def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> FusedCall:
     """The block in one piece, by what ran in parts. Raises ValueError if the kernels have no such block."""
     order = "".join(kind for kind, _ in ran)
     if order not in ORDERS:
@@ -293,9 +293,9 @@ def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> Plan:
     inputs = [name for name in tensors if name not in masks[:1]]
     if len(inputs) != 1 or (mask is not None and not masks):
         raise ValueError("the mask is none of the arguments, or an argument is neither input nor mask")
-    block = Block(
-        {part: _layer(module) for part, module in zip(PARTS, layers, strict=True)},
-        tuple(Norm(norm.weight, norm.bias, norm.eps) for norm in norms),  # type: ignore[arg-type]
+    block = KernelBlock(
+        {part: _layer(module) for part, module in zip(LAYER_NAMES, layers, strict=True)},
+        tuple(KernelNorm(norm.weight, norm.bias, norm.eps) for norm in norms),  # type: ignore[arg-type]
         {operand: kernels.input_coding(parts.site.quantizer(operand)) for operand in OPERANDS},  # type: ignore[misc]
         pre_norm=ORDERS[order],
         activation=activation[0].activation,
@@ -303,11 +303,11 @@ def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> Plan:
         key_heads=key.shape[1],
         scaling=scaling,
     )
-    return Plan(block, inputs[0], masks[0] if masks else None)
+    return FusedCall(block, inputs[0], masks[0] if masks else None)
 
 
-def _layer(module: Any) -> Layer:
+def _layer(module: Any) -> KernelLayer:
     panels, coding = module.panels(), kernels.input_coding(module.input_quantizer)
     if panels is None or coding is None:
         raise ValueError("the kernels do not serve the formats of this layer")
-    return Layer(panels, module.padded_bias(panels), coding)
+    return KernelLayer(panels, module.padded_bias(panels), coding)

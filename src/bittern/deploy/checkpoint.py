@@ -69,7 +69,7 @@ class BitternConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.format_version, self.bittern_version = format_version, bittern_version or version("bittern")
         self.state, self.recipe, self.formats = state, recipe, formats or []
-        check_version(format_version, self.bittern_version)
+        check_format_version(format_version, self.bittern_version)
         if unknown or state not in ("packed", "simulated"):
             given = f"unknown entries {sorted(unknown)}" if unknown else f"state {state!r}"
             raise CheckpointError(f"config.json: quantization_config has {given}; the file is damaged or foreign")
@@ -85,7 +85,7 @@ class BitternConfig(QuantizationConfigMixin):
             ) from None
 
 
-def check_version(given: Any, written_by: Any) -> None:
+def check_format_version(given: Any, written_by: Any) -> None:
     """Raises CheckpointError for a format version that this Bittern cannot read."""
     if not isinstance(given, int) or isinstance(given, bool) or given < 1:
         raise CheckpointError(f"config.json: format_version {given!r} is no version; the file is damaged or foreign")
@@ -115,7 +115,7 @@ def open_checked(files: list[Path]) -> tuple[dict[str, Any], dict[str, Any]]:
             raise CheckpointError(f"{file.name} has no Bittern checksums; it was not written by Bittern, or is damaged")
         try:
             checks = json.loads(text)
-            check_version(checks["format_version"], "a newer version")
+            check_format_version(checks["format_version"], "a newer version")
             config = str(checks["config"])
             checks["tensors"] = list(checks["tensors"])
         except (ValueError, KeyError, TypeError, RecursionError):

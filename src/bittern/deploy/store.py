@@ -19,14 +19,13 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import AutoConfig, PreTrainedModel
 
 from bittern import native
-from bittern.data.labels import listed
 from bittern.deploy import probe
 from bittern.deploy.checkpoint import METHOD, BitternConfig, is_packed, mark, open_checked
 from bittern.deploy.companions import REPORT, copy_companions, folder_of, source_of, warn_of_missing, write_card
 from bittern.deploy.files import atomic_folder, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer
 from bittern.dry_run import check_merged, check_model
-from bittern.errors import CheckpointError, InputError, ModelError, first_line, one_line
+from bittern.errors import CheckpointError, InputError, ModelError, first_line, listed, one_line
 from bittern.layers import formats, is_simulated
 from bittern.quantizers import FakeQuant
 

@@ -16,12 +16,12 @@ from bittern.native.library import address, buffer, required
 from bittern.native.products import ACTIVATIONS, Activation, Panels, check_codings, strided_mask, strides
 from bittern.recipe import OPERANDS
 
-Part = Literal["query", "key", "value", "output", "up", "down"]
-PARTS: tuple[Part, ...] = Part.__args__  # type: ignore[attr-defined]
+LayerName = Literal["query", "key", "value", "output", "up", "down"]
+LAYER_NAMES: tuple[LayerName, ...] = LayerName.__args__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
-class Layer:
+class KernelLayer:
     """A linear layer: packed weights, a bias as `padded_bias` gives it, and how its input is quantized."""
 
     panels: Panels
@@ -33,7 +33,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Norm:
+class KernelNorm:
     weight: Tensor
     bias: Tensor
     epsilon: float
@@ -43,7 +43,7 @@ class Norm:
         return c.Norm(weight, bias, self.epsilon)
 
 
-class Block:
+class KernelBlock:
     """Attention and FFN with their norms and residual sums.
 
     pre_norm: attention and FFN each read a norm, and are added to what that read; else each sum is normed. codings: of
@@ -52,8 +52,8 @@ class Block:
 
     def __init__(
         self,
-        layers: Mapping[Part, Layer],
-        norms: tuple[Norm, Norm],
+        layers: Mapping[LayerName, KernelLayer],
+        norms: tuple[KernelNorm, KernelNorm],
         codings: Mapping[str, Coding],
         *,
         pre_norm: bool,
@@ -65,7 +65,7 @@ class Block:
         self.codings, self.activation = codings, activation
         self.layers, self.norms, hidden = layers, norms, layers["query"].panels.inputs
         self.shape = hidden, heads
-        sizes = {part: (layers[part].panels.inputs, layers[part].panels.outputs) for part in PARTS}
+        sizes = {part: (layers[part].panels.inputs, layers[part].panels.outputs) for part in LAYER_NAMES}
         if heads < 1 or key_heads < 1 or heads % key_heads:
             raise ValueError(f"{heads} heads cannot share {key_heads} of keys")
         dim, value_dim = sizes["query"][1] // heads, sizes["value"][1] // key_heads
@@ -82,7 +82,7 @@ class Block:
             raise ValueError(f"layers of sizes {sizes} do not make a block")
         check_codings(codings)
         self._structure = c.Block(
-            *(layers[part].structure() for part in PARTS),
+            *(layers[part].structure() for part in LAYER_NAMES),
             (c.Norm * 2)(*(n.structure(hidden) for n in norms)),
             pre_norm,
             ACTIVATIONS.index(activation),
@@ -96,7 +96,7 @@ class Block:
         self.address = ctypes.addressof(self._structure)
 
 
-def run_blocks(blocks: Sequence[Block], x: Tensor, mask: Tensor | None) -> list[Tensor] | None:
+def run_blocks(blocks: Sequence[KernelBlock], x: Tensor, mask: Tensor | None) -> list[Tensor] | None:
     """Run blocks one after the other on x (batch, tokens, hidden), with an additive mask: the output of each.
 
     None if a value is not finite, or x so large that the parts of a block should run one by one.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bittern.dry_run import evaluating
 from bittern.errors import InputError, ModelError
 from bittern.layers import fake_quants
 from bittern.quantizers import find_scale
@@ -23,19 +24,18 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
     waiting = [q for _, q in fake_quants(model) if q.format.range == "static" and q.scale is None]
     if not waiting:
         return
-    training = model.training
-    model.eval()
     for quantizer in waiting:
         quantizer.observed = []
     try:
         count = 0
-        for batch in batches:
-            model(**batch)
-            count += 1
-            for quantizer in waiting:  # keep one pair: the extremes so far
-                if seen := quantizer.observed:
-                    lows, highs = zip(*seen, strict=True)
-                    quantizer.observed = [(torch.stack(lows).amin(0), torch.stack(highs).amax(0))]
+        with evaluating(model):
+            for batch in batches:
+                model(**batch)
+                count += 1
+                for quantizer in waiting:  # keep one pair: the extremes so far
+                    if seen := quantizer.observed:
+                        lows, highs = zip(*seen, strict=True)
+                        quantizer.observed = [(torch.stack(lows).amin(0), torch.stack(highs).amax(0))]
         if not count:
             raise InputError("calibration got no batches; give at least one")
         scales = []
@@ -51,4 +51,3 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
     finally:
         for quantizer in waiting:
             quantizer.observed = None
-        model.train(training)

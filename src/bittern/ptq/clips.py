@@ -28,20 +28,20 @@ from bittern.quantizers import (
 from bittern.recipe import Format
 
 Scale = tuple[Tensor, Tensor | None]
-CHUNK = 2**15  # values of a unit at a time: they stay in the cache, and no sum is shared between threads
+CHUNK_VALUES = 2**15  # values of a unit at a time: they stay in the cache, and no sum is shared between threads
 HISTOGRAM_BINS = 2**16  # in one histogram of a large unit
 SMALLEST_SHRINK = 0.01  # of the extremes, in the search for the least error
 
 
-def _as_rows(x: Tensor, fmt: Format, name: str) -> tuple[Tensor, Format, tuple[int, ...]]:
+def _as_rows(x: Tensor, fmt: Format) -> tuple[Tensor, Format, tuple[int, ...]]:
     """x as (units, values), the format that has a static scale for each such row, and the shape of the scales."""
     if fmt.kind in ("ternary", "binary"):
-        raise RecipeError(f"{name}: kind {fmt.kind} has no range to clip; use uniform")
+        raise RecipeError(f"kind {fmt.kind} has no range to clip; use uniform")
     if fmt.granularity == "token":
-        raise RecipeError(f"{name}: a static scale cannot be per token, since tokens change; use tensor or head")
+        raise RecipeError("a static scale cannot be per token, since tokens change; use tensor or head")
     if not x.numel():
-        raise ModelError(f"{name} is empty, so it has no range; give at least one value")
-    check_finite(x, name)
+        raise ModelError("a tensor is empty, so it has no range; give at least one value")
+    check_finite(x, "a tensor")
     x = _prepare(x, fmt)
     row = fmt.model_copy(update={"granularity": "row", "group_size": None, "clip": None, "range": "static"})
     if fmt.granularity == "tensor":
@@ -63,14 +63,14 @@ def _shaped(found: Scale, shape: tuple[int, ...]) -> Scale:
 # Percentile
 
 
-def percentile_scale(x: Tensor, fmt: Format, p: float = 0.99999, name: str = "tensor") -> Scale:
+def percentile_scale(x: Tensor, fmt: Format, p: float = 0.99999) -> Scale:
     """Return the scale of the range between the quantiles 1-p and p of each unit (FQN, Li et al. 2019).
 
     Quantiles between two values are interpolated, as numpy's are. A symmetric format takes the larger magnitude.
     """
     if not 0.5 < p <= 1:
         raise RecipeError(f"p must be above 0.5 and at most 1, got {p:g}; 0.99999 is usual")
-    rows, row, shape = _as_rows(x, fmt, name)
+    rows, row, shape = _as_rows(x, fmt)
     return _shaped(_clip(_quantile(rows, 1 - p), _quantile(rows, p), row), shape)
 
 
@@ -87,14 +87,14 @@ def _quantile(rows: Tensor, p: float) -> Tensor:
 # OMSE
 
 
-def omse_scale(x: Tensor, fmt: Format, name: str = "tensor") -> Scale:
+def omse_scale(x: Tensor, fmt: Format) -> Scale:
     """Return the scale of each unit that minimises ‖x − x̂‖² (OMSE, Choukroun et al. 2019), for every kind with a range.
 
     A geometric grid of 64 shrunk ranges from 1 % to all of the extremes (asymmetric: of both ends, then of each), a
     linear one of 32 around the best, then alternation between codes and the scale that fits them best, from the three
     best. Large units are searched on a histogram; the last choice, also against the extremes, is made on all values.
     """
-    rows, row, shape = _as_rows(x, fmt, name)
+    rows, row, shape = _as_rows(x, fmt)
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     points, counts, stride = rows, None, 1
     if rows.shape[1] > 4 * HISTOGRAM_BINS:
@@ -136,8 +136,8 @@ def _histogram(rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _parts(points: Tensor, counts: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for i in range(0, points.shape[1], CHUNK):
-        yield points[:, i : i + CHUNK], None if counts is None else counts[:, i : i + CHUNK]
+    for i in range(0, points.shape[1], CHUNK_VALUES):
+        yield points[:, i : i + CHUNK_VALUES], None if counts is None else counts[:, i : i + CHUNK_VALUES]
 
 
 def _total(x: Tensor, counts: Tensor | None) -> Tensor:
@@ -186,7 +186,7 @@ def _optimal_clips(bits: int) -> tuple[float, float]:
     return brentq(normal, 0, 64), brentq(laplace, 0, 64)
 
 
-def aciq_scale(x: Tensor, fmt: Format, name: str = "tensor") -> Scale:
+def aciq_scale(x: Tensor, fmt: Format) -> Scale:
     """Return the scale of the analytic clip (ACIQ, Banner et al. 2019): mean ± α, by the better of two distributions.
 
     They are the normal and the Laplace distribution; no clip is tried too. α is the optimum itself: to the printed
@@ -195,7 +195,7 @@ def aciq_scale(x: Tensor, fmt: Format, name: str = "tensor") -> Scale:
     distribution. Units without negative values, and all of an unsigned format, get the
     α of one bit more and the range from 0 to mean⁺ + α; a symmetric format always has the range ±(|mean| + α).
     """
-    rows, row, shape = _as_rows(x, fmt, name)
+    rows, row, shape = _as_rows(x, fmt)
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     mean = rows.mean(-1, keepdim=True, dtype=torch.float64).float()
     variance, b = torch.zeros_like(mean, dtype=torch.float64), torch.zeros_like(mean, dtype=torch.float64)
@@ -223,13 +223,13 @@ def _least(rows: Tensor, row: Format, found: list[Scale]) -> Scale:
     return scale, torch.stack(offsets).gather(0, choice)[0] if offsets else None
 
 
-def aciq_correct(weight: Tensor, quantized: Tensor, name: str = "weight") -> tuple[Tensor, Tensor, Tensor]:
+def aciq_correct(weight: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return ACIQ's bias correction of each row, gain · (quantized + shift), with its gain and shift, (rows, 1) each.
 
     shift is what quantization took from the mean, gain restores the deviation around it. Codes stay: the scale becomes
     gain · scale, the offset gain · shift.
     """
-    check_finite(weight, name)
+    check_finite(weight, "a weight")
     w, q = weight.double(), quantized.double()
     w_mean, q_mean = w.mean(-1, keepdim=True), q.mean(-1, keepdim=True)
     w_size, q_size = (w - w_mean).norm(dim=-1, keepdim=True), (q - q_mean).norm(dim=-1, keepdim=True)
@@ -241,23 +241,20 @@ def aciq_correct(weight: Tensor, quantized: Tensor, name: str = "weight") -> tup
 # OCS
 
 
-def ocs(
-    weight: Tensor, fmt: Format, ratio: float = 0.02, mse: bool = False, name: str = "weight"
-) -> tuple[Tensor, Tensor, list[int]]:
+def ocs(weight: Tensor, fmt: Format, ratio: float = 0.02) -> tuple[Tensor, Tensor, list[int]]:
     """Split outlier channels (OCS, Zhao et al. 2019); return the weight that results, its scale, and the split inputs.
 
     The input channel of the largest |w| is replaced by two, (w - scale/2)/2 and (w + scale/2)/2, whose codes sum to
     that of w; at most ceil(ratio * columns) times. Both halves see the same input, so they are returned summed: codes
     of split columns reach twice the range, and the result encodes exactly in a format of one bit more. A channel is
     split once: when the largest is already a half, a further split would need a second bit, and splitting stops.
-    The scale is that of the weight with one half in place of each split column: by its extremes, or with `mse` by OMSE.
+    The scale is that of the weight with one half in place of each split column: by its extremes.
     """
     if fmt.kind != "uniform" or fmt.scheme != "symmetric":
-        hint = "use kind: uniform, scheme: symmetric"
-        raise RecipeError(f"{name}: OCS needs a symmetric uniform format, got {fmt}; {hint}")
+        raise RecipeError(f"OCS needs a symmetric uniform format, got {fmt}; use kind: uniform, scheme: symmetric")
     if not 0 <= ratio <= 1:
         raise RecipeError(f"ratio must be 0 to 1, got {ratio:g}; 0.01 to 0.05 is usual")
-    check_finite(weight, name)
+    check_finite(weight, "a weight")
     weight = weight.detach().float() if fmt.clip is None else weight.detach().float().clamp(-fmt.clip, fmt.clip)
     size = weight.abs().amax(0)
     split = size.argsort(descending=True, stable=True)[: math.ceil(ratio * len(size))]
@@ -265,7 +262,7 @@ def ocs(
     pieces = torch.ones_like(size)
     pieces[split] = 2
     halved, plain = weight / pieces, fmt.model_copy(update={"clip": None})
-    scale = (omse_scale if mse else find_scale)(halved, plain, name)[0]
+    scale = find_scale(halved, plain)[0]
     # round(a - 1/4) + round(a + 1/4) = round(2a): the halves of w = 2a * scale clip where twice the range ends.
     low, high = (_units(bound * pieces, plain) for bound in code_range(fmt))
     codes = (_units(weight, plain) / scale).round_().clamp_(low, high).view(weight.shape)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Literal
 
 from torch import Tensor
 
-from bittern.errors import InputError
+from bittern.errors import no_such
 from bittern.options import find_own
-from bittern.ptq import clips, weight_rounding
+from bittern.ptq import clips
 from bittern.ptq.clips import Scale
 from bittern.ptq.search import Space
+from bittern.ptq.weight_rounding import Rounded, adaround, bit_split, compensate
 from bittern.quantizers import code_range, fake_quantize, find_scale
 from bittern.recipe import Format
 
-Clip = Callable[[Tensor, Format], Scale]
-Rounding = Callable[[Tensor, Format, Scale, Tensor, Tensor], tuple[Tensor, Format, Scale]]
+FindScale = Callable[[Tensor, Format], Scale]
+Rounding = Callable[[Tensor, Format, Scale, Tensor, Tensor], Rounded]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Method:
     """
 
     name: str
-    weight_clip: Clip = find_scale
-    activation_clip: Clip = find_scale
+    weight_clip: FindScale = find_scale
+    activation_clip: FindScale = find_scale
     space: Space | None = None
     ranking: float = 0.0
     margin: float = 0.2
@@ -45,41 +45,13 @@ class Method:
     inputs: Literal["parallel", "sequential"] = "parallel"
 
 
-def _unclipped(fmt: Format) -> Format:
-    """A clip is for training: codes that are chosen by their inputs may lie beyond it."""
-    return fmt.model_copy(update={"clip": None})
-
-
-def bit_split(weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor) -> tuple[Tensor, Format, Scale]:
-    """Bit-Split & Stitching: one scale per row, whatever the format had."""
-    fmt = _unclipped(fmt).model_copy(update={"granularity": "row", "group_size": None, "scheme": "symmetric"})
-    values, found = weight_rounding.bit_split(weight, fmt, gram, cross)
-    return values, fmt, (found, None)
-
-
-def adaround(weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor) -> tuple[Tensor, Format, Scale]:
-    """AdaRound: learned rounding."""
-    fmt = _unclipped(fmt)
-    return weight_rounding.adaround(weight, fmt, *scale, gram, cross), fmt, scale
-
-
-def compensate(weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor) -> tuple[Tensor, Format, Scale]:
-    """Each column's rounding error is made up for by the columns after it, in closed form (GPTQ)."""
-    fmt = _unclipped(fmt)
-    return weight_rounding.compensate(weight, fmt, *scale, gram, cross, damp=0.05), fmt, scale
-
-
-def split_outliers(
-    weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor
-) -> tuple[Tensor, Format, Scale]:
+def split_outliers(weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor) -> Rounded:
     """OCS: both halves of a split channel read the same input, so the sum of their codes is stored, in one bit more."""
     values, found, _ = clips.ocs(weight, fmt)
     return values, fmt.model_copy(update={"bits": fmt.bits + 1}), (found, None)
 
 
-def correct_weight(
-    weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor
-) -> tuple[Tensor, Format, Scale]:
+def correct_weight(weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor) -> Rounded:
     """ACIQ's bias correction: mean and deviation of each row are the float ones again."""
     values, gain, shift = clips.aciq_correct(weight, fake_quantize(weight, fmt, *scale))
     low = scale[0] * code_range(fmt)[0] if scale[1] is None else scale[1]
@@ -119,7 +91,5 @@ def find_method(name: str | Method) -> Method:
     if isinstance(method, Method):
         return method
     if name not in METHODS:
-        near = get_close_matches(str(name), METHODS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"no method {name!r}; {hint}there are {', '.join(METHODS)}")
+        raise no_such("method", str(name), METHODS)
     return METHODS[str(name)]

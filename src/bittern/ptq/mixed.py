@@ -155,7 +155,7 @@ def model_outputs(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> lis
     return found
 
 
-def divergence(outputs: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
+def output_divergence(outputs: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
     """Return ‖Ŷ - Y‖²/‖Y‖² of a model's outputs, mean over outputs and batches, without what is infinite in Y."""
     total = 0.0
     for out, other in zip(outputs, changed, strict=True):
@@ -168,7 +168,7 @@ def divergence(outputs: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
 
 
 @dataclass
-class Found:
+class Solution:
     """A unit solved at one width: what changed of its tensors, the formats of its quantizers, and what to report.
 
     With mixed precision, parts: of a block, by module; sensitivity: of each part.

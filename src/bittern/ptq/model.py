@@ -37,14 +37,14 @@ from bittern.ptq.clips import omse_scale
 from bittern.ptq.methods import Method, find_method
 from bittern.ptq.mixed import (
     Choice,
-    Found,
     Part,
+    Solution,
     block_parts,
     check_mixed,
     choose_bits,
-    divergence,
     frontier,
     model_outputs,
+    output_divergence,
     part_of,
     sensitivities,
     weights_of,
@@ -93,7 +93,7 @@ class Result:
 
 
 @dataclass
-class _Run:
+class _State:
     """State that all units of one call share."""
 
     model: PreTrainedModel
@@ -153,13 +153,13 @@ def quantize(
     start = time.perf_counter()
     simulation = simulate(model, recipe, given[0])
     tied = tied_layers(model, simulation.anatomy.roles)
-    run = _Run(model, given, sizes, method, mixed, seed, journal, simulation.anatomy, {*tied, *tied.values()})
+    run = _State(model, given, sizes, method, mixed, seed, journal, simulation.anatomy, {*tied, *tied.values()})
     result = Result(simulation, method, sum(sizes))
     _solve_without_data(model, method)
     run.seconds["embeddings"] = time.perf_counter() - start
     with run.clock("forward"), as_float(model):
         reference = model_outputs(model, given) if mixed is not None else []
-    pending: list[dict[int, Found]] = []  # blocks that wait for their widths
+    pending: list[dict[int, Solution]] = []  # blocks that wait for their widths
     for widths in _stream(run, track):
         *_, last = widths.values()
         result.by_extremes += last.unclear
@@ -207,7 +207,7 @@ def _job(
     }
 
 
-def _stream(run: _Run, track: Track) -> Iterator[dict[int, Found]]:
+def _stream(run: _State, track: Track) -> Iterator[dict[int, Solution]]:
     """Solve unit by unit, in the order in which the model runs them; yield what was found by width (0: the recipe's).
 
     A unit that runs several times is solved once, on the inputs of all its runs, when the last of them comes; in those
@@ -237,7 +237,7 @@ def _stream(run: _Run, track: Track) -> Iterator[dict[int, Found]]:
                 run.forward(calls, in_float=False)
 
 
-def _solve_unit(run: _Run, calls: list[Call], number: int) -> dict[int, Found]:
+def _solve_unit(run: _State, calls: list[Call], number: int) -> dict[int, Solution]:
     """Return what is found for a unit, by width, and set the output of its calls."""
     unit, module = calls[0].unit, calls[0].module
     block = next((b for b in run.anatomy.blocks if b.name == unit), None)
@@ -247,7 +247,7 @@ def _solve_unit(run: _Run, calls: list[Call], number: int) -> dict[int, Found]:
     kept = {bits: run.journal.load(file) for bits, file in files.items()} if run.journal else {}
     if kept and None not in kept.values():
         run.forward(calls, in_float=True)
-        return {bits: Found(unit, part[0], **part[1]) for bits, part in kept.items() if part}
+        return {bits: Solution(unit, part[0], **part[1]) for bits, part in kept.items() if part}
     with run.clock("forward"):
         captured = capture(calls, run.batches, run.sizes, run.seed)
     for group in captured.inputs:
@@ -255,7 +255,7 @@ def _solve_unit(run: _Run, calls: list[Call], number: int) -> dict[int, Found]:
             parts[f"{unit}.{group.norm}"] = part
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     changed: set[str] = set()
-    found: dict[int, Found] = {}
+    found: dict[int, Solution] = {}
     for bits in files:
         for name, parameter in module.named_parameters() if found else ():
             parameter.detach().copy_(before[name])
@@ -269,7 +269,7 @@ def _solve_unit(run: _Run, calls: list[Call], number: int) -> dict[int, Found]:
         changed |= {n for n, p in tensors.items() if not torch.equal(p, before[n])}
         tensors |= {n: b.clone() for n, b in module.named_buffers() if n.endswith((".scale", ".offset"))}
         formats = {n: q.format.model_dump(mode="json", exclude_defaults=True) for n, q in fake_quants(module)}
-        found[bits] = Found(unit, tensors, formats, [asdict(s) for s in solved], captured.unclear, parts, omega)
+        found[bits] = Solution(unit, tensors, formats, [asdict(s) for s in solved], captured.unclear, parts, omega)
     for bits, file in files.items():
         for name in before.keys() - changed:
             del found[bits].tensors[name]
@@ -280,7 +280,7 @@ def _solve_unit(run: _Run, calls: list[Call], number: int) -> dict[int, Found]:
     return found
 
 
-def _solve(run: _Run, unit: str, module: nn.Module, captured: Captured) -> list[Solved]:
+def _solve(run: _State, unit: str, module: nn.Module, captured: Captured) -> list[Solved]:
     layers, sites = unit_layers(unit, module), {m.name: m for m in module.modules() if isinstance(m, Site)}
     solved = []
     for group in captured.inputs:
@@ -293,7 +293,7 @@ def _solve(run: _Run, unit: str, module: nn.Module, captured: Captured) -> list[
 
 
 def _allocate(
-    run: _Run, blocks: Sequence[dict[int, Found]], mixed: Mixed, reference: list[Tensor], result: Result
+    run: _State, blocks: Sequence[dict[int, Solution]], mixed: Mixed, reference: list[Tensor], result: Result
 ) -> None:
     """Choose the bits of each part for the target, and put what was found with them into the model.
 
@@ -303,7 +303,7 @@ def _allocate(
     width = max(bits for bits in mixed.bits if bits <= mixed.target)
     sensitivity: dict[str, dict[int, float]] = {}
     weights: dict[str, int] = {}
-    owners: dict[str, tuple[Part, dict[int, Found]]] = {}
+    owners: dict[str, tuple[Part, dict[int, Solution]]] = {}
     for widths in blocks:
         found = widths[width]
         for part in found.sensitivity:
@@ -326,7 +326,7 @@ def _allocate(
 
     for name, bits in choices.items():
         put(bits)
-        result.divergence[name] = divergence(reference, model_outputs(run.model, run.batches))
+        result.divergence[name] = output_divergence(reference, model_outputs(run.model, run.batches))
     result.bits = choices[min(choices, key=result.divergence.__getitem__)]
     result.solved += put(result.bits)
 

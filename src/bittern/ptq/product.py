@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Objective = Literal["pearson", "cosine", "mse"]
-CHUNK = 1 << 19  # entries of an error that are looked at at once: they stay in the cache
+CHUNK_ENTRIES = 1 << 19  # entries of an error that are looked at at once: they stay in the cache
 
 
 def loss(p: Tensor, q: Tensor, power: Tensor, objective: Objective) -> Tensor:
@@ -61,7 +61,7 @@ class Product:
         return sums.index_add_(0, self.sample.flatten(), rows.double().flatten())
 
     def chunks(self) -> Iterator[slice]:
-        size = max(1, CHUNK // self.out[0].numel())
+        size = max(1, CHUNK_ENTRIES // self.out[0].numel())
         return (slice(i, i + size) for i in range(0, len(self.out), size))
 
     def error(self, left: Tensor, right: Tensor, part: slice | Tensor = slice(None)) -> Tensor:

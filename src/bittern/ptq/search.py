@@ -39,7 +39,7 @@ CROSS_ROWS = 160  # rows on which cross terms are estimated
 SPREAD = 5  # candidates that are scored at once if an estimate leaves out a part of the loss
 RANK = 16  # directions in which errors of rows add up, in estimates
 ROW_CANDIDATES = 8  # for scales per row: those whose estimates come near are scored, for each row its own
-TOLERANCE = 1e-7  # of the loss, by which another candidate may be better than the one that is chosen
+TIE = 1e-7  # of the loss, by which another candidate may be better than the one that is chosen
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Space:
         return torch.linspace(min(self.low, 0.1) if fmt.bits <= 4 else self.low, self.high, self.candidates)
 
 
-def scales(low: Tensor, high: Tensor, fmt: Format, factors: Tensor) -> list[Scale]:
+def candidate_scales(low: Tensor, high: Tensor, fmt: Format, factors: Tensor) -> list[Scale]:
     """Scales and offsets of a format for its extremes times each factor, or times each pair of factors (n, 2)."""
     extremes = torch.stack([low.reshape(()), high.reshape(())]) * factors.view(len(factors), -1)
     scale, offset = find_scale(extremes, fmt.model_copy(update={"granularity": "row"}))
@@ -112,7 +112,7 @@ def choose(
             doubt = 1.5 * max(missed[-8:])
             if len(missed) < 4:
                 doubt = max(8 / len(missed) * max(missed), 2 * max(map(abs, errors)))
-            if likely[candidate] - doubt > best - max(TOLERANCE, slack * best):
+            if likely[candidate] - doubt > best - max(TIE, slack * best):
                 break
         tried[candidate] = exact(candidate)
         missed.append(abs(tried[candidate] - likely[candidate]))
@@ -122,7 +122,7 @@ def choose(
         found = {candidate: exact(candidate) for candidate in beside}
         best = tried[best_one]
         tried |= found
-        if best - min(tried.values()) <= max(TOLERANCE, slack * best):
+        if best - min(tried.values()) <= max(TIE, slack * best):
             return min(tried, key=tried.__getitem__)
 
 

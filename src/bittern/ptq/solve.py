@@ -21,7 +21,7 @@ from bittern.ptq.clips import Scale
 from bittern.ptq.methods import Method
 from bittern.ptq.product import Product
 from bittern.ptq.ranking import ranking_penalty
-from bittern.ptq.search import Penalty, Space, random_rows, scales
+from bittern.ptq.search import Penalty, Space, candidate_scales, random_rows
 from bittern.quantizers import FakeQuant, fake_quantize, find_scale
 
 FOLD_ROWS = 1024  # on which folds are compared
@@ -74,7 +74,7 @@ class Side:
         self.x, self.layer, self.quantized = x, layer, x
         self.space, self.fixed = method.space or Space(), tied or not searchable(quantizer)
         self.shift = 0.0  # sum of what is taken from the outputs
-        self.factor: Tensor | None = None  # of a weight's scales
+        self.factor: Tensor | None = None  # of a weight's candidate_scales
         self.ends: tuple[int, int] | None = None  # the factors of both extremes of activations, among the candidates
         self.scale: Scale = (torch.zeros(()), None)
         if quantizer is not None and self.fixed:
@@ -120,14 +120,14 @@ class Side:
         factors, before, extremes = self.space.factors(self.format).to(self.x.device), self.ends, self.x.aminmax()
         two_ended = self.space.ends and self.format.scheme == "asymmetric" and bool(extremes[0] < 0 < extremes[1])
         if self.ends is None or not two_ended:
-            index = best(scales(*extremes, self.format, factors), self.ends and self.ends[0])
+            index = best(candidate_scales(*extremes, self.format, factors), self.ends and self.ends[0])
             self.ends = index, index
         for end in (1, 0) if two_ended else ():
             pairs = factors[torch.tensor([self.ends] * len(factors), device=factors.device)]  # (candidates, 2)
             pairs[:, end] = factors
-            index = best(scales(*extremes, self.format, pairs), self.ends[end])
+            index = best(candidate_scales(*extremes, self.format, pairs), self.ends[end])
             self.ends = (index, self.ends[1]) if end == 0 else (self.ends[0], index)
-        self.set(scales(*extremes, self.format, factors[list(self.ends)][None])[0])
+        self.set(candidate_scales(*extremes, self.format, factors[list(self.ends)][None])[0])
         return self.ends != before
 
     def search_for(self, left: Side, penalty: Penalty | None) -> bool:

@@ -3,7 +3,8 @@
 Weights W are (rows, columns): O = XWᵀ. Inputs X (samples, columns) appear only in products, so that no cost grows with
 their number: `gram` = X̂ᵀX̂ of the inputs that the layer will see, `cross` = X̂ᵀX of those and the float ones (left
 out: gram). All minimise ‖XWᵀ − X̂Ŵᵀ‖², which is separate for every row, and return Ŵ = code · scale (+ offset) in
-float32: `encode` gives the codes back exactly. Sums and factorizations are in float64; nothing is random.
+float32, in which `encode` finds the codes again, with their format and scale: what `Method.rounding` gives. Sums and
+factorizations are in float64; nothing is random.
 """
 
 from __future__ import annotations
@@ -12,29 +13,33 @@ import torch
 from torch import Tensor
 
 from bittern.errors import ModelError, RecipeError
+from bittern.ptq.clips import Scale
 from bittern.quantizers import _nonzero, _units, check_finite, code_range, decode, find_scale
 from bittern.recipe import Format
 
-BLOCK = 128  # columns whose effect on the others is applied at once, by one matrix product
+Rounded = tuple[Tensor, Format, Scale]  # Ŵ, its format and its scale
+BLOCK_COLUMNS = 128  # columns whose effect on the others is applied at once, by one matrix product
 
 
-def _checked(weight: Tensor, fmt: Format | None, gram: Tensor | None, cross: Tensor | None, name: str) -> Tensor:
+def _checked(weight: Tensor, gram: Tensor | None, cross: Tensor | None) -> Tensor:
     """The weight in float64, after everything that could be wrong."""
-    if fmt is not None and fmt.kind != "uniform":
-        raise RecipeError(f"{name}: codes are chosen by inputs for kind: uniform, got {fmt}")
-    if fmt is not None and fmt.clip is not None:  # an outer code may lie beyond it, and would not survive `encode`
-        raise RecipeError(f"{name}: clip {fmt.clip:g} is for training; leave it out to choose codes by inputs")
     if weight.dim() != 2:
-        raise ModelError(f"{name} has the shape {tuple(weight.shape)}; expected (rows, columns), so flatten it")
+        raise ModelError(f"a weight has the shape {tuple(weight.shape)}; expected (rows, columns), so flatten it")
     columns = weight.shape[1]
-    check_finite(weight, name)
-    for x, what in ((gram, "gram"), (cross, "cross")):
-        if x is None:
-            continue
-        if x.shape != (columns, columns):
-            raise ModelError(f"{what} of {name} has the shape {tuple(x.shape)}; expected ({columns}, {columns})")
-        check_finite(x, f"{what} of {name}")
+    check_finite(weight, "a weight")
+    for x, what in ((gram, "gram of a weight"), (cross, "cross of a weight")):
+        if x is not None and x.shape != (columns, columns):
+            raise ModelError(f"{what} has the shape {tuple(x.shape)}; expected ({columns}, {columns})")
+        if x is not None:
+            check_finite(x, what)
     return weight.detach().double()
+
+
+def _without_clip(fmt: Format, **changes: object) -> Format:
+    """A clip is for training: codes that are chosen by inputs may lie beyond it, and would not survive `encode`."""
+    if fmt.kind != "uniform":
+        raise RecipeError(f"codes are chosen by inputs for kind: uniform, got {fmt}")
+    return fmt.model_copy(update={"clip": None, **changes})
 
 
 def _full(scale: Tensor | None, weight: Tensor, fmt: Format) -> Tensor:
@@ -57,12 +62,12 @@ def output_error(weight: Tensor, quantized: Tensor, gram: Tensor, cross: Tensor 
     return error
 
 
-def ridge(weight: Tensor, gram: Tensor, cross: Tensor, damp: float = 0.01, name: str = "weight") -> Tensor:
+def ridge(weight: Tensor, gram: Tensor, cross: Tensor, damp: float) -> Tensor:
     """Return the float weight that best gives the float outputs from quantized inputs (ERQ, Zhong et al. 2024).
 
     argmin ‖XWᵀ − X̂W*ᵀ‖² + λ‖W* − W‖², with λ = damp · the mean of gram's diagonal.
     """
-    w, gram = _checked(weight, None, gram, cross, name), gram.double()
+    w, gram = _checked(weight, gram, cross), gram.double()
     return (w + torch.cholesky_solve(_drift(w, gram, cross).t(), _factor(gram, damp)).t()).float()
 
 
@@ -83,15 +88,8 @@ def _factor(gram: Tensor, damp: float) -> Tensor:
 
 
 def compensate(
-    weight: Tensor,
-    fmt: Format,
-    scale: Tensor,
-    offset: Tensor | None,
-    gram: Tensor,
-    cross: Tensor | None = None,
-    damp: float = 0.01,
-    name: str = "weight",
-) -> Tensor:
+    weight: Tensor, fmt: Format, scale: Scale, gram: Tensor, cross: Tensor | None = None, damp: float = 0.05
+) -> Rounded:
     """Round each column to its nearest codes; the columns to come make up for its error (GPTQ, Frantar et al. 2023).
 
     Columns of large inputs come first. damp: share of the mean of gram's diagonal that is added to it, which fewer
@@ -103,15 +101,15 @@ def compensate(
 
     >>> x = torch.tensor([[1.0, 0.8], [1.0, 1.0]])  # (samples, columns)
     >>> weight, fmt = torch.tensor([[0.4, 0.4]]), Format(bits=4, granularity="row", range="static")
-    >>> codes = compensate(weight, fmt, torch.tensor([[1.0]]), None, x.T @ x, damp=0)
+    >>> codes, _, _ = compensate(weight, fmt, (torch.tensor([[1.0]]), None), x.T @ x, damp=0)
     >>> codes
     tensor([[0., 1.]])
     >>> [round(float(output_error(weight, w, x.T @ x)), 3) for w in (codes, weight.round())]
     [0.046, 1.158]
     """
-    w = _checked(weight, fmt, gram, cross, name)
+    fmt, w = _without_clip(fmt), _checked(weight, gram, cross)
     if cross is not None:
-        w = ridge(weight, gram, cross, damp, name).double()
+        w = ridge(weight, gram, cross, damp).double()
     places = gram.double().diagonal().argsort(descending=True, stable=True)
     # With H = U Uᵀ, U upper triangular (the Cholesky factor of H back to front), H⁻¹ = RᵀR for R = U⁻¹.
     back = places.flip(0)
@@ -119,19 +117,19 @@ def compensate(
     inverse = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
     low, high = code_range(fmt)
     # Columns of the weight as rows, which are contiguous.
-    rest = (w - _full(offset, weight, fmt)).t()[places]
-    steps = _full(scale, weight, fmt).t()[places]
+    rest = (w - _full(scale[1], weight, fmt)).t()[places]
+    steps = _full(scale[0], weight, fmt).t()[places]
     codes = torch.empty_like(rest)
     pivots = inverse.diagonal().tolist()
-    for i in range(0, len(rest), BLOCK):
-        j = min(i + BLOCK, len(rest))
+    for i in range(0, len(rest), BLOCK_COLUMNS):
+        j = min(i + BLOCK_COLUMNS, len(rest))
         errors = torch.empty_like(rest[i:j])
         for k in range(i, j):
             codes[k] = (rest[k] / steps[k]).round_().clamp_(low, high)
             errors[k - i] = (rest[k] - codes[k] * steps[k]) / pivots[k]
             rest[k + 1 : j].addr_(inverse[k, k + 1 : j], errors[k - i], alpha=-1)
         rest[j:].addmm_(inverse[i:j, j:].t(), errors, alpha=-1)
-    return decode(codes[places.argsort()].t().contiguous(), fmt, scale, offset)
+    return decode(codes[places.argsort()].t().contiguous(), fmt, *scale), fmt, scale
 
 
 # AdaRound
@@ -142,15 +140,13 @@ ZETA, GAMMA = 1.1, -0.1  # the sigmoid is stretched beyond 0 and 1, so that it r
 def adaround(
     weight: Tensor,
     fmt: Format,
-    scale: Tensor,
-    offset: Tensor | None,
+    scale: Scale,
     gram: Tensor,
     cross: Tensor | None = None,
     steps: int = 1000,
     rate: float = 1e-2,
     strength: float = 3.0,
-    name: str = "weight",
-) -> Tensor:
+) -> Rounded:
     """Learn to round each weight down or up, for the whole layer (AdaRound, Nagel et al. 2020, eq. 25 without f).
 
     Minimises ‖XWᵀ − X̂Ŵᵀ‖² + strength · Σ 1 − |2h − 1|^β over h = clip(1.2 σ(V) − 0.1, 0, 1) by Adam, from h = the
@@ -158,10 +154,10 @@ def adaround(
     in units of scale² times the mean of gram's diagonal: `strength` means the same for every layer (the published 0.01
     is 1 to 10 of these). A row that would end worse than with its nearest codes keeps those.
     """
-    w, gram64 = _checked(weight, fmt, gram, cross, name), gram.double()
+    fmt, w, gram64 = _without_clip(fmt), _checked(weight, gram, cross), gram.double()
     low, high = code_range(fmt)
-    unit = _full(scale, weight, fmt)
-    ratios = (w - _full(offset, weight, fmt)) / unit
+    unit = _full(scale[0], weight, fmt)
+    ratios = (w - _full(scale[1], weight, fmt)) / unit
     size = unit.square().mean(-1, keepdim=True).sqrt()  # of the steps of a row
     power = gram64.diagonal().mean().clamp(min=1e-300)
     drift, g = (_drift(w, gram64, cross) / (size * power)).float(), (gram64 / power).float()
@@ -183,9 +179,9 @@ def adaround(
         v.grad = slope * s * (1 - s) * ((h > 0) & (h < 1))
         optimizer.step()
     learned = floor + (v >= 0)
-    found, plain = (decode(codes.clamp_(low, high), fmt, scale, offset) for codes in (learned, nearest))
+    found, plain = (decode(codes.clamp_(low, high), fmt, *scale) for codes in (learned, nearest))
     better = output_error(weight, found, gram, cross) < output_error(weight, plain, gram, cross)
-    return torch.where(better[:, None], found, plain)
+    return torch.where(better[:, None], found, plain), fmt, scale
 
 
 # Bit-Split
@@ -194,23 +190,22 @@ def adaround(
 def bit_split(
     weight: Tensor,
     fmt: Format,
+    _: Scale | None = None,
     gram: Tensor | None = None,
     cross: Tensor | None = None,
     epochs: int = 20,
-    name: str = "weight",
-) -> tuple[Tensor, Tensor]:
+) -> Rounded:
     """Round to sums of ternary bit planes, found one plane at a time (Bit-Split and Stitching, Wang et al. 2020).
 
     w ≈ scale · Σ 2^k B_k with B_k in {-1, 0, 1}, k < bits - 1. First on weights: the best scale for the planes and
     each plane for the others, in turn. Then, with `gram`, the same on outputs, each plane by coordinate descent, from
     the first stage or from the nearest codes by extremes, whichever has the better outputs in a row; both only improve.
-    Returns Ŵ and the scales, (rows, 1), which are its own. Needs a symmetric format per row. (The paper's 100 epochs
-    gain 0.1 % over 20.)
+    Whatever scales the format has, it becomes symmetric, with scales per row, (rows, 1), of the method's own. (The
+    paper's 100 epochs gain 0.1 % over 20.)
     """
-    w = _checked(weight, fmt, gram, cross, name)
-    if fmt.scheme != "symmetric" or fmt.granularity != "row":
-        raise RecipeError(f"{name}: Bit-Split needs scheme: symmetric and granularity: row, got {fmt}")
-    scale = find_scale(weight, fmt, name)[0].double()
+    fmt = _without_clip(fmt, granularity="row", group_size=None, scheme="symmetric")
+    w = _checked(weight, gram, cross)
+    scale = find_scale(weight, fmt)[0].double()
     nearest = (_planes((w / scale).round_(), fmt.bits), scale)
     planes, scale = _split_weights(w, *nearest, epochs)
     if gram is not None:
@@ -218,7 +213,7 @@ def bit_split(
         target = _drift(w, gram, cross) + w @ gram  # W XᵀX̂
         planes, scale = _split_outputs(target, gram, nearest, (planes, scale), epochs)
     scale = _nonzero(scale.float())
-    return decode(_stitch(planes).float(), fmt, scale), scale
+    return decode(_stitch(planes).float(), fmt, scale), fmt, (scale, None)
 
 
 def _planes(codes: Tensor, bits: int) -> Tensor:
@@ -267,8 +262,8 @@ def _split_outputs(
         slope = through * scale - target  # half the gradient
         for k in reversed(range(len(planes))):
             step = scale[0] * 2**k
-            for i in range(0, len(codes), BLOCK):
-                block, plane = slice(i, i + BLOCK), planes[k]
+            for i in range(0, len(codes), BLOCK_COLUMNS):
+                block, plane = slice(i, i + BLOCK_COLUMNS), planes[k]
                 before, local, near = plane[block].clone(), slope[block].clone(), gram[block, block]
                 for n in range(len(local)):
                     curve = step * diagonal[i + n]

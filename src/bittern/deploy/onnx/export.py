@@ -20,7 +20,7 @@ from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.companions import REPORT, copy_companions
 from bittern.deploy.files import atomic_folder, check_output, check_parent, folder_beside, holds_output, sync
 from bittern.deploy.onnx import forms
-from bittern.deploy.onnx.parity import check, compare, complete, made_up, run, run_file
+from bittern.deploy.onnx.parity import check_parity, complete, made_up, measure_parity, run_file, run_model
 from bittern.deploy.packed import PackedLayer
 from bittern.deploy.store import load
 from bittern.errors import InputError, ModelError, one_line
@@ -29,7 +29,7 @@ from bittern.options import find_own, name_own
 from bittern.progress import Track, silent
 from bittern.reader import LAYERS
 
-NEEDED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
+LIBRARIES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
 @holds_output
@@ -62,7 +62,7 @@ def export(
     """
     if to != "onnx":
         return _export_own(source, Path(out), name_own(to), force)
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
+    if missing := [name for name in LIBRARIES if find_spec(name) is None]:
         raise InputError(f"export to ONNX needs {', '.join(missing)}: pip install bittern[onnx]")
     from bittern.deploy.onnx import graph as onnx_graph
 
@@ -74,20 +74,20 @@ def export(
         pack(model)
     batches = _batches(model, source, data, samples, seed, columns)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedLayer)}
-    chosen = {name: forms.choose(layer, form, dynamic) for name, layer in layers.items()}
-    simulated = run(model, track(batches, "simulated"))
+    chosen = {name: forms.choose_form(layer, form, dynamic) for name, layer in layers.items()}
+    simulated = run_model(model, track(batches, "simulated"))
     forms.remove_rounding(model)
-    exact = run(model, track(batches, "exact"))
+    exact = run_model(model, track(batches, "exact"))
     forms.round_inputs(layers, chosen)
-    reference = run(model, track(batches, "reference"))
+    reference = run_model(model, track(batches, "reference"))
     onnx_graph.use_operators(layers, chosen, safe)
     with one_line(ModelError, f"torch.onnx cannot export {type(model).__name__}"):
-        graph = onnx_graph.trace(model, made_up(model, 2), list(simulated))
+        graph = onnx_graph.trace_graph(model, made_up(model, 2), list(simulated))
     onnx_graph.finish(graph, chosen)
     with _written(Path(out), force) as (file, report):
         onnx_graph.save(graph, file)
-        parity = compare(run_file(file, list(simulated), track(batches, "file")), simulated, exact, reference)
-        check(parity)
+        parity = measure_parity(run_file(file, list(simulated), track(batches, "file")), simulated, exact, reference)
+        check_parity(parity)
         as_bytes = [name for name, known in chosen.items() if known.kind in ("static", "dynamic")]
         result = {
             "source": str(source),

@@ -57,7 +57,7 @@ class LayerForm:
     why: str = ""
 
 
-def choose(layer: PackedLayer, form: Form, dynamic: bool) -> LayerForm:
+def choose_form(layer: PackedLayer, form: Form, dynamic: bool) -> LayerForm:
     """Choose the form of one packed layer. dynamic: find ranges of inputs at run time in place of static scales."""
     fmt, own = layer.weight_format, layer.input_quantizer
     grouped = fmt.granularity == "group"

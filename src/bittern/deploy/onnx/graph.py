@@ -172,7 +172,7 @@ def _quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def trace(model: PreTrainedModel, batch: Mapping[str, Tensor], outputs: Sequence[str]) -> ir.Model:
+def trace_graph(model: PreTrainedModel, batch: Mapping[str, Tensor], outputs: Sequence[str]) -> ir.Model:
     """Turn a model into an ONNX graph with these outputs, whose batch and lengths may vary."""
     use_attention(model)
     sizes: dict[str, tuple[str | None, ...]]

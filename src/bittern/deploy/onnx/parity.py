@@ -76,7 +76,7 @@ def complete(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, T
 
 
 @torch.no_grad()
-def run(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Outputs:
+def run_model(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Outputs:
     """Run the model on all batches; keep the outputs that a file of it has. Raises ModelError if there are none."""
     found: Outputs = {}
     for batch in batches:
@@ -117,7 +117,7 @@ def run_file(file: str | Path, names: Sequence[str], batches: Iterable[Mapping[s
     return found
 
 
-def compare(file: Outputs, simulated: Outputs, exact: Outputs, reference: Outputs) -> dict[str, Any]:
+def measure_parity(file: Outputs, simulated: Outputs, exact: Outputs, reference: Outputs) -> dict[str, Any]:
     """Measure how far the outputs of the file are from those of the three models, over all samples.
 
     Errors are relative, in the 2-norm; of several outputs the worst counts. error, largest, agreement: of the file and
@@ -151,7 +151,7 @@ def compare(file: Outputs, simulated: Outputs, exact: Outputs, reference: Output
     }
 
 
-def check(parity: Mapping[str, Any]) -> None:
+def check_parity(parity: Mapping[str, Any]) -> None:
     """Raise ModelError if the file is further from the exact model than its arithmetic explains."""
     if not parity["file"] <= parity["limit"]:
         raise ModelError(
