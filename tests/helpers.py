@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from bittern import calibrate, pack, simulate
 from bittern.analysis.pair import Pair
 from bittern.errors import BitternError
 from bittern.layers import fake_quants
+from bittern.qat.trainer import QATTrainer
 from bittern.quantizers import FakeQuant, find_scale
 from bittern.recipe import Recipe
 from families import SUPPORTED, Batch
@@ -36,6 +39,39 @@ def teacher_and_student(
     """A model of a family beside its own quantized copy, and their batch."""
     student, batch = quantized(name, recipe, packed, seed)
     return Pair(student, SUPPORTED[name](seed)[0]), batch
+
+
+def student_and_teacher(
+    family: str, recipe: str | Recipe | None = None, apart: float = 0.0
+) -> tuple[hf.PreTrainedModel, hf.PreTrainedModel, Batch]:
+    """A student whose weights are `apart` from its teacher's, simulated if a recipe is given, the teacher, a batch."""
+    teacher, batch = SUPPORTED[family]()
+    student = copy.deepcopy(teacher)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in student.parameters() if apart else ():
+            parameter.add_(torch.randn_like(parameter), alpha=apart)
+    if recipe:
+        simulate(student, recipe, batch)
+    return student, teacher, batch
+
+
+def small_trainer(
+    folder: Path, pair: tuple[hf.PreTrainedModel, hf.PreTrainedModel, Batch], arguments: dict[str, Any], **options: Any
+) -> QATTrainer:
+    """A trainer of a student (see `student_and_teacher`) on eight rows with labels."""
+    student, teacher, batch = pair
+    rows = [{k: v[i % 2] for k, v in batch.items()} | {"labels": torch.tensor(i % 3)} for i in range(8)]
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+    }
+    chosen = hf.TrainingArguments(str(folder), **settings | arguments)
+    return QATTrainer(student, chosen, train_dataset=rows, eval_dataset=rows, teacher=teacher, **options)
 
 
 T = TypeVar("T")

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from bittern.qat.distill import Distiller
 from bittern.qat.trainer import QATTrainer
 from bittern.recipe import Format, Recipe, Rule
 from families import SUPPORTED, TEXT, Batch
-from helpers import refused
+from helpers import refused, small_trainer, student_and_teacher
 
 ALL = (
     "bert",
@@ -45,17 +46,7 @@ ALL = (
 TERNARY, COARSE = Format(kind="ternary", clip=2.5), Format(bits=4, granularity="token")
 
 
-def pair(family: str, recipe: Recipe | str | None = None) -> tuple[hf.PreTrainedModel, hf.PreTrainedModel, Batch]:
-    """A student with weights of its own, simulated if a recipe is given, its teacher, and a batch."""
-    teacher, batch = SUPPORTED[family]()
-    student = copy.deepcopy(teacher)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    if recipe:
-        simulate(student, recipe, batch)
-    return student, teacher, batch
+pair = partial(student_and_teacher, apart=0.05)
 
 
 def distiller_of(
@@ -387,27 +378,8 @@ def test_scope() -> None:
 
 
 def trainer(folder: Path, intervention: Intervention, **arguments: Any) -> QATTrainer:
-    student, teacher, batch = pair("bert", "ternary-2-2-8")
-    rows = [{k: v[i % 2] for k, v in batch.items()} | {"labels": torch.tensor(i % 3)} for i in range(8)]
-    settings: dict[str, Any] = {
-        "max_steps": 10,
-        "per_device_train_batch_size": 4,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "warmup_steps": 0.5,
-    }
-    return QATTrainer(
-        student,
-        hf.TrainingArguments(str(folder), **settings | arguments),
-        train_dataset=rows,
-        eval_dataset=rows,
-        teacher=teacher,
-        intervention=intervention,
-    )
+    settings = {"max_steps": 10, "logging_steps": 1, "warmup_steps": 0.5}
+    return small_trainer(folder, pair("bert", "ternary-2-2-8"), settings | arguments, intervention=intervention)
 
 
 class Watch(hf.TrainerCallback):

@@ -24,22 +24,11 @@ from bittern.native import Coding, Panels, linear, padded_bias, quantize, roundi
 from bittern.native.block import LAYER_NAMES, KernelBlock, KernelLayer, KernelNorm, run_blocks
 from bittern.quantizers import encode, find_scale, kernel_coding
 from bittern.recipe import Format
+from native.cases import INPUTS, WEIGHTS
 
 pytestmark = pytest.mark.kernels
 KINDS = native.kinds()
 SIGNED, UNSIGNED = Coding(-128, 127), Coding(0, 255, "unsigned")
-WEIGHTS = {"ternary": (2, -1, 1), "2-bit": (2, -2, 1), "4-bit": (4, -8, 7), "8-bit": (8, -128, 127)}
-INPUTS = {
-    "dynamic": Format(),
-    "clipped": Format(clip=1.5),
-    "token": Format(granularity="token"),
-    "asymmetric": Format(scheme="asymmetric"),
-    "asymmetric token": Format(scheme="asymmetric", granularity="token", clip=1.0),
-    "unsigned": Format(scheme="unsigned"),
-    "static": Format(range="static"),
-    "static asymmetric": Format(scheme="asymmetric", range="static"),
-    "4-bit": Format(bits=4),
-}
 
 
 def test_there_are_kernels() -> None:

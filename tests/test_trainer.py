@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from bittern.qat.distill import Distiller, balanced
 from bittern.qat.trainer import QATTrainer
 from bittern.recipe import Recipe, load_recipe
 from families import SUPPORTED, TEXT
-from helpers import outputs, refused, same
+from helpers import outputs, refused, same, small_trainer, student_and_teacher
 
 SCRIPT = Path(__file__).parent / "distributed_training.py"
 ALL_TERMS = "prediction,hidden,score,map,self_output,context,value_relation,query_relation,key_relation"
@@ -89,12 +90,7 @@ def test_crash(tmp_path: Path, family: str, intervene: list[str], kill: int) -> 
 # What a step learns
 
 
-def pair(family: str, recipe: str = "ternary-2-2-8") -> tuple[hf.PreTrainedModel, hf.PreTrainedModel, dict[str, Any]]:
-    """Student, teacher and a batch."""
-    teacher, batch = SUPPORTED[family]()
-    student = copy.deepcopy(teacher)
-    simulate(student, recipe, batch)
-    return student, teacher, batch
+pair = partial(student_and_teacher, recipe="ternary-2-2-8")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -150,7 +146,7 @@ def test_against_output_attentions() -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "mpnet"])
 def test_padding(family: str) -> None:
     """More padding changes no term."""
-    student, teacher, batch = pair(family, "w8a8")
+    student, teacher, batch = pair(family, recipe="w8a8")
     calibrate(student, [batch])
     distiller = Distiller(parse_distill(ALL_TERMS), student, teacher)
     if family in ("gpt2", "llama"):
@@ -295,27 +291,9 @@ def test_compared() -> None:
 
 
 def trainer(folder: Path, family: str = "bert", distill: Distill | None = None, **arguments: Any) -> QATTrainer:
-    student, teacher, batch = pair(family)
-    rows = [{k: v[i % 2] for k, v in batch.items()} | {"labels": torch.tensor(i % 3)} for i in range(8)]
-    settings: dict[str, Any] = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "learning_rate": 1e-3,
-    }
     falling = iter(range(9, 0, -1))  # the first checkpoint is the best
-    return QATTrainer(
-        student,
-        hf.TrainingArguments(str(folder), **settings | arguments),
-        train_dataset=rows,
-        eval_dataset=rows,
-        teacher=teacher,
-        distill=distill,
-        compute_metrics=lambda _: {"falling": next(falling)},
-    )
+    metrics = {"compute_metrics": lambda _: {"falling": next(falling)}}
+    return small_trainer(folder, pair(family), {"max_steps": 2} | arguments, distill=distill, **metrics)
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])

@@ -57,9 +57,9 @@ class Taps(dict[Point, list[Tensor]]):
         self.masks: list[tuple[str, Tensor | None]] = []
 
 
-class _Replace(torch.autograd.Function):
+class _StandIn(torch.autograd.Function):
     """A share of the given value forward, and to what it replaces the rest of the gradient: zeros, if all is replaced,
-    so that bypassed weights stay in the graph (DDP needs it)."""
+    so that bypassed weights stay in the graph (DDP waits for the gradients of every weight)."""
 
     @staticmethod
     def forward(ctx, own, given, share):  # type: ignore[no-untyped-def]
@@ -70,6 +70,11 @@ class _Replace(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         return grad * (1 - ctx.share), None, None
+
+
+def stand_in(own: Tensor, given: Tensor, share: float) -> Tensor:
+    """Return `own` with a share of `given` in its place, whose share of the gradient is lost."""
+    return _StandIn.apply(own, given, share)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Site(nn.Module):
@@ -123,7 +128,7 @@ class Site(nn.Module):
             if given.shape[1:] != x.shape[1:] or given.shape[0] not in (1, x.shape[0]):
                 shapes = f"has shape {tuple(x.shape)}, its replacement {tuple(given.shape)}"
                 raise ModelError(f"{self.name}.{point} {shapes}")
-            x = _Replace.apply(x, given, self.share)  # type: ignore[no-untyped-call]
+            x = stand_in(x, given, self.share)
         return x
 
     def integer(self, mask: Tensor | None) -> bool:

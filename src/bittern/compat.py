@@ -40,14 +40,6 @@ except ImportError as error:
         f"pip install 'transformers>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}'"
     ) from error
 
-__all__ = [
-    "ALL_EXPERTS_FUNCTIONS",
-    "PrefixChange",
-    "WeightConverter",
-    "WeightRenaming",
-    "WeightTransform",
-    "active_collector",
-    "eager_mask",
-    "get_model_conversion_mapping",
-]
-__all__ += ["remove_tied_weights_from_state_dict", "rename_source_key", "revert_weight_conversion"]
+__all__ = ["ALL_EXPERTS_FUNCTIONS", "PrefixChange", "WeightConverter", "WeightRenaming", "WeightTransform"]
+__all__ += ["active_collector", "eager_mask", "get_model_conversion_mapping", "remove_tied_weights_from_state_dict"]
+__all__ += ["rename_source_key", "revert_weight_conversion"]

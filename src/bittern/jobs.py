@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from bittern import native
 from bittern.analysis.findings import verdict
-from bittern.data import check_same_inputs, load_any_split, load_splits, task_of
+from bittern.data import Data, check_same_inputs, load_any_split, load_splits, task_of
 from bittern.data.evaluate import check_comparable, headline, is_measurable, metrics, predict
 from bittern.data.tasks import check_served
 from bittern.deploy.checkpoint import is_packed, pack
@@ -73,7 +73,7 @@ def ptq(
     track: Track = silent,
     **columns: Any,
 ) -> dict[str, Any]:
-    """Like `quantize`, with scales, biases and weights that a post-training method finds on the calibration samples.
+    """Quantize as `quantize` does, with scales, biases and weights that a post-training method finds on the samples.
 
     mixed: a width of its own for each attention and FFN. Finished units are kept in the folder `out`.work until `out`
     is written: the same call after a crash goes on there, to the same bits.
@@ -207,7 +207,7 @@ class _Job:
 
     @property
     def folder(self) -> Path:
-        """Where what is finished of a long job is kept until `out` is written."""
+        """The folder of what is finished of a long job, until `out` is written."""
         return Path(f"{Path(self.out)}.work")
 
     def run(self, find: Callable[[], Outcome]) -> dict[str, Any]:
@@ -234,11 +234,8 @@ class _Job:
             check_same_inputs(self.model, self.student, self.float_model, self.source)
         data, self.train, self.test = self.source_of_data, None, None
         if data is not None:
-            self.train, self.test = load_splits(data, self.model, self.source, **self.columns)
-            if self.train is None:
-                raise InputError(f"{data} has no train split to calibrate with; name one of its files train.parquet")
-            if self.hold_out and self.test is None:
-                self.train, self.test = self.train.split(min(2000, len(self.train) // 10), self.seed)
+            seed = self.seed if self.hold_out else None
+            self.train, self.test = load_parts(data, self.model, self.source, seed, **self.columns)
         self.calibration = self.train.subset(self.samples, self.seed) if self.train else None
         if self.test:  # a head or recipe that does not fit is refused here, before the model runs on all of the data
             check_served(self.model)
@@ -251,12 +248,12 @@ class _Job:
         return predict(model, self.track(self.test, description)) if self.test else None
 
     def measure(self) -> dict[str, float]:
-        """Metrics of the model as it is now."""
+        """Measure the model as it is now."""
         assert self.test is not None
         return metrics(self.model, self.test, predict(self.model, self.test), self.reference)
 
     def simulate(self) -> Simulation:
-        """Scales from extremes."""
+        """Simulate the model, with scales from extremes."""
         calibration = self.calibration
         simulation = simulate(self.model, self.recipe, next(iter(calibration)) if calibration else None)
         if any(q.format.range == "static" and q.scale is None for _, q in fake_quants(self.model)):
@@ -268,7 +265,7 @@ class _Job:
         return simulation
 
     def finish(self, simulation: Simulation, found: dict[str, Any]) -> dict[str, Any]:
-        """Measure, pack, measure again, save; what was measured."""
+        """Measure, pack, measure again, save; return what was measured."""
         simulated = self._predict(self.model, "simulated")
         if self.simulated:
             save(self.model, self.simulated, processors_from=self.source)
@@ -326,6 +323,17 @@ class _Job:
         }
 
 
+def load_parts(
+    data: str, model: PreTrainedModel, source: str | Path, seed: int | None, **columns: Any
+) -> tuple[Data, Data | None]:
+    """Load the train and the test part of data; of data with one part only a tenth (at most 2,000 samples) is held out
+    as the test part, drawn by `seed`, unless that is None. Raises InputError if there is no train part."""
+    train, test = load_splits(data, model, source, **columns)
+    if train is None:
+        raise InputError(f"{data} has no train split to calibrate with; name one of its files train.parquet")
+    return train.split(min(2000, len(train) // 10), seed) if test is None and seed is not None else (train, test)
+
+
 def load_float(source: str | Path) -> PreTrainedModel:
     """Load a model that is to be quantized. Raises ModelError if it is already."""
     model = load(source)
@@ -343,7 +351,7 @@ def evaluate(
     track: Track = silent,
     **columns: Any,
 ) -> dict[str, Any]:
-    """Metrics of the model in `source` on data, and how far it agrees with the model in `against`.
+    """Measure the model in `source` on data, and how far it agrees with the model in `against`.
 
     A source of data with one part only is used whole. kernels: whether packed layers of both may multiply in integers.
     """

@@ -26,7 +26,7 @@ from bittern import native
 from bittern.analysis.ablation import block_errors
 from bittern.analysis.pair import Pair
 from bittern.analysis.pareto import write_page
-from bittern.data import Data, load_splits
+from bittern.data import Data
 from bittern.data.evaluate import LOWER_IS_BETTER, headline, metrics, predict
 from bittern.deploy.bench import alternate
 from bittern.deploy.checkpoint import pack
@@ -34,7 +34,7 @@ from bittern.deploy.companions import CARD, REPORT
 from bittern.deploy.files import Journal, atomic_folder, check_output, digest, holds_output
 from bittern.deploy.store import float_bytes, load, measure, save
 from bittern.errors import InputError
-from bittern.jobs import load_float
+from bittern.jobs import load_float, load_parts
 from bittern.layers import simulate
 from bittern.options import Distill, Training
 from bittern.progress import OnEstimate, Track, ignore, silent
@@ -47,11 +47,8 @@ Goal = Literal["size", "speed", "balanced"]
 Row = dict[str, Any]  # of the table: a rung and what was measured
 OnRung = Callable[[Row], None]
 ROUNDS, DRAWS = 11, 400  # of timing; of the bootstrap
-PASSES = {
-    "extremes": 4,
-    "search": 90,
-    "train": 90,
-}  # how many times a float model's forward of the calibration samples, about
+# How many times a float model's forward of the calibration samples each takes, about.
+PASSES = {"extremes": 4, "search": 90, "train": 90}
 PAGE = "compress.html"  # beside the model: all rungs, drawn
 Z95 = 1.645  # 95 % of a normal distribution lie below
 
@@ -137,7 +134,7 @@ def keep_wide(recipe: Recipe, blocks: Iterable[str], name: str) -> Recipe:
 
 @dataclass
 class Workshop:
-    """What the rungs are made from and measured with. reference: outputs of the float model for `choice`."""
+    """All that rungs are made from and measured with. reference: outputs of the float model for `choice`."""
 
     source: str | Path
     folder: Path
@@ -264,7 +261,7 @@ def climb(ladder: Ladder, workshop: Workshop, journal: Journal, max_loss: float)
 
 
 def choose_rung(rows: Sequence[Row], goal: Goal, max_loss: float) -> tuple[Row, str]:
-    """The row that serves the goal best among those within the limit, and why. Raises InputError if there is none."""
+    """Return the row that serves the goal best among those within the limit, and why; InputError if there is none."""
     within = [row for row in rows if row["within"]]
     if not within:
         nearest = min(rows, key=lambda row: float(row["points"]))
@@ -317,26 +314,17 @@ def compress(
         raise InputError(f"no rung {keep!r} to keep; there are {', '.join(names)}")
     check_output(out, force)
     model, folder = load_float(source), Path(f"{Path(out)}.rungs")
-    train_data, test = load_splits(data, model, source, **columns)
-    if train_data is None:
-        raise InputError(f"{data} has no train split to calibrate with; name one of its files train.parquet")
-    if test is None:
-        train_data, test = train_data.split(min(2000, len(train_data) // 10), seed)
+    train_data, test = load_parts(data, model, source, seed, **columns)
+    assert test is not None
     choice, fresh = test.split(len(test) // 2, seed)
     start = time.perf_counter()
     reference = predict(model, track(choice, "float"))
     seconds = (time.perf_counter() - start) / len(choice)  # of one sample
     metric = headline(data, metrics(model, choice, reference, reference), choice.metric)
     calibration = train_data.subset(samples, seed)
-    journal = Journal(
-        folder,
-        {
-            "model": digest(sorted(model.state_dict().items())),
-            "data": [part.fingerprint() for part in (train_data.subset(256), calibration, choice)],
-            "metric": metric,
-            "seed": seed,
-        },
-    )
+    parts = [part.fingerprint() for part in (train_data.subset(256), calibration, choice)]
+    known = {"model": digest(sorted(model.state_dict().items())), "data": parts, "metric": metric, "seed": seed}
+    journal = Journal(folder, known)
     workshop = Workshop(
         source, folder, model, train_data, calibration, choice, reference, metric, train_minutes, seed, track
     )

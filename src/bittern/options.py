@@ -77,7 +77,7 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
 
 @dataclass(frozen=True)
 class Reading:
-    """How data is read: what a job passes on to `bittern.data.load_data`.
+    """The way to read data, which a job passes on to `bittern.data.load_data`.
 
     labels: label of the data → class of the model, by name or number. max_length: by default what tokenizer and model
     take, of a language model at most 512. metric: a name that `metrics` gives, or a function of a model's outputs and

@@ -64,7 +64,7 @@ def _dims(x: Tensor, fmt: Format) -> tuple[int, ...]:
 
 
 def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """On CPUs in float64, where the order of a sum, which threads and kernels choose, leaves practically no trace."""
+    """Sum, on CPUs in float64: the order, which threads and kernels choose, leaves practically no trace there."""
     return x.sum(dims, keepdim=True, dtype=torch.float64 if x.is_cpu else None).float()
 
 

@@ -56,7 +56,7 @@ class Axis:
     labels: Sequence[str] | None = None
 
     def __call__(self, value: float) -> float:
-        """Where a number lies."""
+        """Return where a number lies."""
         if self.log:
             share = math.log(value / self.low) / math.log(self.high / self.low)
         else:
@@ -171,14 +171,14 @@ def colour(share: float) -> str:
 
 
 def colour_bar(x: float, y: float, low: float, high: float, name: str) -> tuple[str, float]:
-    """What the colours of cells mean; and where it ends."""
+    """Return a bar that tells what the colours of cells mean, and where it ends."""
     parts = [box(x + k * 4, y, 4.5, 8, colour(k / 29)) for k in range(30)]
     parts += [text(x, y + 22, short(low)), text(x + 120, y + 22, short(high), "end"), text(x + 128, y + 9, name)]
     return "".join(parts), y + 28
 
 
 def legend(names: Iterable[str], y: float) -> tuple[str, float]:
-    """The names of series, in as many lines as they need; and where it ends. None for a single nameless curve."""
+    """Return the names of series, in as many lines as they need, and where it ends; none for a nameless curve alone."""
     if list(names) == [""]:
         return "", y - 8
     parts, x = [], 8.0

@@ -148,7 +148,7 @@ def _propagated(model: PreTrainedModel, taps: Taps, i: int) -> tuple[Tensor, Ten
 
 
 def output_point(anatomy: Anatomy) -> Point:
-    """Where Y is; W_O's own output where no sum with the residual is seen."""
+    """Return the point of Y; W_O's own output where no sum with the residual is seen."""
     return attention_output(anatomy) if all(a.norm_reads_residual for a in anatomy.attentions) else "output"
 
 

@@ -55,7 +55,7 @@ def names_of(result: Facts) -> list[str]:
 
 
 def by_name(result: Facts, get: Callable[[Facts], Any], teacher: Any = None) -> dict[str, Any]:
-    """What `get` tells of each student, after the teacher's; a single one alone has no name, and needs no legend."""
+    """Return what `get` tells of each student, after the teacher's; one alone has no name, and needs no legend."""
     found = {name: get(student) for name, student in zip(names_of(result), result["students"], strict=True)}
     if teacher is not None:
         return {"teacher": teacher, **found}

@@ -32,7 +32,7 @@ WIDE, NARROW = 8, 2  # bits that rarely cost anything; bits of weights that need
 
 
 class Verdict(NamedTuple):
-    """How much was lost, the metric that tells, its relative loss, and a sentence for people."""
+    """A judgement: how much was lost, the metric that tells, its relative loss, and a sentence for people."""
 
     level: Level
     metric: str

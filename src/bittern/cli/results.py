@@ -14,12 +14,12 @@ Facts = dict[str, Any]
 
 
 def wrote(out: str) -> None:
-    """Where the result lies, and what to do with it next."""
+    """Say where the result lies, and what to do with it next."""
     say(f"Wrote {out}. Next: ", (f"bittern inspect {out}", "bold"))
 
 
 def kept(modules: list[Facts]) -> str:
-    """Layers by name, if few; what has no weight matrix, such as norms, by type and count."""
+    """Name layers, if few; what has no weight matrix, such as norms, by type and count."""
     layers = [module["name"] for module in modules if module["type"] in LAYER_TYPES]
     others = Counter(m["type"] for m in modules if m["name"] not in layers)
     named = layers[:6] + ([f"{len(layers) - 6} more layers"] if len(layers) > 6 else [])
@@ -27,7 +27,7 @@ def kept(modules: list[Facts]) -> str:
 
 
 def of_blocks(name: str) -> str:
-    """A name that the same part of all blocks shares."""
+    """Return the name that the same part of all blocks shares."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
@@ -84,7 +84,7 @@ def demo(result: Facts) -> None:
 
 
 def sizes_and_metrics(result: Facts, how: str = "") -> None:
-    """Float against packed."""
+    """Print the float model against the packed one."""
     rows = [
         ("size", megabytes(result["float_bytes"]), megabytes(result["file"])),
         ("bits per quantized weight", "32", f"{result['bits']:.2f}"),
@@ -101,7 +101,7 @@ def sizes_and_metrics(result: Facts, how: str = "") -> None:
 
 
 def modules(result: Facts) -> None:
-    """What was quantized and what was not."""
+    """Say what was quantized and what was not."""
     say(f"{result['quantized']} modules quantized; kept float: {kept(result['kept_float'])}")
     say("; ".join(result["notes"]))
 
@@ -132,7 +132,7 @@ def ptq(result: Facts) -> None:
 
 
 def losses(solved: list[Facts]) -> None:
-    """1 - similarity of outputs before and after, the same part of all blocks in one row."""
+    """Print 1 - similarity of outputs before and after, the same part of all blocks in one row."""
     groups: dict[str, list[Facts]] = {}
     for entry in solved:
         groups.setdefault(of_blocks(entry["name"]), []).append(entry)

@@ -109,7 +109,7 @@ def load_data(
 
 
 class _Request(NamedTuple):
-    """What `load_data` was asked for."""
+    """A call of `load_data`."""
 
     source: str
     split: Split

@@ -20,8 +20,8 @@ WAYS = ("cls", "max", "mean", "lasttoken")  # in the order in which several are 
 
 
 class Pooling(NamedTuple):
-    """How an embedding is made: ways that are concatenated, folders of dense layers after them, whether its length is 1
-    then. prompt: stands before each text."""
+    """A way to make an embedding: ways that are concatenated, folders of dense layers after them, whether its length is
+    1 then. prompt: stands before each text."""
 
     ways: tuple[str, ...] = ("mean",)
     dense: tuple[str, ...] = ()

@@ -255,7 +255,7 @@ def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
 
 
 def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], Any]) -> tuple[Any, FusedCall | None]:
-    """What the block gives as it is written, and how the kernels may run it instead: they gave the same bits."""
+    """Run the block as it is written; return its output, and how the kernels may run it instead, to the same bits."""
     hooked = [table for m in list(block.modules())[1:] for table in (m._forward_hooks, m._forward_pre_hooks)]
     hooks = list(chain.from_iterable(table.values() for table in hooked))
     ran: list[tuple[str, Any]] = []  # kind and module, or what attention was given

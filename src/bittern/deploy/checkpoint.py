@@ -184,7 +184,7 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def _conversions_on_save(model: PreTrainedModel) -> list[WeightTransform]:
-    """What transformers reverts when it saves a model: the conversions it was loaded with, or those of its class."""
+    """Return what transformers reverts when it saves a model: conversions it was loaded with, or those of its class."""
     if (loaded_with := getattr(model, "_weight_conversions", None)) is not None:
         return list(loaded_with)
     known = get_model_conversion_mapping(model, add_legacy=False)
@@ -241,7 +241,7 @@ class BitternQuantizer(HfQuantizer):
         return state, {METHOD: json.dumps(checks)}
 
     def update_weight_conversions(self, weight_conversions: list[WeightTransform], model: Any) -> list[WeightTransform]:
-        """Without those that merge, split or turn around weights of quantized layers, whose tensors are only renamed:
+        """Leave out those that merge, split or turn around weights of quantized layers, whose tensors are only renamed,
         unless the file holds such a weight, as older ones of simulated models may."""
         weights = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bittern.native import structures as c
 from bittern.native.codes import Coding
-from bittern.native.library import address, buffer, required
+from bittern.native.library import address, buffer, pointer, required
 from bittern.native.products import ACTIVATIONS, Activation, Panels, check_codings, strided_mask, strides
 from bittern.recipe import OPERANDS
 
@@ -84,13 +84,7 @@ class KernelBlock:
         self._structure = c.Block(
             *(layers[part].structure() for part in LAYER_NAMES),
             (c.Norm * 2)(*(n.structure(hidden) for n in norms)),
-            pre_norm,
-            ACTIVATIONS.index(activation),
-            heads,
-            key_heads,
-            dim,
-            value_dim,
-            scaling,
+            *(pre_norm, ACTIVATIONS.index(activation), heads, key_heads, dim, value_dim, scaling),
             *(codings[name].structure for name in OPERANDS),
         )
         self.address = ctypes.addressof(self._structure)
@@ -110,16 +104,12 @@ def run_blocks(blocks: Sequence[KernelBlock], x: Tensor, mask: Tensor | None) ->
         return None
     mask = strided_mask(mask, (batch, heads, tokens, tokens))
     outs = [buffer(batch, tokens, hidden) for _ in blocks]
+    addresses = ctypes.c_void_p * len(blocks)
     failed = library.bittern_blocks(
-        (ctypes.c_void_p * len(blocks))(*(block.address for block in blocks)),
-        len(blocks),
-        address(x, "x", (batch, tokens, hidden)),
-        batch,
-        tokens,
-        None if mask is None else mask.data_ptr(),
-        strides(mask),
-        torch.get_num_threads(),
-        (ctypes.c_void_p * len(blocks))(*(out.data_ptr() for out in outs)),
+        *(addresses(*(block.address for block in blocks)), len(blocks)),
+        *(address(x, "x", (batch, tokens, hidden)), batch, tokens),
+        *(pointer(mask), strides(mask), torch.get_num_threads()),
+        addresses(*map(pointer, outs)),
     )
     if failed == 2:
         raise MemoryError("no memory for the kernels' buffers")

@@ -213,6 +213,11 @@ def address(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtyp
     return tensor.data_ptr()
 
 
+def pointer(tensor: Tensor | None) -> int | None:
+    """Return the address of a tensor that was checked; None for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return memory for the kernels to write: on the CPU and of this type, whatever PyTorch's defaults are."""
     return torch.empty(shape, dtype=dtype, device="cpu")

@@ -18,7 +18,7 @@ def _array(addresses: Sequence[int | None]) -> Any:
 
 
 class Objects:
-    """What is held now by tables (dictionaries), how long others are, what each of `named` (a dictionary and a key)
+    """A record of what tables (dictionaries) hold, how long others are, what each of `named` (a dictionary and a key)
     gives, and of which classes objects are."""
 
     def __init__(

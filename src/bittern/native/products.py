@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bittern.native import structures as c
 from bittern.native.codes import ALIGN, MOST_INPUTS, PANEL, Coding, Quantized
-from bittern.native.library import address, buffer, required
+from bittern.native.library import address, buffer, pointer, required
 from bittern.recipe import OPERANDS
 
 Activation = Literal["none", "gelu", "gelu_tanh", "silu", "relu"]
@@ -117,16 +117,9 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
     columns = x.shape[-1]
     rows = x.reshape(-1, columns).contiguous()
     out = torch.empty_like(rows)
-    required().bittern_norm(
-        address(rows, "x", tuple(rows.shape)),
-        len(rows),
-        columns,
-        address(weight, "weight", (columns,)),
-        address(bias, "bias", (columns,)),
-        epsilon,
-        torch.get_num_threads(),
-        out.data_ptr(),
-    )
+    parameters = address(weight, "weight", (columns,)), address(bias, "bias", (columns,))
+    data, threads = address(rows, "x", tuple(rows.shape)), torch.get_num_threads()
+    required().bittern_norm(data, *rows.shape, *parameters, epsilon, threads, out.data_ptr())
     return out.view(x.shape)
 
 
@@ -195,23 +188,10 @@ def attention(
         _check_type(tensor, name)
     probabilities = buffer(batch, heads, queries, -(-keys // PANEL) * PANEL)
     context = buffer(batch, queries, heads, value_dim)
-
     call = c.Attention(
-        query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        None if mask is None else mask.data_ptr(),
-        probabilities.data_ptr(),
-        context.data_ptr(),
-        *(strides(t) for t in (query, key, value, mask)),
-        batch,
-        heads,
-        key_heads,
-        queries,
-        keys,
-        dim,
-        value_dim,
-        scaling,
+        *map(pointer, (query, key, value, mask, probabilities, context)),
+        *map(strides, (query, key, value, mask)),
+        *(batch, heads, key_heads, queries, keys, dim, value_dim, scaling),
         *(codings[name].structure for name in OPERANDS),
     )
     failed = library.bittern_attention(call, torch.get_num_threads())

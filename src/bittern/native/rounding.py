@@ -14,29 +14,17 @@ from bittern.native.library import address, required
 def uniform(x: Tensor, coding: Coding) -> Tensor | None:
     """Round x to what its codes stand for, in its shape. None if x holds NaN or infinity."""
     x, out = _dense(x, coding.by_row)
-    failed = required().bittern_round(
-        _address(x),
-        x.numel(),
-        x.shape[-1] if coding.by_row else 1,
-        coding.structure,
-        torch.get_num_threads(),
-        out.data_ptr(),
-    )
+    columns, threads = x.shape[-1] if coding.by_row else 1, torch.get_num_threads()
+    failed = required().bittern_round(_address(x), x.numel(), columns, coding.structure, threads, out.data_ptr())
     return None if failed else out
 
 
 def ternary(x: Tensor, factor: float, clip: float | None, by_row: bool) -> Tensor | None:
     """-scale, 0 or scale for each value, with one scale or one for each row. None if x, clipped, is not finite."""
     x, out = _dense(x, by_row)
-    failed = required().bittern_round_ternary(
-        _address(x),
-        x.numel(),
-        x.shape[-1] if by_row else x.numel(),
-        factor,
-        torch.inf if clip is None else clip,
-        torch.get_num_threads(),
-        out.data_ptr(),
-    )
+    sizes, limit = (x.numel(), x.shape[-1] if by_row else x.numel()), torch.inf if clip is None else clip
+    threads = torch.get_num_threads()
+    failed = required().bittern_round_ternary(_address(x), *sizes, factor, limit, threads, out.data_ptr())
     return None if failed else out
 
 
@@ -67,11 +55,7 @@ def losses(
         address(rest, "rest", (columns,)),
         linear if linear is None else address(linear, "linear", (rows, columns)),
         out.data_ptr(),
-        rows,
-        columns,
-        len(scales),
-        len(factors),
-        *codes,
+        *(rows, columns, len(scales), len(factors), *codes),
     )
     required().bittern_losses(found, torch.get_num_threads())
     return out

@@ -51,7 +51,7 @@ class Heads:
 
 @dataclass
 class Captured:
-    """What the layers and attention modules of a unit read. unclear: those whose rows belong to no known sample."""
+    """All that layers and attention modules of a unit read. unclear: those whose rows belong to no known sample."""
 
     inputs: list[Inputs]
     heads: dict[str, Heads]

@@ -95,7 +95,7 @@ class Product:
         return loss(p / samples, q.clamp(min=0) / samples, torch.ones_like(q), self.objective)
 
     def first_order(self, left: Tensor, right: Tensor, some: Tensor | slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For rows or groups `some`: D and centred O, both weighted by 1/σ², and the sums p and q of D."""
+        """Return, of rows or groups `some`, D and centred O, both weighted by 1/σ², and the sums p and q of D."""
         error = self.error(left, right, some)
         weight = self.row_weight[some]
         centred = (self.out[some] - self.row_mean[some]).mul_(weight)

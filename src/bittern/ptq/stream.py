@@ -68,7 +68,7 @@ class _Worker:
         self.ready.release()
 
     def exchange(self, call: Call) -> Any:
-        """In the thread: show a call, and go on with the output that it gets."""
+        """Show a call, in the thread, and go on with the output that it gets."""
         self.call = call
         self.ready.release()
         self.go.acquire()

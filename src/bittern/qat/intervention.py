@@ -14,27 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bittern.anatomy import Anatomy
-from bittern.attention import NAME, Point, Site, Taps, recording, replace
+from bittern.attention import NAME, Point, Site, Taps, recording, replace, stand_in
 from bittern.dry_run import dummy_batch, evaluating
 from bittern.errors import ModelError
 from bittern.layers import QuantLayer
 from bittern.options import Act
 from bittern.quantizers import FakeQuant
 from bittern.recorded import by_module
-
-
-class _Weaken(torch.autograd.Function):
-    """The same forward; backward, the gradient loses the given share. All of it leaves zeros, not nothing: DDP waits
-    for the gradients of every weight."""
-
-    @staticmethod
-    def forward(ctx, x, share):  # type: ignore[no-untyped-def]
-        ctx.share = share
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return grad * (1 - ctx.share), None
 
 
 class _Gate:
@@ -55,12 +41,12 @@ class _Gate:
     def before(self, layer: nn.Module, args: Any) -> Any:
         if self.act is None or self._keeps_value:
             return None
-        return (_Weaken.apply(args[0], self.act.share), *args[1:])  # type: ignore[no-untyped-call]
+        return (stand_in(args[0], args[0].detach(), self.act.share), *args[1:])
 
     def after(self, layer: nn.Module, args: Any, out: Tensor) -> Tensor | None:
         if self.act is None or not self._keeps_value or self.only_value:
             return None
-        x = _Weaken.apply(args[0], self.act.share)  # type: ignore[no-untyped-call]
+        x = stand_in(args[0], args[0].detach(), self.act.share)
         return torch.where(self.columns.to(out.device), out, layer.forward(x))  # one layer for Q, K and V
 
 

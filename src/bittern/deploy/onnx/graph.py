@@ -161,7 +161,7 @@ class _Positional(nn.Module):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's warnings, which tell of much that is no fault."""
+    """Silence the exporter's warnings, which tell of much that is no fault, inside the block."""
     was = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
