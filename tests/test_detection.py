@@ -18,7 +18,7 @@ from bittern.data import load_data, task_of
 from bittern.data.detection import Box, Scene, mean_average_precision, read_scenes
 from bittern.data.evaluate import metrics, predict
 from bittern.errors import InputError
-from families import SUPPORTED
+from families import SUPPORTED, VISION
 from helpers import refused
 from material import command, succeed
 
@@ -347,3 +347,33 @@ def test_processor_of_another_kind(place: Path, detr: hf.PreTrainedModel, tmp_pa
 def test_task(name: str, expected: bool) -> None:
     """Detectors are told by their class."""
     assert (task_of(SUPPORTED[name]()[0]) == "boxes") is expected
+
+
+def yolos() -> hf.PreTrainedModel:
+    return hf.YolosForObjectDetection(hf.YolosConfig(**VISION | {"image_size": [32, 32]}, num_detection_tokens=7))
+
+
+def table_transformer() -> hf.PreTrainedModel:
+    detr = SUPPORTED["detr"]()[0].config
+    kept = ("d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+    small = {name: getattr(detr, name) for name in (*kept, "encoder_ffn_dim", "decoder_ffn_dim", "num_queries")}
+    return hf.TableTransformerForObjectDetection(
+        hf.TableTransformerConfig(backbone_config=detr.backbone_config, **small)
+    )
+
+
+@pytest.mark.parametrize("make", [lambda: SUPPORTED["conditional_detr"]()[0], yolos, table_transformer])
+def test_other_detectors(make: Callable[[], hf.PreTrainedModel], place: Path, tmp_path: Path) -> None:
+    """Detectors of other kinds are measured by mAP and trained as DETR is."""
+    torch.manual_seed(0)
+    model = make()
+    model.config.id2label = {i: f"LABEL_{i}" for i in range(3)}
+    model = type(model)(model.config)
+    model.save_pretrained(tmp_path / "model")
+    kind = hf.YolosImageProcessorPil if "Yolos" in type(model).__name__ else hf.DetrImageProcessorPil
+    kind(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    assert {"AP", "AP50", "AP75"} < jobs.evaluate(tmp_path / "model", str(place / "scenes")).keys()
+    options = f"--recipe w8a8 --data {place}/scenes --out {tmp_path}/out --steps 2 --batch-size 2 --distill prediction"
+    ran = command(f"bittern qat {tmp_path}/model {options}")
+    assert ran.code == 0, ran.err
+    assert json.loads((tmp_path / "out" / "bittern.json").read_text())["packed"].keys() >= {"AP", "logits_error"}

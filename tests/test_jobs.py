@@ -29,7 +29,7 @@ from bittern.options import Distill, Training
 from bittern.recipe import recipe_names
 from families import SUPPORTED, VISION
 from helpers import refused
-from material import LABELS, TEXTS, save_text_model, tree, write_tables
+from material import LABELS, TEXTS, command, save_text_model, tree, write_tables
 
 BATCH = 32
 
@@ -44,20 +44,48 @@ def image_batches(images: Tensor) -> list[dict[str, Tensor]]:
     return [{"pixel_values": part} for part in images.split(BATCH)]
 
 
-def test_heads_that_are_not_served(tmp_path: Path) -> None:
-    """A model with a head that no job measures is refused as that before anything else."""
-    model, _ = SUPPORTED["bart"]()
-    model.save_pretrained(tmp_path / "bart")
-    with refused(InputError, f"{type(model).__name__} cannot be evaluated"):
-        jobs.evaluate(tmp_path / "bart", "digits")
-    config = hf.BeitConfig(**VISION | {"num_hidden_layers": 4}, out_indices=[1, 2, 3, 4])
-    hf.BeitForSemanticSegmentation(config).save_pretrained(tmp_path / "beit")
+NOT_SERVED: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "multiple choice": lambda: hf.BertForMultipleChoice(SUPPORTED["bert"]()[0].config),
+    "CTC": lambda: hf.Wav2Vec2ForCTC(
+        hf.Wav2Vec2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, conv_dim=[8] * 7)
+    ),
+    "seq2seq": lambda: SUPPORTED["bart"]()[0],
+    "speech": lambda: SUPPORTED["whisper"]()[0],
+    "segmentation": lambda: hf.BeitForSemanticSegmentation(
+        hf.BeitConfig(**VISION | {"num_hidden_layers": 4}, out_indices=[1, 2, 3, 4])
+    ),
+    "image and text": lambda: SUPPORTED["clip"]()[0],
+    "boxes of a text": lambda: hf.OwlViTForObjectDetection(
+        hf.OwlViTConfig(text_config={"num_hidden_layers": 1}, vision_config=VISION)
+    ),
+}
+
+
+@pytest.mark.parametrize("head", NOT_SERVED)
+def test_heads_that_are_not_served(head: str, tmp_path: Path) -> None:
+    """A model with a head that no job measures is refused as that, in one line, before its data is even looked for."""
+    model = NOT_SERVED[head]()
+    model.save_pretrained(tmp_path / "model")
+    for line in ("eval {} --data nowhere", "qat {} --recipe w8a8 --data nowhere --out {}-out"):
+        ran = command("bittern " + line.format(*[tmp_path / "model"] * 2))
+        assert (ran.code, ran.out) == (1, "")
+        told = [line for line in ran.err.splitlines() if line.startswith("error: ")]
+        assert len(told) == 1
+        assert told[0].startswith(f"error: {type(model).__name__} cannot be evaluated")
+
+
+def test_heads_that_are_only_quantized(tmp_path: Path) -> None:
+    """Data with a test part is refused for a model that no job measures, with what to give instead."""
+    NOT_SERVED["segmentation"]().save_pretrained(tmp_path / "beit")
     hf.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "beit")
     for part in ("train", "test"):
         (tmp_path / "images" / part / "a").mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "images" / part / "a" / "0.png")
-    with refused(InputError, "BeitForSemanticSegmentation cannot be evaluated"):
+    with refused(InputError, "BeitForSemanticSegmentation cannot be evaluated", "without a validation or test part"):
         jobs.ptq(tmp_path / "beit", "w8a8", tmp_path / "out", data=str(tmp_path / "images"))
+    shutil.rmtree(tmp_path / "images" / "test")
+    jobs.ptq(tmp_path / "beit", "w8a8", tmp_path / "out", data=str(tmp_path / "images"))
+    assert (tmp_path / "out" / "bittern.json").exists()
 
 
 @pytest.fixture(scope="module", params=recipe_names())

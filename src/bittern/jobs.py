@@ -232,6 +232,8 @@ class _Job:
         self.model = load_float(self.student) if self.student else self.float_model
         if self.student:
             check_same_inputs(self.model, self.student, self.float_model, self.source)
+        if self.hold_out:
+            check_served(self.model)
         data, self.train, self.test = self.source_of_data, None, None
         if data is not None:
             seed = self.seed if self.hold_out else None

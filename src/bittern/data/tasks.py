@@ -43,8 +43,9 @@ def task_of(model: PreTrainedModel) -> Task | None:
         towers = config.is_encoder_decoder or all(hasattr(config, f"{part}_config") for part in ("text", "vision"))
         return None if towers else "embedding"
     task = HEADS.get(head[1])
-    if task == "answers" and "start_positions" not in signature(model.forward).parameters:
-        return None  # of images, by classes
+    reads = signature(model.forward).parameters
+    if (task == "answers" and "start_positions" not in reads) or (task == "boxes" and "input_ids" in reads):
+        return None  # answers of images, by classes; boxes of what a text asks for
     if task == "classes":
         if config.problem_type == "multi_label_classification":
             return "labels"
@@ -56,8 +57,8 @@ def check_served(model: PreTrainedModel) -> None:
     """Raise InputError unless evaluation serves the model."""
     if task_of(model) is None:
         raise InputError(
-            f"{type(model).__name__} cannot be evaluated, which serves {SERVED_TASKS}; to quantize it, give data "
-            "without a validation or test part"
+            f"{type(model).__name__} cannot be evaluated, which serves {SERVED_TASKS}; `bittern quantize` and `bittern "
+            "ptq` take data without a validation or test part for it"
         )
 
 
