@@ -290,6 +290,19 @@ def test_help_without_torch(program: list[str], line: str) -> None:
         assert ran.stdout == f"bittern {bittern.__version__}\n"
 
 
+def test_modules_of_ones_own(tmp_path: Path) -> None:
+    """A module that a command imports by its name finds in `bittern` all that other programs find there."""
+    (tmp_path / "mine.py").write_text(
+        f"from bittern import {', '.join(bittern.__all__)}\n\ndef term(x, y, rows): ...\n"
+    )
+    line = "qat nowhere --recipe w8a8 --data digits --out out --distill mine:term"
+    ran = subprocess.run(
+        [sys.executable, "-m", "bittern", *line.split()], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stderr.partition(":")[0]) == (1, "error")
+    assert "no such folder: nowhere" in ran.stderr
+
+
 # What is refused: one line that names what was given and what to do
 
 BAD = {

@@ -39,11 +39,11 @@ def test_levels(metrics: Case, level: str, metric: str) -> None:
     before, after = metrics
     found = verdict(before, after, rules("w4a4"), "quantize")
     assert found is not None
-    assert (found.level, found.metric) == (level, metric)
-    assert f"{after[metric]:.4f} now" in found.text
-    assert ("What to try" in found.text) == (level != "kept")
-    assert found.text.endswith(".")
-    assert "\n" not in found.text
+    assert (found["level"], found["metric"]) == (level, metric)
+    assert f"{after[metric]:.4f} now" in found["text"]
+    assert ("What to try" in found["text"]) == (level != "kept")
+    assert found["text"].endswith(".")
+    assert "\n" not in found["text"]
 
 
 def test_no_metric() -> None:
@@ -62,7 +62,7 @@ def test_place() -> None:
         blamed="inputs of layers",
     )
     assert text is not None
-    assert text.text == (
+    assert text["text"] == (
         "The model collapsed: accuracy 0.9700 in float, 0.5200 now; most of it in block 3. What to try: more bits "
         "where they count (bittern ptq --target); else a recipe with more bits for inputs of layers, such as w4a8."
     )

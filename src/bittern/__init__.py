@@ -10,19 +10,17 @@ Importing this package also teaches transformers' `from_pretrained` to load pack
 """
 
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 __version__ = version("bittern")
 
-_script = Path(sys.argv[0])
-_is_command = (
-    sys.orig_argv[sys.orig_argv.index("-m") + 1] == "bittern"
-    if _script.name == "-m"  # while `python -m` imports the package
-    else _script.stem == "bittern" and _script.parent.samefile(Path(sys.executable).parent)
-)
-if not _is_command:  # which imports what it needs, when it needs it: its help answers without torch
+# A process of the command line, which is the script beside Python or `-m bittern`, imports what it needs when it needs
+# it: its help answers without torch.
+_started = Path(sys.orig_argv[-len(sys.argv) :][0] if sys.argv else "")  # the script, or after -m the module
+if _started.stem != "bittern" or not (sys.argv[0] == "-m" or _started.parent.samefile(Path(sys.executable).parent)):
     from bittern.anatomy import Anatomy
     from bittern.deploy.checkpoint import is_packed, pack
     from bittern.deploy.store import inspect, load, save
@@ -36,23 +34,14 @@ if not _is_command:  # which imports what it needs, when it needs it: its help a
 
 __all__ = ["Anatomy", "BitternError", "CheckpointError", "FakeQuant", "Format", "InputError", "ModelError", "Recipe"]
 __all__ += ["RecipeError", "Rule", "Simulation", "calibrate", "compress", "fake_quantize", "inspect", "is_packed"]
-__all__ += [
-    "is_simulated",
-    "load",
-    "load_recipe",
-    "pack",
-    "read_anatomy",
-    "recipe_names",
-    "restore",
-    "save",
-    "simulate",
-]
+__all__ += ["is_simulated", "load", "load_recipe", "pack", "read_anatomy", "recipe_names", "restore", "save"]
+__all__ += ["simulate"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load `compress` when it is asked for: it needs what serving a model does not."""
-    if name != "compress":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from bittern.ladder import compress
-
-    return compress
+    """Find what was not imported: `compress`, which needs what serving a model does not; in a command anything."""
+    homes = "errors recipe simulation quantizers dry_run layers deploy.checkpoint deploy.store ptq.calibrate ladder"
+    for home in homes.split() if name in __all__ else ():
+        if hasattr(module := import_module(f"bittern.{home}"), name):
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -64,7 +64,7 @@ class _StandIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, own, given, share):  # type: ignore[no-untyped-def]
         ctx.share = share
-        given = given.to(own.dtype).expand_as(own)
+        given = given.to(own.dtype).expand_as(own)  # (1 or batch, …) → (batch, …)
         return given.clone() if share == 1 else torch.lerp(own, given, share)
 
     @staticmethod
@@ -114,7 +114,9 @@ class Site(nn.Module):
 
     def attend(self, *given: Any) -> Tensor:
         """Context (batch, heads, queries, head dim) of attention that a module's own code gives to one function."""
-        return attention_forward(*given)[0].transpose(1, 2)
+        return attention_forward(*given)[0].transpose(
+            1, 2
+        )  # (batch, queries, heads, dim) → (batch, heads, queries, dim)
 
     def tap(self, point: Point, x: Tensor) -> Tensor:
         """Record x if asked to, and give back what stands for it."""
@@ -186,7 +188,7 @@ def attention_forward(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key = key.repeat_interleave(groups, 1)  # (batch, key heads, keys, dim) → (batch, heads, keys, dim)
-        value = value.repeat_interleave(groups, 1)
+        value = value.repeat_interleave(groups, 1)  # as the keys
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # (batch, heads, queries, keys)
     if softcap is not None:

@@ -286,10 +286,9 @@ class _Job:
             result["samples"] = len(self.test)
             result |= self._compare(simulated)
             how, learned = next((h for h in ("qat", "ptq") if h in found), "quantize"), found.get("distill", {})
-            judged = verdict(
+            result["verdict"] = verdict(
                 result["float"], result["packed"], formats(self.model).values(), how, learned=learned.get("terms", ())
             )
-            result["verdict"] = judged and judged._asdict()
         calibration = self.calibration and {
             "data": self.source_of_data,
             "samples": len(self.calibration),
@@ -370,12 +369,7 @@ def evaluate(
     with nullcontext() if kernels else native.disabled():
         output = predict(model, track(loaded, "evaluating"))
         reference = None if other is None else predict(other, track(loaded, "reference"))
-    result: dict[str, Any] = {
-        "model": str(source),
-        "data": data,
-        "samples": len(loaded),
-        **asdict(measure(model, source)),
-    }
-    if reference is None:
-        return result | metrics(model, loaded, output)
-    return result | {"against": str(against), **metrics(model, loaded, output, reference)}
+    result: dict[str, Any] = {"model": str(source), "data": data, "samples": len(loaded)}
+    result |= asdict(measure(model, source))
+    result |= {} if against is None else {"against": str(against)}
+    return result | metrics(model, loaded, output, reference)

@@ -138,8 +138,8 @@ class Watch(TorchFunctionMode):
         key = "other" if "other" in other else "mat2"
         left, right = self._shaped(input), self._shaped(other.pop(key))
         if of_scores:
-            left, right = self.site.tap("query", left), self.site.tap("key", right.mT)
-            left, right = self.site.quantize("query", left), self.site.quantize("key", right).mT
+            left, right = self.site.tap("query", left), self.site.tap("key", right.mT)  # right: (…, keys, head dim)
+            left, right = self.site.quantize("query", left), self.site.quantize("key", right).mT  # (…, head dim, keys)
         else:
             left, right = self.site.quantize("map", left), self.site.quantize("value", self.site.tap("value", right))
         if input.dim() == 3:
@@ -147,14 +147,14 @@ class Watch(TorchFunctionMode):
         operands = (left, right) if added is None else (added, left, right)
         out: Tensor = function(*operands, **other)
         if not of_scores:
-            out = self.site.tap("context", self._shaped(out)).reshape(out.shape)
+            out = self.site.tap("context", self._shaped(out)).reshape(out.shape)  # as the model has it
         return out
 
     def _normalize(self, input: Tensor, dim: int, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-        scores = self._shaped(input)
+        scores = self._shaped(input)  # (batch, heads, queries, keys)
         self.site.begin((scores > -1e4).any(1, keepdim=True))  # (batch, 1, queries, keys): what may be attended
         maps = self.site.tap("score", scores).softmax(-1, dtype)
-        return self.site.tap("map", maps).reshape(input.shape)
+        return self.site.tap("map", maps).reshape(input.shape)  # as the model has it
 
     def _attend(
         self,
@@ -168,7 +168,8 @@ class Watch(TorchFunctionMode):
         enable_gqa: bool = False,  # told by the shapes
     ) -> Tensor:
         if is_causal:
-            attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            shape = query.shape[2], key.shape[2]
+            attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()  # (queries, keys)
         if attn_mask is not None:
             attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]  # (batch or 1, heads or 1, queries, keys)
         return self.site.attend(self.module, query, key, value, attn_mask, scale, dropout_p)

@@ -55,13 +55,10 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def prediction_loss_of(
-    model: PreTrainedModel, teacher: PreTrainedModel, batch: Mapping[str, Any], weight_decay: float = 0.0
-) -> Loss:
+def prediction_loss_of(model: PreTrainedModel, teacher: PreTrainedModel, batch: Mapping[str, Any]) -> Loss:
     """Return how far the predictions for a batch are from the teacher's: needs no labels.
 
     Soft cross-entropy of logits; squared error of one logit, or of the embeddings of an encoder without a head.
-    weight_decay: λ of λ/2·‖w‖² of all matrices, which moves their eigenvalues by λ [TI].
     """
     given = {k: v for k, v in batch.items() if k != "labels"}
     with torch.no_grad():
@@ -72,11 +69,7 @@ def prediction_loss_of(
     compare = squared_loss if key != "logits" or expected.shape[-1] == 1 else prediction_loss
 
     def loss(parameters: Parameters) -> Tensor:
-        value = compare(functional_call(model, dict(parameters), (), given)[key], expected, rows=rows)
-        if weight_decay:
-            matrices = [p.float().square().sum() for p in parameters.values() if p.dim() > 1]
-            value = value + weight_decay / 2 * torch.stack(matrices).sum()
-        return value
+        return compare(functional_call(model, dict(parameters), (), given)[key], expected, rows=rows)
 
     return loss
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from bittern.analysis.charts import short
 from bittern.data.evaluate import LOWER_IS_BETTER
@@ -31,15 +31,6 @@ NEGLIGIBLE = 1e-3  # relative squared error of the output
 WIDE, NARROW = 8, 2  # bits that rarely cost anything; bits of weights that need training
 
 
-class Verdict(NamedTuple):
-    """A judgement: how much was lost, the metric that tells, its relative loss, and a sentence for people."""
-
-    level: Level
-    metric: str
-    lost: float
-    text: str
-
-
 def verdict(
     before: Mapping[str, float],
     after: Mapping[str, float],
@@ -49,8 +40,9 @@ def verdict(
     learned: Collection[str] = (),
     where: str = "",
     blamed: str = "",
-) -> Verdict | None:
-    """Judge a quantized model by its metrics: one sentence of what was lost, where, and what to try. None without any.
+) -> dict[str, Any] | None:
+    """Judge a quantized model by its metrics: the `level` of what was lost, the `metric` that tells, how much was
+    `lost`, relative, and a `text` for people, with what to try. None without metrics.
 
     before, after: metrics of the float and of the quantized model, as `data.evaluate.metrics` gives them; agreement
     with the float model counts only where no other metric does. formats: values of `layers.formats` of the quantized
@@ -68,7 +60,7 @@ def verdict(
     text = f"{LEVELS[level][1]}: {metric.replace('_', ' ')} {before[metric]:.4f} in float, {after[metric]:.4f} now"
     if level != "kept":
         text += f"{where and f'; {where}'}. What to try: {advice(formats, how, learned, blamed=blamed)}"
-    return Verdict(level, metric, lost[metric], text.removesuffix(".") + ".")
+    return {"level": level, "metric": metric, "lost": lost[metric], "text": text.removesuffix(".") + "."}
 
 
 def _lost(metric: str, before: float, after: float) -> float:
@@ -129,8 +121,8 @@ def add_findings(result: dict[str, Any], formats: Iterable[Mapping[str, Rule]]) 
     for student, own, rules in zip(result["students"], after, formats, strict=True):
         where, blamed = place_of_loss(student)
         how, learned = student["how"], student["learned"]
-        found = verdict(before, own, rules.values(), how, learned=learned, where=where, blamed=blamed)
-        student |= {"verdict": found and found._asdict(), "worst": worst_blocks(student, rules, blamed)}
+        student["verdict"] = verdict(before, own, rules.values(), how, learned=learned, where=where, blamed=blamed)
+        student["worst"] = worst_blocks(student, rules, blamed)
 
 
 def measured(result: Mapping[str, Any]) -> tuple[int, dict[str, float], list[dict[str, float]]]:

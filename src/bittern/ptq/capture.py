@@ -133,6 +133,7 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
             continue
         key = tuple(map(id, parts))
         if key not in inputs:
+            # of all calls: (rows, in), (rows)
             x, sample = (torch.cat([getattr(part, kind) for part in known]) for kind in ("x", "sample"))
             norm = known[0].norm if len({part.norm for part in known}) == 1 else None
             inputs[key] = Inputs([], x, torch.unique(sample, return_inverse=True)[1], norm)
@@ -199,12 +200,12 @@ def _rows(layer: QuantLayer, x: Tensor, batch: Mapping[str, Any], size: int) -> 
     if isinstance(layer, QuantConv2d):
         x = F.pad(x, layer._reversed_padding_repeated_twice)  # (items, channels, height, width)
         x = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride).mT  # (items, places, in)
-    sample = _samples(x.shape[0], size, x.device)
+    sample = _samples(x.shape[0], size, x.device)  # (items)
     sample = sample.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])  # all dimensions of x but the last
     valid = padding_mask(batch, x.shape[:2]) if x.dim() == 3 else None
     if valid is not None:
         return x[valid], sample[valid]  # (rows, in), (rows)
-    return x.reshape(-1, x.shape[-1]), sample.reshape(-1)
+    return x.reshape(-1, x.shape[-1]), sample.reshape(-1)  # (rows, in), (rows)
 
 
 def _samples(items: int, size: int, device: torch.device) -> Tensor:
@@ -229,7 +230,7 @@ def _heads(
     items, device = len(query), query.device
     if items % size or not map_.numel():
         return None
-    some = _part(items, max(1, MAX_MAP // (calls * map_[0].numel())), generator, device)
+    kept = _part(items, max(1, MAX_MAP // (calls * map_[0].numel())), generator, device)
     valid = []
     for x in (query, key):
         mask = padding_mask(batch, (items, x.shape[2]))
@@ -239,16 +240,16 @@ def _heads(
 
     def chosen(x: Tensor, valid: Tensor) -> Tensor:
         x = x.reshape(items, key.shape[1], -1, x.shape[-1])  # (items, key heads, rows, ·): grouped queries become rows
-        return (x * valid[:, None, :, None])[some].detach().float()
+        return (x * valid[:, None, :, None])[kept].detach().float()  # (kept items, key heads, rows, ·)
 
     return Heads(
         chosen(query, valid_rows),
         chosen(key, valid_keys),
         chosen(value, valid_keys),
         chosen(map_, valid_rows),
-        _samples(items, size, device)[some] + first,
-        valid_rows[some],
-        valid_keys[some],
+        _samples(items, size, device)[kept] + first,
+        valid_rows[kept],
+        valid_keys[kept],
         groups=groups,
     )
 
@@ -257,10 +258,9 @@ def _joined(*parts: Heads) -> Heads:
     """Join batches of different lengths along the items; what is added is zero, and so not valid."""
     joined = []
     for field_ in fields(Heads)[:-1]:
-        tensors = [getattr(part, field_.name) for part in parts]
-        whole = tensors[0].new_zeros(
-            sum(map(len, tensors)), *map(max, zip(*(t.shape[1:] for t in tensors), strict=True))
-        )
+        tensors = [getattr(part, field_.name) for part in parts]  # (items, …) of each batch
+        longest = map(max, zip(*(t.shape[1:] for t in tensors), strict=True))
+        whole = tensors[0].new_zeros(sum(map(len, tensors)), *longest)  # (all items, …)
         for own, t in zip(whole.split([*map(len, tensors)]), tensors, strict=True):
             own[tuple(map(slice, t.shape))] = t
         joined.append(whole)

@@ -40,23 +40,25 @@ class Product:
         shift: Tensor | None = None,
         slack: float = 0.0,
     ):
-        self.right, self.out = right, torch.matmul(left, right)
+        self.right, self.out = right, torch.matmul(left, right)  # (…, rows, columns)
         self.sample, self.objective, self.shift, self.slack = sample, objective, shift, slack
         self.samples = int(sample.max()) + 1
         if shift is not None:
             self.out -= shift
         columns = torch.full(sample.shape, self.out.shape[-1], device=left.device) if columns is None else columns
-        self.count = self._by_sample(columns).clamp(min=1)
+        self.count = self._by_sample(columns).clamp(min=1)  # (samples), and so what follows
         total = self._by_sample(self.out.sum(-1))
         squares = self._by_sample(torch.linalg.vector_norm(self.out, dim=-1).square())
         self.mean = total / self.count if objective == "pearson" else torch.zeros_like(total)
         power = squares - self.count * self.mean**2
         self.live = power > 1e-12 * squares.clamp(min=1e-30)  # a constant output has no similarity to lose
         self.power = torch.where(self.live, power, 1.0)
-        self.row_weight = (self.live / self.power)[sample].float().unsqueeze(-1)  # 1/σ² of the row's sample
+        # 1/σ² and mean of the row's sample: (…, rows, 1)
+        self.row_weight = (self.live / self.power)[sample].float().unsqueeze(-1)
         self.row_mean = self.mean[sample].float().unsqueeze(-1)
 
     def _by_sample(self, rows: Tensor) -> Tensor:
+        """Sum values of rows, in the shape of `sample`, over each sample: (samples)."""
         sums = torch.zeros(self.samples, dtype=torch.float64, device=rows.device)
         return sums.index_add_(0, self.sample.flatten(), rows.double().flatten())
 
@@ -76,13 +78,13 @@ class Product:
         p, q, total = (torch.empty(self.sample.shape, device=self.out.device) for _ in range(3))
         errors = []
         for part in self.chunks():
-            error = self.error(left(part), right, part)
-            q[part] = torch.linalg.vector_norm(error, dim=-1).square()
+            error = self.error(left(part), right, part)  # (…, rows, columns)
+            q[part] = torch.linalg.vector_norm(error, dim=-1).square()  # (…, rows), as total and p
             total[part] = error.sum(-1)
             if penalty is not None:
                 errors.append(error.clone())
             p[part] = error.mul_(self.out[part]).sum(-1)
-        ps, qs = self._by_sample(p), self._by_sample(q)
+        ps, qs = self._by_sample(p), self._by_sample(q)  # (samples)
         if self.objective == "pearson":
             totals = self._by_sample(total)
             ps, qs = ps - self.mean * totals, qs - totals * totals / self.count
@@ -94,10 +96,9 @@ class Product:
         samples = max(int(self.live.sum()), 1) * products
         return loss(p / samples, q.clamp(min=0) / samples, torch.ones_like(q), self.objective)
 
-    def first_order(self, left: Tensor, right: Tensor, some: Tensor | slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return, of rows or groups `some`, D and centred O, both weighted by 1/σ², and the sums p and q of D."""
-        error = self.error(left, right, some)
-        weight = self.row_weight[some]
-        centred = (self.out[some] - self.row_mean[some]).mul_(weight)
+    def first_order(self, left: Tensor, right: Tensor, subset: Tensor | slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return, of rows or groups `subset`, D and centred O, both weighted by 1/σ², and the sums p and q of D."""
+        error, weight = self.error(left, right, subset), self.row_weight[subset]  # (…, rows, columns), (…, rows, 1)
+        centred = (self.out[subset] - self.row_mean[subset]).mul_(weight)
         weighted = error * weight
         return weighted, centred, (centred * error).sum(), (weighted * error).sum()

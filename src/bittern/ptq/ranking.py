@@ -55,8 +55,8 @@ def ranking_penalty(
     rows, keys: (groups, rows) and (groups, columns), False where there is padding.
     """
     group, row = rows.nonzero(as_tuple=True)
-    some = torch.randperm(len(group), generator=torch.Generator().manual_seed(0))[:ROWS].to(group.device)
-    group, row = group[some], row[some]
+    subset = torch.randperm(len(group), generator=torch.Generator().manual_seed(0))[:ROWS].to(group.device)
+    group, row = group[subset], row[subset]
     scores, valid = product.out[group, row], keys[group]
 
     def penalty(error: Tensor) -> float:

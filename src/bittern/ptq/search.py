@@ -132,20 +132,29 @@ def search_left(
     """Return a search for the scale of x, the left side of every product, whose right sides B̂ are given.
 
     x: (rows, inner) with right sides (inner, columns), or (groups, rows, inner) with one (groups, inner, columns).
+
+    A row 1, 0.4, 0.4 in the codes -2 to 1, times ones: O is 1.8. The scale of the extremes, 1, gives 1, 0, 0, so that
+    Ô is 1. Half of it clips the largest value, but Ô of 0.5, 0.5, 0.5 is 1.5, which is nearer.
+
+    >>> x, right, fmt = torch.tensor([[1.0, 0.4, 0.4]]), torch.ones(3, 1), Format(bits=2, range="static")
+    >>> product = Product(x, right, torch.zeros(1, dtype=torch.long), "mse")
+    >>> search = search_left(x, fmt, [(product, right)])
+    >>> search(candidate_scales(*x.aminmax(), fmt, torch.tensor([1.0, 0.5])), None)
+    1
     """
     slack = products[0][0].slack
-    some, scale_up = _part(x, slack)
-    linear, gain = torch.zeros_like(x[some]), torch.zeros_like(x[some])
+    subset, scale_up = _part(x, slack)
+    linear, gain = torch.zeros_like(x[subset]), torch.zeros_like(x[subset])
     square = p = q = torch.zeros((), device=x.device)
     crosses: list[CrossTerms] = []
     for product, right in products:
-        weighted, centred, p0, q0 = product.first_order(x[some], right, some)  # (…, rows, columns) twice, sums
-        near = right if right.dim() == 2 else right[some]
+        weighted, centred, p0, q0 = product.first_order(x[subset], right, subset)  # (…, rows, columns) twice, sums
+        near = right if right.dim() == 2 else right[subset]
         linear, gain = linear + weighted @ near.mT, gain + centred @ near.mT  # (…, rows, inner)
         square = square + product.row_weight * right.square().sum(-1).unsqueeze(-2)  # (…, rows, inner)
         p, q = p + p0 * scale_up, q + q0 * scale_up
         crosses += _cross_terms(x, fmt, right.mT, product.row_weight)
-    sums = _sums(x, fmt, square, x[some], linear * scale_up, gain * scale_up, crosses)
+    sums = _sums(x, fmt, square, x[subset], linear * scale_up, gain * scale_up, crosses)
 
     def exact(scale: Scale) -> float:
         def left(rows: slice) -> Tensor:
@@ -166,14 +175,14 @@ def search_right(x: Tensor, fmt: Format, product: Product, left: Tensor, penalty
 
     x: (inner, columns) with left (rows, inner), or (groups, inner, columns) with left (groups, rows, inner).
     """
-    some, scale_up = _part(left, product.slack)
-    weighted, centred, p, q = product.first_order(left[some], x, some)  # (…, rows, columns) twice, and sums
-    near = left[some].mT
+    subset, scale_up = _part(left, product.slack)
+    weighted, centred, p, q = product.first_order(left[subset], x, subset)  # (…, rows, columns) twice, and sums
+    near = left[subset].mT
     linear, gain = near @ weighted * scale_up, near @ centred * scale_up  # (…, inner, columns)
     square = left.square().mT @ product.row_weight  # (…, inner, 1)
     each = torch.ones_like(x.mT[..., :1])
     crosses = _cross_terms(x.mT, fmt, left * product.row_weight.sqrt(), each)  # x.mT (…, columns, inner)
-    sums = _sums(x, fmt, square, x if x.dim() == 2 else x[some], linear, gain, crosses)
+    sums = _sums(x, fmt, square, x if x.dim() == 2 else x[subset], linear, gain, crosses)
 
     def exact(scale: Scale) -> float:
         return product.loss(left.__getitem__, fake_quantize(x, fmt, *scale), penalty)
@@ -264,15 +273,15 @@ def search_weight(
         return factors[search([times(largest, factor) for factor in factors], present)]
     weight = product.right.T.contiguous()
     factor = torch.ones_like(largest[0]) if start is None else start
-    some, scale_up = _part(inputs, product.slack, 2 * ESTIMATE_ROWS)
-    part = inputs[some]
-    weighted, centred, p, _ = product.first_order(part, product.right, some)  # (rows, out) twice, and sums
+    subset, scale_up = _part(inputs, product.slack, 2 * ESTIMATE_ROWS)
+    part = inputs[subset]
+    weighted, centred, p, _ = product.first_order(part, product.right, subset)  # (rows, out) twice, and sums
     linear = 2 * scale_up * (weighted.T @ part)  # (out, in)
     if product.objective != "mse":  # a row's share of -p², to first order around the present scales
         gain, samples = scale_up * (centred.T @ part), max(int(product.live.sum()), 1)  # (out, in)
         p = p * scale_up + (gain * error_of(weight, fmt, times(largest, factor))).sum()
         linear -= 2 * p / samples * gain
-    part = part * (product.row_weight[some] * scale_up).sqrt()
+    part = part * (product.row_weight[subset] * scale_up).sqrt()
     gram = part.T @ part  # (in, in)
     if factor.dim() == 3:
         return _best_groups(weight, fmt, largest, factors, factor, gram, linear)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+BETAS, EPSILON, MAX_NORM = (0.9, 0.999), 1e-6, 1.0
+
 
 class BertAdam(torch.optim.Optimizer):
     """Adam as BERT's own code has it: no correction of the moments' bias, which makes the first steps several times
@@ -16,18 +18,8 @@ class BertAdam(torch.optim.Optimizer):
     The weight decay is no part of the gradient: it goes into the update, times the learning rate.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.01,
-        max_norm: float = 1.0,
-    ):
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_norm": max_norm}
-        )
+    def __init__(self, params: Iterable[Any], lr: float, weight_decay: float = 0.01):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -36,12 +28,12 @@ class BertAdam(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                clip_grad_norm_(p, group["max_norm"])
+                clip_grad_norm_(p, MAX_NORM)
                 state = self.state[p]
                 if not state:
                     state |= {"mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
-                mean = state["mean"].lerp_(p.grad, 1 - group["betas"][0])
-                square = state["square"].lerp_(p.grad.square(), 1 - group["betas"][1])
-                update = mean / square.sqrt().add_(group["eps"])
+                mean = state["mean"].lerp_(p.grad, 1 - BETAS[0])
+                square = state["square"].lerp_(p.grad.square(), 1 - BETAS[1])
+                update = mean / square.sqrt().add_(EPSILON)
                 p.add_(update.add_(p, alpha=group["weight_decay"]), alpha=-group["lr"])
         return loss
