@@ -117,11 +117,11 @@ def time_layer(rows: int, inputs: int, outputs: int, rounds: int, most: float) -
     codes, x = torch.randint(-1, 2, (outputs, inputs)), torch.randn(rows, inputs)
     panels, coding, weight = native.Panels(codes, torch.ones(()), 2, 1), native.Coding(-128, 127), codes.float()
     bias = native.padded_bias(None, panels)
-    quantized = native.quantize(x, coding)
+    quantized = native.quantize_rows(x, coding)
     assert quantized is not None
 
     def ours() -> Tensor:
-        return native.linear(native.quantize(x, coding), panels, bias)  # type: ignore[arg-type]
+        return native.linear(native.quantize_rows(x, coding), panels, bias)  # type: ignore[arg-type]
 
     contenders: dict[str, Callable[[], object]] = {
         OURS: ours,
@@ -216,14 +216,14 @@ class Contenders:
             for part in LAYER_NAMES:
                 layer = block.layers[part]
                 wide = torch.randn(rows, layer.panels.inputs)
-                codes = native.quantize(wide, layer.coding)
+                codes = native.quantize_rows(wide, layer.coding)
                 assert codes is not None
                 out = torch.empty(rows, layer.panels.outputs)
                 operations += 2 * out.numel() * layer.panels.inputs
                 given = (codes.structure(), layer.panels.structure(layer.bias, layer.coding), 0, 1, out.data_ptr())
                 products.append(lambda given=given, keep=(codes, out): library.bittern_linear(*given))
                 if part not in ("key", "value"):  # which read what the query reads
-                    rounding.append(partial(native.quantize, wide, layer.coding))
+                    rounding.append(partial(native.quantize_rows, wide, layer.coding))
             middle += [partial(native.norm, x, n.weight, n.bias, n.epsilon) for n in block.norms]
             middle.append(
                 partial(native.activate, torch.randn(rows, block.layers["up"].panels.outputs), block.activation)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bittern import native
 from bittern.errors import InputError
-from bittern.native import Coding, Panels, linear, padded_bias, quantize, rounding
+from bittern.native import Coding, Panels, linear, padded_bias, quantize_rows, rounding
 from bittern.native.block import LAYER_NAMES, KernelBlock, KernelLayer, KernelNorm, run_blocks
 from bittern.quantizers import encode, find_scale, kernel_coding
 from bittern.recipe import Format
@@ -99,7 +99,7 @@ def test_defaults_of_pytorch_do_not_matter(kind: str, dtype: torch.dtype) -> Non
 
     def results() -> list[Tensor]:
         panels = Panels(codes, scale, 2, 1)
-        rows = quantize(x, SIGNED)
+        rows = quantize_rows(x, SIGNED)
         assert rows is not None
         attended = native.attention(four, four, four, None, 0.5, codings)
         assert attended is not None
@@ -169,7 +169,7 @@ def test_product(name: str, weights: str, shape: tuple[int, int, int], seed: int
     found = find_scale(x, fmt) if rows else (torch.ones(()), None)
     for kind in KINDS:
         native.use(kind)
-        q = quantize(x, coding_of(x, fmt))
+        q = quantize_rows(x, coding_of(x, fmt))
         assert q is not None
         if rows:
             assert (integers(q) == encode(x, fmt, *found).numpy()).all()
@@ -193,7 +193,7 @@ def test_ties(kind: str) -> None:
         x = torch.cat([halves, torch.nextafter(halves, away), torch.nextafter(halves, -away)])[None]
         for fmt, offset in ((Format(range="static"), None), (Format(scheme="asymmetric", range="static"), -1.7)):
             unit = torch.tensor(scale), None if offset is None else torch.tensor(offset)
-            q = quantize(x, kernel_coding(fmt, *unit))
+            q = quantize_rows(x, kernel_coding(fmt, *unit))
             assert q is not None
             assert (integers(q) == encode(x, fmt, *unit).numpy()).all()
 
@@ -206,7 +206,7 @@ def test_extremes_do_not_overflow(kind: str, inputs: int) -> None:
             for value in (-128.0, 127.0):
                 panels = Panels(torch.full((17, inputs), weight), torch.ones(()), bits, -low)
                 for rows in (1, 2, 5):
-                    q = quantize(torch.full((rows, inputs), value), Coding(-128, 127, scale=1.0))
+                    q = quantize_rows(torch.full((rows, inputs), value), Coding(-128, 127, scale=1.0))
                     assert q is not None
                     assert (linear(q, panels, padded_bias(None, panels)) == float(weight * value * inputs)).all()
 
@@ -215,7 +215,7 @@ def test_large_outputs(kind: str) -> None:
     """Outputs that are written past the caches, and those whose rows do not begin at a cache line."""
     for outputs in (1024, 1040, 1000):
         panels = Panels(torch.randint(-1, 2, (outputs, 70)), torch.ones(()), 2, 1)
-        q, bias = quantize(torch.randn(600, 70), SIGNED), padded_bias(torch.randn(outputs), panels)
+        q, bias = quantize_rows(torch.randn(600, 70), SIGNED), padded_bias(torch.randn(outputs), panels)
         assert q is not None
         pieces = [
             native.Quantized(q.codes[i : i + 30], q.numbers[:, i : i + 30].contiguous(), 30, 70, SIGNED)
@@ -239,7 +239,7 @@ def test_activations(kind: str, name: native.Activation, reference: Any, toleran
     expected = reference(x.double())
     assert ((native.activate(x, name) - expected).abs() <= tolerance * x.abs().clamp(min=1)).all()
     panels = Panels(torch.eye(24).long(), torch.ones(()), 2, 1)
-    q = quantize(torch.randn(3, 24), SIGNED)
+    q = quantize_rows(torch.randn(3, 24), SIGNED)
     assert q is not None
     plain = linear(q, panels, padded_bias(None, panels))
     fused = linear(q, panels, padded_bias(None, panels), name)
@@ -328,7 +328,7 @@ def test_block(kind: str, shape: tuple[int, int], pre_norm: bool, static: bool) 
 
     def run(part: str, x: Tensor) -> Tensor:
         layer = layers[part]
-        q = quantize(x.reshape(batch * tokens, -1), layer.coding)
+        q = quantize_rows(x.reshape(batch * tokens, -1), layer.coding)
         assert q is not None
         return linear(q, layer.panels, layer.bias).view(batch, tokens, -1)
 
@@ -404,7 +404,7 @@ def test_not_finite(kind: str) -> None:
         x = torch.randn(40, 70)
         x[17, 69] = value
         for fmt in INPUTS.values():
-            assert quantize(x, coding_of(torch.randn(40, 70), fmt)) is None
+            assert quantize_rows(x, coding_of(torch.randn(40, 70), fmt)) is None
         q = torch.randn(1, 2, 20, 35)
         codings = dict.fromkeys(("query", "key", "value", "map"), SIGNED)
         for i in range(3):
@@ -421,7 +421,7 @@ def test_threads_share_and_agree(kind: str) -> None:
 
     def run(threads: int) -> Tensor:
         torch.set_num_threads(threads)
-        q = quantize(x, SIGNED)
+        q = quantize_rows(x, SIGNED)
         assert q is not None
         return linear(q, panels, padded_bias(None, panels))
 
@@ -438,15 +438,15 @@ def test_threads_share_and_agree(kind: str) -> None:
 def test_refused() -> None:
     """Wrong types, shapes, sizes and layouts raise, before anything is read."""
     x, panels = torch.randn(4, 32), Panels(torch.zeros(8, 32, dtype=torch.int16), torch.ones(()), 2, 1)
-    q = quantize(x, SIGNED)
+    q = quantize_rows(x, SIGNED)
     assert q is not None
     wrong: list[Any] = [
-        lambda: quantize(x.double(), SIGNED),
-        lambda: quantize(x.t(), SIGNED),
-        lambda: quantize(x[:, ::2], SIGNED),
-        lambda: quantize(x[0], SIGNED),
-        lambda: quantize(torch.empty(2, 40000), SIGNED),
-        lambda: quantize(x.to("meta"), SIGNED),
+        lambda: quantize_rows(x.double(), SIGNED),
+        lambda: quantize_rows(x.t(), SIGNED),
+        lambda: quantize_rows(x[:, ::2], SIGNED),
+        lambda: quantize_rows(x[0], SIGNED),
+        lambda: quantize_rows(torch.empty(2, 40000), SIGNED),
+        lambda: quantize_rows(x.to("meta"), SIGNED),
         lambda: Panels(torch.full((2, 2), 3), torch.ones(()), 2, 1),
         lambda: Panels(torch.full((2, 2), -2), torch.ones(()), 2, 1),
         lambda: Panels(torch.zeros(2, 2), torch.ones(3), 2, 1),
@@ -489,7 +489,7 @@ def test_disabled() -> None:
         assert not native.available()
         assert native.engine() == ("", "the kernels are switched off")
         with pytest.raises(RuntimeError, match="switched off"):
-            quantize(torch.randn(2, 2), SIGNED)
+            quantize_rows(torch.randn(2, 2), SIGNED)
     assert native.available()
 
 

@@ -1,5 +1,6 @@
 """The package as such: its public names, what importing it costs, what it must never do, and what it carries."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -129,3 +130,19 @@ def test_sources_never(pattern: str) -> None:
 def test_package_data(path: str) -> None:
     """Recipes, the model of the demo and the marker of types come with the package."""
     assert files("bittern").joinpath(path).read_bytes() or path == "py.typed"
+
+
+def test_one_name_is_one_thing() -> None:
+    """No two modules give one public name to different things, but a command, its job and what shows its result; the
+    kernels' C structures are named as those; `quantize` is a job and post-training quantization in Python."""
+    homes: dict[str, set[str]] = {}
+    for path in SOURCES:
+        if path.parent.name == "cli" or path.name == "structures.py":
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            named = [target.id for target in targets if isinstance(target, ast.Name)]
+            for name in [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else named:
+                homes.setdefault(name, set()).add(path.name)
+    doubled = {name for name, found in homes.items() if len(found) > 1 and not name.startswith("_")}
+    assert doubled == {"quantize", "T"}, {name: homes[name] for name in doubled}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bittern.compat import ALL_EXPERTS_FUNCTIONS
 
-NAME = "bittern"
+FUNCTION_NAME = "bittern"
 
 
 class ExpertsLinear(nn.Module):
@@ -52,7 +52,7 @@ def open_experts(model: nn.Module) -> None:
             for part in parts:
                 module.add_module(part, ExpertsLinear(module._parameters.pop(part), module.is_transposed))
             module._config_was, module.config = module.config, copy(module.config)
-            module.config._experts_implementation_internal = NAME
+            module.config._experts_implementation_internal = FUNCTION_NAME
 
 
 def close_experts(model: nn.Module, keep: Container[str] = ()) -> None:
@@ -66,7 +66,7 @@ def close_experts(model: nn.Module, keep: Container[str] = ()) -> None:
 
 
 def run_experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What experts give for tokens (tokens, hidden): the weighted sum of those chosen for each (tokens, chosen)."""
+    """Return, for tokens (tokens, hidden), the weighted sum of the experts chosen for each (tokens, chosen)."""
     out = torch.zeros_like(hidden_states)
     for expert in top_k_index.unique().tolist():
         token, place = torch.where(top_k_index == expert)
@@ -82,4 +82,4 @@ def run_experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     return out
 
 
-ALL_EXPERTS_FUNCTIONS.register(NAME, run_experts)
+ALL_EXPERTS_FUNCTIONS.register(FUNCTION_NAME, run_experts)

@@ -35,7 +35,7 @@ class Event:
 
 @dataclass
 class Run:
-    """What a dry run saw: events in order, the first input and output of each module, attention in own code, output,
+    """A record of a dry run: events in order, the first input and output of each module, attention in own code, output,
     and parameters that code outside of layers reads."""
 
     events: list[Event]
@@ -87,7 +87,7 @@ class Reader:
         return Anatomy(blocks, roles, idle, inputs, tuple(lone), like_base, read)
 
     def _ends(self, reached: set[str], lone: list[str]) -> list[tuple[int, str]]:
-        """Where attention ends in the first run of each module; of lone products that is the last."""
+        """Return where attention ends in the first run of each module; of lone products that is the last."""
         ends: dict[str, int] = {}
         runs = Counter[str]()
         for i, event in enumerate(self.events):

@@ -81,7 +81,7 @@ class _Study:
     source: str
     out: str | Path
     samples: int
-    few: int
+    subset_size: int
     seed: int
     curvature: Curvature | None
     track: Track
@@ -91,14 +91,14 @@ class _Study:
         self.teacher = load(self.teacher_path)
         data = load_any_split(self.source, self.teacher, self.teacher_path, **self.columns)
         self.data = data.subset(self.samples, self.seed)
-        self.subset = list(data.subset(min(self.few, self.samples), self.seed))
+        self.subset = list(data.subset(min(self.subset_size, self.samples), self.seed))
         self.mini = list(replace(self.data, batch_size=min(MINI_BATCH, self.data.batch_size)))
         self.pairs = [self._pair(path) for path in self.paths]
         self.kinds = token_kinds(self.teacher, self.teacher_path)
         models = [self.teacher, *(pair.student for pair in self.pairs)]
         job: dict[str, Any] = {f"model {i}": digest(sorted(m.state_dict().items())) for i, m in enumerate(models)}
         job |= {"data": self.data.fingerprint(), "batch size": self.data.batch_size, "samples": self.samples}
-        job |= {"few": self.few, "seed": self.seed, "curvature": self.curvature and vars(self.curvature)}
+        job |= {"few": self.subset_size, "seed": self.seed, "curvature": self.curvature and vars(self.curvature)}
         self.journal = Journal(f"{Path(self.out)}.work", job)
 
     def _pair(self, path: str | Path) -> Pair:

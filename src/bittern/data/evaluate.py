@@ -92,9 +92,9 @@ def check_comparable(
 ) -> None:
     """Raise InputError unless both models give outputs of one kind and shape for the first samples."""
     share_padding(model, other)
-    few = next(iter(replace(data, batch_size=min(2, len(data)))))
+    sample_batch = next(iter(replace(data, batch_size=min(2, len(data)))))
     try:
-        shapes = [tuple(predict(m, [few]).shape[1:]) for m in (model, other)]
+        shapes = [tuple(predict(m, [sample_batch]).shape[1:]) for m in (model, other)]
     except Exception as error:  # a model raises whatever its code meets in inputs of another
         raise InputError(f"{other_path} cannot read {data.name} as {path} does: {first_line(error)}") from error
     if task_of(model) != task_of(other) or shapes[0] != shapes[1]:

@@ -112,7 +112,7 @@ class Guard:
         hooks = [table for m in inner for table in (m._forward_hooks, m._forward_pre_hooks)]
         # of hooks their numbers, of which none comes twice
         filled: list[Any] = [
-            *(table for some in tables for table in some if table),
+            *(table for of_module in tables for table in of_module if table),
             *(table for table in hooks if table),
         ]
         self.objects = native.Objects(filled, hooks, attributes, inner)

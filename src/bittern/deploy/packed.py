@@ -157,7 +157,7 @@ class PackedLayer(QuantizedLayer):
         if (panels := self.panels()) is None or x.shape[-1:] != (panels.inputs,):
             return None
         rows = quantize_once(
-            x, coding, lambda x: native.quantize(x.float().reshape(-1, x.shape[-1]).contiguous(), coding)
+            x, coding, lambda x: native.quantize_rows(x.float().reshape(-1, x.shape[-1]).contiguous(), coding)
         )
         if rows is None:
             return None

@@ -5,12 +5,12 @@ their weights and multiply in float, which is right but slow; `engine()` says so
 contiguity of all they pass on, and raise ValueError; tensors stay referenced while a call runs.
 """
 
-from bittern.native.codes import MOST_INPUTS, Coding, Quantized, quantize
+from bittern.native.codes import MOST_INPUTS, Coding, Quantized, quantize_rows
 from bittern.native.library import SWITCHED_OFF, available, disabled, engine, kinds, serves, use
 from bittern.native.objects import Objects
 from bittern.native.products import SCHEMES, Activation, Panels, activate, attention, linear, norm, padded_bias, rows
 
-__all__ = ["MOST_INPUTS", "Coding", "Quantized", "quantize"]
+__all__ = ["MOST_INPUTS", "Coding", "Quantized", "quantize_rows"]
 __all__ += ["SWITCHED_OFF", "available", "disabled", "engine", "kinds", "serves", "use"]
 __all__ += ["SCHEMES", "Activation", "Objects", "Panels"]
 __all__ += ["activate", "attention", "linear", "norm", "padded_bias", "rows"]

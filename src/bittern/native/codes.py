@@ -58,7 +58,7 @@ class Coding:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Rows of codes from `quantize`, padded, less `coding.shift`.
+    """Rows of codes from `quantize_rows`, padded, less `coding.shift`.
 
     codes: int8 (padded rows, padded columns). numbers: int32 (3, padded rows): the bits of each row's scale and offset,
     which are float32, and the sum of its codes.
@@ -83,7 +83,7 @@ class Quantized:
         return c.Codes(self.codes.data_ptr(), start, start + size, start + 2 * size, self.rows)
 
 
-def quantize(x: Tensor, coding: Coding) -> Quantized | None:
+def quantize_rows(x: Tensor, coding: Coding) -> Quantized | None:
     """Quantize x (rows, columns). None if x holds NaN or infinity, or its scale would be infinite."""
     library = required()
     if x.dim() != 2 or x.numel() >= 2**31:

@@ -32,7 +32,7 @@ class Objects:
         dicts, keys, classes = [d for d, _ in named], [key for _, key in named], [type(thing) for thing in objects]
         found = [table.get(key) for table, key in named]
         lists: list[Sequence[object]] = [tables, self.held, sized, dicts, keys, found, objects, classes]
-        arrays = [_array([id(thing) for thing in some]) for some in lists]
+        arrays = [_array([id(thing) for thing in things]) for things in lists]
         arrays[5] = _array([id(value) if key in d else None for (d, key), value in zip(named, found, strict=True)])
         arrays.append((ctypes.c_int64 * len(sized))(*map(len, sized)))
         counts = map(len, (tables, self.held, sized, named, objects))

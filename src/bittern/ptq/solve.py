@@ -153,16 +153,16 @@ def _alternate(left: Side, rights: Sequence[Side], method: Method, penalty: Pena
     rounds, seen = 0, set[tuple[object, ...]]()
     searched_for: dict[int, tuple[object, ...]] = {}  # a side is searched again if what it depends on is another
 
-    def is_new(side: Side, *others: object) -> bool:
+    def needs_search(side: Side, *others: object) -> bool:
         was, searched_for[id(side)] = searched_for.get(id(side)), others
         return not side.fixed and was != others
 
     while method.space is not None and rounds < method.space.rounds:
         rounds, changed = rounds + 1, False
         for right in rights:
-            if is_new(right, left.state, right.shift):
+            if needs_search(right, left.state, right.shift):
                 changed |= right.search_for(left, penalty)
-        if is_new(left, *(right.state for right in rights)):
+        if needs_search(left, *(right.state for right in rights)):
             products = [(right.product, right.values) for right in rights]
             changed |= left.search(search.search_left(left.x, left.format, products, penalty))
         if method.correct_bias:

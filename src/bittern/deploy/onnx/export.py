@@ -85,7 +85,7 @@ def export(
         graph = onnx_graph.trace_graph(model, made_up(model, 2), list(simulated))
     onnx_graph.finish(graph, chosen)
     with _written(Path(out), force) as (file, report):
-        onnx_graph.save(graph, file)
+        onnx_graph.save_graph(graph, file)
         parity = measure_parity(run_file(file, list(simulated), track(batches, "file")), simulated, exact, reference)
         check_parity(parity)
         as_bytes = [name for name, known in chosen.items() if known.kind in ("static", "dynamic")]

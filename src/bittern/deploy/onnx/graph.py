@@ -256,7 +256,7 @@ def float_nodes(model: ir.Model) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def save(model: ir.Model, file: Path) -> None:
+def save_graph(model: ir.Model, file: Path) -> None:
     """Write the graph, with its weights in a file beside if they are more than one file can hold."""
     large = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value) > LARGEST
     ir.save(model, file, external_data=f"{file.name}.data" if large else None)
