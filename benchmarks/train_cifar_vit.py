@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--stop", type=int, help="end after so many steps of the schedule, to try settings")
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--layer-decay", type=float, default=0.92)
+    parser.add_argument("--float32", action="store_true", help="no autocast: three times as fast on CPUs without bf16")
     options = parser.parse_args()
     torch.set_num_threads(1)
     images, labels = cifar(options.data, "train", options.out.parent)
@@ -133,7 +134,7 @@ def main() -> None:
         factor = min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / options.steps))
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * factor
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not options.float32):
             logits = model(prepare(augment(images[index], random))).logits
         loss = F.cross_entropy(logits.float(), labels[index].long(), label_smoothing=0.1)
         optimizer.zero_grad()

@@ -118,13 +118,13 @@ def test_layers_multiply_in_integers(name: str, formats: tuple[Format, Format]) 
 @pytest.mark.parametrize("formats", OTHERS, ids=str)
 @torch.no_grad()
 def test_layers_without_kernels(formats: tuple[Format, Format]) -> None:
-    """A format that kernels lack is computed as the simulated layer computes it, bit for bit."""
+    """A format that integer kernels lack gives what the simulated layer does: its values, in sums of another order."""
     x = torch.randn(5, 12)
     layer = linear(*formats, x)
     assert layer.integer_product(x) is None
     with native.disabled():
-        expected = layer(x)
-    assert torch.equal(layer(x), expected)
+        expected, terms = layer(x), layer.quantized_input(x).abs() @ layer.unpacked().abs().T
+    assert ((layer(x) - expected).abs() <= 1e-6 * terms).all()
     assert not kernels.has_kernel(*formats)
 
 

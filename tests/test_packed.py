@@ -317,6 +317,27 @@ def test_deep_copy(name: str) -> None:
     assert same(outputs(model, batch), expected)
 
 
+@every_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_that_stay_float(fmt: Format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packed layer whose inputs stay float, as a tied head's, multiplies by its codes: it unpacks no whole weight,
+    and gives what the simulated layer does, up to the order of sums."""
+    layer = nn.Linear(70, 37)
+    model = nn.Sequential(layer)
+    swap(layer, "layer", fmt, None)
+    x = torch.randn(2, 3, 70)
+    expected = layer(x).detach()
+    pack_layers(model)  # type: ignore[arg-type]
+    if native.available() and fmt.bits <= 8 and fmt.storage != "base3":
+        monkeypatch.setattr(packed, "unpack_codes", None)
+        monkeypatch.setattr(layer, "unpacked", None)
+    found = model.to(dtype)(x.to(dtype)).detach()
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.float(), expected, **({} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05})
+    )
+
+
 def test_weight_is_read_only() -> None:
     """The weight of a packed layer costs one number until somebody reads values, takes no gradient, and is not changed:
     whoever tries is told, also transformers when it resizes embeddings."""

@@ -149,8 +149,8 @@ void rows(int threads) {
   bittern_activate(x.data(), int64_t(x.size()), pick(0, 4), threads, out.data());
 }
 
-void look_up(int) {
-  const int rows = pick(1, 9), columns = pick(1, 70), bits = pick(1, 8), by_row = pick(0, 1);
+void look_up(int threads) {
+  const int rows = pick(1, 20), columns = pick(0, 9) ? pick(1, 70) : pick(500, 600), bits = pick(1, 8), by_row = pick(0, 1);
   const int64_t row_bytes = (int64_t(columns) * bits + 7) / 8;
   std::vector<uint8_t> codes(size_t(rows * row_bytes));
   for (uint8_t& c : codes) c = uint8_t(pick(0, 255));
@@ -170,6 +170,21 @@ void look_up(int) {
       volatile float value = float(code * 2 - 3) * scale[by_row ? ids[i] : 0];
       if (out[size_t(i * columns + k)] != (l.offset ? value + offset[by_row ? ids[i] : 0] : value)) fail("value of an embedding");
     }
+  const int count = pick(0, 9);
+  const std::vector<float> x = floats(size_t(count * columns)), bias = floats(size_t(rows));
+  std::vector<float> product(size_t(count * rows), NAN), row(static_cast<size_t>(columns));
+  if (bittern_multiply_floats(&l, x.data(), count, bias.data(), threads, product.data())) fail("a product with floats");
+  for (int64_t r = 0; r < rows; ++r) {
+    bittern_rows(&l, &r, 1, row.data());
+    for (int i = 0; i < count; ++i) {
+      double sum = bias[size_t(r)], most = std::abs(sum);
+      for (int k = 0; k < columns; ++k) {
+        const double term = double(x[size_t(i * columns + k)]) * row[size_t(k)];
+        sum += term, most += std::abs(term);
+      }
+      if (!(std::abs(product[size_t(i * rows + r)] - sum) <= 1e-4 * most)) fail("value of a product with floats");
+    }
+  }
 }
 
 // A layer with weights of exactly their size.

@@ -142,8 +142,10 @@ class PackedLayer(QuantizedLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Multiply as a linear layer, of whatever class; convolutions and embeddings have their own forward."""
         tell_of(self)
-        out = self.integer_product(input)
-        return F.linear(self.quantized_input(input), self.unpacked(), self.bias) if out is None else out
+        if (out := self.integer_product(input)) is not None:
+            return out
+        out = self.float_product(input := self.quantized_input(input))
+        return F.linear(input, self.unpacked(), self.bias) if out is None else out
 
     def integer_product(self, x: Tensor) -> Tensor | None:
         """The product of x (…, inputs) and the weight by the integer kernels; None where they do not serve."""
@@ -162,6 +164,20 @@ class PackedLayer(QuantizedLayer):
         if rows is None:
             return None
         return native.linear(rows, panels, self.padded_bias(panels)).view(*x.shape[:-1], panels.outputs).to(x.dtype)
+
+    def float_product(self, x: Tensor) -> Tensor | None:
+        """The product of x (…, inputs), which stays float, and the weight; None where kernels do not serve."""
+        bias: Tensor | None = None if self.bias is None else self.bias.float()
+        usual = x.dtype == torch.float32 or x.dtype in SIXTEEN_BITS
+        if (
+            not usual
+            or x.shape[-1:] != self.weight_shape[1:]
+            or not native.serves(x.float(), bias)
+            or (table := self._table()) is None
+        ):
+            return None
+        rows = x.float().reshape(-1, x.shape[-1]).contiguous()
+        return table.multiply(rows, bias).view(*x.shape[:-1], -1).to(x.dtype)
 
     def padded_bias(self, panels: native.Panels) -> Tensor:
         """The bias as the kernels read it, kept until it changes."""
@@ -249,27 +265,31 @@ class PackedLayer(QuantizedLayer):
         """The weight's values (rows, columns), or those of the given rows (…, columns), in the model's type."""
         if torch.compiler.is_exporting() or torch._C._get_tracing_state():
             raise ModelError(NO_GRAPH)
-        layer = self.source
-        codes, fmt, scale, offset = layer.weight_codes, layer.weight_format, layer.weight_scale, layer.weight_offset
-        if rows is not None:
-            if (values := self._looked_up(rows)) is not None:
-                return values.view(*rows.shape, layer.weight_shape[1]).to(self.weight.dtype)
-            flat = rows.flatten()  # index_select refuses rows below zero, as a float embedding does
-            codes, scale = codes.index_select(0, flat), scale[flat] if scale.dim() else scale
-            offset = offset[flat] if offset is not None and offset.dim() else offset
-        values = decode(unpack_codes(codes, layer.weight_shape[1], fmt), fmt, scale, offset).to(self.weight.dtype)
-        return values if rows is None else values.view(*rows.shape, layer.weight_shape[1])
+        layer, wanted = self.source, rows
+        if rows is None:
+            wanted = torch.arange(layer.weight_shape[0], device=layer.weight_codes.device)
+        known = wanted.is_cpu and type(wanted) is Tensor and not wanted.is_floating_point()
+        values = table.rows(wanted) if known and (table := self._table()) is not None else None
+        if values is None:
+            codes, fmt, scale, offset = layer.weight_codes, layer.weight_format, layer.weight_scale, layer.weight_offset
+            if rows is not None:
+                flat = rows.flatten()  # index_select refuses rows below zero, as a float embedding does
+                codes, scale = codes.index_select(0, flat), scale[flat] if scale.dim() else scale
+                offset = offset[flat] if offset is not None and offset.dim() else offset
+            values = decode(unpack_codes(codes, layer.weight_shape[1], fmt), fmt, scale, offset)
+        return values.view(*wanted.shape, layer.weight_shape[1]).to(self.weight.dtype)
 
-    def _looked_up(self, rows: Tensor) -> Tensor | None:
-        """Values of the given rows by the kernels; None where they do not serve."""
+    def _table(self) -> native.Table | None:
+        """The weight as kernels read it from its codes; None where they do not serve."""
         layer = self.source
         fmt, (count, columns) = layer.weight_format, layer.weight_shape
-        tensors = layer.weight_codes, layer.weight_scale, layer.weight_offset
-        usual = native.serves(*tensors[1:]) and rows.is_cpu and type(rows) is Tensor and not rows.is_floating_point()
-        if not usual or fmt.bits > 8 or fmt.storage == "base3" or tensors[1].numel() not in (1, count):
+        codes, scale, offset = layer.weight_codes, layer.weight_scale, layer.weight_offset
+        usual = native.serves(scale, offset) and codes.is_cpu and scale.numel() in (1, count)
+        if not usual or fmt.bits > 8 or fmt.storage == "base3":
             return None
-        numbers = code_range(fmt)[0], 2 if fmt.kind == "binary" else 1
-        return native.rows(tensors[0], rows, columns, fmt.bits, numbers, *tensors[1:])
+        return native.Table(
+            codes, columns, fmt.bits, (code_range(fmt)[0], 2 if fmt.kind == "binary" else 1), scale, offset
+        )
 
     def weight_bytes(self) -> int:
         """Bytes of codes, scales and offsets in a file; 0 for a tied layer."""

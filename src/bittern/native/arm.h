@@ -13,6 +13,15 @@ inline void stream(float* to, const Floats& v) { store(to, v); }
 
 inline void drain() {}
 
+// 8 codes of `bits` bits, counted from the lowest, one in each byte.
+inline uint64_t spread(uint64_t x, int bits) {
+  const uint64_t one = (uint64_t(1) << bits) - 1, two = one | one << bits, four = two | two << (2 * bits);
+  x &= four | four << (4 * bits);
+  x = (x | x << (32 - 4 * bits)) & four * 0x0000000100000001;  // halves are moved apart, three times
+  x = (x | x << (16 - 2 * bits)) & two * 0x0001000100010001;
+  return (x | x << (8 - bits)) & one * 0x0101010101010101;
+}
+
 inline float add_up(const Floats& v) { return vaddvq_f32(float32x4_t(v)); }
 
 // Not fmin and fmax, for which zeros differ by their sign: x86-64 gives b if neither is smaller.
@@ -42,6 +51,13 @@ inline Floats load_first(const float* from, int n) {
 
 inline void store_first(float* to, const Floats& v, int n) {
   for (int i = 0; i < n; ++i) to[i] = v[i];
+}
+
+// Bytes from 0 to 255 as floats.
+inline Floats load_bytes(const uint8_t* from) {
+  uint32_t four;
+  memcpy(&four, from, 4);
+  return Floats(vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))))));
 }
 
 // The low bytes of whole numbers from -128 to 127.

@@ -14,7 +14,7 @@
 extern "C" {
 
 // Counts changes of functions and structures below; library.py has the same number.
-int bittern_interface() { return 4; }
+int bittern_interface() { return 5; }
 
 // Asks the system for what this kind of CPU needs; 0 if it is granted or nothing is needed.
 int bittern_start() { return start() ? 0 : 1; }
@@ -90,6 +90,11 @@ int bittern_blocks(const Block* const* blocks, int count, const float* x, int ba
 // Rows of an embedding by their numbers; 1 if there is no such row.
 int bittern_rows(const Lookup* lookup, const int64_t* ids, int count, float* out) {
   return look_up(*lookup, ids, count, out) ? 0 : 1;
+}
+
+// out (count, rows of the table) = x (count, columns) x their values, plus bias, which may be null: nothing is rounded.
+int bittern_multiply_floats(const Lookup* table, const float* x, int count, const float* bias, int threads, float* out) {
+  return multiply_floats(*table, x, count, bias, threads, out);
 }
 
 // 1 if Python's objects hold what they held. Called with the interpreter's lock.

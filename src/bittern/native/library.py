@@ -23,7 +23,7 @@ from bittern.errors import InputError
 from bittern.native import structures as c
 
 SWITCH = "BITTERN_KERNELS"
-INTERFACE = 4  # see bittern_interface in kernels.cpp
+INTERFACE = 5  # see bittern_interface in kernels.cpp
 SWITCHED_OFF = "the kernels are switched off"  # by `disabled` or BITTERN_KERNELS=none
 
 # Best first: what it is called, and what the CPU must have.
@@ -145,6 +145,7 @@ def _load(file: Path) -> ctypes.CDLL | None:
         "attention": (ctypes.POINTER(c.Attention), i),
         "blocks": (p, i, p, i, i, p, p, i, p),
         "rows": (ctypes.POINTER(c.Lookup), p, i, p),
+        "multiply_floats": (ctypes.POINTER(c.Lookup), p, i, p, i, p),
     }.items():
         getattr(library, f"bittern_{name}").argtypes = arguments
     # keeps the interpreter's lock

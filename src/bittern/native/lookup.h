@@ -1,7 +1,8 @@
-// Rows of a packed embedding, from codes as a file holds them.
+// Packed weights as floats, from codes as a file holds them: rows of an embedding, and products with inputs that stay
+// floats, such as those of a language model's head, which is tied to it.
 #pragma once
 
-#include "pool.h"
+#include "linear.h"
 
 extern "C" {
 
@@ -18,37 +19,96 @@ struct Lookup {
 
 namespace {
 
-// The first codes, in whole bytes of several; returns how many.
-template <int bits>
-inline int whole_bytes(const Lookup& l, const uint8_t* from, float scale, float* to) {
-  constexpr int per = 8 / bits;
-  for (int k = 0; k + per <= l.columns; k += per, ++from)
-    for (int f = 0; f < per; ++f) to[k + f] = float((*from >> (bits * f) & ((1 << bits) - 1)) * l.step + l.low) * scale;
-  return l.columns / per * per;
+// Numbers of one row from column k on, one in each byte, up to a multiple of 8.
+inline void read_numbers(const Lookup& l, const uint8_t* from, int k, int n, uint8_t* to) {
+  for (int i = 0; i < n; i += 8) {
+    const int64_t byte = int64_t(k + i) / 8 * l.bits, left = l.row_bytes - byte;
+    uint64_t word = 0;
+    if (left >= 8) memcpy(&word, from + byte, 8);
+    else memcpy(&word, from + byte, size_t(left));
+    word = spread(word, l.bits);
+    memcpy(to + i, &word, 8);
+  }
 }
 
-// out (count, columns) = code x scale + offset, rounded twice as PyTorch does. False if an id is no row.
+// to (columns) = code x scale + offset of one row, rounded twice as PyTorch does.
+inline void unpack_row(const Lookup& l, int64_t row, float* to) {
+  constexpr int kPiece = 512;
+  const uint8_t* from = l.codes + row * l.row_bytes;
+  const int64_t unit = l.by_row ? row : 0;
+  const float scale = l.scale[unit], step = float(l.step), low = float(l.low);
+  uint8_t numbers[kPiece] = {};
+  for (int k = 0; k < l.columns; k += kPiece) {
+    const int n = l.columns - k < kPiece ? l.columns - k : kPiece;
+    const bool bytes = l.bits == 8;
+    if (!bytes) read_numbers(l, from, k, n, numbers);
+    const uint8_t* number = bytes ? from + k : numbers;
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + k + i, (load_bytes(number + i) * step + low) * scale);
+    for (; i < n; ++i) to[k + i] = (float(number[i]) * step + low) * scale;
+  }
+  if (l.offset != nullptr)
+    for (int k = 0; k < l.columns; ++k) to[k] += l.offset[unit];
+}
+
+// out (count, columns). False if an id is no row.
 inline bool look_up(const Lookup& l, const int64_t* ids, int count, float* out) {
   for (int i = 0; i < count; ++i)
     if (ids[i] < 0 || ids[i] >= l.rows) return false;
-  for (int i = 0; i < count; ++i) {
-    const uint8_t* from = l.codes + ids[i] * l.row_bytes;
-    float* to = out + size_t(i) * size_t(l.columns);
-    const int64_t unit = l.by_row ? ids[i] : 0;
-    const float scale = l.scale[unit];
-    int k = 0;
-    if (l.bits == 8) k = whole_bytes<8>(l, from, scale, to);
-    if (l.bits == 4) k = whole_bytes<4>(l, from, scale, to);
-    if (l.bits == 2) k = whole_bytes<2>(l, from, scale, to);
-    for (; k < l.columns; ++k) {
-      const int64_t bit = int64_t(k) * l.bits, byte = bit / 8;
-      const int pair = from[byte] | (byte + 1 < l.row_bytes ? from[byte + 1] << 8 : 0);
-      to[k] = float((pair >> (bit % 8) & ((1 << l.bits) - 1)) * l.step + l.low) * scale;
-    }
-    if (l.offset != nullptr)
-      for (k = 0; k < l.columns; ++k) to[k] += l.offset[unit];
-  }
+  for (int i = 0; i < count; ++i) unpack_row(l, ids[i], out + size_t(i) * size_t(l.columns));
   return true;
+}
+
+// Rows of weights that are unpacked at a time, and of weights and inputs that are multiplied in registers: 4 x 4 sums for
+// 8 loads a step, 4 x 2 for 6 where there are 16 registers.
+constexpr int kUnpacked = 8, kWeights = 4, kInputs = kLanes == 16 ? 4 : 2;
+
+// to[i * stride + j] = x[i] · w[j] + bias[j]; rows of x and w are `width` floats, in whole registers.
+template <int inputs>
+inline void dots(const float* x, const float* w, size_t width, const float* bias, int weights, size_t stride, float* to) {
+  Floats sums[inputs][kWeights] = {};
+  for (size_t k = 0; k < width; k += kLanes)
+    for (int i = 0; i < inputs; ++i)
+      for (int j = 0; j < kWeights; ++j) sums[i][j] += load(x + size_t(i) * width + k) * load(w + size_t(j) * width + k);
+  for (int i = 0; i < inputs; ++i)
+    for (int j = 0; j < weights; ++j) to[size_t(i) * stride + size_t(j)] = add_up(sums[i][j]) + (bias == nullptr ? 0 : bias[j]);
+}
+
+// out (count, rows of the table) = x (count, columns) · tableᵀ + bias. The weights are read once, as codes, and unpacked
+// into the first cache; one row of x waits for memory, a byte a product at 8 bits.
+inline int multiply_floats(const Lookup& l, const float* x, int count, const float* bias, int threads, float* out) {
+  const size_t width = size_t(up(l.columns, kLanes)), rows = size_t(l.rows), tile = kUnpacked * width;
+  threads = worth(double(count + 8) * double(l.rows) * double(l.columns), threads);
+  const bool whole = int(width) == l.columns;
+  const size_t copy = whole ? 0 : width * size_t(count);
+  auto* memory = static_cast<float*>(scratch.get((copy + tile * size_t(threads)) * sizeof(float)));
+  if (memory == nullptr) return kNoMemory;
+  for (int i = 0; i < count && !whole; ++i) {
+    memcpy(memory + size_t(i) * width, x + size_t(i) * size_t(l.columns), size_t(l.columns) * sizeof(float));
+    for (size_t k = size_t(l.columns); k < width; ++k) memory[size_t(i) * width + k] = 0;
+  }
+  const float* from = whole ? x : memory;
+  float* tiles = memory + copy;
+  parallel(int((rows + kUnpacked - 1) / kUnpacked), threads, [&](int chunk, int slot) {
+    float* w = tiles + size_t(slot) * tile;
+    const size_t first = size_t(chunk) * kUnpacked, many = rows - first < kUnpacked ? rows - first : kUnpacked;
+    if (!whole || many < kUnpacked) memset(w, 0, tile * sizeof(float));
+    for (size_t j = 0; j < many; ++j) unpack_row(l, int64_t(first + j), w + j * width);
+    for (int i = 0; i < count;) {
+      const int at_once = count - i >= kInputs ? kInputs : 1;
+      for (size_t j = 0; j < many; j += kWeights) {
+        const int weights = many - j < kWeights ? int(many - j) : kWeights;
+        const float* row = from + size_t(i) * width;
+        float* to = out + size_t(i) * rows + first + j;
+        const float* added = bias == nullptr ? nullptr : bias + first + j;
+        if (at_once == kInputs) dots<kInputs>(row, w + j * width, width, added, weights, rows, to);
+        else dots<1>(row, w + j * width, width, added, weights, rows, to);
+      }
+      i += at_once;
+    }
+  });
+  scratch.trim(64 << 20);
+  return kOk;
 }
 
 }  // namespace

@@ -92,24 +92,40 @@ def linear(x: Quantized, panels: Panels, bias: Tensor, activation: Activation = 
     return out
 
 
-def rows(
-    codes: Tensor, ids: Tensor, columns: int, bits: int, numbers: tuple[int, int], scale: Tensor, offset: Tensor | None
-) -> Tensor | None:
-    """Rows of a packed embedding by their numbers `ids`, as float32 (ids, columns). None if one of them does not exist.
+class Table:
+    """Packed weights as a file holds them, for rows of them and for products with floats.
 
-    codes: uint8 (rows, bytes) of `bits` bits. numbers: the least code, and the step to the next. scale, offset: one, or
-    one for each row.
+    codes: uint8 (rows, bytes), `columns` codes of `bits` bits in each. numbers: the least code, and the step to the
+    next. scale, offset: one, or one for each row.
     """
-    out, ids = buffer(ids.numel(), columns), ids.to(torch.int64).contiguous()
-    units = tuple(scale.shape)
-    lookup = c.Lookup(
-        address(codes, "codes", (len(codes), -(-columns * bits // 8)), torch.uint8),
-        address(scale, "scale", units),
-        None if offset is None else address(offset, "offset", units),
-        *codes.shape,
-        *(columns, bits, *numbers, scale.numel() > 1),
-    )
-    return None if required().bittern_rows(lookup, ids.data_ptr(), ids.numel(), out.data_ptr()) else out
+
+    def __init__(
+        self, codes: Tensor, columns: int, bits: int, numbers: tuple[int, int], scale: Tensor, offset: Tensor | None
+    ):
+        self.held, units = (codes, scale, offset), tuple(scale.shape)
+        self.structure = c.Lookup(
+            address(codes, "codes", (len(codes), -(-columns * bits // 8)), torch.uint8),
+            address(scale, "scale", units),
+            None if offset is None else address(offset, "offset", units),
+            *codes.shape,
+            *(columns, bits, *numbers, scale.numel() > 1),
+        )
+
+    def rows(self, ids: Tensor) -> Tensor | None:
+        """Rows by their numbers, as float32 (ids, columns). None if one of them does not exist."""
+        out, ids = buffer(ids.numel(), self.structure.columns), ids.to(torch.int64).contiguous()
+        failed = required().bittern_rows(self.structure, ids.data_ptr(), ids.numel(), out.data_ptr())
+        return None if failed else out
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (count, columns) · tableᵀ + bias: float32 (count, rows). Nothing is rounded."""
+        count, rows = len(x), self.structure.rows
+        out, threads = buffer(count, rows), torch.get_num_threads()
+        data = address(x, "x", (count, self.structure.columns))
+        added = None if bias is None else address(bias, "bias", (rows,))
+        if required().bittern_multiply_floats(self.structure, data, count, added, threads, out.data_ptr()):
+            raise MemoryError("no memory for the kernels' buffers")
+        return out
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:

@@ -19,6 +19,11 @@ inline void stream(float* to, const Floats& v) {
 
 inline void drain() { _mm_sfence(); }
 
+// 8 codes of `bits` bits, counted from the lowest, one in each byte.
+inline uint64_t spread(uint64_t x, int bits) {
+  return _pdep_u64(x, ((uint64_t(1) << bits) - 1) * 0x0101010101010101);
+}
+
 inline float add_up(const Floats& v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(__m512(v));
@@ -87,6 +92,15 @@ inline void store_first(float* to, const Floats& v, int n) {
   _mm512_mask_storeu_ps(to, __mmask16((1 << n) - 1), __m512(v));
 #else
   _mm256_maskstore_ps(to, __m256i(first(n)), __m256(v));
+#endif
+}
+
+// Bytes from 0 to 255 as floats.
+inline Floats load_bytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
+#else
+  return Floats(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
 #endif
 }
 
