@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import bittern
-from bittern.deploy.packed import PackedLayer, unpack_codes
+from bittern.deploy.bits import unpack_codes
+from bittern.deploy.packed import PackedLayer
 from helpers import outputs
 
 FORMAT1 = Path(__file__).parent / "data" / "format1"  # see make.py there

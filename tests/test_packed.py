@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from bittern import calibrate, is_packed, native, pack, simulate
 from bittern.deploy import packed
-from bittern.deploy.packed import PACKED, PackedLayer, bytes_per_row, pack_codes, pack_layers, unpack_codes
+from bittern.deploy.bits import bytes_per_row, pack_codes, unpack_codes
+from bittern.deploy.packed import PACKED, PackedLayer, pack_layers
 from bittern.errors import ModelError
 from bittern.kernels import NO_GRAPH
 from bittern.layers import QuantLayer, fake_quants, swap, weight_matrix

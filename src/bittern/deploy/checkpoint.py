@@ -37,10 +37,11 @@ from bittern.compat import (
     revert_weight_conversion,
 )
 from bittern.deploy import probe
+from bittern.deploy.bits import bytes_per_row
 from bittern.deploy.blocks import use_kernels
 from bittern.deploy.companions import push_to_hub
 from bittern.deploy.files import digest, open_tensors, read_json
-from bittern.deploy.packed import PackedLayer, bytes_per_row, make_packed, pack_layers, weight_bytes
+from bittern.deploy.packed import PackedLayer, make_packed, pack_layers, weight_bytes
 from bittern.errors import CheckpointError, ModelError
 from bittern.experts import close_experts, open_experts
 from bittern.layers import QuantizedLayer, QuantLayer, fake_quants, formats, is_simulated, swap, weight_matrix

@@ -15,11 +15,12 @@ inline void drain() {}
 
 // 8 codes of `bits` bits, counted from the lowest, one in each byte.
 inline uint64_t spread(uint64_t x, int bits) {
-  const uint64_t one = (uint64_t(1) << bits) - 1, two = one | one << bits, four = two | two << (2 * bits);
-  x &= four | four << (4 * bits);
-  x = (x | x << (32 - 4 * bits)) & four * 0x0000000100000001;  // halves are moved apart, three times
-  x = (x | x << (16 - 2 * bits)) & two * 0x0001000100010001;
-  return (x | x << (8 - bits)) & one * 0x0101010101010101;
+  // halves are moved apart, three times: of 8 codes, of 4 and of 2
+  for (int half = 4, place = 32; half > 0; half /= 2, place /= 2) {
+    const uint64_t low = ((uint64_t(1) << half * bits) - 1) * (~uint64_t(0) / ((uint64_t(1) << (2 * place - 1) << 1) - 1));
+    x = (x & low) | (x << (place - half * bits) & low << place);
+  }
+  return x;
 }
 
 inline float add_up(const Floats& v) { return vaddvq_f32(float32x4_t(v)); }

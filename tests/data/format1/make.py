@@ -24,8 +24,9 @@ from torch import Tensor
 
 import bittern
 from bittern import native
+from bittern.deploy.bits import unpack_codes
 from bittern.deploy.checkpoint import mark
-from bittern.deploy.packed import PackedLayer, unpack_codes
+from bittern.deploy.packed import PackedLayer
 from bittern.layers import fake_quants
 from bittern.quantizers import find_scale
 from bittern.recipe import Recipe

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bittern.deploy.packed import PackedConv2d, PackedEmbedding, PackedLayer, pack_codes, unpack_codes
+from bittern.deploy.bits import pack_codes, unpack_codes
+from bittern.deploy.packed import PackedConv2d, PackedEmbedding, PackedLayer
 from bittern.layers import fake_quants
 from bittern.quantizers import FakeQuant, code_range
 from bittern.recipe import Format
