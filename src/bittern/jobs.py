@@ -54,7 +54,6 @@ def quantize(
     recipe is static. simulated: a folder to keep the model in as it is before it is packed. The result is also in
     `out`/bittern.json.
     """
-
     job = _Job(source, recipe, out, data, samples, seed, force, track, columns, simulated)
     return job.run(lambda: (job.simulate(), {}))
 
