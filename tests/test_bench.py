@@ -67,9 +67,10 @@ def test_refusals(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """A float model, and a packed one whose float model is unknown, are refused in one line."""
     with refused(ModelError, "holds no packed model"):
         benches.bench(folders[1])
-    (folders[0] / "bittern.json").unlink()
-    with refused(InputError, "names its float model", "--against"):
-        benches.bench(folders[0])
+    for text in ("[1]", "[" * 100_000):
+        (folders[0] / "bittern.json").write_text(text)
+        with refused(InputError, "names its float model", "--against"):
+            benches.bench(folders[0])
 
 
 def test_weights_take_a_sixteenth() -> None:

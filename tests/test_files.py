@@ -245,6 +245,9 @@ def test_list_that_names_files_elsewhere(tmp_path: Path) -> None:
     write(tmp_path / "out", "two")
     assert (tmp_path / "mine").read_text() == "precious"
     assert (tmp_path / "out" / "model").read_text() == "two"
+    (tmp_path / "out" / WRITTEN).write_text("[" * 100_000)
+    with refused(InputError, "which no run of Bittern wrote"):
+        write(tmp_path / "out", "three")
 
 
 def test_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

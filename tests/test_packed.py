@@ -1,5 +1,6 @@
 """Codes in bytes, and packed layers that give what simulated layers give."""
 
+import gc
 import io
 import pickle
 from collections import Counter
@@ -341,7 +342,7 @@ def test_inputs_that_stay_float(fmt: Format, dtype: torch.dtype, monkeypatch: py
 
 def test_weight_is_read_only() -> None:
     """The weight of a packed layer costs one number until somebody reads values, takes no gradient, and is not changed:
-    whoever tries is told, also transformers when it resizes embeddings."""
+    whoever tries is told, as transformers when it resizes embeddings, or who reads it after its layer is gone."""
     model, _ = quantized("bert")
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, nn.Parameter)
@@ -360,6 +361,10 @@ def test_weight_is_read_only() -> None:
     for change in changes:
         with refused(ModelError, "weight of a packed layer", "float model"):
             change()
+    weight = quantized("bert")[0].get_input_embeddings().weight
+    gc.collect()
+    with refused(ModelError, "the layer of this packed weight is gone"):
+        weight.sum()
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit"])

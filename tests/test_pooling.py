@@ -91,6 +91,9 @@ def test_unknown_module(tmp_path: Path) -> None:
     with refused(InputError, "makes embeddings by weightedmean"):
         settings = {"pooling_mode_weightedmean_tokens": True}
         read_pooling(bittern.load(sentence_model(tmp_path / "b", "Pooling", pooling=settings)))
+    (tmp_path / "b" / "modules.json").write_text("[" * 100_000)
+    with refused(InputError, "modules.json is not JSON"):
+        read_pooling(bittern.load(tmp_path / "b"))
 
 
 def test_prompt(tmp_path: Path) -> None:

@@ -296,6 +296,43 @@ def test_a_moved_run(tmp_path: Path) -> None:
     assert steps[0] == steps[1]
 
 
+INTERRUPTED: dict[str, tuple[dict[str, Any], int, str]] = {  # options, the last checkpoint, a file that is damaged
+    "between logs": ({"steps": 14}, 7, ""),
+    "at its last step": ({"steps": 6}, 6, ""),
+    "while patience runs out": ({"steps": 40, "learning_rate": 1e-9, "evaluations": 20, "patience": 2}, 4, ""),
+    "when it did": ({"steps": 40, "learning_rate": 1e-9, "evaluations": 20, "patience": 2}, 6, ""),
+    "the newest is damaged": ({"steps": 6}, 6, "checkpoint-6/training_args.bin"),
+    "the best is damaged": ({"steps": 6, "learning_rate": 1e-9}, 6, "checkpoint-3/model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_interrupted(tmp_path: Path, bert: Path, texts: Path, name: str) -> None:
+    """Wherever a run ended, and where its folder lies now, it goes on to the weights and the history of one that was
+    not disturbed: no step too many, nothing logged otherwise, no evaluation without progress forgotten."""
+    options, last, damaged = INTERRUPTED[name]
+    training = replace(QUICK, **options)
+    whole = teach(bert, tmp_path / "whole", texts, training=training)["qat"]
+
+    def interrupt(*_: Any) -> None:
+        found = last_checkpoint(tmp_path / "a" / "out.work")
+        if found and found.name == f"checkpoint-{last}":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        teach(bert, tmp_path / "a" / "out", texts, training=training, on_step=interrupt)
+    (tmp_path / "a").rename(tmp_path / "b")
+    if damaged:
+        file = tmp_path / "b" / "out.work" / damaged
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+    resumed = teach(bert, tmp_path / "b" / "out", texts, training=training, resume=True)["qat"]
+    for run in (whole, resumed):
+        run["history"] = [{k: v for k, v in e.items() if not k.startswith("train_")} for e in run["history"]]
+        run["seconds"] = 0
+    assert resumed == whole
+    assert same(*(load_file(tmp_path / out / "model.safetensors") for out in ("whole", "b/out")))
+
+
 def test_processes(tmp_path: Path) -> None:
     """Two processes share each epoch between them, and the first one writes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *qat(tmp_path / "out")[1:]]
@@ -329,6 +366,8 @@ def test_intervention(tmp_path: Path) -> None:
     assert f"this run was there at step {reached}: {reference['best_step'] / reached:.1f} times" in ran.out
     again = f"bittern qat {DIGITS} {options} --steps 16 -o {tmp_path / 'again'}"
     assert "holds no finished run" in command(f"{again} --intervene map --plain {tmp_path}").err
+    (plain / "bittern.json").write_text("[" * 100_000)
+    assert "holds no finished run" in command(f"{again} --intervene map --plain {plain}").err
     assert "give --intervene" in command(f"{again} --plain {plain}").err
     assert "16 steps of 16" in command(f"{again} --intervene map --intervene-steps 16").err
     assert "'maps'" in command(f"{again} --intervene maps").err
@@ -343,13 +382,13 @@ def test_first_step() -> None:
 
 
 def test_last_checkpoint(tmp_path: Path) -> None:
-    """The newest one, by number, of those that are whole: one that was cut short, damaged or robbed of a file since is
-    passed over, and so the run goes on to the same bits."""
+    """The newest one, by number, of those that are whole, as the best one by then must be: one that was cut short,
+    damaged or robbed of a file since is passed over, and so the run goes on to the same bits."""
     assert last_checkpoint(tmp_path / "nowhere") is None
     for step in (9, 10, 11, 12, 13):
         (folder := tmp_path / f"checkpoint-{step}").mkdir()
         for name in ("trainer_state.json", "optimizer.pt"):
-            (folder / name).write_text("{}")
+            (folder / name).write_text('{"best_global_step": 9}')
         if step < 13:  # killed before
             seal(folder)
     (tmp_path / "checkpoint-12" / "optimizer.pt").write_text("{!")
@@ -357,6 +396,8 @@ def test_last_checkpoint(tmp_path: Path) -> None:
     found = last_checkpoint(tmp_path)
     assert found is not None
     assert found.name == "checkpoint-10"
+    (tmp_path / "checkpoint-9" / "optimizer.pt").unlink()
+    assert last_checkpoint(tmp_path) is None  # the best of that run would be missing at its end
 
 
 # Batches

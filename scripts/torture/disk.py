@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kills import SLOW, Case, Trial
-from world import CALL, COMMANDS, FAIL, FAIL_FOREVER, Ended, Process, Strike, typed
+from kills import SLOW, Case, Trial, pairs
+from world import CALL, FAIL, FAIL_FOREVER, Ended, Process, Strike, typed
 
 ERRORS = {
     "disk full": (FAIL_FOREVER, errno.ENOSPC),
@@ -35,17 +35,13 @@ def trials(work: Path, seed: int) -> Iterator[Trial]:
         "clock": jump,
     }
     for turn in range(1 << 30):
-        for how, try_it in ways.items():
-            for name in COMMANDS:
-                if name in SLOW and (turn % 2 or how in ("bad disk", "quota")):
-                    continue
-                if name == "qat two processes" and how not in ("not ours", "two at once", "clock"):
-                    continue  # whose operations are counted in no process of ours
-                dice = random.Random(f"{seed} {turn} {how} {name}")
-                yield (
-                    f"{how}: {name} {turn}",
-                    lambda name=name, try_it=try_it, dice=dice: try_it(Case(name, work), dice),
-                )
+        for how, name in pairs(ways):
+            if name in SLOW and (turn % 2 or how in ("bad disk", "quota")):
+                continue
+            if name == "qat two processes" and how not in ("not ours", "two at once", "clock"):
+                continue  # whose operations are counted in no process of ours
+            dice, try_it = random.Random(f"{seed} {turn} {how} {name}"), ways[how]
+            yield f"{how}: {name} {turn}", lambda name=name, try_it=try_it, dice=dice: try_it(Case(name, work), dice)
 
 
 def refused(ended: Ended) -> str:

@@ -1,4 +1,4 @@
-"""Intact files of all kinds, for mutants.py to damage: models, recipes, tables, images, scenes, reports."""
+"""Intact files of all kinds, for mutants.py to damage: models, adapters, recipes, tables, images, scenes, reports."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers as hf
 import yaml
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from bittern.deploy.store import load
@@ -19,7 +20,7 @@ from material import TEXTS
 
 
 def prepare(work: Path) -> None:
-    """Write what is damaged: models, recipes, tables, images, scenes, reports."""
+    """Write what is damaged: models, adapters, recipes, tables, images, scenes, reports."""
     place, made = work / "mutants", work / "world"
     if (place / "done").exists():
         return
@@ -33,6 +34,8 @@ def prepare(work: Path) -> None:
         place / "shards", max_shard_size="40KB"
     )
     load(made / "packed").save_pretrained(place / "packed-shards", max_shard_size="40KB")
+    lora = LoraConfig(target_modules=["query", "intermediate.dense"], init_lora_weights=False)
+    get_peft_model(load(made / "bert"), lora).save_pretrained(place / "adapter")
     for name in ("w8a8", "vt-w4a4", "ternary"):
         (place / f"recipe-{name}").mkdir()
         text = yaml.safe_dump(load_recipe(name).model_dump(mode="json", exclude_defaults=True))

@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -83,15 +83,20 @@ def reference(name: str, work: Path) -> Reference:
     return Reference(ended, bits(area))
 
 
+def pairs(ways: Iterable[str]) -> list[tuple[str, str]]:
+    """Return each way with each command, so that few of them hold all ways and many commands."""
+    names = [*COMMANDS]
+    return [(way, names[(i + shift) % len(names)]) for shift in range(len(names)) for i, way in enumerate(ways)]
+
+
 def trials(work: Path, seed: int) -> Iterator[Trial]:
     """Endless: each way to end each command, in turn, at random moments."""
     for turn in range(1 << 30):
-        for how in ENDS:
-            for name in COMMANDS:
-                if (name in SLOW and turn % 2) or (how in ENDS_AT_A_WRITE and name == "qat two processes"):
-                    continue
-                dice = random.Random(f"{seed} {turn} {how} {name}")
-                yield f"{how}: {name} {turn}", lambda dice=dice, how=how, name=name: disturb(how, name, work, dice)
+        for how, name in pairs(ENDS):
+            if (name in SLOW and turn % 2) or (how in ENDS_AT_A_WRITE and name == "qat two processes"):
+                continue
+            dice = random.Random(f"{seed} {turn} {how} {name}")
+            yield f"{how}: {name} {turn}", lambda dice=dice, how=how, name=name: disturb(how, name, work, dice)
 
 
 def disturb(how: str, name: str, work: Path, dice: random.Random) -> str:

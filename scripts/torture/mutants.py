@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import string
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,14 +19,15 @@ import torch
 import world
 import yaml
 from intact import prepare
-from world import Process, bits, strays, typed
+from world import Ended, Process, bits, strays, typed
 
+from bittern import native
 from bittern.data import load_data
 from bittern.data.evaluate import predict
 from bittern.deploy.bench import _source
 from bittern.deploy.files import digest
 from bittern.deploy.store import inspect, load
-from bittern.errors import BitternError
+from bittern.errors import BitternError, ModelError
 from bittern.layers import simulate
 from bittern.ptq.calibrate import calibrate
 from bittern.qat.training import read_baseline
@@ -33,7 +35,7 @@ from bittern.recipe import load_recipe
 from families import SUPPORTED
 
 Trial = tuple[str, Callable[[], str]]
-MEMORY, SECONDS = 96 << 20, 30.0  # beyond twice what the intact file takes; of one trial
+MEMORY, SECONDS = 96 << 20, 30  # beyond twice what the intact file takes; of computing, in one trial
 CANARY = "../canary"
 ODD: list[Any] = [
     None,
@@ -186,6 +188,32 @@ def change_model(folder: Path, dice: random.Random) -> None:
         change_json(dice.choice([folder / n for n in names if (folder / n).exists()]), dice)
 
 
+ADAPTERS: dict[str, list[Any]] = {
+    "peft_type": ["IA3", "LOHA", "OFT", "VERA", "PROMPT_TUNING", "LN_TUNING", "BITFIT"],
+    "target_modules": ["all-linear", ["classifier"], ["query", "dense"], ".*", ["LayerNorm"], ["word_embeddings"]],
+    "modules_to_save": [["classifier"], ["query"], ["bert"]],
+    "bias": ["all", "lora_only"],
+    "use_dora": [True],
+    "init_lora_weights": ["pissa", "olora", "loftq", "gaussian"],
+    "trainable_token_indices": [[1], {"word_embeddings": [1]}],
+    "layer_replication": [[[0, 2], [1, 2]]],
+    "base_model_name_or_path": [CANARY, "/etc", "bert-base-uncased"],
+    "auto_mapping": [{"base_model_class": "system", "parent_library": "os"}],
+}
+
+
+def change_adapter(folder: Path, dice: random.Random) -> None:
+    """Change its tensors, its configuration anywhere, or to another kind of adapter."""
+    file = folder / "adapter_config.json"
+    if dice.random() < 0.4:
+        change_header(folder / "adapter_model.safetensors", dice)
+    elif dice.random() < 0.5:
+        change_json(file, dice)
+    else:
+        chosen = {name: dice.choice(ADAPTERS[name]) for name in dice.sample([*ADAPTERS], dice.choice((1, 1, 2)))}
+        file.write_text(json.dumps(json.loads(file.read_text()) | chosen))
+
+
 def exchange(folder: Path, dice: random.Random, other: Path) -> None:
     """Take a file from another model, or drop one."""
     name = dice.choice(["config.json", "model.safetensors"])
@@ -218,8 +246,57 @@ def checkpoint(folder: Path) -> str:
 
 def float_model(folder: Path) -> str:
     """Any weights are a model; but those that the file lacks would differ from load to load."""
-    if answer(folder, 1) != answer(folder, 2):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = answer(folder, 1)
+    if found != answer(folder, 2) and not any("they are random" in str(warning.message) for warning in told):
         raise AssertionError("weights that the file does not hold were made up, without a word")
+    return ""
+
+
+def adapter(folder: Path, place: Path) -> str:
+    """Neither a model nor a part of one. PEFT may refuse it, or add it: then to a packed model as to the simulated one
+    (but for DoRA, which reads the weights below, that are float in one), and what is below stays as it was."""
+    from peft import PeftModel
+
+    for where in (folder, folder.with_name("both")):
+        if where != folder:
+            shutil.copytree(place / "packed", where)
+            shutil.copytree(folder, where, dirs_exist_ok=True)
+        try:
+            load(where)
+        except ModelError:
+            continue
+        raise AssertionError(f"an adapter was loaded as a model, or left out: {where.name}")
+    shutil.rmtree(folder.with_name("both"))
+    _, batch = SUPPORTED["bert"]()
+    found: list[torch.Tensor | None] = []
+    with torch.no_grad(), native.disabled():
+        for state in ("packed", "packed-simulated"):
+            model = load(place / state)
+            below = model(**batch).logits
+            torch.manual_seed(0)  # what an adapter lacks, PEFT makes up
+            try:
+                adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+                found.append(adapted(**batch).logits)
+            except BitternError as error:  # as it wants to change packed weights
+                print(state, error)
+                return ""
+            except Exception as error:  # PEFT has no one kind of error
+                print(state, type(error).__name__, str(error)[:200])
+                found.append(None)
+            else:
+                if getattr(adapted.active_peft_config, "layer_replication", None):  # asks for another model
+                    continue
+                with adapted.disable_adapter():
+                    if not torch.equal(model(**batch).logits, below):
+                        raise AssertionError("the model below is another one")
+    first, second = found
+    if (first is None) != (second is None):
+        raise AssertionError(f"added to one of a packed and a simulated model only: {found}")
+    alike = first is None or second is None or torch.equal(first.nan_to_num(), second.nan_to_num())
+    if not alike and not json.loads((folder / "adapter_config.json").read_text()).get("use_dora"):
+        raise AssertionError(f"on a packed model another one, by up to {(first - second).abs().max()}")
     return ""
 
 
@@ -312,7 +389,8 @@ def change_lines(file: Path, dice: random.Random) -> None:
 
 SHARES: dict[str, tuple[int, str, Callable[[Path, random.Random], None], str]] = {
     # how many of 100: folder, what is done to it, what is asked of it
-    "packed": (20, "packed", change_model, "checkpoint"),
+    "packed": (17, "packed", change_model, "checkpoint"),
+    "adapter": (3, "adapter", change_adapter, "adapter"),
     "packed, 4 bits": (5, "low", change_model, "checkpoint"),
     "packed, in shards": (5, "packed-shards", change_model, "checkpoint"),
     "simulated": (10, "packed-simulated", change_model, "checkpoint"),
@@ -334,6 +412,8 @@ SHARES: dict[str, tuple[int, str, Callable[[Path, random.Random], None], str]] =
 def ask(what: str, folder: Path, place: Path) -> str:
     if what in ("table", "images"):
         return samples(folder, place / ("bert" if what == "table" else "vit"))
+    if what == "adapter":
+        return adapter(folder, place)
     if what in ("texts", "digits"):
         data = place / "table-csv" if what == "texts" else place / "images-png"
         model = load(folder)
@@ -358,7 +438,11 @@ def intact(source: Path, asked: str, place: Path) -> tuple[str, int]:
     """The answer of an intact folder, and the memory that it took."""
     ended = Process(lambda: print("answer", ask(asked, source, place))).wait()
     assert ended.code == 0, ended
-    return ended.text.rpartition("answer ")[2].strip(), ended.grown
+    return answered(ended), ended.grown
+
+
+def answered(ended: Ended) -> str:
+    return ended.text.rpartition("answer ")[2].partition("\n")[0]
 
 
 def mutate(name: str, work: Path, dice: random.Random) -> str:
@@ -387,16 +471,15 @@ def mutate(name: str, work: Path, dice: random.Random) -> str:
             print(f"\nerror: {error}")
             raise SystemExit(1) from None
 
-    ended = Process(work_on, limit=4 << 30).wait(SECONDS)
+    ended = Process(work_on, limit=4 << 30, seconds=SECONDS).wait(20 * SECONDS)  # by the clock, if it waits for ever
     if ended.signal:
-        return f"{'hung' if ended.signal < 0 else f'signal {ended.signal}'}: {ended}"
-    if ended.grown > 2 * honest + MEMORY:
+        return f"{'hung' if ended.signal in (-1, signal.SIGXCPU) else f'signal {ended.signal}'}: {ended}"
+    if ended.grown > 2 * honest + MEMORY and name != "adapter":  # which PEFT reads
         return f"took {ended.grown >> 20} MB, the intact file {honest >> 20}: {ended}"
     if sorted(p.name for p in (work / "area").iterdir()) != before:
         return "wrote outside of its folder"
     if ended.code == 0:
-        found = ended.text.rpartition("answer ")[2].strip()
-        return "" if found == expected else f"another answer, without an error: {ended}"
+        return "" if answered(ended) == expected else f"another answer, without an error: {ended}"
     line = ended.text.rpartition("\nerror: ")[2].strip()
     return "" if ended.clean and "\n" not in line else f"no one line: {ended}"
 

@@ -218,7 +218,7 @@ def trials(work: Path, seed: int) -> Iterator[Trial]:
                 folder = work / "world" / model
 
                 def run(way: Any = way, folder: Path = folder, turn: int = turn) -> str:
-                    ended = Process(lambda: way(folder, random.Random(f"{seed} {turn}"))).wait(200)
+                    ended = Process(lambda: way(folder, random.Random(f"{seed} {turn}")), seconds=200).wait(1200)
                     return "" if ended.code == 0 and not ended.signal else str(ended)
 
                 yield f"{way.__name__}: {model} {turn}", run

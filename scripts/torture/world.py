@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import hashlib
 import importlib
 import io
@@ -97,6 +98,7 @@ class Process:
     work: Callable[[], Any]
     strike: Strike | None = None
     limit: int | None = None  # bytes of address space beyond what the process has
+    seconds: int | None = None  # of computing
     environment: Mapping[str, str] = field(default_factory=dict)
     new_session: bool = True
 
@@ -118,11 +120,14 @@ class Process:
             os.dup2(self.output, 1)
             os.dup2(self.output, 2)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+            faulthandler.register(signal.SIGUSR1)  # where it is, if it does not end
             os.environ |= self.environment
             before = memory("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
             if self.limit is not None:
                 resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + self.limit,) * 2)
+            if self.seconds is not None:
+                resource.setrlimit(resource.RLIMIT_CPU, (self.seconds,) * 2)
             if self.strike is not None:
                 self.strike.start()
             try:
@@ -149,6 +154,9 @@ class Process:
         left = max(0.0, seconds - (time.monotonic() - self.start))
         in_time = bool(select.select([handle], [], [], left)[0])
         os.close(handle)
+        if not in_time:
+            self.send(signal.SIGUSR1)
+            time.sleep(2)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)  # and its children
         status = os.waitpid(self.pid, 0)[1]
@@ -245,6 +253,7 @@ def warm_up() -> None:
         *("bittern.jobs", "bittern.ladder", "bittern.analysis.study", "bittern.deploy.onnx.export", "bittern.show"),
         *("bittern.deploy.onnx.graph", "onnxruntime", "onnxscript", "onnx_ir", "datasets", "sklearn.datasets"),
         *("sklearn.model_selection", "torch._dynamo", "torch.onnx", "torch.distributed", "scipy.stats", "PIL.Image"),
+        "peft",
     ):
         importlib.import_module(name)
     with contextlib.redirect_stdout(io.StringIO()):

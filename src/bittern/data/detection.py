@@ -65,7 +65,7 @@ def read_scenes(source: str, split: Split, model: PreTrainedModel, labels: Label
         ]
     except KeyError as missing:
         raise InputError(f"{file} is not in COCO format: an entry has no {missing}") from missing
-    except (OSError, ValueError, TypeError, OverflowError) as error:  # no JSON, or of another structure
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:  # no JSON, or of another structure
         raise InputError(f"{file} is not in COCO format: {first_line(error)}") from error
     if not raw or len(sizes) < len(images):
         what = "several images of the same id; expected one" if raw else "no annotations; expected boxes of objects"

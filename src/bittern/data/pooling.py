@@ -81,5 +81,5 @@ def _read(model: PreTrainedModel, name: str) -> Any:
     file = _find(model, name)
     try:
         return file and json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON: {error}") from error

@@ -5,7 +5,6 @@ Every contender has its turn, round after round, so that a drift of the machine 
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,10 +19,11 @@ from transformers import PreTrainedModel
 from bittern import native
 from bittern.deploy.checkpoint import is_packed
 from bittern.deploy.companions import REPORT
+from bittern.deploy.files import read_json
 from bittern.deploy.packed import weight_bytes
 from bittern.deploy.store import float_bytes, load, measure
 from bittern.dry_run import dummy_batch
-from bittern.errors import InputError, ModelError
+from bittern.errors import CheckpointError, InputError, ModelError
 from bittern.kernels import has_kernel
 from bittern.layers import formats
 from bittern.recipe import Rule
@@ -112,8 +112,8 @@ def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, float]:
 
 def _source(path: Path) -> str:
     try:
-        return str(json.loads((path / REPORT).read_text())["source"])
-    except (OSError, ValueError, KeyError):
+        return str(read_json(path / REPORT)["source"])
+    except (CheckpointError, KeyError):
         raise InputError(f"{path} has no {REPORT} that names its float model; give it with --against") from None
 
 

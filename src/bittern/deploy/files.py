@@ -168,8 +168,8 @@ def _discard(place: Path, room: Path) -> None:
 def _written(folder: Path) -> dict[str, int]:
     """Return names and sizes of the files that a run of ours wrote to a folder."""
     try:
-        return dict(json.loads((folder / WRITTEN).read_text()))
-    except (OSError, ValueError, TypeError):
+        return read_json(folder / WRITTEN)
+    except CheckpointError:
         return {}
 
 

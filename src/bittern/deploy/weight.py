@@ -33,7 +33,8 @@ class PackedWeight(nn.Parameter):
     def values(self) -> Tensor:
         """The float weight in the shape that the layer's class has it."""
         layer = self.layer()
-        assert layer is not None
+        if layer is None:
+            raise ModelError("the layer of this packed weight is gone; keep the model as long as its weights are read")
         matrix: Tensor = layer.unpacked()
         if not isinstance(layer, Conv1D) and not getattr(layer, "transposed", False):
             return matrix.view(self.shape)

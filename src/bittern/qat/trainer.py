@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from bittern.deploy.checkpoint import mark
@@ -32,6 +32,7 @@ class QATTrainer(Trainer):
     Raises ModelError when a term is no longer finite: the checkpoints before it stay.
     """
 
+    optimizer: Any
     lr_scheduler: Any
     loss_is_scaled_for_ga = False  # a batch's loss is a mean; the Trainer divides by the accumulation steps
 
@@ -55,8 +56,6 @@ class QATTrainer(Trainer):
             raise InputError("DataParallel cannot record inside its replicas; start one process per GPU with torchrun")
         if teacher is not None:
             teacher.to(self.args.device)
-        if intervention is not None:
-            self.add_callback(_StartAfresh(intervention.steps))
         self._sums: Counter[str] = Counter()
         self._count = 0
 
@@ -83,6 +82,9 @@ class QATTrainer(Trainer):
         return self.lr_scheduler
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
+        intervention = self.distiller.intervention
+        if intervention is not None and self.state.global_step == intervention.steps:  # afresh, without the teacher
+            getattr(self.optimizer, "optimizer", self.optimizer).state.clear()
         try:
             return super().training_step(*args, **options)  # type: ignore[no-any-return]
         finally:
@@ -127,8 +129,8 @@ class QATTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         _load_state(self.model if model is None else self.accelerator.unwrap_model(model), resume_from_checkpoint)
 
-    def _load_best_model(self) -> None:  # which lies here, wherever this folder lay when it was written
-        _load_state(self.model, str(Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name))
+    def _load_best_model(self) -> None:
+        _load_state(self.model, self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
         super()._save_checkpoint(*args, **options)
@@ -147,17 +149,6 @@ def _check_processes(arguments: Any) -> None:
         )
     if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
         raise InputError("accelerate launch starts one process on CPUs, whatever --num_processes says; use torchrun")
-
-
-class _StartAfresh(TrainerCallback):
-    """Drops the optimizer's state after so many steps."""
-
-    def __init__(self, steps: int):
-        self.steps = steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        if state.global_step == self.steps:
-            getattr(optimizer, "optimizer", optimizer).state.clear()
 
 
 def _load_state(model: PreTrainedModel, folder: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
@@ -17,20 +16,13 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from bittern.data import Data, task_of
 from bittern.data.evaluate import LOWER_IS_BETTER
-from bittern.deploy.files import is_sealed
-from bittern.errors import InputError, first_line, need
+from bittern.deploy.files import is_sealed, read_json
+from bittern.errors import CheckpointError, InputError, first_line, need
 from bittern.options import Distill, Intervention, Training
 from bittern.progress import OnStep, ignore, is_main_process
 from bittern.qat.optimizer import BertAdam
@@ -84,7 +76,6 @@ def train(
         raise InputError(f"a batch of {training.batch_size} is larger than the data, {len(data)} samples; lower it")
     if "truth" in distill.terms and not data.has_labels and task_of(student) != "next":
         raise InputError(f"{data.name} has no labels, which the term truth needs; choose other terms with --distill")
-    patience = [EarlyStoppingCallback(training.patience)] if training.patience else []
     arguments, checkpoint = _arguments(training, Path(folder)), last_checkpoint(folder) if resume else None
     arguments.eval_on_start = checkpoint is None  # it is told already
     published = BertAdam, {"lr": arguments.learning_rate}
@@ -97,7 +88,7 @@ def train(
         teacher=teacher,
         distill=distill,
         intervention=intervention,
-        callbacks=[_Schedule(training.evaluations, on_step), *patience],
+        callbacks=[_Schedule(training.evaluations, training.patience, on_step)],
         optimizer_cls_and_kwargs=published if training.optimizer == "bertadam" else None,
     )
     floors = trainer.check_first_batch()
@@ -124,14 +115,12 @@ def train(
         ) from error
     student.eval()
     state, key = trainer.state, str(trainer.args.metric_for_best_model)
-    best = state.best_metric
-    if best is None:
-        best = next((entry[key] for entry in reversed(state.log_history) if key in entry), math.nan)
+    last = next((entry[key] for entry in reversed(state.log_history) if key in entry), math.nan)
     return Trained(
         steps=state.global_step,
         best_step=state.best_global_step or 0,
         metric=key.removeprefix("eval_"),
-        best=float(best),
+        best=float(last if state.best_metric is None else state.best_metric),
         history=state.log_history,
         seconds=time.perf_counter() - start,
         phases=intervention.phases(state.max_steps) if intervention else [],
@@ -142,9 +131,9 @@ def train(
 def read_baseline(folder: str | Path) -> dict[str, Any]:
     """Return how a finished run of `bittern qat` went: its metric, the best value, at which of all steps it was."""
     try:
-        run = json.loads((Path(folder) / "bittern.json").read_text())["qat"]
+        run = read_json(Path(folder) / "bittern.json")["qat"]
         found = {key: run[key] for key in ("metric", "best", "best_step", "steps")}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (CheckpointError, KeyError, TypeError):
         raise InputError(f"{folder} holds no finished run of bittern qat; give the folder that one wrote") from None
     return found | {"folder": str(folder), "best_step": found["best_step"] or found["steps"]}
 
@@ -157,9 +146,10 @@ def first_step(history: Sequence[Mapping[str, float]], metric: str, value: float
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end and is as it was then."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if is_sealed(path)]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """Return the newest checkpoint that is as it was when it was written to its end, and so is the best one by then."""
+    found = {int(path.name.rpartition("-")[2]): path for path in Path(folder).glob("checkpoint-*") if is_sealed(path)}
+    whole = (s for s in found if read_json(found[s] / "trainer_state.json").get("best_global_step") in (None, *found))
+    return found.get(max(whole, default=-1))
 
 
 def collator(data: Data, model: PreTrainedModel) -> Callable[[Sequence[int]], dict[str, Tensor]]:
@@ -205,9 +195,8 @@ class _MeasuredTrainer(QATTrainer):
     def __init__(self, student: PreTrainedModel, *args: Any, data: Data, test: Data, measure: Measure, **options: Any):
         self.data, self.test, self.measure = data, test, measure
         rows = range(len(data))
-        super().__init__(
-            student, *args, train_dataset=rows, eval_dataset=[], data_collator=collator(data, student), **options
-        )
+        options["data_collator"] = collator(data, student)
+        super().__init__(student, *args, train_dataset=rows, eval_dataset=[], **options)
         self.remove_callback(PrinterCallback)
 
     def check_first_batch(self) -> dict[str, dict[str, float]]:
@@ -218,6 +207,10 @@ class _MeasuredTrainer(QATTrainer):
             self.distiller.forward(self.model, batch)
         self.distiller.release()
         return self.distiller.floors(batch)
+
+    def _run_epoch(self, **options: Any) -> None:  # which takes a step before it asks
+        if not self.control.should_training_stop:
+            super()._run_epoch(**options)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         found = {f"eval_{name}": value for name, value in self.measure().items()}
@@ -249,20 +242,35 @@ class _MeasuredTrainer(QATTrainer):
 
 class _Schedule(TrainerCallback):
     """Evaluates and saves so many times in a run, the last time at its end, logs five times as often, and tells
-    `on_step` where the run is."""
+    `on_step` where the run is. Whatever it decides by is part of each checkpoint."""
 
-    def __init__(self, evaluations: int, on_step: OnStep):
-        self.evaluations, self.on_step = evaluations, on_step
+    def __init__(self, evaluations: int, patience: int | None, on_step: OnStep):
+        self.evaluations, self.patience, self.on_step = evaluations, patience, on_step
+
+    def is_over(self, args: Any, state: Any) -> bool:
+        """True after the last step, or if patience is at its end."""
+        best, in_vain, sign = -math.inf, 0, 1 if args.greater_is_better else -1
+        key: str = args.metric_for_best_model
+        for value in (sign * e[key] for e in state.log_history if e["step"] and key in e):
+            best, in_vain = max(best, value), 0 if value > best else in_vain + 1
+        return bool(state.global_step >= state.max_steps) or in_vain >= (self.patience or math.inf)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.eval_steps = state.save_steps = math.ceil(state.max_steps / self.evaluations)
         state.logging_steps = math.ceil(state.eval_steps / 5)
+        if state.best_global_step:  # wherever this folder lay when it was written
+            state.best_model_checkpoint = f"{args.output_dir}/checkpoint-{state.best_global_step}"
+        control.should_training_stop = self.is_over(args, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_log = True
         else:
+            control.should_log |= state.global_step % state.eval_steps == 0  # a checkpoint keeps no half of a mean
             self.on_step(state.global_step, state.max_steps, {})
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop |= self.is_over(args, state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         self.on_step(state.global_step, state.max_steps, logs)
