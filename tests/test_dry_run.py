@@ -1,7 +1,7 @@
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers.models.bert import modeling_bert
 from transformers.models.mpnet import modeling_mpnet
 
+from bittern import calibrate
 from bittern.anatomy import Anatomy, Attention, Block
-from bittern.attention import recording, sites
+from bittern.attention import attach, recording, sites
 from bittern.dry_run import read_anatomy
 from bittern.errors import ModelError
 from bittern.layers import as_float, simulate
 from bittern.products import Plan
-from families import FLOAT_ATTENTION, SUPPORTED
+from families import FLOAT_ATTENTION, SUPPORTED, Batch
 
 
 @dataclass(frozen=True)
@@ -626,10 +627,72 @@ def test_attention_in_own_code(name: str, products: int, heads: int) -> None:
     assert {a.plan for a in read(name).attentions} == {Plan(0, products - 1, products, products + 1, heads)}
 
 
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 99}
+
+
+def funnel() -> hf.PreTrainedModel:
+    config = hf.FunnelConfig(vocab_size=99, block_sizes=[1, 1], d_model=32, n_head=4, d_head=8, d_inner=48)
+    return hf.FunnelForSequenceClassification(config)
+
+
+def cvt() -> hf.PreTrainedModel:
+    sizes = {"embed_dim": [16, 32], "depth": [1, 2], "num_heads": [2, 4], "drop_path_rate": [0.0, 0.0]}
+    lists = {"patch_sizes": [7, 3], "patch_stride": [4, 2], "patch_padding": [2, 1], "mlp_ratio": [2.0, 2.0]}
+    rest = {"attention_drop_rate": [0.0, 0.0], "drop_rate": [0.0, 0.0], "qkv_bias": [True, True]}
+    tokens = {"cls_token": [False, True], "qkv_projection_method": ["dw_bn", "dw_bn"], "kernel_qkv": [3, 3]}
+    strides = {"padding_kv": [1, 1], "stride_kv": [2, 2], "padding_q": [1, 1], "stride_q": [1, 1]}
+    return hf.CvtForImageClassification(hf.CvtConfig(**sizes, **lists, **rest, **tokens, **strides))
+
+
+def hiera() -> hf.PreTrainedModel:
+    sizes = {"image_size": [32, 32], "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "num_query_pool": 1}
+    return hf.HieraForImageClassification(hf.HieraConfig(**sizes, patch_stride=[2, 2], patch_padding=[3, 3]))
+
+
+def fsmt() -> hf.PreTrainedModel:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    vocabulary = {"langs": ["en", "de"], "src_vocab_size": 99, "tgt_vocab_size": 99, "pad_token_id": 1}
+    return hf.FSMTForConditionalGeneration(hf.FSMTConfig(**sizes, **heads, **vocabulary))
+
+
+@pytest.mark.parametrize(
+    ("make", "shapes"),
+    [
+        (funnel, [(2, 4, 12, 12), (2, 4, 6, 12)]),  # einsum
+        (cvt, [(2, 2, 64, 16), *2 * [(2, 4, 17, 5)]]),  # einsum of a list
+        (hiera, [(2, 4, 64, 64), (2, 8, 16, 64)]),  # windows beside heads
+        (fsmt, [(2, 4, 12, 12), (2, 4, 9, 9), (2, 4, 9, 12)]),  # (batch · heads, …), and tokens before samples
+    ],
+)
+def test_products_of_other_forms(make: Callable[[], hf.PreTrainedModel], shapes: list[tuple[int, ...]]) -> None:
+    """Products by einsum, of windows and of tokens before samples are served; the maps are those of the model."""
+    torch.manual_seed(0)
+    model = make().eval()
+    batch: Batch = {"input_ids": 5 + torch.arange(24).view(2, 12)}
+    if make is fsmt:
+        batch["decoder_input_ids"] = 5 + torch.arange(18).view(2, 9)
+    if model.main_input_name == "pixel_values":
+        batch = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)}
+    with torch.no_grad():
+        own = model(**batch, **({} if make is cvt else {"output_attentions": True}))
+    report = simulate(model, "w8a8", batch)
+    assert not report.anatomy.float_products
+    with as_float(model), recording(model, "map", "context") as taps, torch.no_grad():
+        out = model(**batch)
+    torch.testing.assert_close(out.logits, own.logits, atol=1e-5, rtol=1e-4)
+    assert [tuple(x.shape) for x in taps["map"]] == shapes
+    for ours, theirs in zip(taps["map"], own.get("attentions") or (), strict=False):
+        torch.testing.assert_close(ours, theirs.reshape(ours.shape), atol=1e-6, rtol=0)
+    calibrate(model, [batch])
+    with recording(model, "map") as quantized, torch.no_grad():
+        model(**batch)
+    assert not torch.equal(quantized["map"][0], taps["map"][0])
+
+
 def test_heads_that_only_scores_join() -> None:
     """Where only scores are tensors of (batch · heads, …), they are seen by sample and head all the same."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 99}
-    model = hf.GPTNeoXJapaneseForCausalLM(hf.GPTNeoXJapaneseConfig(**sizes)).eval()
+    model = hf.GPTNeoXJapaneseForCausalLM(hf.GPTNeoXJapaneseConfig(**SMALL)).eval()
     simulate(model, "w8a8")
     with as_float(model), recording(sites(model), "score") as taps, torch.no_grad():
         model(input_ids=torch.arange(18).view(2, 9))
@@ -720,21 +783,46 @@ def test_dry_run_keeps_no_reference() -> None:
     assert alive() is None
 
 
+def assert_served_without_attention(model: hf.PreTrainedModel, batch: Batch) -> None:
+    """Layers are quantized with the model's own attention, which is named; all else is as it was."""
+    with torch.no_grad():
+        expected = model(**batch).logits
+    before = state_of(model)
+    anatomy = read_anatomy(model, batch)
+    assert_same_state(model, before)
+    assert not anatomy.attentions
+    assert anatomy.float_products == tuple(f"bert.encoder.layer.{i}.attention.self" for i in range(2))
+    report = simulate(model, "w8a8", batch)
+    assert report.notes[1].startswith("products of activations stay float in bert.encoder.layer.0.attention.self, ")
+    with as_float(model), torch.no_grad():
+        assert torch.equal(model(**batch).logits, expected)
+
+
 def test_attention_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A family whose eager attention differs from ours is refused by its attention class, and left as it was."""
+    """A family whose eager attention differs from ours keeps it."""
     model, batch = SUPPORTED["bert"]()
-    before, eager = state_of(model), modeling_bert.eager_attention_forward
+    eager = modeling_bert.eager_attention_forward
 
     def gated(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         context, probabilities = eager(*args, **kwargs)
         return context * 1.001, probabilities
 
     monkeypatch.setattr(modeling_bert, "eager_attention_forward", gated)
-    with pytest.raises(
-        ModelError, match=r"bert\.encoder\.layer\.0\.attention\.self: attention of BertSelfAttention differs"
-    ):
-        read_anatomy(model, batch)
-    assert_same_state(model, before)
+    assert_served_without_attention(model, batch)
+
+
+def test_large_scores() -> None:
+    """Scores so large that their rounding shows in the maps are no other attention, with one key for all heads too."""
+    sizes = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=99)).eval()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 3000
+    anatomy = read_anatomy(model)
+    attach(model, anatomy)
+    with recording(model, "score") as taps, torch.no_grad():
+        model(input_ids=torch.arange(18).view(2, 9))
+    assert taps["score"][0].max() > 50
+    assert len(anatomy.attentions) == 2
 
 
 def test_two_eager_functions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -774,14 +862,11 @@ def test_attention_of_a_subclass() -> None:
 
 
 def test_attention_with_nothing_to_compare() -> None:
-    """An attention module without an eager function cannot be checked, and so is refused."""
+    """Attention modules without an eager function cannot be checked, and so keep their own."""
     model, batch = SUPPORTED["bert"]()
-    parent = model.bert.encoder.layer[0].attention
-    parent.self = ForeignSelfAttention(parent.self)
-    with pytest.raises(
-        ModelError, match=r"layer\.0\.attention\.self: test_dry_run has no eager attention to compare with"
-    ):
-        read_anatomy(model, batch)
+    for layer in model.bert.encoder.layer:
+        layer.attention.self = ForeignSelfAttention(layer.attention.self)
+    assert_served_without_attention(model, batch)
 
 
 def test_models_without_attention() -> None:

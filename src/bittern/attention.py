@@ -156,6 +156,9 @@ class Site(nn.Module):
         return args, kwargs | {name: self.tap(point, kwargs[name])}
 
 
+_NO_SITE = Site("", {})  # of modules where nothing is quantized, recorded or replaced
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -167,6 +170,7 @@ def attention_forward(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Explicit attention with the meaning of each family's own eager function.
@@ -174,49 +178,39 @@ def attention_forward(
     query (batch, heads, queries, head dim); key, value with as many or, grouped, fewer heads; the mask is additive or
     boolean (True: attend). Returns the context (batch, queries, heads, head dim) and the map.
     """
-    site: Site | None = module._modules.get(NAME)  # type: ignore[assignment]
-    if site is not None:
-        site.begin(attention_mask)
-        plain = position_bias is None and softcap is None and s_aux is None and getattr(module, "sinks", None) is None
-        if plain and site.integer(attention_mask) and not (dropout and module.training):
-            quantizers: dict[str, FakeQuant | None] = {operand: site.quantizer(operand) for operand in OPERANDS}
-            found = kernels.attend(quantizers, query, key, value, attention_mask, scaling)
-            if found is not None:
-                return found
-        query, key, value = site.tap("query", query), site.tap("key", key), site.tap("value", value)
-        query, key, value = site.quantize("query", query), site.quantize("key", key), site.quantize("value", value)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key = key.repeat_interleave(groups, 1)  # (batch, key heads, keys, dim) → (batch, heads, keys, dim)
-        value = value.repeat_interleave(groups, 1)  # as the keys
+    site: Site = module._modules.get(NAME, _NO_SITE)  # type: ignore[assignment]
+    sinks = next((x for x in (s_aux, sinks) if x is not None), getattr(module, "sinks", None))
+    site.begin(attention_mask)
+    plain = position_bias is None and softcap is None and sinks is None
+    if plain and site.integer(attention_mask) and not (dropout and module.training):
+        quantizers: dict[str, FakeQuant | None] = {operand: site.quantizer(operand) for operand in OPERANDS}
+        if (found := kernels.attend(quantizers, query, key, value, attention_mask, scaling)) is not None:
+            return found
+    query, key, value = site.tap("query", query), site.tap("key", key), site.tap("value", value)
+    query, key, value = site.quantize("query", query), site.quantize("key", key), site.quantize("value", value)
+    if (groups := query.shape[1] // key.shape[1]) > 1:  # (batch, key heads, keys, dim) → (batch, heads, keys, dim)
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # (batch, heads, queries, keys)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if position_bias is not None:
         scores = scores + position_bias
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + attention_mask
-    if site is not None:
-        scores = site.tap("score", scores)
-    sinks: Tensor | None = s_aux if s_aux is not None else getattr(module, "sinks", None)
-    if sinks is not None:  # an extra key that takes probability and gives no value
-        sink_scores = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)  # (batch, heads, queries, 1)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    scores = site.tap("score", scores)
+    if sinks is not None:  # an extra key that takes probability and gives no value, of each head or of each query too
+        sinks = sinks if sinks.dim() == 4 else sinks.reshape(1, -1, 1, 1)
+        sink_scores = sinks.expand(*scores.shape[:-1], 1)  # (batch, heads, queries, 1)
         scores = torch.cat([scores, sink_scores], -1)  # (batch, heads, queries, keys + 1)
     probabilities = F.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
     if sinks is not None:
         probabilities = probabilities[..., :-1]  # (batch, heads, queries, keys)
-    if site is not None:
-        probabilities = site.tap("map", probabilities)
-    dropped = F.dropout(probabilities, dropout, module.training)
-    if site is not None:
-        dropped = site.quantize("map", dropped)
-    context = torch.matmul(dropped, value)  # (batch, heads, queries, dim)
-    if site is not None:
-        context = site.tap("context", context)
+    probabilities = site.tap("map", probabilities)
+    dropped = site.quantize("map", F.dropout(probabilities, dropout, module.training))
+    context = site.tap("context", torch.matmul(dropped, value))  # (batch, heads, queries, dim)
     return context.transpose(1, 2).contiguous(), probabilities  # (batch, queries, heads, dim)
 
 
@@ -254,7 +248,8 @@ def attach(model: PreTrainedModel, anatomy: Anatomy, formats: Mapping[str, Mappi
             modules[name].shares_input = True
         if not site.hooks:
             site.hooks = dict(_hook(site, part, modules, anatomy, hooked))
-    use_attention(model)
+    if anatomy.attentions:  # others may be what Bittern does not compute
+        use_attention(model)
 
 
 def add_site(module: nn.Module, site: Site) -> Site:

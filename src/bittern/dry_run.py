@@ -24,7 +24,7 @@ from bittern.anatomy import Anatomy
 from bittern.attention import Site, attach, attention_configs, attention_forward, detach
 from bittern.compat import eager_mask
 from bittern.errors import ModelError, one_line
-from bittern.products import Found, Frame, Trace, unwatched
+from bittern.products import Found, Frame, Trace, unwatch, watch
 from bittern.reader import LAYERS, Event, Reader, Run
 
 _DRY_RUN = "bittern_dry_run"
@@ -34,16 +34,19 @@ _DRY_RUN = "bittern_dry_run"
 def read_anatomy(model: PreTrainedModel, batch: Mapping[str, Any] | None = None) -> Anatomy:
     """Run the model once on two samples, of `batch` or made up, and read its structure off the order of execution.
 
-    The same run compares our attention with the family's own eager function, call by call.
-    Attention in a model's own code is found too, if a model that is watched in it gives the same.
-    Raises ModelError if the model computes no attention, or otherwise than its eager function, or holds NaN weights.
+    The same run compares our attention with the family's own eager function, call by call; a model whose attention is
+    another keeps it. Attention in a model's own code is found too, if a model that is watched in it gives the same.
+    Raises ModelError if the model computes no attention, or holds NaN weights.
     """
     check_model(model)
     batch = dummy_batch(model) if batch is None else _two_samples(batch)
     if not model.config.is_encoder_decoder:
         batch.pop("labels", None)
     inputs = frozenset(batch) - {"labels"}
-    run = _dry_run(model, batch)
+    try:
+        run = _dry_run(model, batch)
+    except _OtherAttentionError:
+        return Reader(model, _dry_run(model, batch, compare=False)).anatomy(inputs, watched=False)
     anatomy = Reader(model, run).anatomy(inputs)
     if any(a.plan for a in anatomy.attentions) and not _holds(model, anatomy, batch, run.output):
         anatomy = Reader(model, run).anatomy(inputs, watched=False)
@@ -147,8 +150,15 @@ def _two_samples(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v[:2] for k, v in batch.items()} if len(sizes) == 1 and -1 not in sizes else dict(batch)
 
 
-def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> Run:
-    """Run the model once, in float and with its own attention code, and see what runs in which order."""
+class _OtherAttentionError(ModelError):
+    """A family's attention is not what Bittern computes, or cannot be compared."""
+
+
+def _dry_run(model: PreTrainedModel, batch: dict[str, Any], compare: bool = True) -> Run:
+    """Run the model once, in float and with its own attention code, and see what runs in which order.
+
+    compare: whether transformers' AttentionInterface shall call ours beside the family's own; if not, it runs as ever.
+    """
     names = {module: name for name, module in model.named_modules()}
     run = Run([], {}, {})
     running: list[Frame] = []
@@ -182,17 +192,20 @@ def _dry_run(model: PreTrainedModel, batch: dict[str, Any]) -> Run:
     AttentionMaskInterface.register(_DRY_RUN, eager_mask)
     with ExitStack() as undo:
         undo.callback(AttentionInterface.register, _DRY_RUN, attention_forward)  # lets go of the spy, and of the model
+        for module in [m for m in names if hasattr(m, "unwatched")]:
+            unwatch(module)
+            undo.callback(watch, module)
         for module, name in names.items():
             is_norm = "norm" in type(module).__name__.lower() and not list(module.children())
             kind = "layer" if isinstance(module, LAYERS) else "norm" if is_norm else "enter"
             undo.enter_context(module.register_forward_pre_hook(partial(on_enter, kind, name)))
             undo.enter_context(module.register_forward_hook(partial(on_leave, name), with_kwargs=True))
-        for config in attention_configs(model):
+        for config in attention_configs(model) if compare else ():
             undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)
             config._attn_implementation_internal = _DRY_RUN
         failed = f"the dry run of {type(model).__name__} on {_describe(batch)} failed"
         explained = one_line(ModelError, failed, "; give one batch of inputs that the model accepts")
-        with explained, evaluating(model), unwatched(model), Trace(running, on_product, on_attention) as trace:
+        with explained, evaluating(model), Trace(running, on_product, on_attention) as trace:
             run.output, run.read = model(**batch), trace.read
     return run
 
@@ -203,21 +216,18 @@ def _check_equal(
     sources = [vars(sys.modules[cls.__module__]) for cls in type(module).__mro__]
     known = [(n, f) for names in sources for n, f in names.items() if n.endswith("eager_attention_forward")]
     if not known:
-        raise ModelError(
-            f"{name}: {type(module).__module__} has no eager attention to compare with; this family is not supported"
-        )
+        raise _OtherAttentionError(f"{name}: {type(module).__module__} has no eager attention to compare with")
     if mask is not None and mask.dtype == torch.bool:  # what eager functions would add as 0 and 1
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     named = inspect.unwrap(type(module).forward).__code__.co_names
     eager = min(known, key=lambda pair: pair[0] not in named)[1]  # of several in a file, the one that it calls
     theirs = eager(module, query, key, value, mask, **kwargs)[0]
-    tolerance = 1e-5 if query.dtype == torch.float32 else 2e-2
+    scores = query.norm(dim=-1).max() * key.norm(dim=-1).max() * (kwargs.get("scaling") or query.shape[-1] ** -0.5)
+    rounding = 4 * torch.finfo(torch.float32).eps * scores.item()  # of the largest score, and so of maps
+    tolerance = max(1e-5, rounding) if query.dtype == torch.float32 else 2e-2
     error = (ours - theirs).abs().max().item() / max(theirs.abs().max().item(), 1e-12)
     if not error <= tolerance:
-        raise ModelError(
-            f"{name}: attention of {type(module).__name__} differs from Bittern's by {error:.1e} (relative); it "
-            "computes something that Bittern does not know, so this family is not supported"
-        )
+        raise _OtherAttentionError(f"{name}: attention of {type(module).__name__} differs by {error:.1e} (relative)")
 
 
 def _is_like_base(layer: nn.Module, args: Any, kwargs: Any, out: Any) -> bool:

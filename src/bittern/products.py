@@ -6,11 +6,11 @@ them in a dry run by following results from call to call; a `Watch` serves them,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ SITE = "bittern"  # the name of what serves an attention module, as its child
 _SDPA = F.scaled_dot_product_attention
 _SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
     torch.matmul: ("input", "other"),
-    torch.bmm: ("input", "mat2"),
-    torch.baddbmm: ("added", "input", "mat2"),
+    torch.bmm: ("input", "other"),
+    torch.baddbmm: ("added", "input", "other"),
     torch.softmax: ("input", "dim", "dtype"),
     F.softmax: ("input", "dim", "_stacklevel", "dtype"),
     _SDPA: ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
@@ -38,7 +38,7 @@ _METHODS: dict[Any, Callable[..., Any]] = {
     Tensor.baddbmm: torch.baddbmm,
     Tensor.softmax: torch.softmax,
 }
-_ALSO_KNOWN = {"batch1": "input", "batch2": "mat2"}  # keywords of baddbmm, whose own `input` is what is added
+_ALSO_KNOWN = {"batch1": "input", "batch2": "other", "mat2": "other"}  # of baddbmm, whose own `input` is added; of bmm
 _SOFTMAX, _PRODUCTS = (torch.softmax, F.softmax), (torch.matmul, torch.bmm, torch.baddbmm)
 
 
@@ -60,7 +60,7 @@ class _Call(NamedTuple):
 
     @property
     def operands(self) -> list[Tensor]:
-        return [x for key in ("input", "other", "mat2", "query", "key") if isinstance(x := self.given.get(key), Tensor)]
+        return [x for key in ("input", "other", "query", "key") if isinstance(x := self.given.get(key), Tensor)]
 
 
 def _counted(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | None:
@@ -70,24 +70,31 @@ def _counted(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call
     if names is None:
         return None
     if function is torch.baddbmm:
-        args, kwargs = args or (kwargs["input"],), {_ALSO_KNOWN.get(k, k): v for k, v in kwargs.items() if k != "input"}
-    call = _Call(function, dict(zip(names, args, strict=False)) | dict(kwargs))
+        args, kwargs = args or (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
+    named = {_ALSO_KNOWN.get(k, k): v for k, v in kwargs.items()}
+    call = _Call(function, dict(zip(names, args, strict=False)) | named)
     return call if all(x.dim() >= 3 for x in call.operands) else None
 
 
+def _einsum(call: Callable[..., Any], equation: str, *operands: Any) -> Any:
+    """What einsum gives, by calls of matmul and permute, if it sums one dimension and each operand has one of its own;
+    None if it does otherwise."""
+    if len(parts := re.split(",|->", equation.replace(" ", ""))) != 3 or "." in equation:
+        return None
+    left, right, out = parts
+    batch = [x for x in out if x in left and x in right]
+    row, inner, column = set(left) - set(right), set(left) & set(right) - set(out), set(right) - set(left)
+    sides = [*batch, *row, *inner], [*batch, *inner, *column], [*batch, *row, *column]
+    if (len(row), len(inner), len(column)) != (1, 1, 1) or [*map(sorted, sides)] != [*map(sorted, parts)]:
+        return None
+    given = operands[0] if len(operands) == 1 else operands
+    given = [
+        call(Tensor.permute, (), (x, [*map(p.index, side)])) for x, p, side in zip(given, parts, sides, strict=False)
+    ]
+    return call(Tensor.permute, (), (call(torch.matmul, (), given), [*map(sides[2].index, out)]))
+
+
 # Serving
-
-
-class _Site(Protocol):
-    """What a Watch needs of `attention.Site`."""
-
-    name: str
-    plan: Plan | None
-
-    def begin(self, mask: Tensor | None) -> None: ...
-    def tap(self, point: Any, x: Tensor) -> Tensor: ...
-    def quantize(self, point: str, x: Tensor) -> Tensor: ...
-    def attend(self, *given: Any) -> Tensor: ...
 
 
 class Watch(TorchFunctionMode):
@@ -96,17 +103,17 @@ class Watch(TorchFunctionMode):
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module, self.at = module, 0
-        self.site: _Site = module._modules[SITE]  # type: ignore[assignment]
-        assert self.site.plan is not None
-        self.plan = self.site.plan
+        self.site: Any = getattr(module, SITE)  # the `attention.Site`, which imports this
+        self.plan: Plan = self.site.plan
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call = _counted(func, args, kwargs or {})
-        if call is None:
-            return func(*args, **(kwargs or {}))
-        at, self.at = self.at, self.at + 1
-        if at not in self.plan[:3]:
-            return func(*args, **(kwargs or {}))
+        if func is torch.einsum and (out := _einsum(self.__torch_function__, *args)) is not None:
+            return out
+        kwargs, at = kwargs or {}, self.at
+        call = _counted(func, args, kwargs)
+        self.at += call is not None
+        if call is None or at not in self.plan[:3]:
+            return func(*args, **kwargs)
         score, softmax, context = self.plan[:3]
         wanted = (_SDPA,) if score == context else _SOFTMAX if at == softmax else _PRODUCTS
         if call.function not in wanted:
@@ -129,23 +136,21 @@ class Watch(TorchFunctionMode):
         )
 
     def _shaped(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, self.plan.heads)) if x.dim() == 3 else x  # (batch, heads, ·, ·)
+        """Seen as (batch, heads, ·, ·); windows that are a dimension of their own are counted as heads."""
+        return x.unflatten(0, (-1, self.plan.heads)) if x.dim() == 3 else x.flatten(1, -3)
 
     def _multiply(
-        self, function: Any, of_scores: bool, input: Tensor, added: Tensor | None = None, **other: Any
+        self, function: Any, of_scores: bool, input: Tensor, other: Tensor, added: Tensor | None = None, **options: Any
     ) -> Tensor:
         """QKᵀ, or map · V: left (…, queries, ·) times right (…, ·, keys or head dim)."""
-        key = "other" if "other" in other else "mat2"
-        left, right = self._shaped(input), self._shaped(other.pop(key))
+        left, right = self._shaped(input), self._shaped(other)
         if of_scores:
             left, right = self.site.tap("query", left), self.site.tap("key", right.mT)  # right: (…, keys, head dim)
             left, right = self.site.quantize("query", left), self.site.quantize("key", right).mT  # (…, head dim, keys)
         else:
             left, right = self.site.quantize("map", left), self.site.quantize("value", self.site.tap("value", right))
-        if input.dim() == 3:
-            left, right = left.flatten(0, 1), right.flatten(0, 1)  # (batch · heads, ·, ·)
-        operands = (left, right) if added is None else (added, left, right)
-        out: Tensor = function(*operands, **other)
+        operands = left.reshape(input.shape), right.reshape(other.shape)
+        out: Tensor = function(*(operands if added is None else (added, *operands)), **options)
         if not of_scores:
             out = self.site.tap("context", self._shaped(out)).reshape(out.shape)  # as the model has it
         return out
@@ -153,8 +158,8 @@ class Watch(TorchFunctionMode):
     def _normalize(self, input: Tensor, dim: int, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         scores = self._shaped(input)  # (batch, heads, queries, keys)
         self.site.begin((scores > -1e4).any(1, keepdim=True))  # (batch, 1, queries, keys): what may be attended
-        maps = self.site.tap("score", scores).softmax(-1, dtype)
-        return self.site.tap("map", maps).reshape(input.shape)  # as the model has it
+        maps: Tensor = self.site.tap("map", self.site.tap("score", scores).softmax(-1, dtype))
+        return maps.reshape(input.shape)  # as the model has it
 
     def _attend(
         self,
@@ -172,7 +177,7 @@ class Watch(TorchFunctionMode):
             attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()  # (queries, keys)
         if attn_mask is not None:
             attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]  # (batch or 1, heads or 1, queries, keys)
-        return self.site.attend(self.module, query, key, value, attn_mask, scale, dropout_p)
+        return self.site.attend(self.module, query, key, value, attn_mask, scale, dropout_p)  # type: ignore[no-any-return]
 
 
 @cache
@@ -196,19 +201,6 @@ def watch(module: nn.Module) -> None:
 def unwatch(module: nn.Module) -> None:
     if hasattr(module, "unwatched"):
         module.__class__ = module.unwatched  # type: ignore[assignment]
-
-
-@contextmanager
-def unwatched(model: nn.Module) -> Iterator[None]:
-    """No module of the model is watched inside the block."""
-    watched = [module for module in model.modules() if hasattr(module, "unwatched")]
-    try:
-        for module in watched:
-            unwatch(module)
-        yield
-    finally:
-        for module in watched:
-            watch(module)
 
 
 # Finding
@@ -255,7 +247,7 @@ class Found:
 
 _ACTIVATION = object()  # the mark of what depends on a layer's output, unlike positions and their rotations
 _LAYERS = (F.linear, F.conv1d, F.conv2d, F.embedding)
-_OTHER_PRODUCTS = (torch.einsum, torch.functional.einsum, F.multi_head_attention_forward)
+_OTHER_PRODUCTS = (torch.einsum, F.multi_head_attention_forward)
 
 
 class Trace(TorchFunctionMode):
@@ -275,6 +267,8 @@ class Trace(TorchFunctionMode):
         return frozenset().union(*(self.marks.get(tensor, frozenset()) for tensor in tensors))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.einsum and (out := _einsum(self.__torch_function__, *args)) is not None:
+            return out
         kwargs = kwargs or {}
         marks = self._marks([*args, *kwargs.values()])
         call = _counted(func, args, kwargs)
@@ -294,7 +288,8 @@ class Trace(TorchFunctionMode):
     def _follow(self, call: _Call, out: Tensor, marks: frozenset[Any]) -> frozenset[Any]:
         """Return the marks of a counted call's result."""
         shapes = [x.shape for x in call.operands]
-        seen = _Seen({frame: frame.calls for frame in self.running}, shapes, {len(s) for s in shapes} <= {3, 4})
+        known = {len(s) for s in shapes} <= ({4} if call.function is _SDPA else {3, 4, 5})
+        seen = _Seen({frame: frame.calls for frame in self.running}, shapes, known)
         for frame in self.running:
             frame.calls += 1
         of_operands = [self._marks(x) for x in call.operands]

@@ -105,13 +105,16 @@ class Reader:
         if len({f.frame for f in found}) < len(found) or not name:
             return None  # two in one run
         heads = (context := found[0].context).shape[1]
+        reads = self.first_io[next(self._layers_after(at), name)][0]  # what W_O reads: (batch, queries, hidden)
+        holds_weights = any(p.dim() > 1 for child in self.modules[name].children() for p in child.parameters())
+        if not holds_weights and not _same_values(reads, context):
+            return None  # W_O is no layer, and what runs next is not it
         if context.dim() == 3:  # (batch · heads, queries, head dim)
-            reads = self.first_io[next(self._layers_after(at), name)][0]  # what W_O reads: (batch, queries, hidden)
             heads = reads.shape[-1] // context.shape[-1] if isinstance(reads, Tensor) else 0
             if not heads or len(context) % heads or reads.numel() != context.numel():
                 return None
             joined = context.unflatten(0, (-1, heads)).transpose(1, 2)  # (batch, queries, heads, head dim)
-            if not torch.equal(joined.flatten(), reads.flatten()):
+            if not any(torch.equal(x.flatten(), reads.flatten()) for x in (joined, joined.transpose(0, 1))):
                 return None
         plans = {f.plan._replace(calls=f.frame.calls, heads=heads) for f in found}
         return plans.pop() if len(plans) == 1 else None

@@ -42,6 +42,18 @@ that of a tiny model: real ones have more in their blocks. {judged} types can be
 * **refused**: a step ends with one clear line, before anything is changed.
 * **crash**: a step fails otherwise, or its answer is wrong: a bug.
 
+What stays float, and why:
+
+* `nn.MultiheadAttention` (WavLM, the pooling head of SigLIP, BridgeTower, Aria): PyTorch's one function for it reads
+  the weights and multiplies inside.
+* XLNet: its projections are parameters of an einsum and no layers.
+* Attention by blocks, random and global tokens (Longformer, BigBird, LongT5 and Pegasus-X for local ones): products of
+  pieces. LiLT, which computes two attentions in one module.
+* Deformable sampling, state spaces and linear attention (Deformable DETR, Mamba, xLSTM, Qwen3-Next): no softmax of a
+  product is there.
+* The experts of DBRX, Llama 4 and JetMoE, which compute them in code of their own: the report tells the share.
+* Attention that is another than its family's own eager function (Nemotron's streaming encoder): the model keeps it.
+
 Not judged: {unbuilt}, since no tiny model or no batch of theirs could be made here.
 
 | type | class | outcome | weights quantized | attention | what stays float, or why |
@@ -82,6 +94,8 @@ def guarded(kind: str, seconds: float, gigabytes: float, search: bool, head: str
     for what in map(json.loads, text.decode().splitlines()):
         if "step" in what:
             result["steps"][what["step"]] = what
+        elif "remark" in what:
+            result.setdefault("remarks", {})[what["remark"].partition(":")[0]] = what["remark"]
         else:
             result |= what
     if not ended or os.WIFSIGNALED(status):
@@ -99,7 +113,11 @@ def judge(steps: dict[str, Any]) -> str:
 
 def reason(result: dict[str, Any]) -> str:
     bad = [f"{name}: {step['text']}" for name, step in result["steps"].items() if step["outcome"] != "ok"]
-    return "; ".join([*bad, *result.get("notes", ())]).replace("|", "\\|").replace("\n", " ")
+    return (
+        "; ".join([*bad, *result.get("notes", ()), *result.get("remarks", {}).values()])
+        .replace("|", "\\|")
+        .replace("\n", " ")
+    )
 
 
 def page(results: list[dict[str, Any]], which: str, search: bool) -> str:

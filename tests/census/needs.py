@@ -29,7 +29,17 @@ def upernet(hf: Any, tiny: Any, ids: Any) -> Any:
     return hf.UperNetConfig(backbone_config=swin, hidden_size=32, auxiliary_in_channels=64, auxiliary_channels=16)
 
 
+# Vision towers of 16 heads, which a width of 144 does not serve.
+TOWERS = [
+    f"{kind}_vision" for kind in ("cohere_compass", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp")
+]
+
 CONFIGS: dict[str, Any] = {
+    **{kind: {"num_heads": 9} for kind in TOWERS},
+    "kimi_k25_vision": {"num_attention_heads": 9},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "sam3_lite_text_text_model": {"_layers": 4},
+    "lfm3_vl_vision": {"layer_types": ["conv", "full_attention"]},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "mobilevit": {"hidden_sizes": [32, 48, 64]},
     "sam2.vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
@@ -107,7 +117,25 @@ def udop(model: Any, words: Any, noise: Any, text: Any, image: Any) -> Any:
     return [text | {"bbox": boxes(2, 12, 4)} | image | decoder, text | {"bbox": boxes(2, 12, 4)} | decoder]
 
 
+def grid(model: Any, words: Any, noise: Any, text: Any, image: Any) -> Any:
+    """Two images of 4 × 4 patches, for towers that take patches as they are."""
+    patch = model.config.patch_size
+    grids = {"grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
+    flat = {"pixel_values": noise(32, 3 * patch**2)} | grids | {"merge_sizes": torch.tensor([1, 1])}
+    return [flat, {"pixel_values": noise(32, 3, patch, patch)} | grids]
+
+
 BATCHES: dict[str, Any] = {
+    "kimi_k25_vision": grid,
+    "video_llama_3_vision": grid,
+    "switch_transformers": lambda m, words, noise, text, image: {  # enough tokens for each expert
+        "input_ids": words(90),
+        "decoder_input_ids": words(90),
+    },
+    "xclip": lambda m, words, noise, text, image: (
+        text | {"pixel_values": noise(2, m.config.vision_config.num_frames, *image["pixel_values"].shape[1:])}
+    ),
+    "pe_audio": lambda m, words, noise, text, image: text | {"input_values": noise(2, 1, 4000)},
     "autoformer": series,
     "informer": series,
     "time_series_transformer": series,

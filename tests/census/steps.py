@@ -82,8 +82,10 @@ def examine(kind: str, say: Say, ptq: bool = True, head: str | None = None) -> N
         equal(simulated_out[0], plain, "packed without kernels differs from simulated")
         for _ in range(2):  # the second time by whole blocks
             error, noise = distance(plain, run(model, batch)), distance(expected, plain)
-            if not error <= max(1e-2, 0.5 * noise) and not error <= 3 * distance(plain, shaken(model, batch)):
-                raise WrongError(f"kernels differ by {error:.1e}, quantization by {noise:.1e}")
+            if not error <= max(1e-2, 0.5 * noise):
+                if not error <= 3 * (rounding := distance(plain, shaken(model, batch))):
+                    raise WrongError(f"kernels differ by {error:.1e}, quantization by {noise:.1e}")
+                say({"remark": f"hard choices: kernels differ by {error:.1e}, and so do last bits, by {rounding:.1e}"})
         return plain
 
     def saved() -> None:
@@ -101,6 +103,7 @@ def examine(kind: str, say: Say, ptq: bool = True, head: str | None = None) -> N
                     kept = False
                 if kept:
                     raise error
+                say({"remark": "transformers itself does not load what it saves of the float model"})
 
     if step("simulate", simulated):
         simulated_out = step("calibrate", calibrated)
@@ -136,7 +139,11 @@ def train(original: nn.Module, batch: dict[str, Any]) -> None:
         wanted = gradients(copy.deepcopy(original), batch)
     except Exception:
         return  # nor can it be trained in float
-    missing = sorted(name for name in wanted - gradients(student, batch) if "expert" not in name)  # choices may differ
+    ran: set[str] = set()
+    for name, module in student.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.add(name))  # type: ignore[misc]
+    lost = wanted - gradients(student, batch)
+    missing = sorted(n for n in lost if "expert" not in n or {n, n.rpartition(".")[0]} & ran)  # others may be chosen
     if missing:
         raise WrongError(f"no gradient in the simulated model for {len(missing)} of {len(wanted)}: {missing[:3]}")
     if not all(torch.isfinite(p).all() for p in student.parameters()):
