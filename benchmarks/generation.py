@@ -15,6 +15,7 @@ import copy
 import json
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,8 @@ def onnxruntime_loops(
         names = {"input_names": ["token", "position", "past"], "output_names": ["logits", "present"]}
         file, small = folder / "float32.onnx", folder / "int8.onnx"
         axes = {"past": {4: "n"}, "present": {4: "m"}}
-        torch.onnx.export(Step(model).eval(), given, str(file), **names, dynamic_axes=axes, dynamo=False)
+        with warnings.catch_warnings(action="ignore"):  # of what a trace holds fast, which is the same in each step
+            torch.onnx.export(Step(model).eval(), given, str(file), **names, dynamic_axes=axes, dynamo=False)
     quantize_dynamic(onnx.load(file), small, weight_type=QuantType.QInt8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

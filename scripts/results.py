@@ -116,6 +116,18 @@ def schedules(*names: str) -> str:
     return rows(["model", "steps", "plain", "gradual", "output"], found)
 
 
+def depth(*names: str) -> str:
+    """The last divergence by loss, a row for each file: teachers that differ in depth."""
+    found = []
+    for known in map(load, names):
+        cells: dict[str, list[float]] = {}
+        for row in known["rows"]:
+            cells.setdefault(row["variant"], []).append(row["divergence"])
+        texts = {v: f"{sum(x) / len(x):.4f} ± {(max(x) - min(x)) / 2:.4f}" for v, x in cells.items()}
+        found.append([known["model"], f"{100 * known['teacher']:.2f}", *texts.values()])
+    return rows(["model", "teacher's accuracy", *texts], found)
+
+
 def overhead(one: str, two: str) -> str:
     """The time of a simulated forward beside the float model's, with one thread and with two."""
     shown = {
@@ -141,6 +153,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "speed": speed,
     "growth": growth,
     "errors": errors,
+    "depth": depth,
     "schedules": schedules,
     "overhead": overhead,
 }

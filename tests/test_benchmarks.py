@@ -49,6 +49,19 @@ def test_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert all(engine["file"] > 0 for name, engine in found.items() if name != "ctranslate2 int8")
 
 
+def test_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every engine generates, with each cache that it has."""
+    options = ["--hidden", "64", "--layers", "1", "--prompt", "4", "--new", "2", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["generation.py", *options, "--json", str(tmp_path / "out.json")])
+    runpy.run_path(str(SCRIPTS / "generation.py"), run_name="__main__")
+    found = json.loads((tmp_path / "out.json").read_text())["tokens_per_second"]
+    ours = ["pytorch float32", "bittern ternary", "bittern w4a8", "bittern w8a8"]
+    ways = ["dynamic cache", "static cache", "plain loop"]
+    expected = {f"{name}, {way}" for name in ours for way in ways} | {"onnxruntime float32", "onnxruntime int8"}
+    assert found.keys() == expected
+    assert all(speed > 0 for speed in found.values())
+
+
 def test_ctranslate2_runs_the_same_model(tmp_path: Path) -> None:
     """CTranslate2 computes the encoder that it is given, but for its rounding to int8, and no model but BERT."""
     from engines import ctranslate2_engine

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ def near(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).norm() <= 2e-6 * expected.norm())
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
-def test_families(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every family each layer, norm, activation and attention gives on the kernels what it gives without, but for
-    rounding. Each is compared on its own input: rounding on the way could tip a value over to the next code."""
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], Counter[str]]:
+    """Let each layer, norm, activation and attention of a model be compared, whenever it runs on the kernels, with what
+    it gives without on the same input: rounding on the way could tip a value over to the next code. Counts what ran."""
     attend, ran = kernels.attend, Counter[str]()
 
     def compare(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -61,16 +62,50 @@ def test_families(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(kernels, "attend", attend_and_compare)
     monkeypatch.setattr(blocks, "_serves", lambda *_: False)  # whole blocks give the bits of their parts: test_blocks
-    for recipe in RECIPES:
-        model, batch = quantized(name, recipe)
+
+    def start(model: nn.Module) -> Counter[str]:
         for module in model.modules():
             served: tuple[type[nn.Module], ...] = (PackedLayer, kernels.LayerNorm, *kernels.SERVED.values())
             if isinstance(module, served):
                 module.register_forward_hook(compare, with_kwargs=True)
+        ran.clear()
+        return ran
+
+    return start
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_families(name: str, compared: Callable[[nn.Module], Counter[str]]) -> None:
+    """In every family each part gives on the kernels what it gives without, but for rounding."""
+    for recipe in RECIPES:
+        model, batch = quantized(name, recipe)
+        ran = compared(model)
         outputs(model, batch)
         assert ran["PackedLinear"] + ran["PackedConv1D"] > 5
         assert ran["attention"] or name in WITHOUT_ATTENTION
-        ran.clear()
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bart"])
+@torch.no_grad()
+def test_generation(name: str, cache: str, compared: Callable[[nn.Module], Counter[str]]) -> None:
+    """So does each while a model generates, token by token, on keys and values from a cache; and without kernels the
+    tokens and their scores are those of the simulated model."""
+    packed, batch = quantized(name, "w8a8")
+    simulated, _ = quantized(name, "w8a8", packed=False)
+    given = {"input_ids": batch["input_ids"][:1], "attention_mask": batch["attention_mask"][:1]}
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    options |= {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
+    expected = simulated.generate(**given, **options)
+    with native.disabled():
+        found = packed.generate(**given, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, expected.logits, strict=True))
+    ran = compared(packed)
+    packed.generate(**given, **options)
+    assert ran["attention"] >= 4
+    assert ran["PackedLinear"] + ran["PackedConv1D"] > 20
 
 
 def linear(weight: Format, given: Format, x: Tensor, name: str = "linear") -> nn.Module:
