@@ -94,7 +94,7 @@ def test_generation(name: str, cache: str, compared: Callable[[nn.Module], Count
     packed, batch = quantized(name, "w8a8")
     simulated, _ = quantized(name, "w8a8", packed=False)
     given = {"input_ids": batch["input_ids"][:1], "attention_mask": batch["attention_mask"][:1]}
-    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     options |= {"output_logits": True, "return_dict_in_generate": True}
     options |= {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
     expected = simulated.generate(**given, **options)
