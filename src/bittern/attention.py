@@ -114,9 +114,8 @@ class Site(nn.Module):
 
     def attend(self, *given: Any) -> Tensor:
         """Context (batch, heads, queries, head dim) of attention that a module's own code gives to one function."""
-        return attention_forward(*given)[0].transpose(
-            1, 2
-        )  # (batch, queries, heads, dim) → (batch, heads, queries, dim)
+        context, _ = attention_forward(*given)  # (batch, queries, heads, head dim)
+        return context.transpose(1, 2)
 
     def tap(self, point: Point, x: Tensor) -> Tensor:
         """Record x if asked to, and give back what stands for it."""
