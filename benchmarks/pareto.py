@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from bittern import jobs, load
-from bittern.analysis.charts import WIDTH, Axis, Plot, legend, styles, symbol, text
+from bittern.analysis.charts import WIDTH, Axis, Plot, styles, symbol, text
 from bittern.analysis.figures import Figure
 from bittern.analysis.report import write_plot
 from bittern.deploy.bench import FLOAT, alternate
@@ -113,15 +113,18 @@ def draw(known: dict[str, Any], folder: Path) -> None:
     parts = [text(4, 12, "accuracy, %; area: size of the file"), *at_y.beside(left - 5, grid_to=WIDTH - 6)]
     under, below = at_x.below(200.0)
     under.append(text((left + WIDTH) / 2, below + 14, "milliseconds a sentence", "middle"))
-    names = [row["name"] for row in rows]
-    for n, row in zip(styles(names), rows, strict=True):
-        tip = f"{row['name']}: {row['bytes'] / 1e6:.1f} MB, {row['ms']} ms, {100 * row['accuracy']:.2f} %"
-        radius = 1.1 * (row["bytes"] / 1e6) ** 0.5
-        place = at_x(row["ms"]), at_y(100 * row["accuracy"])
-        parts.append(symbol(n, *place, radius, fill=f"var(--s{n})", fill_opacity="0.6", data_tip=tip))
-    key, below = legend(names, below + 34)
+    engines = list(dict.fromkeys(row["name"].split()[0] for row in rows))
+    numbers = dict(zip(engines, styles(engines), strict=True))
+    for i, row in enumerate(sorted(rows, key=lambda row: (round(row["accuracy"], 2), row["ms"]))):
+        n, size = numbers[row["name"].split()[0]], row["bytes"] / 1e6
+        tip = f"{row['name']}: {size:.1f} MB, {row['ms']} ms, {100 * row['accuracy']:.2f} %"
+        radius, x, y = 1.1 * size**0.5, at_x(row["ms"]), at_y(100 * row["accuracy"])
+        parts.append(symbol(n, x, y, radius, fill=f"var(--s{n})", fill_opacity="0.6", data_tip=tip))
+        anchor = "start" if x < 0.35 * WIDTH else "end" if x > 0.75 * WIDTH else "middle"
+        beside = (-radius - 4, radius + 12, -radius - 17)[i % 3]  # so that names of neighbours do not meet
+        parts.append(text(x, y + beside, row["name"], anchor))
     title = f"Size, latency and accuracy on {known['data']}"
-    write_plot(Figure("pareto", title, "", Plot("".join([*parts, *under, key]), below)), folder)
+    write_plot(Figure("pareto", title, "", Plot("".join([*parts, *under]), below + 24)), folder)
 
 
 def main() -> None:

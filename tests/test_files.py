@@ -221,6 +221,15 @@ def test_after_a_kill(tmp_path: Path, when: str, fails: bool) -> None:
     assert (tmp_path / "out" / "model").read_text() == ("one" if fails else "three")
 
 
+def test_folders_that_are_deleted_under_a_run(tmp_path: Path) -> None:
+    """A temporary folder that somebody deletes while it is written gives one line, a work folder that is gone none."""
+    with refused(InputError, "cannot write", "out"), atomic_folder(tmp_path / "out") as folder:
+        shutil.rmtree(folder.parent)
+        (folder / "model").write_text("one")
+    assert not list(tmp_path.iterdir())
+    Journal.delete(tmp_path / "out.work")
+
+
 def test_what_another_run_writes_stays(tmp_path: Path) -> None:
     """Temporary folders of a run that lives are no left-overs, though the two do not see each other's lock."""
     command, elsewhere = [sys.executable, "-c", KILLED, "waiting", str(tmp_path / "out")], tmp_path / "elsewhere"

@@ -158,7 +158,7 @@ def _discard(place: Path, room: Path) -> None:
     shutil.rmtree(room / "new", ignore_errors=True)
     names = {*_written(old), WRITTEN}
     for path in (*sorted(old.rglob("*"), reverse=True), old, room):
-        with suppress(OSError):  # what was put there in the meantime is nobody's to delete
+        with suppress(OSError, ValueError):  # what came there since is nobody's to delete; or the room itself is gone
             if path.is_dir() and not path.is_symlink():
                 path.rmdir()
             elif str(path.relative_to(old)) in names:
@@ -363,7 +363,7 @@ class Journal:
     @staticmethod
     def check_ours(folder: Path) -> None:
         """Refuse a folder of other things than a job, or than one that was killed while it wrote its first file."""
-        if any(not f.name.startswith(f".{JOB}.") for f in folder.iterdir()) and not (folder / JOB).exists():
+        if any(not f.name.startswith(f".{JOB}.") for f in folder.glob("*")) and not (folder / JOB).exists():
             raise InputError(f"{folder} holds files but no {JOB}; move it away or choose another output")
 
     @staticmethod
@@ -371,12 +371,12 @@ class Journal:
         """Remove a job's folder once its result is written elsewhere, or dropped. job.json comes last, so that it stays
         known as one, and stays if other things lie there, such as TensorBoard's logs."""
         Journal.check_ours(folder)
-        for file in folder.iterdir():
+        for file in folder.glob("*"):  # of a folder that somebody deleted, none
             if file.name.startswith("checkpoint-") and file.is_dir() and not file.is_symlink():
                 shutil.rmtree(file)
             elif file.suffix == ".safetensors" or file.name.startswith("."):
                 file.unlink()
-        if [file.name for file in folder.iterdir()] == [JOB]:
+        if [file.name for file in folder.glob("*")] == [JOB]:
             (folder / JOB).unlink()
             folder.rmdir()
 

@@ -107,8 +107,8 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # where torch.save writes
-            raise
+        if isinstance(error, RuntimeError) and not any(n in str(error) for n in ("inline_container", "iostream")):
+            raise  # all but what torch.save says
         why = "a file could not be written whole; the disk may be full"
         raise InputError(
             f"cannot write to {folder}: {why if isinstance(error, RuntimeError) else first_line(error)}"
