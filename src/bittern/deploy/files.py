@@ -371,14 +371,15 @@ class Journal:
         """Remove a job's folder once its result is written elsewhere, or dropped. job.json comes last, so that it stays
         known as one, and stays if other things lie there, such as TensorBoard's logs."""
         Journal.check_ours(folder)
-        for file in folder.glob("*"):  # of a folder that somebody deleted, none
-            if file.name.startswith("checkpoint-") and file.is_dir() and not file.is_symlink():
-                shutil.rmtree(file)
-            elif file.suffix == ".safetensors" or file.name.startswith("."):
-                file.unlink()
-        if [file.name for file in folder.glob("*")] == [JOB]:
-            (folder / JOB).unlink()
-            folder.rmdir()
+        with suppress(FileNotFoundError):  # somebody else deletes it too
+            for file in folder.glob("*"):
+                if file.name.startswith("checkpoint-") and file.is_dir() and not file.is_symlink():
+                    shutil.rmtree(file)
+                elif file.suffix == ".safetensors" or file.name.startswith("."):
+                    file.unlink()
+            if [file.name for file in folder.glob("*")] == [JOB]:
+                (folder / JOB).unlink()
+                folder.rmdir()
 
 
 def _checksum(tensors: Mapping[str, Tensor], notes: str) -> str:
