@@ -62,7 +62,7 @@ def as_nobody(case: Case, _: random.Random) -> str:
         os.setuid(NOBODY)
         typed(case.name, case.world, case.area)()
 
-    import importlib.readers  # noqa: F401  # while Python may be read, which nobody need not be allowed to
+    import importlib.readers  # noqa: F401  # now: Python itself may be where this user may not read
 
     os.chmod(case.area, 0o755)
     ended = Process(work).wait()
