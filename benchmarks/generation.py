@@ -5,7 +5,7 @@
 A GPT-2 with random weights, on which times do not depend, goes on greedily from a prompt, one token at a time. Ours and
 PyTorch's run by `model.generate`, with a cache that grows (dynamic) and with one of fixed size (static), and in a plain
 loop, as onnxruntime's graph of one step does, which takes and gives the cache: in float32, and quantized dynamically to
-int8 by its own tool. Its loop starts behind the prompt, which the others read first, in one forward pass; that speaks for
+int8 by its own tool. Its loop starts behind the prompt, which the others read first, in one pass; that speaks for
 it. Figures are medians over alternating rounds of one process.
 """
 
