@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from transformers import PreTrainedModel
 
+from bittern.deploy.files import order_metadata
 from bittern.errors import first_line
 
 COMPANIONS = (
@@ -133,6 +134,7 @@ def push_to_hub(
     with TemporaryDirectory() as place:
         folder = Path(place)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
+        order_metadata(folder)
         copy_companions(source, folder)
         if there and (there / REPORT).exists():  # written by a job, with its figures
             shutil.copyfile(there / CARD, folder / CARD)

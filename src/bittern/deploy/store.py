@@ -22,7 +22,7 @@ from bittern import native
 from bittern.deploy import probe
 from bittern.deploy.checkpoint import METHOD, BitternConfig, is_packed, mark, open_checked
 from bittern.deploy.companions import REPORT, copy_companions, folder_of, source_of, warn_of_missing, write_card
-from bittern.deploy.files import atomic_folder, open_tensors, read_json
+from bittern.deploy.files import atomic_folder, open_tensors, order_metadata, read_json, tensor_files
 from bittern.deploy.packed import PackedLayer
 from bittern.dry_run import check_merged, check_model
 from bittern.errors import CheckpointError, InputError, ModelError, first_line, listed, one_line
@@ -98,10 +98,6 @@ def _check_folder(folder: Path) -> None:
         open_checked(files)
 
 
-def tensor_files(folder: str | Path) -> list[Path]:
-    return sorted(Path(folder).glob("*.safetensors"))
-
-
 def save(
     model: PreTrainedModel,
     out: str | Path,
@@ -123,27 +119,13 @@ def save(
         mark(model, "simulated")
     with atomic_folder(out, force=force) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        for file in tensor_files(folder):
-            _order_metadata(file)
+        order_metadata(folder)
         copy_companions(source, folder)
         warn_of_missing(model, source, folder, out)
         if is_simulated(model) or is_packed(model):
             write_card(model, source, folder, report)
         if report is not None:
             (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-
-
-def _order_metadata(file: Path) -> None:
-    """Sort the metadata in the header of a safetensors file, which safetensors writes in random order: the same model
-    gives the same bytes."""
-    with file.open("r+b") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-        metadata = dict(sorted(header.pop("__metadata__", {}).items()))
-        text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:
-            handle.seek(8)
-            handle.write(text.ljust(length))
 
 
 @dataclass(frozen=True)
@@ -160,9 +142,8 @@ def measure(model: PreTrainedModel, folder: str | Path) -> Size:
     """Sizes of a saved model. Packed layers count codes and scales; layers tied to them count once."""
     packed = [m for m in model.modules() if isinstance(m, PackedLayer) and not m.owner]
     weights = sum(prod(m.weight_shape) for m in packed)
-    file = sum(f.stat().st_size for f in tensor_files(folder))
     bits = 8 * sum(m.weight_bytes() for m in packed) / weights if weights else 32.0
-    return Size(file, 4 * model.num_parameters(), bits)
+    return Size(sum(f.stat().st_size for f in tensor_files(folder)), 4 * model.num_parameters(), bits)
 
 
 def float_bytes(model: PreTrainedModel) -> int:
