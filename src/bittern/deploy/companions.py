@@ -1,7 +1,8 @@
-"""Files that a model needs beside its weights: tokenizer, processors, pooling, prompts, licence; and a model card."""
+"""What a folder holds beside weights: tokenizer, processors, pooling, prompts, licence; metadata; a model card."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from transformers import PreTrainedModel
 
-from bittern.deploy.files import order_metadata
+from bittern.deploy.files import tensor_files
 from bittern.errors import first_line
 
 COMPANIONS = (
@@ -54,6 +55,20 @@ def copy_companions(source: str | Path, folder: Path) -> None:
         if not copy.exists():
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
+
+
+def write(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
+    """Write the model itself, with the same bytes each time: metadata is sorted, which safetensors writes at random."""
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    for file in tensor_files(folder):
+        with file.open("r+b") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(length))
+            metadata = dict(sorted(header.pop("__metadata__", {}).items()))
+            text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(text) <= length:
+                handle.seek(8)
+                handle.write(text.ljust(length))
 
 
 def warn_of_missing(model: PreTrainedModel, source: str | Path, folder: Path, out: str | Path) -> None:
@@ -107,7 +122,7 @@ def write_card(model: PreTrainedModel, source: str | Path, folder: Path, report:
         state=config.state,
         cls=type(model).__name__,
         recipe=config.recipe or "its own; `bittern inspect` lists the formats",
-        size=sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6,
+        size=sum(file.stat().st_size for file in tensor_files(folder)) / 1e6,
         parameters=model.num_parameters(),
         source=(source if on_hub else Path(source).name) or "a model that was not loaded from a folder",
         licence=kept.get("license", "not known; that of the model it was made from holds"),
@@ -133,8 +148,7 @@ def push_to_hub(
     repo, there = api.create_repo(repo_id, private=private, exist_ok=True).repo_id, folder_of(source)
     with TemporaryDirectory() as place:
         folder = Path(place)
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        order_metadata(folder)
+        write(model, folder, max_shard_size)
         copy_companions(source, folder)
         if there and (there / REPORT).exists():  # written by a job, with its figures
             shutil.copyfile(there / CARD, folder / CARD)

@@ -79,19 +79,6 @@ def tensor_files(folder: str | Path) -> list[Path]:
 # ---- writing
 
 
-def order_metadata(folder: Path) -> None:
-    """Sort the metadata of safetensors files, which is written in random order: one model, the same bytes."""
-    for file in tensor_files(folder):
-        with file.open("r+b") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(length))
-            metadata = dict(sorted(header.pop("__metadata__", {}).items()))
-            text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
-            if len(text) <= length:
-                handle.seek(8)
-                handle.write(text.ljust(length))
-
-
 @contextmanager
 def _telling(where: object) -> Iterator[None]:
     """Make one line of a full disk, or of whatever else forbids to write."""
