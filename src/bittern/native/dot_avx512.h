@@ -77,6 +77,7 @@ inline void tile_packed(const uint8_t* packed, size_t next, const int8_t* a, siz
   for (int line = 0; line < lines; ++line)
     for (int p = 0; p < P; ++p) {
       const __m512i w = _mm512_loadu_si512(packed + p * next + line * 64);
+      __builtin_prefetch(packed + (P + p) * next + line * 64);  // the next panels
 #pragma GCC unroll 4
       for (int f = 0; f < fields; ++f) {
         const __m512i field = bits == 8 ? w : _mm512_and_si512(w, mask[f]);

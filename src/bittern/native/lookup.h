@@ -74,11 +74,76 @@ inline void dots(const float* x, const float* w, size_t width, const float* bias
     for (int j = 0; j < weights; ++j) to[size_t(i) * stride + size_t(j)] = add_up(sums[i][j]) + (bias == nullptr ? 0 : bias[j]);
 }
 
+constexpr int kFewRows = 4, kTableRows = 64;  // rows of x that codes unpacked in registers serve, and of weights in one piece of work
+
+// Few rows of x times codes of 1, 2, 4 or 8 bits, unpacked in registers: a step takes one field of each word, so that x
+// lies in that order, field by field of `kLanes` words. `kFewRows` sums hide the time that each takes.
+template <int bits, int inputs>
+inline void few_dots(const Lookup& l, const float* x, int64_t row0, int64_t rows, const float* bias, int count, float* out) {
+  constexpr int kRows = kFewRows / inputs, kFields = 32 / bits, kBytes = 4 * kLanes;
+  const int64_t registers = (l.row_bytes + kBytes - 1) / kBytes, width = registers * kFields * kLanes;
+  for (int64_t row = row0; row < row0 + rows; row += kRows) {
+    const int many = row0 + rows - row < kRows ? int(row0 + rows - row) : kRows;
+    Floats sums[inputs][kRows] = {}, scale[kRows] = {}, base[kRows] = {};
+    for (int j = 0; j < many; ++j) {  // code x scale + offset = number x (step x scale) + (low x scale + offset)
+      const int64_t unit = l.by_row ? row + j : 0;
+      scale[j] += float(l.step) * l.scale[unit];
+      base[j] += float(l.low) * l.scale[unit] + (l.offset == nullptr ? 0 : l.offset[unit]);
+    }
+    for (int64_t r = 0; r < registers; ++r) {
+      Ints words[kRows] = {};
+      const int64_t left = l.row_bytes - r * kBytes;
+      for (int j = 0; j < many; ++j) {
+        const uint8_t* from = l.codes + (row + j) * l.row_bytes + r * kBytes;
+        __builtin_prefetch(from + 4096);
+        if (left >= kBytes) words[j] = load<Ints>(from);
+        else memcpy(&words[j], from, size_t(left));
+      }
+      const float* part = x + r * kFields * kLanes;
+#pragma GCC unroll 32
+      for (int field = 0; field < kFields; ++field)
+        for (int j = 0; j < kRows; ++j) {
+          const Ints number = words[j] >> (bits * field) & ((1 << bits) - 1);
+          const Floats weight = __builtin_convertvector(number, Floats) * scale[j] + base[j];
+          for (int i = 0; i < inputs; ++i) sums[i][j] += load(part + i * width + field * kLanes) * weight;
+        }
+    }
+    for (int i = 0; i < count; ++i)
+      for (int j = 0; j < many; ++j)
+        out[i * l.rows + row + j] = add_up(sums[i][j]) + (bias == nullptr ? 0 : bias[row + j]);
+  }
+}
+
+// The whole product for few rows of x; they are put in the order of words first.
+template <int bits>
+inline int few_products(const Lookup& l, const float* x, int count, const float* bias, int threads, float* out) {
+  constexpr int kFields = 32 / bits, kCodes = kFields * kLanes;
+  const int width = up(l.columns, kCodes), inputs = count == 3 ? 4 : count;
+  auto* lying = static_cast<float*>(scratch.get(size_t(width) * size_t(inputs) * sizeof(float)));
+  if (lying == nullptr) return kNoMemory;
+  for (int i = 0; i < inputs; ++i)
+    for (int k = 0; k < width; ++k) {
+      const int word = k / kFields, field = k % kFields;
+      const float value = i < count && k < l.columns ? x[size_t(i) * size_t(l.columns) + size_t(k)] : 0;
+      lying[i * width + word / kLanes * kCodes + field * kLanes + word % kLanes] = value;
+    }
+  const auto product = inputs == 1 ? few_dots<bits, 1> : inputs == 2 ? few_dots<bits, 2> : few_dots<bits, 4>;
+  parallel(int((l.rows + kTableRows - 1) / kTableRows), threads, [&](int chunk, int) {
+    const int64_t first = int64_t(chunk) * kTableRows;
+    product(l, lying, first, l.rows - first < kTableRows ? l.rows - first : kTableRows, bias, count, out);
+  });
+  return kOk;
+}
+
 // out (count, rows of the table) = x (count, columns) · tableᵀ + bias. The weights are read once, as codes, and unpacked
 // into the first cache; one row of x waits for memory, a byte a product at 8 bits.
 inline int multiply_floats(const Lookup& l, const float* x, int count, const float* bias, int threads, float* out) {
   const size_t width = size_t(up(l.columns, kLanes)), rows = size_t(l.rows), tile = kUnpacked * width;
   threads = worth(double(count + 8) * double(l.rows) * double(l.columns), threads);
+  if (count > 0 && count <= kFewRows && (l.bits & (l.bits - 1)) == 0) {
+    const auto few = l.bits == 1 ? few_products<1> : l.bits == 2 ? few_products<2> : l.bits == 4 ? few_products<4> : few_products<8>;
+    return few(l, x, count, bias, threads, out);
+  }
   const bool whole = int(width) == l.columns;
   const size_t copy = whole ? 0 : width * size_t(count);
   auto* memory = static_cast<float*>(scratch.get((copy + tile * size_t(threads)) * sizeof(float)));
