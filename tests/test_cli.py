@@ -27,10 +27,11 @@ from PIL import Image
 
 import bittern
 from bittern import jobs, show
-from bittern.cli import commands
+from bittern.cli import commands, main
 from bittern.data import load_data
 from bittern.demo import DIGITS
 from bittern.deploy.files import Journal
+from bittern.errors import ModelError
 from bittern.recipe import load_recipe, recipe_names
 from material import LABELS, TEXTS, command, save_text_model, succeed, tree, write_tables
 
@@ -627,6 +628,24 @@ def test_interruption_of_the_start(place: Path) -> None:
     assert (process.returncode, out) == (130, "")
     assert err.endswith("interrupted; nothing was left half-written\n")
     assert "Traceback" not in err
+
+
+def test_an_interruption_that_others_make_an_error_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A signal that comes while the code of others runs, which makes an error of its own of it, ends the command."""
+
+    def run(**_: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise ModelError("torch.onnx cannot export: failed to unpack") from error
+
+    monkeypatch.setattr(commands, "app", run)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 143
+    assert capsys.readouterr().err == "interrupted; nothing was left half-written\n"
 
 
 @pytest.mark.parametrize(

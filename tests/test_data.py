@@ -634,6 +634,19 @@ def test_no_image_processor(processor: str, vit: hf.PreTrainedModel, folders: Pa
         load_data(str(tmp_path / "images"), vit, folders / processor, split="train")
 
 
+@pytest.mark.parametrize(
+    "size", [{"height": 80_000, "width": 224}, {"height": 8, "width": 2**31}, {"shortest_edge": 10**9}]
+)
+def test_images_of_any_size(size: dict[str, int], vit: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """A processor that makes images of any size is refused before it makes one."""
+    shutil.copytree(folders / "images", tmp_path / "vit")
+    draw(tmp_path / "images" / "a.png")
+    file = tmp_path / "vit" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"size": size}))
+    with refused(InputError, f"{tmp_path / 'vit'}: its image processor makes images of", "4096"):
+        load_data(str(tmp_path / "images"), vit, tmp_path / "vit", split="train")
+
+
 # Data
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +124,19 @@ def test_climb(ladder: list[list[Rung]], losses: dict[str, float], made: str, tm
     again = Bench(losses)
     assert list(climb(ladder, again, Journal(tmp_path / "rungs", {"model": "x"}), 1.0)) == rows
     assert again.made == []
+
+
+def test_rungs_that_are_deleted_meanwhile(tmp_path: Path) -> None:
+    """Rungs that are made after somebody deleted their folder are known by the next call."""
+    bench, known = Bench({"a": 0.5, "b": 0.6}), {"model": "x"}
+    rows = climb(steps("a", "b"), bench, Journal(tmp_path / "rungs", known), 1.0)
+    next(rows)
+    shutil.rmtree(tmp_path / "rungs")
+    (tmp_path / "rungs" / "b").mkdir(parents=True)  # as by the rung that was being made
+    next(rows)
+    kept = Journal(tmp_path / "rungs", known)
+    assert kept.load("a") is None
+    assert kept.load("b") is not None
 
 
 def test_choose() -> None:

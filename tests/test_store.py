@@ -1,6 +1,7 @@
 """Folders that hold models: all of a save or nothing, sizes, and what is refused."""
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -393,6 +394,28 @@ def test_folder_that_does_not_load(case: str, tmp_path: Path) -> None:
     for action in (load, inspect):
         with refused(kind, str(tmp_path / "model") if "truncated" not in part and kind is not ModelError else "", part):
             action(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit", "gpt2", "t5"])
+def test_config_of_a_giant(kind: str, tmp_path: Path) -> None:
+    """Whatever size a config.json asks for, it gets no memory and no time that its files do not explain."""
+    SUPPORTED[kind]()[0].save_pretrained(tmp_path)
+    load(tmp_path)
+    config, before = (
+        json.loads((tmp_path / "config.json").read_text()),
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    )
+    numbers = [name for name, value in config.items() if isinstance(value, int) and not isinstance(value, bool)]
+    refusals = []
+    for name, value in itertools.product([*numbers, "num_labels"], (10**5, 10**9)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: config.get(name, 1) * value}))
+        try:
+            load(tmp_path)
+        except CheckpointError as error:
+            refusals.append(str(error))
+    assert all(text.startswith((f"cannot load {tmp_path}: ", f"{tmp_path}/config.json asks for ")) for text in refusals)
+    assert len([text for text in refusals if "larger model than the files beside it hold" in text]) >= 6
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # kilobytes
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,10 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what goes wrong is told once, by us
-    stopped_by = signal.SIGINT
+    told: list[signal.Signals] = []  # to stop
 
     def stop(number: int, _: object) -> NoReturn:
-        nonlocal stopped_by
-        stopped_by = signal.Signals(number)
+        told.append(signal.Signals(number))
         for known in handlers:
             signal.signal(known, lambda number, _: os._exit(128 + number))
         raise KeyboardInterrupt
@@ -28,17 +27,17 @@ def main() -> None:
     ours = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, stop) for number in ours if signal.getsignal(number) != signal.SIG_IGN}
     try:
-        sys.exit(_run())
+        sys.exit(_run(told))
     except KeyboardInterrupt:  # from the first import on
         print("interrupted; nothing was left half-written", file=sys.stderr)
-        sys.exit(128 + stopped_by)
+        sys.exit(128 + next(iter(told), signal.SIGINT))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _run() -> int:
-    """Run the command, say in one line what went wrong, and return the exit code."""
+def _run(told: list[signal.Signals]) -> int:
+    """Run the command, say in one line what went wrong, and return the exit code. told: signals that came meanwhile."""
     import warnings
 
     import typer
@@ -56,6 +55,8 @@ def _run() -> int:
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:
+        if told:  # of which the code of others, as of torch.onnx, may make an error of its own
+            raise KeyboardInterrupt from None
         if isinstance(error, BitternError) or out_of_memory(error):
             text = str(error) if isinstance(error, BitternError) else out_of_memory(error)
             show.say(("error:", "red"), f" {' '.join(text.split())}", console=show.err_console)

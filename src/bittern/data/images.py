@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from io import BytesIO
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,18 @@ from bittern.data.detection import Scene
 from bittern.data.texts import Collate
 from bittern.errors import InputError, need, one_line
 
+MOST_PIXELS = 4096**2
+
 
 def image_processor(path: str | Path) -> Any:
     """Load the image processor of a model folder."""
     with one_line(InputError, f"{path} has no image processor"):
-        return AutoImageProcessor.from_pretrained(path)
+        processor = AutoImageProcessor.from_pretrained(path)
+    for size in map(processor.to_dict().get, ("size", "crop_size", "pad_size")):  # lengths, or numbers of pixels
+        numbers = [n for n in size.values() if isinstance(n, int)] if isinstance(size, dict) else []
+        if numbers and max(*numbers, prod(numbers) if "height" in size else 0) > MOST_PIXELS:
+            raise InputError(f"{path}: its image processor makes images of {size}; expected at most 4096 × 4096 pixels")
+    return processor
 
 
 def image_collate(processor_path: str | Path, model: PreTrainedModel) -> Collate:

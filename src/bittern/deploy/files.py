@@ -320,7 +320,7 @@ class Journal:
 
     def __init__(self, folder: str | Path, job: Mapping[str, Any]):
         self.folder = Path(folder)
-        job = json.loads(json.dumps(job))
+        self.job = job = json.loads(json.dumps(job))
         with _telling(f"to {folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.check_ours(self.folder)
@@ -328,8 +328,7 @@ class Journal:
             if half.is_file():
                 half.unlink()
         if not any(self.folder.rglob("*.safetensors")):  # nothing is finished that could be lost
-            with atomic_file(self.folder / JOB) as file:
-                file.write_text(json.dumps(job, indent=1) + "\n")
+            self._write_job()
             return
         try:
             known = read_json(self.folder / JOB)
@@ -343,10 +342,16 @@ class Journal:
                     "output"
                 )
 
+    def _write_job(self) -> None:
+        with atomic_file(self.folder / JOB) as file:
+            file.write_text(json.dumps(self.job, indent=1) + "\n")
+
     def save(self, part: str, tensors: Mapping[str, Tensor], notes: Any) -> None:
         """Keep a finished part: its tensors and whatever JSON can hold."""
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         text = json.dumps(notes)
+        if self.folder.exists() and not (self.folder / JOB).exists():  # deleted meanwhile, and made anew by a part
+            self._write_job()
         with atomic_file(self.folder / f"{part}.safetensors") as file:
             save_file(own, file, {"notes": text, "sha256": _checksum(own, text)})
 

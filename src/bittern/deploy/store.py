@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 from transformers import AutoConfig, PreTrainedModel
 
 from bittern import native
@@ -39,8 +44,7 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMode
     if os.path.isfile(path):
         raise InputError(f"{path} is a file; expected the folder that holds its config.json")
     local = os.path.isdir(path)  # False, and no error, for what cannot be a path
-    if local:
-        _check_folder(Path(path))
+    bounded = _check_folder(Path(path)) if local else nullcontext()
     options = {"trust_remote_code": trust_remote_code, "local_files_only": local or _is_only_cached(str(path))}
     foreign = InputError, f"no such folder: {path}; nor can the hub give it"
     with one_line(*((CheckpointError, f"cannot load {path}") if local else foreign)):
@@ -48,7 +52,8 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMode
         name = (config.architectures or ["AutoModel"])[0]
         cls = getattr(transformers, name, None) or transformers.AutoModel
         options |= {"use_safetensors": True, "output_loading_info": True}
-        found = cls.from_pretrained(path, dtype=torch.float32, **options)
+        with bounded:
+            found = cls.from_pretrained(path, dtype=torch.float32, **options)
         model, report = found if isinstance(found, tuple) else (found, {})  # a class that is none of a model
     check_model(model)
     missing = sorted(report["missing_keys"])
@@ -77,10 +82,11 @@ def _is_only_cached(name: str) -> bool:
     return False
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> AbstractContextManager[object]:
     """Refuse a folder that holds no model, and one that was written by Bittern and changed since.
 
-    The tensors of a quantized model are verified when they are loaded; see `BitternQuantizer`.
+    Returns a context to load it in, which bounds the model's size; that of a quantized one is verified, as are its
+    tensors when they are loaded (see `BitternQuantizer`).
     """
     if not any(folder.iterdir()):
         raise InputError(f"{folder} is empty; expected a folder with config.json and model.safetensors")
@@ -96,6 +102,30 @@ def _check_folder(folder: Path) -> None:
     by_config = isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
     if by_config or any(METHOD in open_tensors(file)[1] for file in files):
         open_checked(files)
+        return nullcontext()
+    if many := re.search(r'"\w*(layers?|labels)": \d{6,}', json.dumps(config)):  # of which it makes lists
+        raise CheckpointError(f"{folder}/config.json asks for {many[0]}")
+    return _bounded(8 * sum(file.stat().st_size for file in files) + (64 << 20), folder)
+
+
+@contextmanager
+def _bounded(most: int, folder: Path) -> Iterator[None]:
+    """Stop a model that would take more bytes than so many, while transformers builds it without memory."""
+    taken, thread = 0, get_ident()
+
+    def add(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal taken
+        if tensor is not None and tensor.is_meta and get_ident() == thread:
+            taken += tensor.nbytes
+            if taken > most:
+                raise CheckpointError(f"{folder}/config.json asks for a far larger model than the files beside it hold")
+
+    parameters, buffers = (
+        hooks.register_module_parameter_registration_hook,
+        hooks.register_module_buffer_registration_hook,
+    )
+    with parameters(add), buffers(add):
+        yield
 
 
 def save(
