@@ -10,6 +10,7 @@ import transformers as hf
 
 import bittern
 from bittern import native
+from bittern.dry_run import read_anatomy
 from bittern.errors import RecipeError
 from bittern.experts import ExpertsLinear, close_experts, open_experts
 from bittern.layers import QuantExpertsLinear, restore, weight_matrix
@@ -37,6 +38,31 @@ MIXTURES = {
     "nemotron_h": lambda: hf.NemotronHForCausalLM(  # without a gate
         hf.NemotronHConfig(**SIZES, n_routed_experts=4, layers_block_type=["attention", "moe"], n_group=1, topk_group=1)
     ),
+    "llama4": lambda: hf.Llama4ForCausalLM(  # all experts in one product
+        hf.Llama4TextConfig(**SIZES, num_local_experts=4, intermediate_size_mlp=48, interleave_moe_layer_step=1)
+    ),
+    "dbrx": lambda: hf.DbrxForCausalLM(  # two dimensions, of which the first counts experts and rows
+        hf.DbrxConfig(
+            d_model=32,
+            n_heads=4,
+            n_layers=2,
+            vocab_size=99,
+            attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+            ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+        )
+    ),
+    "jetmoe": lambda: hf.JetMoeForCausalLM(  # of attention too
+        hf.JetMoeConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_key_value_heads=2,
+            kv_channels=8,
+            intermediate_size=24,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            vocab_size=99,
+        )
+    ),
 }
 
 
@@ -60,7 +86,7 @@ def test_run_experts(name: str) -> None:
     """Opened experts give what the model's own code gives, and closed ones are as they were."""
     model, batch = mixture(name)
     expected, names = logits(model, batch), [(n, id(p)) for n, p in model.named_parameters()]
-    open_experts(model)
+    open_experts(model, read_anatomy(model, batch).experts)
     assert sum(isinstance(m, ExpertsLinear) for m in model.modules()) >= 2
     torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-5)
     close_experts(model)

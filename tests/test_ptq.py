@@ -392,6 +392,19 @@ def test_a_block_that_runs_twice(method: str, tmp_path: Path) -> None:
                 assert float(quantizer.scale) == pytest.approx(wanted, rel=1e-5), name
 
 
+def test_a_block_inside_another() -> None:
+    """Blocks inside of a block, as in GroupViT's stages, which end with an attention, are solved as parts of it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    groups: Any = {"num_group_tokens": [4, 2], "num_output_groups": [4, 2], "assign_mlp_ratio": [1, 2]}
+    config = hf.GroupViTVisionConfig(**sizes, **groups, depths=[1, 1], num_hidden_layers=2)
+    model, batch = hf.GroupViTVisionModel(config).eval(), {"pixel_values": torch.randn(4, 3, 32, 32)}
+    result = quantize(model, "w8a8", [batch], method=QUICK["bittern"])
+    solved = {s.name for s in result.solved}
+    assert {f"vision_model.encoder.stages.0.{x}.fc1" for x in ("layers.0.mlp", "downsample.mlp_channels")} <= solved
+    assert result.by_extremes == []
+
+
 class Odd(torch.nn.Module):
     """An FFN and layers beside it: one reads a vector, one three items of all samples, one nothing of small batches."""
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
+from bittern.experts import Layout
 from bittern.products import Plan
 from bittern.recipe import Recipe, Role
 
@@ -50,6 +54,7 @@ class Anatomy:
     `attentions` that multiply activations with each other, or weigh them by a softmax, which stays float.
     like_base: layers of subclasses that have nothing of their own but a forward, which gave what their base's gives.
     read: layers that never ran and whose weight a model's own code reads, where it could not be quantized.
+    experts: parameters that hold the weights of experts, and that `experts.open_experts` may make layers of.
     """
 
     blocks: tuple[Block, ...]
@@ -59,6 +64,7 @@ class Anatomy:
     float_products: tuple[str, ...] = ()
     like_base: frozenset[str] = field(default=frozenset(), compare=False)
     read: frozenset[str] = field(default=frozenset(), compare=False)
+    experts: dict[str, Layout] = field(default_factory=dict, compare=False)
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
@@ -85,3 +91,13 @@ def record_of(model: nn.Module) -> Record:
     """Return the record of a model, which is empty at first."""
     record: Record = model.__dict__.setdefault("_bittern", Record())
     return record
+
+
+@contextmanager
+def holding(parts: Iterable[Any], name: str, value: Any) -> Iterator[None]:
+    """An attribute of all these has one value inside the block, and their own after it."""
+    with ExitStack() as undo:
+        for part in parts:
+            undo.callback(setattr, part, name, getattr(part, name))
+            setattr(part, name, value)
+        yield

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from bittern import kernels
-from bittern.anatomy import Anatomy, Attention, record_of
+from bittern.anatomy import Anatomy, Attention, holding, record_of
 from bittern.compat import active_collector, eager_mask
 from bittern.errors import ModelError
 from bittern.products import SITE, Plan, unwatch, watch
@@ -220,10 +220,8 @@ def collects_maps() -> bool:
 
 def only_watches(hook: Any) -> bool:
     """True if a forward hook does nothing but when `Site.integer` or `collects_maps` says so."""
-    method = hook.func if isinstance(hook, partial) else hook
-    return (
-        isinstance(getattr(method, "__self__", None), Site) or getattr(hook, "__name__", "") == "output_capturing_hook"
-    )
+    owner = getattr(hook.func if isinstance(hook, partial) else hook, "__self__", None)
+    return isinstance(owner, Site) or getattr(hook, "__name__", "") == "output_capturing_hook"
 
 
 AttentionInterface.register(NAME, attention_forward)
@@ -337,14 +335,8 @@ def recording(where: nn.Module | Sequence[Site], *points: Point) -> Iterator[Tap
         raise ModelError(f"cannot record {unknown[0]!r}; the points are {', '.join(POINTS)}")
     taps = Taps(points)
     chosen = where if isinstance(where, Sequence) else sites(where) if points else []
-    was = {site: site.taps for site in chosen}
-    try:
-        for site in was:
-            site.taps = taps
+    with holding(chosen, "taps", taps):
         yield taps
-    finally:
-        for site, before in was.items():
-            site.taps = before
 
 
 def replace(model: nn.Module, given: Mapping[tuple[str, Point], Tensor | Sequence[Tensor]], share: float = 1.0) -> None:

@@ -30,7 +30,6 @@ try:
         rename_source_key,
         revert_weight_conversion,
     )
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import eager_mask
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
     from transformers.utils.output_capturing import _active_collector as active_collector
@@ -40,6 +39,6 @@ except ImportError as error:
         f"pip install 'transformers>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}'"
     ) from error
 
-__all__ = ["ALL_EXPERTS_FUNCTIONS", "PrefixChange", "WeightConverter", "WeightRenaming", "WeightTransform"]
+__all__ = ["PrefixChange", "WeightConverter", "WeightRenaming", "WeightTransform"]
 __all__ += ["active_collector", "eager_mask", "get_model_conversion_mapping", "remove_tied_weights_from_state_dict"]
 __all__ += ["rename_source_key", "revert_weight_conversion"]

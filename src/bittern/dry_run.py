@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from bittern.anatomy import Anatomy
+from bittern.anatomy import Anatomy, holding
 from bittern.attention import Site, attach, attention_configs, attention_forward, detach
 from bittern.compat import eager_mask
 from bittern.errors import ModelError, one_line
@@ -74,47 +74,33 @@ def _holds(model: PreTrainedModel, anatomy: Anatomy, batch: Mapping[str, Any], e
         detach(model)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """All modules are in evaluation mode inside the block, and in their own after it."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    return holding(model.modules(), "training", False)
 
 
 def check_model(model: object) -> None:
     """A Transformer of Hugging Face with finite weights, or a ModelError."""
     if not isinstance(model, PreTrainedModel):
-        raise ModelError(
-            f"expected a Hugging Face Transformer (transformers.PreTrainedModel), got {type(model).__name__}"
-        )
+        raise ModelError(f"expected a Hugging Face Transformer (PreTrainedModel), got {type(model).__name__}")
     check_merged(model)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ModelError(
-                f"weight {name} holds NaN or infinite values; the checkpoint is damaged or training diverged"
-            )
+            raise ModelError(f"weight {name} holds NaN or infinite values: a damaged checkpoint, or training diverged")
 
 
 def check_merged(model: nn.Module) -> None:
     """Raise ModelError for a model with adapters of PEFT: they would be quantized, or saved, apart from it."""
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        raise ModelError(
-            "the model has adapters; merge them first, model.merge_and_unload(), or save them by themselves"
-        )
+        raise ModelError("the model has adapters; merge them first, model.merge_and_unload(), or save them alone")
 
 
 def dummy_batch(model: PreTrainedModel, samples: int = 2, length: int = 9) -> dict[str, Tensor]:
     """Made-up samples that the model accepts, texts of so many tokens. Raises ModelError if the inputs are unusual."""
     config, device = model.config, model.device
-    text = config.get_text_config()
 
     def tokens(length: int) -> Tensor:
-        limit: int = min(text.vocab_size, 97)
+        limit: int = min(config.get_text_config().vocab_size, 97)
         return torch.arange(samples * length, device=device).view(samples, length) % limit
 
     def numbers(*shape: int) -> Tensor:
@@ -167,7 +153,7 @@ def _dry_run(model: PreTrainedModel, batch: dict[str, Any], compare: bool = True
         run.events.append(Event("attention", names[module], cross=query.shape[2] != key.shape[2]))
         with torch._C.DisableTorchFunction():  # hides its products from the trace
             ours = attention_forward(module, query, key, value, attention_mask, **kwargs)
-            _check_equal(module, names[module], ours[0], query, key, value, attention_mask, kwargs)
+            _check_equal(module, names[module], ours[0], [query, key, value], attention_mask, kwargs)
         return ours
 
     def on_product() -> None:
@@ -200,19 +186,19 @@ def _dry_run(model: PreTrainedModel, batch: dict[str, Any], compare: bool = True
             kind = "layer" if isinstance(module, LAYERS) else "norm" if is_norm else "enter"
             undo.enter_context(module.register_forward_pre_hook(partial(on_enter, kind, name)))
             undo.enter_context(module.register_forward_hook(partial(on_leave, name), with_kwargs=True))
-        for config in attention_configs(model) if compare else ():
-            undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)
-            config._attn_implementation_internal = _DRY_RUN
-        failed = f"the dry run of {type(model).__name__} on {_describe(batch)} failed"
+        configs = attention_configs(model)
+        undo.enter_context(holding(configs, "_experts_implementation_internal", "eager"))  # their modules' own code
+        undo.enter_context(holding(configs if compare else (), "_attn_implementation_internal", _DRY_RUN))
+        given = ", ".join(f"{k} {tuple(v.shape)}" if torch.is_tensor(v) else k for k, v in batch.items())
+        failed = f"the dry run of {type(model).__name__} on {given} failed"
         explained = one_line(ModelError, failed, "; give one batch of inputs that the model accepts")
         with explained, evaluating(model), Trace(running, on_product, on_attention) as trace:
             run.output, run.read = model(**batch), trace.read
     return run
 
 
-def _check_equal(
-    module: nn.Module, name: str, ours: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: Any
-) -> None:
+def _check_equal(module: nn.Module, name: str, ours: Tensor, qkv: list[Tensor], mask: Any, kwargs: Any) -> None:
+    query, key, value = qkv
     sources = [vars(sys.modules[cls.__module__]) for cls in type(module).__mro__]
     known = [(n, f) for names in sources for n, f in names.items() if n.endswith("eager_attention_forward")]
     if not known:
@@ -242,7 +228,3 @@ def _is_like_base(layer: nn.Module, args: Any, kwargs: Any, out: Any) -> bool:
     except Exception:  # it takes other inputs
         return False
     return isinstance(out, Tensor) and out.shape == theirs.shape and torch.allclose(out, theirs, 1e-4, 1e-5)
-
-
-def _describe(batch: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k} {tuple(v.shape)}" if torch.is_tensor(v) else k for k, v in batch.items())

@@ -71,9 +71,8 @@ def warn_if_slow(x: Tensor, *parameters: Tensor | None) -> None:
         why = "gradients are asked for; call the model under torch.no_grad(), or model.requires_grad_(False) first"
     else:
         return
-    warnings.warn(
-        f"a packed layer leaves the integer kernels and unpacks its weights in each call: {why}", stacklevel=2
-    )
+    text = "a packed layer leaves the integer kernels and unpacks its weights in each call"
+    warnings.warn(f"{text}: {why}", stacklevel=2)
 
 
 def make_panels(codes: Tensor, scale: Tensor, fmt: Format) -> native.Panels | None:

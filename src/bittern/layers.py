@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bittern import attention
-from bittern.anatomy import Anatomy, record_of
+from bittern.anatomy import Anatomy, holding, record_of
 from bittern.dry_run import check_model, read_anatomy
 from bittern.errors import ModelError
 from bittern.experts import ExpertsLinear, close_experts, open_experts
@@ -29,9 +29,9 @@ from bittern.simulation import LayerReport, Simulation
 def weight_matrix(layer: nn.Module) -> Tensor:
     """The weight as (rows, columns), a row for each output channel (each token, for an embedding; of all experts)."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    if isinstance(layer, Conv1D) or getattr(layer, "transposed", False):
-        weight = weight.mT
-    return weight.flatten(0, 1) if isinstance(layer, ExpertsLinear) else weight.flatten(1)
+    if isinstance(layer, ExpertsLinear):
+        return layer.matrices().flatten(0, 1)
+    return (weight.mT if isinstance(layer, Conv1D) else weight).flatten(1)
 
 
 class QuantizedLayer(nn.Module):
@@ -91,10 +91,7 @@ class QuantLinear(QuantLayer, nn.Linear):
 class QuantConv1D(QuantLayer, Conv1D):
     """GPT-2's linear layer, whose weight is stored (in, out)."""
 
-    bias: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+    forward = QuantLinear.forward
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
@@ -113,15 +110,13 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
 
 
 class QuantExpertsLinear(QuantLayer, ExpertsLinear):
-    def expert_weight(self, expert: int) -> Tensor:
+    def expert_weight(self, expert: int | None) -> Tensor:
         quantizer = self.weight_quantizer
-        if torch.is_grad_enabled() and quantizer is not None and quantizer.by_row:
+        if torch.is_grad_enabled() and quantizer is not None and quantizer.by_row and expert is not None:
             self._kept = None
             return quantizer(super().expert_weight(expert).contiguous())  # type: ignore[no-any-return]
-        return self.quantized_weight().chunk(len(self.weight))[expert]
-
-    def forward(self, x: Tensor, expert: int) -> Tensor:
-        return super().forward(self.quantized_input(x), expert)
+        stack: Tensor = self.quantized_weight().unflatten(0, (self.layout.experts, -1))  # (experts, outputs, inputs)
+        return stack if expert is None else stack[expert]
 
 
 class ScaledEmbedding(nn.Module):
@@ -186,23 +181,20 @@ def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, A
         raise ModelError("the model is packed already; simulate the float model that it was made from")
     with ExitStack() as undo:  # where the model or the recipe is refused
         undo.callback(close_experts, model)
-        open_experts(model)
-        anatomy = anatomy_of(model, batch)
-        attentions: dict[str, Role] = {a.name: "attention" for a in anatomy.attentions}
-        recipe.check_globs(anatomy.roles | attentions)
-        tied = tied_layers(model, anatomy.roles)
-        chosen = _choose_formats(model, recipe, anatomy, tied)
-        rules = {name: recipe.rule_for(name, role) for name, role in attentions.items()}
-        sites = {name: rule.operands for name, rule in rules.items() if rule is not None and rule.operands}
+        open_experts(model, anatomy_of(model, batch).experts)
+        anatomy = anatomy_of(model, batch)  # with these as layers
+        recipe.check_globs(anatomy.roles | dict.fromkeys((a.name for a in anatomy.attentions), "attention"))
+        chosen = _choose_formats(model, recipe, anatomy)
+        sites = {a.name: given for a in anatomy.attentions if (given := recipe.rule_for(a.name, "attention").operands)}
         if not chosen and not sites:
             raise ModelError(f"recipe {recipe.name} selects nothing that {type(model).__name__} runs")
         undo.pop_all()
     close_experts(model, chosen)
-    for name, (weight, fmt_input) in chosen.items():
+    for name, rule in chosen.items():
         layer = model.get_submodule(name)
-        swap(layer, name, weight, fmt_input)
-        if weight is not None and weight.range == "static":
-            layer.weight_quantizer.set_scale(*find_scale(weight_matrix(layer), weight, f"{name}.weight"))
+        swap(layer, name, rule.weight, rule.input)
+        if rule.weight is not None and rule.weight.range == "static":
+            layer.weight_quantizer.set_scale(*find_scale(weight_matrix(layer), rule.weight, f"{name}.weight"))
     if sites:
         attention.attach(model, anatomy, sites)
     record_of(model).recipe = recipe
@@ -231,8 +223,8 @@ def formats(model: nn.Module) -> dict[str, Rule]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
-            quantizer = module.input_quantizer
-            found[name] = Rule(weight=module.weight_format, input=None if quantizer is None else quantizer.format)
+            fmt_input = None if module.input_quantizer is None else module.input_quantizer.format
+            found[name] = Rule(weight=module.weight_format, input=fmt_input)
         elif isinstance(module, attention.Site) and module.formats:
             found[name.removesuffix(f".{attention.NAME}")] = Rule.model_validate(module.formats)
     return found
@@ -251,39 +243,29 @@ def describe(model: PreTrainedModel) -> Simulation:
             rule, kind = given.get(name, Rule()), type(module).__name__.removeprefix("Quant")
             weight, fmt_input = (str(fmt or "") for fmt in (rule.weight, rule.input))
             operands = ", ".join(f"{operand} {fmt}" for operand, fmt in rule.operands.items())
-            rule_of = recipe.rule_for(name, roles[name]) if recipe is not None and name in anatomy.roles else None
-            meant = rule_of is not None and not rule_of.is_float and name not in given
-            unknown = meant and (name in read or not is_known(module, name, anatomy))
+            asked = Rule() if recipe is None or name not in anatomy.roles else recipe.rule_for(name, roles[name])
+            unknown = not asked.is_float and name not in given and (name in read or not is_known(module, name, anatomy))
             reports.append(LayerReport(name, kind, roles.get(name, ""), weights, weight, fmt_input, operands, unknown))
     return Simulation("" if recipe is None else recipe.name, tuple(reports), anatomy)
 
 
-def _choose_formats(
-    model: PreTrainedModel, recipe: Recipe, anatomy: Anatomy, tied: Mapping[str, str]
-) -> dict[str, tuple[Format | None, Format | None]]:
+def _choose_formats(model: PreTrainedModel, recipe: Recipe, anatomy: Anatomy) -> dict[str, Rule]:
     """Formats of every layer that gets one; refuses what cannot be quantized as asked."""
-    chosen = {}
+    chosen, tied = {}, tied_layers(model, anatomy.roles)
     owners = {name: tied.get(name, name) for name in anatomy.roles}
     ran = {owner for name, owner in owners.items() if name not in anatomy.idle}
-    unknown = {owner for name, owner in owners.items() if _is_unknown(model.get_submodule(name), name, recipe, anatomy)}
+    by_name = {name for name, role in anatomy.roles.items() if recipe.rule_for(name, role).modules != "*"}
+    strange = {name for name in anatomy.roles if not is_known(model.get_submodule(name), name, anatomy)}
+    unknown = {owners[name] for name in anatomy.read | (strange - by_name)}  # asked for by name, they are refused
     for name, role in anatomy.roles.items():
         owner = owners[name]
-        rule, owner_rule = recipe.rule_for(name, role), recipe.rule_for(owner, anatomy.roles[owner])
-        weight, fmt_input = owner_rule.weight if owner_rule else None, rule.input if rule else None
-        if name in anatomy.idle:  # tied to one that runs: it reads nothing
-            fmt_input = None
-        if owner in ran - unknown and (weight is not None or fmt_input is not None):
-            _check_layer(name, model.get_submodule(name), anatomy, weight, fmt_input)
-            chosen[name] = weight, fmt_input
+        reads = name not in anatomy.idle  # if not, it is tied to one that does
+        fmt_input = recipe.rule_for(name, role).input if reads else None
+        rule = Rule(weight=recipe.rule_for(owner, anatomy.roles[owner]).weight, input=fmt_input)
+        if owner in ran - unknown and not rule.is_float:
+            _check_layer(name, model.get_submodule(name), anatomy, rule)
+            chosen[name] = rule
     return chosen
-
-
-def _is_unknown(layer: nn.Module, name: str, recipe: Recipe, anatomy: Anatomy) -> bool:
-    """True for a layer whose weight other code reads, or of a class that is not known, unless a rule names that, so
-    that it is refused and not left out."""
-    rule = recipe.rule_for(name, anatomy.roles[name])
-    by_name = rule is not None and rule.modules != "*"
-    return name in anatomy.read or (not is_known(layer, name, anatomy) and not by_name)
 
 
 def restore(model: PreTrainedModel) -> None:
@@ -309,17 +291,9 @@ def fake_quants(model: nn.Module) -> Iterator[tuple[str, FakeQuant]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, FakeQuant))
 
 
-@contextmanager
-def as_float(module: nn.Module) -> Iterator[None]:
+def as_float(module: nn.Module) -> AbstractContextManager[None]:
     """A simulated module computes in float inside the block; its formats and scales stay."""
-    was = {quantizer: quantizer.bypass for _, quantizer in fake_quants(module)}
-    try:
-        for quantizer in was:
-            quantizer.bypass = True
-        yield
-    finally:
-        for quantizer, bypass in was.items():
-            quantizer.bypass = bypass
+    return holding([quantizer for _, quantizer in fake_quants(module)], "bypass", True)
 
 
 def tied_layers(model: nn.Module, roles: Mapping[str, Role]) -> dict[str, str]:
@@ -333,27 +307,23 @@ def tied_layers(model: nn.Module, roles: Mapping[str, Role]) -> dict[str, str]:
     return tied
 
 
-def _check_layer(
-    name: str, layer: nn.Module, anatomy: Anatomy, weight: Format | None, fmt_input: Format | None
-) -> None:
+def _check_layer(name: str, layer: nn.Module, anatomy: Anatomy, rule: Rule) -> None:
     if not is_known(layer, name, anatomy):
         base = next(t.__name__ for t in LAYERS if isinstance(layer, t))
         raise ModelError(
             f"{name} is a {type(layer).__name__}, a subclass of {base} that Bittern does not know and whose forward "
             f"may differ; keep it float with a first rule `modules: {name!r}`"
         )
-    if isinstance(layer, nn.Embedding) and fmt_input is not None:
+    if isinstance(layer, nn.Embedding) and rule.input is not None:
         raise ModelError(f"{name} is an embedding: its input are token ids, which have no format; give `weight` only")
     if isinstance(layer, nn.Embedding) and (layer.max_norm is not None):
         raise ModelError(f"{name} is an embedding with max_norm, which changes its weight on use; keep it float")
-    if isinstance(layer, nn.Conv2d) and fmt_input is not None and fmt_input.granularity == "token":
+    if isinstance(layer, nn.Conv2d) and rule.input is not None and rule.input.granularity == "token":
         raise ModelError(f"{name} is a convolution: its input has no tokens; use granularity: tensor for it")
-    columns = weight_matrix(layer).shape[1]
-    if weight is not None and weight.group_size is not None and columns % weight.group_size:
-        raise ModelError(
-            f"{name}: group_size {weight.group_size} does not divide its {columns} inputs per row; "
-            "use a divisor or granularity: row"
-        )
+    columns, size = weight_matrix(layer).shape[1], rule.weight and rule.weight.group_size
+    if size and columns % size:
+        use = "use a divisor or granularity: row"
+        raise ModelError(f"{name}: group_size {size} does not divide its {columns} inputs per row; {use}")
 
 
 def swap(layer: nn.Module, name: str, weight: Format | None, fmt_input: Format | None) -> None:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bittern.errors import ModelError
+from bittern.experts import VIEWS, Layout, layout_of
 
 SITE = "bittern"  # the name of what serves an attention module, as its child
 _SDPA = F.scaled_dot_product_attention
@@ -59,8 +60,8 @@ class _Call(NamedTuple):
     given: dict[str, Any]
 
     @property
-    def operands(self) -> list[Tensor]:
-        return [x for key in ("input", "other", "query", "key") if isinstance(x := self.given.get(key), Tensor)]
+    def operands(self) -> list[Any]:
+        return [self.given[key] for key in ("input", "other", "query", "key") if key in self.given]
 
 
 def _counted(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | None:
@@ -73,7 +74,7 @@ def _counted(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call
         args, kwargs = args or (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
     named = {_ALSO_KNOWN.get(k, k): v for k, v in kwargs.items()}
     call = _Call(function, dict(zip(names, args, strict=False)) | named)
-    return call if all(x.dim() >= 3 for x in call.operands) else None
+    return call if all(len(x.shape) >= 3 for x in call.operands) else None
 
 
 def _einsum(call: Callable[..., Any], equation: str, *operands: Any) -> Any:
@@ -88,9 +89,7 @@ def _einsum(call: Callable[..., Any], equation: str, *operands: Any) -> Any:
     if (len(row), len(inner), len(column)) != (1, 1, 1) or [*map(sorted, sides)] != [*map(sorted, parts)]:
         return None
     given = operands[0] if len(operands) == 1 else operands
-    given = [
-        call(Tensor.permute, (), (x, [*map(p.index, side)])) for x, p, side in zip(given, parts, sides, strict=False)
-    ]
+    given = [call(Tensor.permute, (), (x, [*map(p.index, s)])) for x, p, s in zip(given, parts, sides, strict=False)]
     return call(Tensor.permute, (), (call(torch.matmul, (), given), [*map(sides[2].index, out)]))
 
 
@@ -161,23 +160,15 @@ class Watch(TorchFunctionMode):
         maps: Tensor = self.site.tap("map", self.site.tap("score", scores).softmax(-1, dtype))
         return maps.reshape(input.shape)  # as the model has it
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,  # told by the shapes
-    ) -> Tensor:
-        if is_causal:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        mask: Tensor | None = options.get("attn_mask")
+        if options.get("is_causal"):
             shape = query.shape[2], key.shape[2]
-            attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()  # (queries, keys)
-        if attn_mask is not None:
-            attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]  # (batch or 1, heads or 1, queries, keys)
-        return self.site.attend(self.module, query, key, value, attn_mask, scale, dropout_p)  # type: ignore[no-any-return]
+            mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()  # (queries, keys)
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.dim())]  # (batch or 1, heads or 1, queries, keys)
+        rest = options.get("scale"), options.get("dropout_p", 0.0)  # groups of heads are told by the shapes
+        return self.site.attend(self.module, query, key, value, mask, *rest)  # type: ignore[no-any-return]
 
 
 @cache
@@ -253,13 +244,14 @@ _OTHER_PRODUCTS = (torch.einsum, F.multi_head_attention_forward)
 class Trace(TorchFunctionMode):
     """Follows results from call to call in a dry run. running: the modules that run, innermost last; on_product: told
     when one of them multiplies activations, or weighs them by a softmax; on_attention: of attention that is complete.
-    read: parameters that code outside of layers read.
+    read: parameters that code outside of layers read → the layouts that they were multiplied in, None for other uses.
     """
 
     def __init__(self, running: list[Frame], on_product: Callable[[], None], on_attention: Callable[[Found], None]):
         super().__init__()
         self.running, self.on_product, self.on_attention = running, on_product, on_attention
-        self.read: set[nn.Parameter] = set()
+        self.read: dict[nn.Parameter, set[Layout | None]] = {}
+        self.views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of parameters
         self.marks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor → the calls that it came from
 
     def _marks(self, x: Any) -> frozenset[Any]:
@@ -273,8 +265,8 @@ class Trace(TorchFunctionMode):
         marks = self._marks([*args, *kwargs.values()])
         call = _counted(func, args, kwargs)
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and self.running and not self.running[-1].is_layer:
-            self.read |= {x for x in args if isinstance(x, nn.Parameter)}
+        if self.running and not self.running[-1].is_layer and any(isinstance(x, Tensor) for x in tree_leaves(out)):
+            self._read(func, args, kwargs, out)
         if func in _LAYERS:
             marks = frozenset({_ACTIVATION})
         elif call is not None:
@@ -284,6 +276,17 @@ class Trace(TorchFunctionMode):
         if marks:
             self.marks.update((leaf, marks) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
+
+    def _read(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Keep which parameters a call reads, and in which layout."""
+        for x in tree_leaves([args, kwargs]):
+            weight = self.views.get(x, x) if isinstance(x, Tensor) else x
+            if isinstance(weight, nn.Parameter):
+                uses = self.read.setdefault(weight, set())
+                if func in VIEWS or (func is Tensor.__getitem__ and x.dim() == 3 and out.dim() == 2):
+                    self.views[out] = weight
+                else:
+                    uses.add(layout_of(weight, x, func, args))
 
     def _follow(self, call: _Call, out: Tensor, marks: frozenset[Any]) -> frozenset[Any]:
         """Return the marks of a counted call's result."""

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bittern.anatomy import Anatomy, Attention, Block
 from bittern.errors import ModelError
-from bittern.experts import ExpertsLinear
+from bittern.experts import ExpertsLinear, Layout
 from bittern.products import Found, Plan
 from bittern.recipe import Role
 
@@ -36,14 +36,14 @@ class Event:
 @dataclass
 class Run:
     """A record of a dry run: events in order, the first input and output of each module, attention in own code, output,
-    and parameters that code outside of layers reads."""
+    and the parameters that code outside of layers reads, see `products.Trace`."""
 
     events: list[Event]
     first_io: dict[str, tuple[Any, Any]]
     found: dict[str, list[Found]]
     like_base: dict[str, bool] = field(default_factory=dict)  # of layers of subclasses that ran
     output: Any = None
-    read: set[nn.Parameter] = field(default_factory=set)
+    read: dict[nn.Parameter, set[Layout | None]] = field(default_factory=dict)
 
 
 def _same_values(x: Any, y: Any) -> bool:
@@ -84,7 +84,9 @@ class Reader:
         idle = frozenset(roles) - {e.name for e in self.events}
         like_base = frozenset(name for name, same in self.run.like_base.items() if same)
         read = frozenset(name for name in idle if self.modules[name].weight in self.run.read)
-        return Anatomy(blocks, roles, idle, inputs, tuple(lone), like_base, read)
+        uses = {name: self.run.read.get(p, set()) for name, p in self.model.named_parameters()}
+        experts = {name: layout for name, use in uses.items() if len(use) == 1 for layout in use if layout}
+        return Anatomy(blocks, roles, idle, inputs, tuple(lone), like_base, read, experts)
 
     def _ends(self, reached: set[str], lone: list[str]) -> list[tuple[int, str]]:
         """Return where attention ends in the first run of each module; of lone products that is the last."""

@@ -175,8 +175,9 @@ class Recipe(_Strict):
             raise ValueError("no rule has a format, so nothing would be quantized")
         return self
 
-    def rule_for(self, name: str, role: Role) -> Rule | None:
-        return next((rule for rule in self.rules if rule.selects(name, role)), None)
+    def rule_for(self, name: str, role: Role) -> Rule:
+        """The first rule that selects a module; one without formats if none does."""
+        return next((rule for rule in self.rules if rule.selects(name, role)), Rule())
 
     def check_globs(self, modules: dict[str, Role]) -> None:
         """Every glob must select something. Raises RecipeError with the names that come nearest."""

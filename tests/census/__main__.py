@@ -51,7 +51,6 @@ What stays float, and why:
   pieces. LiLT, which computes two attentions in one module.
 * Deformable sampling, state spaces and linear attention (Deformable DETR, Mamba, xLSTM, Qwen3-Next): no softmax of a
   product is there.
-* The experts of DBRX, Llama 4 and JetMoE, which compute them in code of their own: the report tells the share.
 * Attention that is another than its family's own eager function (Nemotron's streaming encoder): the model keeps it.
 
 Not judged: {unbuilt}, since no tiny model or no batch of theirs could be made here.

@@ -4,6 +4,7 @@ Each step is right, or refused with a reason; anything else is a crash, and so i
 """
 
 import copy
+import re
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -158,7 +159,7 @@ def gradients(model: nn.Module, batch: dict[str, Any]) -> set[str]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     torch.stack(parts).sum().backward()
     optimizer.step()
-    return {name.removesuffix(".weight") for name, p in model.named_parameters() if p.grad is not None}
+    return {re.sub(r"(\.weight)+$", "", name) for name, p in model.named_parameters() if p.grad is not None}
 
 
 def search(original: nn.Module, batch: dict[str, Any], expected: dict[str, Tensor]) -> None:

@@ -43,7 +43,7 @@ from bittern.deploy.companions import push_to_hub
 from bittern.deploy.files import digest, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer, make_packed, pack_layers, weight_bytes
 from bittern.errors import CheckpointError, ModelError
-from bittern.experts import close_experts, open_experts
+from bittern.experts import Layout, open_experts
 from bittern.layers import QuantizedLayer, QuantLayer, fake_quants, formats, is_simulated, swap, weight_matrix
 from bittern.products import Plan
 from bittern.recipe import Rule
@@ -217,8 +217,9 @@ class BitternQuantizer(HfQuantizer):
         table: dict[Rule, int] = {}
         for name, rule in formats(model).items():
             owner = f"{name}.{attention.NAME}" if rule.for_attention else name
-            plan = getattr(model.get_submodule(owner), "plan", None) or ()  # of attention in a module's own code
-            state[f"{owner}.{INDEX}"] = torch.tensor([table.setdefault(rule, len(table)), *plan], dtype=torch.int32)
+            module = model.get_submodule(owner)
+            form = getattr(module, "plan", getattr(module, "layout", None)) or ()  # attention in own code, experts
+            state[f"{owner}.{INDEX}"] = torch.tensor([table.setdefault(rule, len(table)), *form], dtype=torch.int32)
         if not table:  # marked once, and float again since
             self.remove_quantization_config(model)
             return state, {}
@@ -265,9 +266,7 @@ class BitternQuantizer(HfQuantizer):
             raise CheckpointError("a Bittern checkpoint loads from safetensors files; got none")
         handles = verify([Path(file) for file in checkpoint_files])
         self.keys_in_file = tuple(handles)
-        open_experts(model)
         stored = _quantized_modules(model, handles)
-        close_experts(model, stored)
         _rebuild(model, self.quantization_config, stored)
         return model
 
@@ -297,7 +296,8 @@ def _quantized_modules(model: PreTrainedModel, handles: Mapping[str, Any]) -> di
     conversions = get_model_conversion_mapping(model, None, None)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    meta, modules, prefix = model.state_dict(), dict(model.named_modules()), f"{model.base_model_prefix}."
+    meta, prefix = model.state_dict(), f"{model.base_model_prefix}."
+    modules = dict(model.named_modules()) | dict(model.named_parameters())  # these of experts
 
     def module_name(owner: str) -> str | None:
         """In-model name of a quantized module; None if this class of model has no such module."""
@@ -325,21 +325,25 @@ def _quantized_modules(model: PreTrainedModel, handles: Mapping[str, Any]) -> di
 
 def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Give a model on the meta device the modules and empty buffers that the checkpoint will fill."""
-    rules, modules = config.rules(), dict(model.named_modules())
-    for name, tensors in stored.items():
-        index, *plan = tensors[INDEX].tolist()
-        if not 0 <= index < len(rules) or len(plan) not in (0, len(Plan._fields)):
+    rules, forms = config.rules(), {name: tensors[INDEX].tolist() for name, tensors in stored.items()}
+    parameters = [name for name, _ in model.named_parameters()]
+    for name, (index, *form) in forms.items():
+        sizes = (len(Layout._fields),) if name in parameters else (0, len(Plan._fields))
+        if not 0 <= index < len(rules) or len(form) not in sizes:
             raise CheckpointError(f"{name}: format_index {index} is outside the table of {len(rules)} formats")
+    open_experts(model, {name: Layout(*forms[name][1:]) for name in parameters if name in forms})
+    for name, (index, *form) in forms.items():
         rule = rules[index]
         if rule.for_attention:
             parent = name.removesuffix(f".{attention.NAME}")
-            attention.add_site(modules[parent], attention.Site(parent, rule.operands, Plan(*plan) if plan else None))
+            site = attention.Site(parent, rule.operands, Plan(*form) if form else None)
+            attention.add_site(model.get_submodule(parent), site)
         else:
-            swap(modules[name], name, rule.weight, rule.input)
+            swap(model.get_submodule(name), name, rule.weight, rule.input)
     if any(rule.for_attention for rule in rules):
         attention.use_attention(model)  # not before it is built: some families choose a class by the function's name
     if config.state == "packed":
-        _rebuild_packed(model, modules, stored)
+        _rebuild_packed(model, stored)
     for name, tensors in stored.items():
         for part, quantizer in fake_quants(model.get_submodule(name)):
             for kind in ("scale", "offset"):
@@ -350,9 +354,7 @@ def _rebuild(model: PreTrainedModel, config: BitternConfig, stored: Mapping[str,
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *unexpected}
 
 
-def _rebuild_packed(
-    model: PreTrainedModel, modules: Mapping[str, nn.Module], stored: Mapping[str, Mapping[str, Tensor]]
-) -> None:
+def _rebuild_packed(model: PreTrainedModel, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Pack the layers with weight formats: with codes of their own, or tied to a layer that has some."""
 
     def source(name: str) -> str:
@@ -361,7 +363,7 @@ def _rebuild_packed(
             name = other.removesuffix(".weight")
         return name
 
-    owners: dict[str, PackedLayer] = {}
+    modules, owners = dict(model.named_modules()), dict[str, PackedLayer]()
     for name, layer in modules.items():  # in this order they were packed: the first of tied layers has the codes
         if isinstance(layer, QuantLayer) and layer.weight_quantizer and "weight_codes" in stored[name]:
             fmt, (rows, columns) = layer.weight_quantizer.format, weight_matrix(layer).shape

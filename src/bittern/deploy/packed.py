@@ -267,13 +267,11 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
 
 class PackedExpertsLinear(PackedLayer, ExpertsLinear):
-    def expert_weight(self, expert: int) -> Tensor:
-        rows = self.weight_shape[0] // len(self.weight)
-        return self.unpacked(torch.arange(expert * rows, (expert + 1) * rows, device=self.source.weight_codes.device))
+    def expert_weight(self, expert: int | None) -> Tensor:
+        rows = torch.arange(self.weight_shape[0], device=self.source.weight_codes.device).view(self.layout.experts, -1)
+        return self.unpacked(rows if expert is None else rows[expert])
 
-    @outside_graphs
-    def forward(self, x: Tensor, expert: int) -> Tensor:  # type: ignore[override]
-        return ExpertsLinear.forward(self, self.quantized_input(x), expert)
+    forward = outside_graphs(ExpertsLinear.forward)  # type: ignore[assignment]
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):

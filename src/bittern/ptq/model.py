@@ -332,7 +332,7 @@ def _allocate(
 
 
 def _units(model: nn.Module, anatomy: Anatomy) -> list[str]:
-    """Blocks with something to solve, and the quantized layers outside of them, in no order: the model has its own."""
+    """Outermost blocks with something to solve, and quantized layers outside of them; the model has their order."""
     blocks = [block.name for block in anatomy.blocks]
     inside = tuple(f"{block}." for block in blocks)
     outside = [n for n, m in model.named_modules() if isinstance(m, QuantLayer) and not n.startswith(inside)]
@@ -342,7 +342,8 @@ def _units(model: nn.Module, anatomy: Anatomy) -> list[str]:
         has_products = any(isinstance(m, Site) and m.formats for m in module.modules())
         return name not in anatomy.idle and (has_products or bool(unit_layers(name, module)))
 
-    return [name for name in (*outside, *blocks) if is_solved(name)]
+    units = [name for name in (*outside, *blocks) if is_solved(name)]
+    return [name for name in units if not name.startswith(tuple(f"{unit}." for unit in units))]
 
 
 def _solve_without_data(model: nn.Module, method: Method) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bittern.anatomy import holding
 from bittern.attention import attention_configs
 from bittern.errors import ModelError
 from bittern.quantizers import stamp
@@ -109,28 +110,25 @@ def stream(
         module.forward = forward
 
     # A unit may run more than once on a call, and a cache of keys and values would grow each time.
-    configs = [c for c in attention_configs(model) if getattr(c, "use_cache", False)]
-    try:
-        for config in configs:
-            config.use_cache = False
-        for name in units:
-            hold(name, model.get_submodule(name))
-        workers += [_Worker(i, model, batch) for i, batch in enumerate(batches)]
-        while True:
-            calls = [worker.advance() for worker in workers]
-            names = {call.unit if call else None for call in calls}
-            if len(names) > 1:
-                seen = " and ".join(sorted(str(name) for name in names))
-                raise ModelError(f"batches take different ways through the model: {seen} run at the same time")
-            if None in names:
-                return
-            yield names.pop() or "", [call for call in calls if call]
-            del calls
-    finally:
-        for worker in workers:
-            if worker.thread.is_alive():
-                worker.stop()
-        for name in units:
-            model.get_submodule(name).__dict__.pop("forward", None)
-        for config in configs:
-            config.use_cache = True
+    caching = [c for c in attention_configs(model) if getattr(c, "use_cache", False)]
+    with holding(caching, "use_cache", False):
+        try:
+            for name in units:
+                hold(name, model.get_submodule(name))
+            workers += [_Worker(i, model, batch) for i, batch in enumerate(batches)]
+            while True:
+                calls = [worker.advance() for worker in workers]
+                names = {call.unit if call else None for call in calls}
+                if len(names) > 1:
+                    seen = " and ".join(sorted(str(name) for name in names))
+                    raise ModelError(f"batches take different ways through the model: {seen} run at the same time")
+                if None in names:
+                    return
+                yield names.pop() or "", [call for call in calls if call]
+                del calls
+        finally:
+            for worker in workers:
+                if worker.thread.is_alive():
+                    worker.stop()
+            for name in units:
+                model.get_submodule(name).__dict__.pop("forward", None)
