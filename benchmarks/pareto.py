@@ -1,7 +1,7 @@
 """Size, latency and accuracy of one text classifier by our recipes and in the other engines, in one table and one plot.
 
     python benchmarks/pareto.py MODEL DATA --work WORK --out benchmarks/results/pareto.json --figure docs/figures
-    python benchmarks/pareto.py --table benchmarks/results/pareto.json
+    python benchmarks/pareto.py --table benchmarks/results/pareto.json --figure docs/figures
 
 MODEL: a folder with a classifier and its tokenizer. DATA: a folder with train and validation parquet files of sentences
 and labels. Every contender gets the same sentences, one at a time, padded to --length tokens; ours are made by
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from bittern import jobs, load
-from bittern.analysis.charts import WIDTH, Axis, Plot, styles, symbol, text
+from bittern.analysis.charts import LETTER, WIDTH, Axis, Plot, styles, symbol, tag, text
 from bittern.analysis.figures import Figure
 from bittern.analysis.report import write_plot
 from bittern.deploy.bench import FLOAT, alternate
@@ -103,28 +103,38 @@ def table(known: dict[str, Any]) -> str:
 
 
 def draw(known: dict[str, Any], folder: Path) -> None:
-    """Latency across, accuracy up, and marks whose area is the size of the file."""
-    rows = known["rows"]
-    accuracies = [100 * row["accuracy"] for row in rows]
-    at_y = Axis(min(accuracies) - 0.5, max(accuracies) + 0.5, 200.0, 22.0)
-    left = 10 + 7.0 * max(len(mark) for _, mark in at_y.marks())
-    times = [row["ms"] for row in rows]
-    at_x = Axis(min(times) / 1.2, max(times) * 1.2, left + 8, WIDTH - 14, log=True)
-    parts = [text(4, 12, "accuracy, %; area: size of the file"), *at_y.beside(left - 5, grid_to=WIDTH - 6)]
-    under, below = at_x.below(200.0)
+    """Latency across, size up, and the accuracy beside each mark: the lower left corner is best."""
+    rows = sorted(known["rows"], key=lambda row: -row["ms"])
+    at_y = Axis(0.0, max(row["bytes"] for row in rows) / 1e6 + 8, 240.0, 22.0)
+    left = 10 + LETTER * max(len(mark) for _, mark in at_y.marks())
+    at_x = Axis(0.0, max(row["ms"] for row in rows) + 2, left + 8, WIDTH - 14)
+    parts = [text(4, 12, "size of the file, MB; accuracy in %"), *at_y.beside(left - 5, grid_to=WIDTH - 6)]
+    under, below = at_x.below(240.0)
     under.append(text((left + WIDTH) / 2, below + 14, "milliseconds a sentence", "middle"))
-    engines = list(dict.fromkeys(row["name"].split()[0] for row in rows))
+    engines = list(dict.fromkeys(row["name"].split()[0] for row in known["rows"]))
     numbers = dict(zip(engines, styles(engines), strict=True))
-    for i, row in enumerate(sorted(rows, key=lambda row: (round(row["accuracy"], 2), row["ms"]))):
-        n, size = numbers[row["name"].split()[0]], row["bytes"] / 1e6
-        tip = f"{row['name']}: {size:.1f} MB, {row['ms']} ms, {100 * row['accuracy']:.2f} %"
-        radius, x, y = 1.1 * size**0.5, at_x(row["ms"]), at_y(100 * row["accuracy"])
-        parts.append(symbol(n, x, y, radius, fill=f"var(--s{n})", fill_opacity="0.6", data_tip=tip))
-        anchor = "start" if x < 0.35 * WIDTH else "end" if x > 0.75 * WIDTH else "middle"
-        beside = (-radius - 4, radius + 12, -radius - 17)[i % 3]  # so that names of neighbours do not meet
-        parts.append(text(x, y + beside, row["name"], anchor))
+    places = [(at_x(row["ms"]), at_y(row["bytes"] / 1e6)) for row in rows]
+    taken = [(x - 6, x + 6, y - 6, y + 6) for x, y in places]
+    for row, (x, y) in zip(rows, places, strict=True):
+        n, name = numbers[row["name"].split()[0]], f"{row['name']}, {100 * row['accuracy']:.1f}"
+        tip = f"{row['name']}: {row['bytes'] / 1e6:.1f} MB, {row['ms']} ms, {100 * row['accuracy']:.2f} %"
+        parts.append(symbol(n, x, y, 5.0, fill=f"var(--s{n})", data_tip=tip))
+        width = 5.7 * len(name)
+        starts = [(x + dx, y + dy) for dy in (4, -14, 22, -28, -42, 36) for dx in (10, -10 - width)]
+        boxes = [(x0, x0 + width, y0 - 10, y0 + 3) for x0, y0 in starts if left < x0 < WIDTH - width]
+        free = next((box for box in boxes if not any(_meet(box, other) for other in taken)), boxes[0])
+        taken.append(free)
+        if not free[2] < y < free[3]:
+            edge = free[0] - 2 if free[0] > x else free[1] + 2
+            parts.insert(0, tag("line", x1=x, y1=y, x2=edge, y2=free[3] - 6, stroke="var(--ink)", stroke_width=0.5))
+        parts.append(text(free[0], free[3] - 3, name))
     title = f"Size, latency and accuracy on {known['data']}"
     write_plot(Figure("pareto", title, "", Plot("".join([*parts, *under]), below + 24)), folder)
+
+
+def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
+    """True if two boxes (left, right, top, bottom) overlap."""
+    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
 
 
 def main() -> None:
@@ -138,10 +148,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="tokens of each sentence")
     parser.add_argument("--samples", type=int, default=128, help="sentences for calibration")
     parser.add_argument("--rounds", type=int, default=101)
-    parser.add_argument("--table", type=Path, help="print the table of a file and do nothing else")
+    parser.add_argument("--table", type=Path, help="print the table of a file, draw the plot, and measure nothing")
     options = parser.parse_args()
     if options.table:
-        print(table(json.loads(options.table.read_text())))
+        known = json.loads(options.table.read_text())
+        print(table(known))
+        if options.figure:
+            draw(known, options.figure)
         return
     if None in (options.model, options.data, options.work, options.out):
         parser.error("MODEL, DATA, --work and --out are needed")
