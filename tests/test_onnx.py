@@ -180,6 +180,14 @@ def test_options_and_outputs_are_checked_first(tmp_path: Path, monkeypatch: pyte
     there.write_text("something")
     with refused(InputError, "there.onnx exists", "--force"):
         export(nowhere, there)
+    (tmp_path / "killed.json").write_text('{"parity": {}}')
+    with refused(InputError, "no such folder"):  # only the report is there: the export was killed, and goes on
+        export(nowhere, tmp_path / "killed.onnx")
+    (tmp_path / "mine.json").write_text("{}")
+    with refused(InputError, "mine.json exists"):
+        export(nowhere, tmp_path / "mine.onnx")
+    with refused(InputError, "no export of Bittern wrote", "mine.json"):
+        export(nowhere, tmp_path / "mine.onnx", force=True)
     with refused(InputError, "no form 'int3'", "int8, nbits, portable"):
         export(nowhere, tmp_path / "out", form="int3")  # type: ignore[arg-type]
     (tmp_path / "folder.onnx").mkdir()

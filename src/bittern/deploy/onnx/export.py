@@ -156,9 +156,10 @@ def _check_output(out: Path, force: bool, source: str | Path) -> None:
         raise InputError(f"{out} is a folder; give a file, or a folder whose name does not end in .onnx")
     report = out.with_suffix(".json")
     if there := next((p for p in (out, report) if p.exists()), None):
-        if not force:
+        ours = report.is_file() and "parity" in report.read_text(errors="replace")
+        if not force and (out.exists() or not ours):  # a report alone is of an export that was killed
             raise InputError(f"{there} exists; choose another output or overwrite it with --force")
-        if not report.is_file() or "parity" not in report.read_text(errors="replace"):
+        if not ours:
             raise InputError(f"no export of Bittern wrote {there}; choose another output")
     check_parent(out)
 
