@@ -53,7 +53,8 @@ What stays float, and why:
   product is there.
 * Attention that is another than its family's own eager function (Nemotron's streaming encoder): the model keeps it.
 
-Not judged: {unbuilt}, since no tiny model or no batch of theirs could be made here.
+Not judged: {unbuilt}, since no tiny model or no batch of theirs could be made here: libraries that are not installed
+(timm, natten, detectron2, torchaudio), sessions of video, codecs whose sizes no number divides.
 
 | type | class | outcome | weights quantized | attention | what stays float, or why |
 |---|---|---|---|---|---|

@@ -121,6 +121,10 @@ def candidates(model: Any, kind: str) -> list[dict[str, Any]]:
             for b in table["input_features"]
             for s in (-1, 1)
         ]
+    needed = {name for name, p in signature.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    others = text | image | audio | table["input_features"][-3] | {"pixel_values_videos": video}
+    others |= {"input_features_mask": torch.ones(2, 64, dtype=torch.long), "qformer_input_ids": words(6)}
+    order = [batch | {k: v for k, v in others.items() if k in needed - batch.keys()} for batch in order]
     unique: list[dict[str, Any]] = []
     for batch in order:
         if not any(set(batch) == set(u) and all(batch[k] is u[k] for k in batch) for u in unique):

@@ -67,7 +67,47 @@ CONFIGS: dict[str, Any] = {
     "upernet": upernet,
     "blip-2": {"image_token_index": 140},
     "instructblip": {"image_token_index": 140},
+    "instructblipvideo": {"video_token_index": 140},
     "dbrx.attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "deepseek_ocr2.text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "chameleon": {"vocabulary_map": {"<image>": 140}},
+    "moonshine_streaming": {"num_key_value_heads": 8},
+    "molmo2.adapter_config": {"vision_feature_layer": [1, 0]},
+    "step3p7.text_config": {"sliding_window": 8},
+    "zoedepth": {"bottleneck_features": 32},
+    "blt": {"encoder_hash_byte_group_vocab": 100, "num_hidden_layers": 2},
+    "clvp.text_config": {"num_attention_heads": 2},
+    "clvp.speech_config": {"num_attention_heads": 2},
+    "align.vision_config": {
+        "_drop": ["in_channels", "out_channels", "hidden_dim"],
+        "width_coefficient": 0.25,
+        "depth_coefficient": 0.5,
+        "image_size": 64,
+    },
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 32,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "cohere_compass_text": {
+        "rope_parameters": {
+            k: {"rope_type": "default", "rope_theta": 10000.0} for k in ("sliding_attention", "full_attention")
+        }
+    },
+    "vitmatte": {"hidden_size": 96},
+    "bros": {"hidden_size": 128, "num_attention_heads": 4},
+    "axk2": {"index_head_dim": 64},
+    "vits": {"speaking_rate": 1000.0, "layerdrop": 0.0},  # one frame for each token
+    "paddleocr_vl.text_config": {"rope_parameters": MROPE},
+    "ernie4_5_vl_moe.text_config": {"rope_parameters": MROPE | {"mrope_section": [3, 3, 2]}},
+    "vision-text-dual-encoder": lambda hf, tiny, ids: hf.VisionTextDualEncoderConfig.from_vision_text_configs(
+        tiny(hf.ViTConfig(), ids, 2, False), tiny(hf.BertConfig(), ids, 2, False), projection_dim=32
+    ),
 }
 
 
@@ -125,7 +165,73 @@ def grid(model: Any, words: Any, noise: Any, text: Any, image: Any) -> Any:
     return [flat, {"pixel_values": noise(32, 3, patch, patch)} | grids]
 
 
+def pix2struct(model: Any, words: Any, noise: Any, text: Any, image: Any) -> Any:
+    patches = noise(2, 16, 2 + model.config.vision_config.patch_embed_hidden_size)
+    patches[..., :2] = torch.cartesian_prod(torch.arange(1, 5), torch.arange(1, 5))  # row and column, from 1
+    return {"flattened_patches": patches, "attention_mask": torch.ones(2, 16), "decoder_input_ids": words(9)}
+
+
+def features(*shape: int, key: str = "input_features") -> Any:
+    return lambda model, words, noise, text, image: {key: noise(2, *shape)}
+
+
+def with_video(model: Any, words: Any, noise: Any, text: Any, image: Any) -> Any:
+    ids = torch.cat([torch.full((2, 2 * 32), model.config.video_token_index), words(8)], 1)
+    return {
+        "input_ids": ids,
+        "pixel_values": noise(2, 2, *image["pixel_values"].shape[1:]),
+        "qformer_input_ids": words(6),
+    }
+
+
 BATCHES: dict[str, Any] = {
+    "instructblipvideo": with_video,
+    "voxtral_realtime": lambda m, words, noise, text, image: text | {"input_features": noise(2, 128, 96)},
+    "timesfm": lambda m, words, noise, text, image: {
+        "past_values": noise(2, 64),
+        "past_values_padding": torch.zeros(2, 64),
+        "freq": ones(2, 1),
+    },
+    "kyutai_speech_to_text": lambda m, words, noise, text, image: {
+        "input_ids": words(12)[..., None].expand(2, 12, m.config.num_codebooks + 1)
+    },
+    "timesfm2_5": features(64, key="past_values"),
+    "swin2sr": features(3, 16, 16, key="pixel_values"),  # a patch is a pixel
+    "granite_speech5_ctc": features(64, 320),
+    "granite_speech5_encoder": features(64, 320),
+    "fun_asr_nano_encoder": lambda m, words, noise, text, image: {
+        "input_features": noise(2, 64, 560),
+        "input_features_mask": ones(2, 64),
+    },
+    "gemma4_audio": features(64, 128),
+    "muse_spark_audio": features(3840, key="input_values"),
+    "xcodec2": lambda m, words, noise, text, image: {
+        "input_values": noise(2, 1, 3840),
+        "input_features": noise(2, 12, 20),
+    },
+    "lightglue": features(2, 3, 64, 64, key="pixel_values"),
+    "kosmos-2": lambda m, words, noise, text, image: (
+        {
+            "input_ids": words(80),
+            "image_embeds_position_mask": torch.arange(80).lt(m.config.latent_query_num).long().expand(2, -1),
+        }
+        | image
+    ),
+    "pe_audio_video": lambda m, words, noise, text, image: (
+        text | {"input_values": noise(2, 1, 4000), "pixel_values_videos": noise(2, 4, 3, 64, 64)}
+    ),
+    "pe_audio_video_encoder": lambda m, words, noise, text, image: {
+        "input_values": noise(2, 1, 4000),
+        "pixel_values_videos": noise(2, 4, 3, 64, 64),
+    },
+    "clvp": lambda m, words, noise, text, image: text | {"input_features": noise(2, 10, 20)},
+    "nemotron3_5_transcribe_word_timestamp": lambda m, words, noise, text, image: {
+        "inputs_embeds": noise(2, 12, m.config.hidden_size)
+    },
+    "gemma3n_audio": lambda m, words, noise, text, image: {
+        "audio_mel": noise(2, 64, m.config.input_feat_size),
+        "audio_mel_mask": torch.zeros(2, 64, dtype=torch.bool),
+    },
     "kimi_k25_vision": grid,
     "video_llama_3_vision": grid,
     "switch_transformers": lambda m, words, noise, text, image: {  # enough tokens for each expert
@@ -171,11 +277,7 @@ BATCHES: dict[str, Any] = {
         "timesteps": torch.arange(10).view(2, 5),
         "attention_mask": ones(2, 5),
     },
-    "pix2struct": lambda m, words, noise, text, image: {
-        "flattened_patches": noise(2, 16, 2 + m.config.vision_config.patch_embed_hidden_size),
-        "attention_mask": torch.ones(2, 16),
-        "decoder_input_ids": words(9),
-    },
+    "pix2struct": pix2struct,
     "seggpt": lambda m, words, noise, text, image: {
         k: noise(2, 3, m.config.image_size[0] // 2, m.config.image_size[1])
         for k in ("pixel_values", "prompt_pixel_values", "prompt_masks")
