@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import bittern
-from bittern import attention
+from bittern import attention, native
 from bittern.deploy import blocks
 from bittern.layers import fake_quants
 from bittern.recipe import Format, Recipe, Rule
@@ -21,15 +21,16 @@ from families import SUPPORTED
 from helpers import outputs, quantized, same
 
 pytestmark = pytest.mark.kernels
-WHOLE = ["bert", "roberta", "distilbert", "electra", "albert", "vit", "deit", "bart"]
+WHOLE = ["bert", "roberta", "distilbert", "electra", "albert", "vit", "deit", "bart", "gpt2"]
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Each block that the kernels are asked for."""
     made: list[Any] = []
-    run = blocks.run_blocks
+    run, finish = blocks.run_blocks, blocks.KernelBlock.finish
     monkeypatch.setattr(blocks, "run_blocks", lambda whole, *args: made.extend(whole) or run(whole, *args))
+    monkeypatch.setattr(blocks.KernelBlock, "finish", lambda whole, *args: made.append(whole) or finish(whole, *args))
     return made
 
 
@@ -294,3 +295,135 @@ def test_forward_of_an_instance(calls: list[Any]) -> None:
         assert len(calls) == model.config.num_hidden_layers - 1
         del norm.forward
         assert not same(outputs(model, batch), found)
+
+
+def decoder(recipe: str = "w8a8") -> tuple[hf.PreTrainedModel, Tensor]:
+    """A packed GPT-2 and ids for it."""
+    model, batch = quantized("gpt2", recipe)
+    model.generation_config.pad_token_id = 0
+    return model, batch["input_ids"]
+
+
+def kept(cache: Any) -> list[Tensor]:
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def equal(found: Any, expected: Any) -> bool:
+    """True if two runs of `generate` gave the same tokens, scores and caches."""
+    pairs = [(found.sequences, expected.sequences), *zip(found.logits, expected.logits, strict=True)]
+    pairs += zip(kept(found.past_key_values), kept(expected.past_key_values), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+GENERATE: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "output_logits": True}
+GENERATE |= {"return_dict_in_generate": True, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("recipe", ["ternary", "w8a8"])
+@pytest.mark.parametrize("way", ["one", "padded", "beams", "threads"])
+def test_generation(way: str, recipe: str, cache: str, calls: list[Any]) -> None:
+    """A decoder generates the tokens, scores, keys and values that its parts give: from a prompt of some tokens, from
+    one that is padded on the left beside another, with beams, by several threads."""
+    model, ids = decoder(recipe)
+    given = {"input_ids": ids[:2] if way == "padded" else ids[:1]}
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    if way == "padded":
+        given["attention_mask"][0, :3] = 0
+    options = GENERATE | ({"num_beams": 3} if way == "beams" else {})
+    options |= {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 if way == "threads" else 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blocks, "_serves", lambda *_: False)
+            expected = model.generate(**given, **options)
+        assert not calls
+        for _ in range(2):
+            calls.clear()
+            assert equal(model.generate(**given, **options), expected)
+        assert len(calls) == GENERATE["max_new_tokens"] * len(model.transformer.h)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_caches_of_all_kinds_hold_what_the_parts_keep(calls: list[Any]) -> None:
+    """A cache that was cropped, reordered, copied, used without kernels in between or that holds infinity is right
+    afterwards, and so is what the block makes of it."""
+    model, ids = decoder()
+
+    def run(whole: bool) -> list[Tensor]:
+        found: list[Tensor] = []
+        with pytest.MonkeyPatch.context() as patch:
+            if not whole:
+                patch.setattr(blocks, "_serves", lambda *_: False)
+            cache = hf.DynamicCache(config=model.config)
+            for step, change in enumerate(
+                (
+                    lambda: None,
+                    lambda: cache.crop(-2),
+                    lambda: cache.reorder_cache(torch.tensor([1, 0])),
+                    lambda: kept(cache)[1][0, 0, 0].fill_(torch.inf),
+                )
+            ):
+                change()
+                found.append(model(ids[:2, : 3 - step % 2], past_key_values=cache).logits)
+                twin = deepcopy(cache)
+                with native.disabled():
+                    found.append(model(ids[:2, :1], past_key_values=cache).logits)
+                found += [model(ids[:2, 1:2], past_key_values=twin).logits, *kept(cache), *kept(twin)]
+        return found
+
+    expected = run(False)
+    assert not calls
+    for _ in range(2):
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(run(True), expected, strict=True))
+    assert calls
+    trained = hf.DynamicCache(config=model.config)
+    model(ids[:1], past_key_values=trained)
+    for layer in trained.layers:
+        layer.keys.requires_grad_(True)
+    with torch.enable_grad():
+        assert model(ids[:1, :1], past_key_values=trained).logits.requires_grad
+    assert trained.get_seq_length() == ids.shape[1] + 1
+
+
+@torch.no_grad()
+def test_plans_of_decoders_are_made_where_they_hold(calls: list[Any]) -> None:
+    """A block runs in parts if it reads its positions, even if they change nothing now, if its cache has halves, and
+    if somebody else's function updates that."""
+    model, ids = decoder()
+    block = hf.models.gpt2.modeling_gpt2.GPT2Block
+
+    def reads(self: nn.Module, x: Tensor, *args: Any, position_ids: Tensor, **kwargs: Any) -> Tensor:
+        return block.forward(self, x, *args, **kwargs) + 0 * position_ids[..., None]
+
+    reading = type("Reading", (block,), {"forward": reads})
+    for layer in model.transformer.h:
+        layer.__class__ = reading
+    blocks.use_kernels(model)
+    for _ in range(2):
+        model(ids)
+    assert not calls
+    model, ids = decoder()
+    for _ in range(2):
+        model(ids)
+    made = [len(layer._plans) for layer in model.transformer.h]
+    calls.clear()
+    halves = hf.EncoderDecoderCache(hf.DynamicCache(config=model.config), hf.DynamicCache(config=model.config))
+    for length in (1, 2):
+        model(ids[:, :1], past_key_values=halves)
+        assert halves.get_seq_length() == length
+    own, updates = hf.DynamicCache(config=model.config), 0
+    update = own.update
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal updates
+        updates += 1
+        return update(*args, **kwargs)
+
+    own.update = counted  # type: ignore[method-assign]
+    model(ids, past_key_values=own)
+    assert updates == len(made)
+    assert not calls

@@ -177,7 +177,7 @@ def test_product(name: str, weights: str, shape: tuple[int, int, int], seed: int
         assert torch.equal(panels.codes().long(), codes)
         out = linear(q, panels, padded_bias(bias, panels))
         sums = integers(q) @ codes.numpy().T
-        unit, offset = q.scale[:rows, None].double().numpy(), q.offset[:rows, None].double().numpy()
+        unit, offset = q.numbers[:2, :rows, None].view(torch.float32).double().numpy()
         exact = (unit * sums + offset * codes.sum(1).numpy()) * scale.double().numpy()
         size = np.abs(unit * sums) + np.abs(offset * codes.sum(1).numpy())
         bound = 8 * 2.0**-24 * (size * scale.double().numpy() + np.abs(bias.numpy())) + 1e-37
@@ -357,9 +357,16 @@ def test_block(kind: str, shape: tuple[int, int], pre_norm: bool, static: bool) 
             again = run_blocks([block], expected, mask)
             assert again is not None
             assert torch.equal(outs[1], again[0])
+        made = block.project(x)
+        assert made is not None
+        found = block.finish(x, *made, mask)  # in two calls, as with a cache
+        assert found is not None
+        assert torch.equal(found, outs[0])
     broken = x.clone()
     broken[0, 0, 0] = torch.inf
     assert run_blocks([block, block], broken, None) is None
+    assert block.project(broken) is None
+    assert block.finish(x, made[0], made[1], made[2] / 0, None) is None
     bias = layers["up"].bias.clone()
     for value in (torch.inf, torch.nan):
         bias[wide - 1] = value
@@ -369,6 +376,10 @@ def test_block(kind: str, shape: tuple[int, int], pre_norm: bool, static: bool) 
         lambda: run_blocks([block], x[..., :-1], None),
         lambda: run_blocks([block], x[0], None),
         lambda: run_blocks([block], x.double(), None),
+        lambda: block.project(x[..., :-1]),
+        lambda: block.finish(x, *made[:2], made[2][:, :, :, :-1], None),
+        lambda: block.finish(x, made[0][:, :1], *made[1:], None),
+        lambda: block.finish(x, made[0], made[1].double(), made[2], None),
         lambda: run_blocks([block], torch.randn(2, hidden, 3).transpose(1, 2), None),
         lambda: run_blocks([block], x, torch.zeros(1, 1, 1, tokens, dtype=torch.float64)),
         lambda: run_blocks([block, KernelBlock(layers, norms, codings, **rest | {"heads": 2})], x, None),

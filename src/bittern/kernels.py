@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
 from bittern import native
-from bittern.quantizers import FakeQuant, code_range, has_kernel_coding, kernel_coding, stamp
+from bittern.quantizers import FakeQuant, has_kernel_coding, kernel_coding, stamp
 from bittern.recipe import OPERANDS, Format
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)  # what is computed in them goes through the kernels as float32
 
 # Told, in this context, of each packed layer, norm and activation that runs, and of each attention that kernels
-# compute: query, key, mask and scaling. Hooks would be seen by other threads, and by those that copy the modules.
+# compute, what they are given. Hooks would be seen by other threads, and by those that copy the modules.
 watcher: ContextVar[Callable[..., None] | None] = ContextVar("watcher", default=None)
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -75,14 +75,6 @@ def warn_if_slow(x: Tensor, *parameters: Tensor | None) -> None:
     warnings.warn(f"{text}: {why}", stacklevel=2)
 
 
-def make_panels(codes: Tensor, scale: Tensor, fmt: Format) -> native.Panels | None:
-    """Weights for the kernels from their codes (rows, columns); None if they have no such format or size."""
-    if not has_kernel(weight=fmt) or not 0 < codes.shape[1] <= native.MOST_INPUTS:
-        return None
-    bits = next(width for width in (2, 4, 8) if width >= fmt.bits)
-    return native.Panels(codes.to(torch.int16), scale, bits, -code_range(fmt)[0])
-
-
 @outside_graphs
 def attend(
     quantizers: Mapping[str, FakeQuant | None],
@@ -106,7 +98,7 @@ def attend(
         return None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if (watch := watcher.get()) is not None:
-        watch(query, key, mask, scaling)
+        watch(query, key, value, mask, scaling)
     found = native.attention(query, key, value, mask, scaling, known)
     return found and (found[0].to(dtype), found[1].to(dtype))
 

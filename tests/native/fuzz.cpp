@@ -267,6 +267,23 @@ void block(int threads) {
   for (const float v : out)
     if (!std::isfinite(v)) fail("a block gave what is not finite");
   if (parts(b, x, batch, tokens, masked, threads) != first) fail("a block differs from its parts");
+  const size_t rows = size_t(batch) * tokens;
+  std::vector<float> q(rows * heads * dim), k(rows * key_heads * dim), v(rows * key_heads * value_dim);
+  if (bittern_project(&b, x.data(), batch, tokens, threads, q.data(), k.data(), v.data())) fail("a projection failed");
+  const auto by_head = [&](const std::vector<float>& from, int size) {
+    std::vector<float> to;
+    for (int i = 0; i < batch * key_heads * tokens; ++i) {
+      const int t = i % tokens, head = i / tokens % key_heads, row = i / tokens / key_heads * tokens + t;
+      const auto start = from.begin() + (row * key_heads + head) * size;
+      to.insert(to.end(), start, start + size);
+    }
+    return to;
+  };
+  const std::vector<float> keys = by_head(k, dim), of_keys = by_head(v, value_dim);
+  if (bittern_finish(&b, x.data(), batch, tokens, q.data(), keys.data(), of_keys.data(), tokens, masked, strides, threads,
+                     out.data()))
+    fail("the rest of a block failed");
+  if (out != first) fail("a block in two calls differs from one");
 }
 
 void everything() {

@@ -4,7 +4,8 @@ A block is found by what it holds and how it runs, never by its name: one attent
 and an activation. The first time that it is called in some way it runs as it is written, and its parts say in which
 order. What the kernels then give for the same input must be the same, bit for bit, or the block stays as it is. It also
 runs as it is written whenever something watches or changes its inside: hooks, recorded or replaced signals, attention
-maps that are asked for, gradients.
+maps that are asked for, gradients. A decoder's block takes two calls: in between its cache, of any kind, is given the
+new keys and values.
 
 Blocks that were seen to run one after the other, each on what the one before gave and all with one mask, run in one
 call as far as their outputs fit the caches. The model still calls each: those after the first find their output ready,
@@ -17,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain, pairwise
@@ -27,16 +29,23 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, StaticCache
 
 from bittern import attention, kernels, native
 from bittern.deploy.packed import PackedLayer
 from bittern.deploy.weight import PackedWeight
-from bittern.native.block import LAYER_NAMES, KernelBlock, KernelLayer, KernelNorm, run_blocks
+from bittern.native.block import LAYER_NAMES, KernelBlock, KernelNorm, run_blocks
 from bittern.quantizers import FakeQuant
 from bittern.recipe import OPERANDS
 
-# Whether norms come first, by the order of norms (n), linear layers (l), attention (a) and activation (f).
-ORDERS: dict[str, bool] = {"nlllalnlfl": True, "lllalnlfln": False}
+CACHES = (DynamicCache, StaticCache)
+INTEGERS = (torch.int64, torch.int32)  # as of positions, which a block may be given and not read
+
+# Whether norms come first, by the order of norms (n), linear layers (l), attention (a) and activation (f). Queries,
+# keys and values come from three layers, or from one.
+ORDERS: dict[str, bool] = {"nlllalnlfl": True, "lllalnlfln": False, "nlalnlfl": True, "lalnlfln": False}
 
 
 def use_kernels(model: nn.Module) -> None:
@@ -73,18 +82,20 @@ class Parts:
 
     steps: Mapping[nn.Module, str]
     site: attention.Site
+    layer: int  # of a cache that it keeps
 
     @staticmethod
     def of(block: nn.Module) -> Parts | None:
         """None if the module holds other parts than those of one block, or other parameters."""
         steps = {module: kind for module in block.modules() if (kind := _kind(module))}
         sites = [module for module in block.modules() if isinstance(module, attention.Site)]
-        if len(sites) != 1 or sorted(steps.values()) != sorted("nnllllllf"):
+        if len(sites) != 1 or sorted(["a", *steps.values()]) not in map(sorted, ORDERS):
             return None
         if any("forward" in vars(module) for module in block.modules()):  # of the instance, as accelerate puts it there
             return None
         known = {id(p) for module in steps for p in module.parameters(recurse=False)}
-        return Parts(steps, sites[0]) if all(id(p) in known for p in block.parameters()) else None
+        layers = [vars(module)["layer_idx"] for module in block.modules() if "layer_idx" in vars(module)]
+        return Parts(steps, sites[0], *layers[:1] or [0]) if all(id(p) in known for p in block.parameters()) else None
 
 
 # Attributes that decide how our modules run; of others, such as dropout, it is whether they train.
@@ -131,19 +142,23 @@ class Guard:
 
 @dataclass(eq=False)
 class FusedCall:
-    """A block on the kernels when it is called in one way. `x` and `mask` name these arguments."""
+    """A block on the kernels when it is called in one way. `x`, `mask` and `cache` name these arguments."""
 
     whole: KernelBlock
     x: Any
     mask: Any
+    cache: Any
+    layer: int  # of the cache
     following: FusedCall | None = None  # of the block that was last seen to run on what this one gave
 
-    def run(self, call: Arguments) -> Tensor | None:
+    def run(self, call: Arguments, written: Callable[[], Any]) -> Any:
         """The block's output, made now or ready before; None where the kernels do not serve."""
         x, mask = call[self.x], call.get(self.mask)
+        if self.cache is not None:
+            return self._run_with_cache(x, mask, call[self.cache], written)
         if _thread.ahead:
             ready = _thread.ahead.pop(0)
-            if ready.serves(self, x, mask):
+            if ready.plan is self and ready.state == _state(x, mask):
                 return ready.out
             ready.before.following, _thread.ahead = None, []
         if (last := _thread.last) is not None and last[1]() is x and last[2] == id(mask) and (before := last[0]()):
@@ -156,13 +171,39 @@ class FusedCall:
             outs = run_blocks([plan.whole for plan in plans], x.contiguous(), mask) if x.dim() == 3 else None
         if outs is None:
             return None
-        seen = None if mask is None else mask.clone() if mask.is_inference() else mask._version
         _thread.ahead = [
-            _Ready(*pair, given, given._version, mask, seen, out)
+            _Ready(*pair, (given, mask), _state(given, mask), out)
             for pair, (given, out) in zip(pairwise(plans), pairwise(outs), strict=True)
         ]
         _thread.last = ref(plans[-1]), ref(outs[-1]), id(mask)
         return outs[0]
+
+    def _run_with_cache(self, x: Tensor, mask: Tensor | None, cache: Any, written: Callable[[], Any]) -> Any:
+        made = self.whole.project(x := x.contiguous()) if x.dim() == 3 and x.numel() else None
+        if made is None:
+            return None
+        query, key, value = made
+        kept = key, value = cache.update(key, value, self.layer)
+        out = self.whole.finish(x, query, key, value, mask) if native.serves(key, value) else None
+        if out is None:  # as where earlier keys are infinite: by the parts, which must not change the cache again
+            cache.update = lambda *_: kept
+            try:
+                out = written()
+            finally:
+                del cache.update
+        return out
+
+
+class _Reads(TorchFunctionMode):
+    """Tells whether an operation reads one of some tensors."""
+
+    def __init__(self, tensors: list[Tensor]):
+        super().__init__()
+        self.tensors, self.found = tensors, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= any(leaf is tensor for leaf in tree_leaves((args, kwargs)) for tensor in self.tensors)
+        return func(*args, **(kwargs or {}))
 
 
 # of outputs that wait for their blocks; where they are larger, a call costs little beside its work
@@ -174,17 +215,15 @@ class _Ready(NamedTuple):
 
     before: FusedCall
     plan: FusedCall
-    x: Tensor
-    version: int
-    mask: Tensor | None
-    seen: int | Tensor | None  # the mask's version, or a copy if PyTorch does not count its changes
+    given: tuple[Tensor, Tensor | None]  # held, so that their numbers are not given again
+    state: tuple[Any, ...]
     out: Tensor
 
-    def serves(self, plan: FusedCall, x: Tensor, mask: Tensor | None) -> bool:
-        same = plan is self.plan and x is self.x and x._version == self.version and mask is self.mask
-        if isinstance(self.seen, Tensor):
-            return same and torch.equal(mask, self.seen)  # type: ignore[arg-type]
-        return same and (mask is None or mask._version == self.seen)
+
+def _state(x: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+    """Which tensors these are, and their states; of a mask whose changes PyTorch does not count, its bytes."""
+    state = None if mask is None else mask.numpy().tobytes() if mask.is_inference() else mask._version
+    return id(x), x._version, id(mask), state
 
 
 class _Thread(threading.local):
@@ -223,18 +262,19 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _serves(block: nn.Module, call: Arguments) -> bool:
-    """True if a block may run in one piece now: a float tensor and perhaps a mask, and nobody looks."""
-    tensors = [value for value in call.values() if isinstance(value, Tensor)]
+    """True if a block may run in one piece now: a float tensor, perhaps a mask and a cache, and nobody looks."""
+    tensors = [value for value in call.values() if isinstance(value, Tensor) and value.dtype not in INTEGERS]
     looks = block.training or _has_any_global_hook() or attention.collects_maps()
-    return len(tensors) in (1, 2) and not looks and native.serves(*tensors)
+    few = len(tensors) in (1, 2) and sum(type(value) in CACHES for value in call.values()) < 2
+    return few and not looks and native.serves(*tensors)
 
 
 def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
     """The block's output by its plan, or as it is written if that is still to be made; None if there is none."""
     plans: _FusedCalls = block.__dict__.setdefault("_plans", _FusedCalls())
-    way = tuple([(key, "tensor" if isinstance(value, Tensor) else value) for key, value in call.items()])
-    if any(not isinstance(value, bool | int | float | str | None) for _, value in way):
-        return None  # something else that could matter, as a cache of keys
+    way = tuple([(key, _way_of(value)) for key, value in call.items()])
+    if any(not isinstance(kind, bool | int | float | str | type | None) for _, kind in way):
+        return None  # something else that could matter
     guard, plan = plans.get(way, (None, None))
     if guard is not None and not guard.holds():
         guard = None
@@ -242,7 +282,7 @@ def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
         return None
     if guard:
-        return plan and plan.run(call)
+        return plan and plan.run(call, written)
     parts = Parts.of(block)
     if parts is None or len(plans) > 8:  # somebody put other modules in, or an argument is another number each time
         plans.clear()
@@ -254,11 +294,29 @@ def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
     return out
 
 
+def _way_of(value: Any) -> Any:
+    """What kind of argument this is; the value itself where that may decide how a block runs."""
+    if isinstance(value, Tensor):
+        return "integers" if value.dtype in INTEGERS else "tensor"
+    own = type(value) in CACHES and not (value.offloading or "update" in vars(value))
+    return type(value) if own else value
+
+
+def _twin(cache: Any) -> Any:
+    twin = copy(cache)
+    twin.layers = [copy(layer) for layer in cache.layers]
+    for layer in twin.layers:
+        layer.__dict__ |= {name: v.detach().clone() for name, v in vars(layer).items() if isinstance(v, Tensor)}
+    return twin
+
+
 def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], Any]) -> tuple[Any, FusedCall | None]:
     """Run the block as it is written; return its output, and how the kernels may run it instead, to the same bits."""
     hooked = [table for m in list(block.modules())[1:] for table in (m._forward_hooks, m._forward_pre_hooks)]
     hooks = list(chain.from_iterable(table.values() for table in hooked))
     ran: list[tuple[str, Any]] = []  # kind and module, or what attention was given
+    before = {name: _twin(value) if type(value) in CACHES else value for name, value in call.items()}
+    reads = _Reads([value for value in call.values() if _way_of(value) == "integers"])
 
     def told(*given: Any) -> None:
         if len(given) > 1:
@@ -268,17 +326,22 @@ def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], 
 
     token = kernels.watcher.set(told)
     try:
-        out = written()
+        with reads:
+            out = written()
     finally:
         kernels.watcher.reset(token)
-    if not all(map(attention.only_watches, hooks)) or not isinstance(out, Tensor):
+    if not all(map(attention.only_watches, hooks)) or not isinstance(out, Tensor) or reads.found:
         return out, None
     try:
         plan = _plan(parts, ran, call)
-    except ValueError:  # parts that do not fit together so
+        found = plan.run(before, lambda: None)
+    except (ValueError, IndexError):  # parts that do not fit together so, or a cache that is not used
         return out, None
-    found = plan.run(call)
-    return out, plan if found is not None and found.shape == out.shape and torch.equal(found, out) else None
+    pairs = [(found, out)]
+    if plan.cache is not None:  # what both keep
+        own, other = (cache.layers[plan.layer] for cache in (before[plan.cache], call[plan.cache]))
+        pairs += [(own.keys, other.keys), (own.values, other.values)]
+    return out, plan if found is not None and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs) else None
 
 
 def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> FusedCall:
@@ -286,15 +349,22 @@ def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> FusedCal
     order = "".join(kind for kind, _ in ran)
     if order not in ORDERS:
         raise ValueError(f"no block runs as {order}")
-    norms, layers, activation, attended = ([what for kind, what in ran if kind == wanted] for wanted in "nlfa")
-    query, key, mask, scaling = attended[0]
-    tensors = [name for name, value in call.items() if isinstance(value, Tensor)]
+    norms, modules, activation, attended = ([what for kind, what in ran if kind == wanted] for wanted in "nlfa")
+    query, key, value, mask, scaling = attended[0]
+    tensors = [name for name, value in call.items() if _way_of(value) == "tensor"]
+    cache, layer = next((name for name, value in call.items() if type(value) in CACHES), None), parts.layer
     masks = [name for name in tensors if call[name] is mask]
     inputs = [name for name in tensors if name not in masks[:1]]
     if len(inputs) != 1 or (mask is not None and not masks):
         raise ValueError("the mask is none of the arguments, or an argument is neither input nor mask")
+    layers = [module.kernel_layer() for module in modules]
+    if None in layers:
+        raise ValueError("the kernels do not serve the formats of a layer")
+    if len(layers) < len(LAYER_NAMES):  # (batch, heads, tokens, dim)
+        sizes = [tensor.shape[1] * tensor.shape[3] for tensor in (query, key, value)]
+        layers[:1] = [layers[0].part(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
     block = KernelBlock(
-        {part: _layer(module) for part, module in zip(LAYER_NAMES, layers, strict=True)},
+        dict(zip(LAYER_NAMES, layers, strict=True)),
         tuple(KernelNorm(norm.weight, norm.bias, norm.eps) for norm in norms),  # type: ignore[arg-type]
         {operand: kernels.input_coding(parts.site.quantizer(operand)) for operand in OPERANDS},  # type: ignore[misc]
         pre_norm=ORDERS[order],
@@ -303,11 +373,8 @@ def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> FusedCal
         key_heads=key.shape[1],
         scaling=scaling,
     )
-    return FusedCall(block, inputs[0], masks[0] if masks else None)
-
-
-def _layer(module: Any) -> KernelLayer:
-    panels, coding = module.panels(), kernels.input_coding(module.input_quantizer)
-    if panels is None or coding is None:
-        raise ValueError("the kernels do not serve the formats of this layer")
-    return KernelLayer(panels, module.padded_bias(panels), coding)
+    if cache is not None:
+        kept = call[cache].layers[layer]
+        if kept.keys is not key or kept.values is not value:
+            raise ValueError("attention reads other keys and values than the cache keeps")
+    return FusedCall(block, inputs[0], masks[0] if masks else None, cache, layer)

@@ -34,7 +34,6 @@ from bittern.kernels import (
     SIXTEEN_BITS,
     has_kernel,
     input_coding,
-    make_panels,
     outside_graphs,
     tell_of,
     warn_if_slow,
@@ -52,6 +51,7 @@ from bittern.layers import (
     fake_quants,
     weight_matrix,
 )
+from bittern.native.block import KernelLayer
 from bittern.quantizers import code_range, decode, encode, find_scale, quantize_once, stamp
 from bittern.recipe import Format
 
@@ -91,16 +91,25 @@ class PackedLayer(QuantizedLayer):
             if has_kernel(weight=self.weight_format):
                 warn_if_slow(x, bias)
             return None
-        if (coding := input_coding(self.input_quantizer)) is None:
+        if (layer := self.kernel_layer()) is None or x.shape[-1:] != (layer.panels.inputs,):
             return None
-        if (panels := self.panels()) is None or x.shape[-1:] != (panels.inputs,):
-            return None
+        panels, coding = layer.panels, layer.coding
         rows = quantize_once(
             x, coding, lambda x: native.quantize_rows(x.float().reshape(-1, x.shape[-1]).contiguous(), coding)
         )
         if rows is None:
             return None
-        return native.linear(rows, panels, self.padded_bias(panels)).view(*x.shape[:-1], panels.outputs).to(x.dtype)
+        return native.linear(rows, panels, layer.bias).view(*x.shape[:-1], panels.outputs).to(x.dtype)
+
+    def kernel_layer(self) -> KernelLayer | None:
+        """The layer as kernels read it, with the bias kept until that changes; None if they do not serve it."""
+        coding = input_coding(self.input_quantizer)
+        if coding is None or (panels := self.panels()) is None:
+            return None
+        bias: Tensor | None = self.bias
+        if self._bias is None or self._bias[0] != stamp(bias):
+            self._bias = stamp(bias), native.padded_bias(None if bias is None else bias.float(), panels)
+        return KernelLayer(panels, self._bias[1], coding)
 
     def float_product(self, x: Tensor) -> Tensor | None:
         """The product of x (…, inputs), which stays float, and the weight; None where kernels do not serve."""
@@ -111,23 +120,18 @@ class PackedLayer(QuantizedLayer):
             return None
         return table.multiply(floats.reshape(-1, x.shape[-1]).contiguous(), bias).view(*x.shape[:-1], -1).to(x.dtype)
 
-    def padded_bias(self, panels: native.Panels) -> Tensor:
-        """The bias as the kernels read it, kept until it changes."""
-        bias: Tensor | None = self.bias
-        state = stamp(bias)
-        if self._bias is None or self._bias[0] != state:
-            self._bias = state, native.padded_bias(None if bias is None else bias.float(), panels)
-        return self._bias[1]
-
     def panels(self) -> native.Panels | None:
         """The weight as kernels read it, in place of the codes; None if they have no such format or size."""
-        if (panels := self._panels) is not None or not has_kernel(weight=self.weight_format):
+        panels, columns = self._panels, self.weight_shape[1]
+        if panels is not None or not has_kernel(weight=self.weight_format) or not 0 < columns <= native.MOST_INPUTS:
             return panels
         with _exchange:
             if self._panels is None:
-                codes = unpack_codes(self.source.weight_codes, self.weight_shape[1], self.weight_format)
-                self._panels = make_panels(codes, self.source.weight_scale, self.weight_format)
-                if self._panels is not None and not self.owner:
+                codes, fmt = unpack_codes(self.source.weight_codes, columns, self.weight_format), self.weight_format
+                bits = next(width for width in (2, 4, 8) if width >= fmt.bits)
+                scale, zero = self.source.weight_scale, -code_range(fmt)[0]
+                self._panels = native.Panels(codes.to(torch.int16), scale, bits, zero)
+                if not self.owner:
                     del self._buffers["weight_codes"]
             return self._panels
 

@@ -113,66 +113,95 @@ inline void add_and_norm(const float* x, const float* y, int rows, int columns, 
 
 inline bool same(const Format& a, const Format& b) { return memcmp(&a, &b, sizeof(Format)) == 0; }
 
+// One block at work on x (batch, tokens, hidden), whose queries read `keys` keys. Call nothing else of it unless `memory`.
+struct BlockRun {
+  const Block& b;
+  const int batch, tokens, threads, rows, hidden;
+  const bool keeps_map, keeps_inner;  // their scales are not known before
+  uint8_t* memory = nullptr;
+  Codes codes, inside;
+  float *query, *key, *value, *context, *inner, *sum, *normed;
+
+  BlockRun(const Block& block, int batch, int tokens, int keys, int threads)
+      : b(block), batch(batch), tokens(tokens), threads(threads), rows(batch * tokens), hidden(b.query.inputs),
+        keeps_map(b.map_format.mode != 0), keeps_inner(b.down.input.mode != 0) {
+    const int wide = b.up.outputs, contexts = b.output.inputs;
+    int widest = hidden > wide ? hidden : wide;
+    widest = widest > contexts ? widest : contexts;
+    const size_t padded = size_t(up(rows, kPanel)), map = size_t(batch) * b.heads * tokens * up(keys, kPanel);
+    const size_t most = keeps_inner && (!keeps_map || size_t(rows) * wide > map) ? size_t(rows) * wide : keeps_map ? map : 0;
+    size_t used = 0;
+    const auto take = [&](size_t bytes) { return used += (bytes + 127) / 64 * 64, used - (bytes + 127) / 64 * 64; };
+    const size_t at_codes = take(padded * size_t(up(widest, kAlign))), at_numbers = take(padded * 12);
+    const size_t at_query = take(size_t(rows) * b.query.outputs * 4), at_key = take(size_t(rows) * b.key.outputs * 4);
+    const size_t at_value = take(size_t(rows) * b.value.outputs * 4), at_context = take(size_t(rows) * contexts * 4);
+    const size_t at_wide = take(keeps_inner ? 0 : padded * (size_t(up(wide, kAlign)) + 12));
+    const size_t at_inner = take(most * 4), at_sum = take(size_t(rows) * hidden * 4), at_norm = take(size_t(rows) * hidden * 4);
+    memory = static_cast<uint8_t*>(block_scratch.get(used));
+    const auto floats = [&](size_t at) { return reinterpret_cast<float*>(memory + at); };
+    const auto codes_at = [&](size_t at, size_t at_numbers) {
+      float* numbers = floats(at_numbers);
+      return Codes{reinterpret_cast<int8_t*>(memory + at), numbers, numbers + padded,
+                   reinterpret_cast<int32_t*>(numbers + 2 * padded), rows};
+    };
+    codes = codes_at(at_codes, at_numbers), inside = codes_at(at_wide + padded * 12, at_wide);
+    query = floats(at_query), key = floats(at_key), value = floats(at_value), context = floats(at_context);
+    inner = floats(at_inner), sum = floats(at_sum), normed = floats(at_norm);
+  }
+
+  int read_codes(const float* from, const Layer& layer) const {
+    return quantize_rows(from, layer.inputs, layer.input, threads, codes);
+  }
+
+  // Queries, keys and values of x.
+  int project(const float* x, float* query, float* key, float* value) const {
+    if (b.pre_norm) add_and_norm(x, nullptr, rows, hidden, nullptr, &b.norms[0], threads, normed), x = normed;
+    const Layer* before = nullptr;
+    for (const auto& [layer, out] : {std::pair{&b.query, query}, {&b.key, key}, {&b.value, value}}) {
+      if (before == nullptr || !same(before->input, layer->input))
+        if (const int failed = read_codes(x, *layer)) return failed;
+      before = layer;
+      if (const int failed = multiply(codes, *layer, kNone, kPastCaches, threads, out)) return failed;
+    }
+    return kOk;
+  }
+
+  // Attention of these queries, keys and values, with strides as in Attention, and all that follows.
+  int finish(const float* x, const float* query, const float* key, const float* value, int keys, const int64_t* key_strides,
+             const int64_t* value_strides, const float* mask, const int64_t* mask_strides, float* out) const {
+    const int64_t wide = b.query.outputs;
+    Attention a{query, key, value, mask, keeps_map ? inner : nullptr, context, {tokens * wide, b.dim, wide}, {}, {}, {},
+                batch, b.heads, b.key_heads, tokens, keys, b.dim, b.value_dim, b.scaling, b.query_format, b.key_format,
+                b.value_format, b.map_format};
+    memcpy(a.key_strides, key_strides, sizeof(a.key_strides)), memcpy(a.value_strides, value_strides, sizeof(a.value_strides));
+    if (mask != nullptr) memcpy(a.mask_strides, mask_strides, sizeof(a.mask_strides));
+    if (const int failed = attend(a, threads)) return failed;
+    if (const int failed = read_codes(context, b.output)) return failed;
+    if (const int failed = multiply(codes, b.output, kNone, kPastCaches, threads, sum)) return failed;
+    add_and_norm(sum, x, rows, hidden, sum, &b.norms[b.pre_norm ? 1 : 0], threads, normed);
+    if (const int failed = read_codes(normed, b.up)) return failed;
+    if (keeps_inner) {
+      if (const int failed = multiply(codes, b.up, b.activation, kCached, threads, inner)) return failed;
+      if (const int failed = read_codes(inner, b.down)) return failed;
+    } else if (const int failed = multiply_to_codes(codes, b.up, b.activation, b.down.input, threads, inside)) {
+      return failed;
+    }
+    if (const int failed = multiply(keeps_inner ? codes : inside, b.down, kNone, kPastCaches, threads, out)) return failed;
+    if (b.pre_norm) add_and_norm(out, sum, rows, hidden, out, nullptr, threads, nullptr);
+    else add_and_norm(out, normed, rows, hidden, out, &b.norms[1], threads, out);
+    return kOk;
+  }
+};
+
 inline int run_block(const Block& b, const float* x, int batch, int tokens, const float* mask, const int64_t* mask_strides,
                      int threads, float* out) {
-  const int rows = batch * tokens, hidden = b.query.inputs, wide = b.up.outputs;
-  const int queries = b.query.outputs, keys = b.key.outputs, values = b.value.outputs, contexts = b.output.inputs;
-  if (rows == 0) return kOk;
-  int widest = hidden > wide ? hidden : wide;
-  widest = widest > contexts ? widest : contexts;
-  const size_t padded = size_t(up(rows, kPanel)), map = size_t(batch) * b.heads * tokens * up(tokens, kPanel);
-  const bool keeps_map = b.map_format.mode != 0, keeps_inner = b.down.input.mode != 0;  // their scales are not known before
-  const size_t inner = keeps_inner && (!keeps_map || size_t(rows) * wide > map) ? size_t(rows) * wide : keeps_map ? map : 0;
-  size_t used = 0;
-  const auto take = [&](size_t bytes) { return used += (bytes + 127) / 64 * 64, used - (bytes + 127) / 64 * 64; };
-  const size_t at_codes = take(padded * size_t(up(widest, kAlign))), at_numbers = take(padded * 12);
-  const size_t at_query = take(size_t(rows) * queries * 4), at_key = take(size_t(rows) * keys * 4);
-  const size_t at_value = take(size_t(rows) * values * 4), at_context = take(size_t(rows) * contexts * 4);
-  const size_t at_wide = take(keeps_inner ? 0 : padded * (size_t(up(wide, kAlign)) + 12));
-  const size_t at_inner = take(inner * 4), at_sum = take(size_t(rows) * hidden * 4), at_norm = take(size_t(rows) * hidden * 4);
-  auto* memory = static_cast<uint8_t*>(block_scratch.get(used));
-  if (memory == nullptr) return kNoMemory;
-  const auto floats = [&](size_t at) { return reinterpret_cast<float*>(memory + at); };
-  const auto codes_at = [&](size_t at, size_t at_numbers) {
-    float* numbers = floats(at_numbers);
-    return Codes{reinterpret_cast<int8_t*>(memory + at), numbers, numbers + padded,
-                 reinterpret_cast<int32_t*>(numbers + 2 * padded), rows};
-  };
-  const Codes codes = codes_at(at_codes, at_numbers), inside = codes_at(at_wide + padded * 12, at_wide);
-  const auto read_codes = [&](const float* from, const Layer& layer) {
-    return quantize_rows(from, layer.inputs, layer.input, threads, codes);
-  };
-  float *sum = floats(at_sum), *normed = floats(at_norm);
-
-  const float* read = x;
-  if (b.pre_norm) add_and_norm(x, nullptr, rows, hidden, nullptr, &b.norms[0], threads, normed), read = normed;
-  const Layer* before = nullptr;
-  for (const auto& [layer, at] : {std::pair{&b.query, at_query}, {&b.key, at_key}, {&b.value, at_value}}) {
-    if (before == nullptr || !same(before->input, layer->input))
-      if (const int failed = read_codes(read, *layer)) return failed;
-    before = layer;
-    if (const int failed = multiply(codes, *layer, kNone, kPastCaches, threads, floats(at))) return failed;
-  }
-  Attention a{floats(at_query), floats(at_key), floats(at_value), mask, keeps_map ? floats(at_inner) : nullptr, floats(at_context),
-              {int64_t(tokens) * queries, b.dim, queries}, {int64_t(tokens) * keys, b.dim, keys},
-              {int64_t(tokens) * values, b.value_dim, values}, {}, batch, b.heads, b.key_heads, tokens, tokens, b.dim,
-              b.value_dim, b.scaling, b.query_format, b.key_format, b.value_format, b.map_format};
-  if (mask != nullptr) memcpy(a.mask_strides, mask_strides, sizeof(a.mask_strides));
-  if (const int failed = attend(a, threads)) return failed;
-  if (const int failed = read_codes(floats(at_context), b.output)) return failed;
-  if (const int failed = multiply(codes, b.output, kNone, kPastCaches, threads, sum)) return failed;
-  add_and_norm(sum, x, rows, hidden, sum, &b.norms[b.pre_norm ? 1 : 0], threads, normed);
-  if (const int failed = read_codes(normed, b.up)) return failed;
-  if (keeps_inner) {
-    if (const int failed = multiply(codes, b.up, b.activation, kCached, threads, floats(at_inner))) return failed;
-    if (const int failed = read_codes(floats(at_inner), b.down)) return failed;
-  } else if (const int failed = multiply_to_codes(codes, b.up, b.activation, b.down.input, threads, inside)) {
-    return failed;
-  }
-  if (const int failed = multiply(keeps_inner ? codes : inside, b.down, kNone, kPastCaches, threads, out)) return failed;
-  if (b.pre_norm) add_and_norm(out, sum, rows, hidden, out, nullptr, threads, nullptr);
-  else add_and_norm(out, normed, rows, hidden, out, &b.norms[1], threads, out);
-  return kOk;
+  if (batch * tokens == 0) return kOk;
+  const BlockRun run(b, batch, tokens, tokens, threads);
+  if (run.memory == nullptr) return kNoMemory;
+  if (const int failed = run.project(x, run.query, run.key, run.value)) return failed;
+  const int64_t keys = b.key.outputs, values = b.value.outputs;
+  const int64_t key_strides[3] = {tokens * keys, b.dim, keys}, value_strides[3] = {tokens * values, b.value_dim, values};
+  return run.finish(x, run.query, run.key, run.value, tokens, key_strides, value_strides, mask, mask_strides, out);
 }
 
 }  // namespace

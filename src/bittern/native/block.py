@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bittern.native import structures as c
-from bittern.native.codes import Coding
-from bittern.native.library import address, buffer, pointer, required
+from bittern.native.codes import MOST_INPUTS, PANEL, Coding
+from bittern.native.library import address, buffer, pointer, run
 from bittern.native.products import ACTIVATIONS, Activation, Panels, check_codings, strided_mask, strides
 from bittern.recipe import OPERANDS
 
@@ -30,6 +31,15 @@ class KernelLayer:
 
     def structure(self) -> c.Layer:
         return self.panels.structure(self.bias, self.coding)
+
+    def part(self, first: int, outputs: int) -> KernelLayer:
+        """Some of the outputs, in the same memory. Raises ValueError if they are no whole panels of this layer."""
+        if first % PANEL or outputs % PANEL or first + outputs > self.panels.outputs:
+            raise ValueError(f"outputs {first} to {first + outputs} are no panels of {self.panels.outputs} outputs")
+        panels, rows = copy(self.panels), slice(first, first + outputs)
+        panels.data = panels.data.view(len(panels.scale), -1)[rows].view(-1)
+        panels.scale, panels.sums, panels.outputs = panels.scale[rows], panels.sums[rows], outputs
+        return KernelLayer(panels, self.bias[rows], self.coding)
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ class KernelBlock:
         }
         if sizes != expected:
             raise ValueError(f"layers of sizes {sizes} do not make a block")
+        self.heads = (heads, dim), (key_heads, dim), (key_heads, value_dim)  # of queries, keys and values
         check_codings(codings)
         self._structure = c.Block(
             *(layers[part].structure() for part in LAYER_NAMES),
@@ -89,13 +100,44 @@ class KernelBlock:
         )
         self.address = ctypes.addressof(self._structure)
 
+    def project(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """Queries, keys and values (batch, heads, tokens, dim) of x (batch, tokens, hidden).
+
+        None if a value is not finite.
+        """
+        made = [buffer(*x.shape[:2], *heads) for heads in self.heads]
+        data = address(x, "x", (*x.shape[:2], self.shape[0])), *x.shape[:2], torch.get_num_threads()
+        done = run("project", self.address, *data, *map(pointer, made))
+        return tuple(t.transpose(1, 2) for t in made) if done else None  # (batch, heads, tokens, dim)
+
+    def finish(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The output for x, whose queries, of `project`, read keys and values (batch, key heads, keys, dim).
+
+        None as in `run_blocks`.
+        """
+        (batch, tokens, hidden), keys, heads = x.shape, key.shape[2], self.shape[1]
+        if keys > MOST_INPUTS or batch * tokens * max(heads * keys, self.widest) >= 2**31:
+            return None
+        mask, out = strided_mask(mask, (batch, heads, tokens, keys)), buffer(batch, tokens, hidden)
+        query, key, value = (
+            query.transpose(1, 2),
+            key.contiguous(),
+            value.contiguous(),
+        )  # (batch, tokens, heads, dim), …
+        shapes = [(batch, tokens, *self.heads[0]), *((batch, h, keys, dim) for h, dim in self.heads[1:])]
+        names = "queries", "keys", "values"
+        read = [address(*of) for of in zip((query, key, value), names, shapes, strict=True)]
+        given = address(x, "x", (batch, tokens, self.shape[0])), batch, tokens, *read, keys
+        rest = pointer(mask), strides(mask), torch.get_num_threads(), pointer(out)
+        return out if run("finish", self.address, *given, *rest) else None
+
 
 def run_blocks(blocks: Sequence[KernelBlock], x: Tensor, mask: Tensor | None) -> list[Tensor] | None:
     """Run blocks one after the other on x (batch, tokens, hidden), with an additive mask: the output of each.
 
     None if a value is not finite, or x so large that the parts of a block should run one by one.
     """
-    library, (hidden, heads) = required(), blocks[0].shape
+    hidden, heads = blocks[0].shape
     if x.dim() != 3 or x.shape[2] != hidden or any(block.shape != (hidden, heads) for block in blocks):
         shapes = [block.shape for block in blocks]
         raise ValueError(f"x of shape {tuple(x.shape)} does not suit blocks of (hidden, heads) {shapes}")
@@ -105,12 +147,10 @@ def run_blocks(blocks: Sequence[KernelBlock], x: Tensor, mask: Tensor | None) ->
     mask = strided_mask(mask, (batch, heads, tokens, tokens))
     outs = [buffer(batch, tokens, hidden) for _ in blocks]
     addresses = ctypes.c_void_p * len(blocks)
-    failed = library.bittern_blocks(
-        *(addresses(*(block.address for block in blocks)), len(blocks)),
+    done = run(
+        *("blocks", addresses(*(block.address for block in blocks)), len(blocks)),
         *(address(x, "x", (batch, tokens, hidden)), batch, tokens),
         *(pointer(mask), strides(mask), torch.get_num_threads()),
         addresses(*map(pointer, outs)),
     )
-    if failed == 2:
-        raise MemoryError("no memory for the kernels' buffers")
-    return None if failed else outs
+    return outs if done else None

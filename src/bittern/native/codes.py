@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bittern.native import structures as c
-from bittern.native.library import address, buffer, required
+from bittern.native.library import address, buffer, run
 
 PANEL, ALIGN = 16, 64  # outputs of a panel; rows of inputs are padded to a multiple of ALIGN
 MOST_INPUTS = 32768  # of one output, so that sums of products of bytes stay in 32 bits
@@ -70,14 +70,6 @@ class Quantized:
     columns: int
     coding: Coding
 
-    @property
-    def scale(self) -> Tensor:
-        return self.numbers[0].view(torch.float32)
-
-    @property
-    def offset(self) -> Tensor:
-        return self.numbers[1].view(torch.float32)
-
     def structure(self) -> c.Codes:
         start, size = self.numbers.data_ptr(), 4 * self.numbers.shape[1]
         return c.Codes(self.codes.data_ptr(), start, start + size, start + 2 * size, self.rows)
@@ -85,7 +77,6 @@ class Quantized:
 
 def quantize_rows(x: Tensor, coding: Coding) -> Quantized | None:
     """Quantize x (rows, columns). None if x holds NaN or infinity, or its scale would be infinite."""
-    library = required()
     if x.dim() != 2 or x.numel() >= 2**31:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected rows and columns, fewer than 2**31 values")
     rows, columns = x.shape
@@ -94,5 +85,4 @@ def quantize_rows(x: Tensor, coding: Coding) -> Quantized | None:
     data, padded = address(x, "x", (rows, columns)), -(-rows // PANEL) * PANEL
     codes = buffer(padded, -(-columns // ALIGN) * ALIGN, dtype=torch.int8)
     made = Quantized(codes, buffer(3, padded, dtype=torch.int32), rows, columns, coding)
-    failed = library.bittern_quantize(data, columns, coding.structure, torch.get_num_threads(), made.structure())
-    return None if failed else made
+    return made if run("quantize", data, columns, coding.structure, torch.get_num_threads(), made.structure()) else None

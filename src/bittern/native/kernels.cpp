@@ -14,7 +14,7 @@
 extern "C" {
 
 // Counts changes of functions and structures below; library.py has the same number.
-int bittern_interface() { return 5; }
+int bittern_interface() { return 6; }
 
 // Asks the system for what this kind of CPU needs; 0 if it is granted or nothing is needed.
 int bittern_start() { return start() ? 0 : 1; }
@@ -83,6 +83,27 @@ int bittern_blocks(const Block* const* blocks, int count, const float* x, int ba
   int result = kOk;
   for (int i = 0; i < count && result == kOk; ++i)
     result = run_block(*blocks[i], i == 0 ? x : outs[i - 1], batch, tokens, mask, mask_strides, threads, outs[i]);
+  block_scratch.trim(64 << 20);
+  return result;
+}
+
+// A block in two calls, between which the caller adds keys and values to those of earlier tokens. The first makes them and
+// the queries: (batch, tokens, heads, dim). The second reads queries as these, and keys and values (batch, heads, keys, dim).
+int bittern_project(const Block* block, const float* x, int batch, int tokens, int threads, float* query, float* key,
+                    float* value) {
+  const BlockRun run(*block, batch, tokens, 1, threads);
+  return run.memory == nullptr ? kNoMemory : run.project(x, query, key, value);
+}
+
+int bittern_finish(const Block* block, const float* x, int batch, int tokens, const float* query, const float* key,
+                   const float* value, int keys, const float* mask, const int64_t* mask_strides, int threads, float* out) {
+  const BlockRun run(*block, batch, tokens, keys, threads);
+  const int64_t dim = block->dim, value_dim = block->value_dim;
+  const int64_t key_strides[3] = {block->key_heads * keys * dim, keys * dim, dim};
+  const int64_t value_strides[3] = {block->key_heads * keys * value_dim, keys * value_dim, value_dim};
+  int result = kNoMemory;
+  if (run.memory != nullptr)
+    result = run.finish(x, query, key, value, keys, key_strides, value_strides, mask, mask_strides, out);
   block_scratch.trim(64 << 20);
   return result;
 }

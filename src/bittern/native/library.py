@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from bittern.errors import InputError
 from bittern.native import structures as c
 
 SWITCH = "BITTERN_KERNELS"
-INTERFACE = 5  # see bittern_interface in kernels.cpp
+INTERFACE = 6  # see bittern_interface in kernels.cpp
 SWITCHED_OFF = "the kernels are switched off"  # by `disabled` or BITTERN_KERNELS=none
 
 # Best first: what it is called, and what the CPU must have.
@@ -144,6 +144,8 @@ def _load(file: Path) -> ctypes.CDLL | None:
         "activate": (p, n, i, i, p),
         "attention": (ctypes.POINTER(c.Attention), i),
         "blocks": (p, i, p, i, i, p, p, i, p),
+        "project": (p, p, i, i, i, p, p, p),
+        "finish": (p, p, i, i, p, p, p, i, p, p, i, p),
         "rows": (ctypes.POINTER(c.Lookup), p, i, p),
         "multiply_floats": (ctypes.POINTER(c.Lookup), p, i, p, i, p),
     }.items():
@@ -177,6 +179,14 @@ def required(*, even_disabled: bool = False) -> ctypes.CDLL:
     if library is None or not (_allowed or even_disabled):
         raise RuntimeError(f"no integer kernels: {engine()[1]}")
     return library
+
+
+def run(name: str, *arguments: Any) -> bool:
+    """Call a function of the library: False if it met what the kernels do not serve. Raises MemoryError."""
+    result: int = getattr(required(), f"bittern_{name}")(*arguments)
+    if result == 2:
+        raise MemoryError("no memory for the kernels' buffers")
+    return result == 0
 
 
 @contextmanager

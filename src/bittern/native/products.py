@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bittern.native import structures as c
 from bittern.native.codes import ALIGN, MOST_INPUTS, PANEL, Coding, Quantized
-from bittern.native.library import address, buffer, pointer, required
+from bittern.native.library import address, buffer, pointer, required, run
 from bittern.recipe import OPERANDS
 
 Activation = Literal["none", "gelu", "gelu_tanh", "silu", "relu"]
@@ -28,15 +28,12 @@ class Panels:
         library = required()
         self.outputs, self.inputs = codes.shape
         if bits not in (2, 4, 8) or not 0 < self.inputs <= MOST_INPUTS:
-            raise ValueError(
-                f"weights of {bits} bits and {self.inputs} inputs; expected 2, 4 or 8 and 1 to {MOST_INPUTS}"
-            )
+            raise ValueError(f"{bits} bits and {self.inputs} inputs; expected 2, 4 or 8 and 1 to {MOST_INPUTS}")
         unsigned = codes.to(torch.int16) + zero
         top = int(unsigned.max()) if codes.numel() else 0
         if codes.numel() and (int(unsigned.min()) < 0 or top >= 2**bits):
-            raise ValueError(
-                f"codes from {int(codes.min())} to {int(codes.max())} do not fit {bits} bits with zero {zero}"
-            )
+            found = f"codes from {int(codes.min())} to {int(codes.max())}"
+            raise ValueError(f"{found} do not fit {bits} bits with zero {zero}")
         if scale.numel() not in (1, self.outputs):
             raise ValueError(f"{scale.numel()} scales for {self.outputs} outputs")
         self.bits, self.zero, self.top = bits, zero, max(top, 1)
@@ -81,14 +78,10 @@ def padded_bias(bias: Tensor | None, panels: Panels) -> Tensor:
 
 def linear(x: Quantized, panels: Panels, bias: Tensor, activation: Activation = "none") -> Tensor:
     """x · weightᵀ + bias, then the activation: float32 (rows, outputs). bias: see `padded_bias`."""
-    library = required()
     if x.columns != panels.inputs:
         raise ValueError(f"x has {x.columns} columns; the weights take {panels.inputs}")
     out, layer = buffer(x.rows, panels.outputs), panels.structure(bias, x.coding)
-    kind, threads = ACTIVATIONS.index(activation), torch.get_num_threads()
-    failed = library.bittern_linear(x.structure(), layer, kind, threads, out.data_ptr())
-    if failed:
-        raise MemoryError("no memory for the kernels' buffers")
+    run("linear", x.structure(), layer, ACTIVATIONS.index(activation), torch.get_num_threads(), out.data_ptr())
     return out
 
 
@@ -114,8 +107,7 @@ class Table:
     def rows(self, ids: Tensor) -> Tensor | None:
         """Rows by their numbers, as float32 (ids, columns). None if one of them does not exist."""
         out, ids = buffer(ids.numel(), self.structure.columns), ids.to(torch.int64).contiguous()
-        failed = required().bittern_rows(self.structure, ids.data_ptr(), ids.numel(), out.data_ptr())
-        return None if failed else out
+        return out if run("rows", self.structure, ids.data_ptr(), ids.numel(), out.data_ptr()) else None
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (count, columns) · tableᵀ + bias: float32 (count, rows). Nothing is rounded."""
@@ -123,8 +115,7 @@ class Table:
         out, threads = buffer(count, rows), torch.get_num_threads()
         data = address(x, "x", (count, self.structure.columns))
         added = None if bias is None else address(bias, "bias", (rows,))
-        if required().bittern_multiply_floats(self.structure, data, count, added, threads, out.data_ptr()):
-            raise MemoryError("no memory for the kernels' buffers")
+        run("multiply_floats", self.structure, data, count, added, threads, out.data_ptr())
         return out
 
 
@@ -134,8 +125,8 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
     rows = x.reshape(-1, columns).contiguous()
     out = torch.empty_like(rows)
     parameters = address(weight, "weight", (columns,)), address(bias, "bias", (columns,))
-    data, threads = address(rows, "x", tuple(rows.shape)), torch.get_num_threads()
-    required().bittern_norm(data, *rows.shape, *parameters, epsilon, threads, out.data_ptr())
+    data = address(rows, "x", tuple(rows.shape))
+    run("norm", data, *rows.shape, *parameters, epsilon, torch.get_num_threads(), out.data_ptr())
     return out.view(x.shape)
 
 
@@ -144,7 +135,7 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     data, kind = address(x, "x", tuple(x.shape)), ACTIVATIONS.index(activation)
-    required().bittern_activate(data, x.numel(), kind, torch.get_num_threads(), out.data_ptr())
+    run("activate", data, x.numel(), kind, torch.get_num_threads(), out.data_ptr())
     return out
 
 
@@ -189,7 +180,6 @@ def attention(
     query (batch, heads, queries, dim), key and value (batch, key heads, keys, dim), mask additive. codings: of `query`,
     `key`, `value` (symmetric) and `map` (symmetric or unsigned). None if a tensor is not finite.
     """
-    library = required()
     batch, heads, queries, dim = query.shape
     key_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
     if key.shape != (batch, key_heads, keys, dim) or value.shape[:3] != (batch, key_heads, keys) or heads % key_heads:
@@ -210,7 +200,4 @@ def attention(
         *(batch, heads, key_heads, queries, keys, dim, value_dim, scaling),
         *(codings[name].structure for name in OPERANDS),
     )
-    failed = library.bittern_attention(call, torch.get_num_threads())
-    if failed == 2:
-        raise MemoryError("no memory for the kernels' buffers")
-    return None if failed else (context, probabilities[..., :keys])
+    return (context, probabilities[..., :keys]) if run("attention", call, torch.get_num_threads()) else None

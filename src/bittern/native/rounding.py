@@ -8,24 +8,22 @@ from torch import Tensor
 
 from bittern.native import structures as c
 from bittern.native.codes import Coding
-from bittern.native.library import address, required
+from bittern.native.library import address, required, run
 
 
 def uniform(x: Tensor, coding: Coding) -> Tensor | None:
     """Round x to what its codes stand for, in its shape. None if x holds NaN or infinity."""
     x, out = _dense(x, coding.by_row)
     columns, threads = x.shape[-1] if coding.by_row else 1, torch.get_num_threads()
-    failed = required().bittern_round(_address(x), x.numel(), columns, coding.structure, threads, out.data_ptr())
-    return None if failed else out
+    return out if run("round", _address(x), x.numel(), columns, coding.structure, threads, out.data_ptr()) else None
 
 
 def ternary(x: Tensor, factor: float, clip: float | None, by_row: bool) -> Tensor | None:
     """-scale, 0 or scale for each value, with one scale or one for each row. None if x, clipped, is not finite."""
     x, out = _dense(x, by_row)
     sizes, limit = (x.numel(), x.shape[-1] if by_row else x.numel()), torch.inf if clip is None else clip
-    threads = torch.get_num_threads()
-    failed = required().bittern_round_ternary(_address(x), *sizes, factor, limit, threads, out.data_ptr())
-    return None if failed else out
+    sizes_and_limits = *sizes, factor, limit, torch.get_num_threads()
+    return out if run("round_ternary", _address(x), *sizes_and_limits, out.data_ptr()) else None
 
 
 def losses(

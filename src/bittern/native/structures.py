@@ -3,73 +3,66 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 from bittern.recipe import OPERANDS
 
+p, i, n, f = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+
+
+def _fields(*groups: tuple[Any, str]) -> list[tuple[str, Any]]:
+    """Fields in order, from types and the names of those that have each."""
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
 
 class Format(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_float) for name in ("scale", "offset", "clip")),
-        *((name, ctypes.c_int32) for name in ("low", "high", "shift", "scheme", "mode")),
-    )
+    _fields_ = _fields((f, "scale offset clip"), (i, "low high shift scheme mode"))
+
+
+_FORMATS = Format, " ".join(f"{name}_format" for name in OPERANDS)
 
 
 class Losses(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "scales", "offsets", "factors", "rest", "linear", "out")),
-        *((name, ctypes.c_int32) for name in ("rows", "columns", "candidates", "rank")),
-        *((name, ctypes.c_float) for name in ("low", "high")),
+    _fields_ = _fields(
+        (p, "x scales offsets factors rest linear out"), (i, "rows columns candidates rank"), (f, "low high")
     )
 
 
 class Attention(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "mask", "map", "context")),
-        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("query", "key", "value", "mask")),
-        *((n, ctypes.c_int32) for n in ("batch", "heads", "key_heads", "queries", "keys", "dim", "value_dim")),
-        ("scaling", ctypes.c_float),
-        *((f"{name}_format", Format) for name in OPERANDS),
+    _fields_ = _fields(
+        (p, "query key value mask map context"),
+        (n * 3, "query_strides key_strides value_strides mask_strides"),
+        (i, "batch heads key_heads queries keys dim value_dim"),
+        *((f, "scaling"), _FORMATS),
     )
 
 
 class Codes(ctypes.Structure):
-    _fields_ = (*((name, ctypes.c_void_p) for name in ("codes", "scale", "offset", "sums")), ("rows", ctypes.c_int32))
+    _fields_ = _fields((p, "codes scale offset sums"), (i, "rows"))
 
 
 class Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("panels", "scale", "bias", "sums")),
-        *((name, ctypes.c_int32) for name in ("inputs", "outputs", "bits", "top", "zero")),
-        ("input", Format),
-    )
+    _fields_ = _fields((p, "panels scale bias sums"), (i, "inputs outputs bits top zero"), (Format, "input"))
 
 
 class Norm(ctypes.Structure):
-    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("epsilon", ctypes.c_float))
+    _fields_ = _fields((p, "weight bias"), (f, "epsilon"))
 
 
 class Block(ctypes.Structure):
-    _fields_ = (
-        *((name, Layer) for name in ("query", "key", "value", "output", "up", "down")),
-        ("norms", Norm * 2),
-        *((n, ctypes.c_int32) for n in ("pre_norm", "activation", "heads", "key_heads", "dim", "value_dim")),
-        ("scaling", ctypes.c_float),
-        *((f"{name}_format", Format) for name in OPERANDS),
+    _fields_ = _fields(
+        *((Layer, "query key value output up down"), (Norm * 2, "norms")),
+        (i, "pre_norm activation heads key_heads dim value_dim"),
+        *((f, "scaling"), _FORMATS),
     )
 
 
 class Lookup(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "scale", "offset")),
-        *((name, ctypes.c_int64) for name in ("rows", "row_bytes")),
-        *((name, ctypes.c_int32) for name in ("columns", "bits", "low", "step", "by_row")),
-    )
+    _fields_ = _fields((p, "codes scale offset"), (n, "rows row_bytes"), (i, "columns bits low step by_row"))
 
 
 class Objects(ctypes.Structure):
-    _fields_ = (
-        ("python", ctypes.c_void_p * 5),
-        *((n, ctypes.c_void_p) for n in ("tables", "values", "sized", "named", "keys", "found", "objects", "classes")),
-        ("sizes", ctypes.c_void_p),
-        *((f"{n}_count", ctypes.c_int32) for n in ("table", "value", "sized", "named", "object")),
+    _fields_ = _fields(
+        *((p * 5, "python"), (p, "tables values sized named keys found objects classes sizes")),
+        (i, "table_count value_count sized_count named_count object_count"),
     )
