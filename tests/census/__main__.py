@@ -53,6 +53,9 @@ What stays float, and why:
   product is there.
 * Attention that is another than its family's own eager function (Nemotron's streaming encoder): the model keeps it.
 
+Of the {popular} most used types {popular_judged} can be judged and {popular_served} are served. With heads for masked
+language models, token classification and question answering (`--head`) they take the same steps.
+
 Not judged: {unbuilt}, since no tiny model or no batch of theirs could be made here: libraries that are not installed
 (timm, natten, detectron2, torchaudio), sessions of video, codecs whose sizes no number divides.
 
@@ -129,7 +132,11 @@ def page(results: list[dict[str, Any]], which: str, search: bool) -> str:
         f"{r.get('attentions', '')} | {reason(r)} |"
         for r in sorted(judged, key=lambda r: r["type"])
     ]
+    popular = [r["outcome"] for r in results if r["type"] in POPULAR]
     return PAGE.format(
+        popular=len(popular),
+        popular_judged=len(popular) - popular.count("unbuilt"),
+        popular_served=popular.count("served"),
         which=which,
         search=", searched by `ptq`" if search else "",
         bittern=bittern.__version__,
