@@ -44,7 +44,7 @@ def serve(folders: dict[str, Path], minutes: float, seed: int, limit: int) -> di
     gc.collect()
     resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + limit,) * 2)
     start, count, drifted = time.monotonic(), 0, 0
-    held, times = [memory("VmRSS")], [[], []]  # type: ignore[var-annotated]
+    held, times = [memory("VmRSS")], (Times(), Times())
     while (passed := (time.monotonic() - start) / (60 * minutes)) < 1:
         for _ in range(200):
             kind = dice.choice([*models])
@@ -52,7 +52,7 @@ def serve(folders: dict[str, Path], minutes: float, seed: int, limit: int) -> di
             before = time.perf_counter()
             ask(kind, batch)
             if len(next(iter(batch.values()))) == 1 and (passed < 0.2 or passed > 0.8):
-                times[passed > 0.5].append(time.perf_counter() - before)
+                times[passed > 0.5].add(time.perf_counter() - before)
             count += 1
         drifted += sum(not torch.equal(ask(*probe), wanted) for probe, wanted in zip(probes, expected, strict=True))
         held.append(memory("VmRSS"))
@@ -64,14 +64,25 @@ def serve(folders: dict[str, Path], minutes: float, seed: int, limit: int) -> di
         "memory_first_mb": round(first / 2**20, 1),
         "memory_last_mb": round(last / 2**20, 1),
         "limit_mb": limit >> 20,
-        "ms_first": percentiles(times[0]),
-        "ms_last": percentiles(times[1]),
+        "memory_mb": [round(held[i * (len(held) - 1) // 10] / 2**20, 1) for i in range(11)],  # as time passed
+        "ms_first": times[0].percentiles(),
+        "ms_last": times[1].percentiles(),
     }
 
 
-def percentiles(times: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(times, n=100)
-    return {f"p{p}": round(1e3 * cuts[p - 1], 3) for p in (50, 90, 99)}
+class Times:
+    """The last so many times of answers, in memory that does not grow while they are taken."""
+
+    def __init__(self, most: int = 50_000):
+        self.kept, self.count = torch.zeros(most), 0
+
+    def add(self, seconds: float) -> None:
+        self.kept[self.count % len(self.kept)] = seconds
+        self.count += 1
+
+    def percentiles(self) -> dict[str, float]:
+        cuts = statistics.quantiles(self.kept[: self.count].tolist(), n=100)
+        return {f"p{p}": round(1e3 * cuts[p - 1], 3) for p in (50, 90, 99)}
 
 
 def soak(work: Path, minutes: float, seed: int) -> tuple[dict[str, Any], str]:
