@@ -23,8 +23,8 @@ from helpers import outputs, quantized
 from test_packed import LAYERS
 
 pytestmark = pytest.mark.kernels
-WITHOUT_ATTENTION = (  # on the kernels: theirs has a bias or a cap, or is the family's own code
-    *("swin", "beit", "t5", "gemma2"),
+WITHOUT_ATTENTION = (  # on the kernels: theirs has a cap, or is the family's own code
+    *("swin", "beit", "gemma2"),
     *("mpnet", "deberta_v2", "swinv2", "gptj", "bloom"),
 )
 RECIPES = ["ternary-2-2-8", "w8a8", "w4a8", "vt-w6a6"]
@@ -83,6 +83,25 @@ def test_families(name: str, compared: Callable[[nn.Module], Counter[str]]) -> N
         outputs(model, batch)
         assert ran["PackedLinear"] + ran["PackedConv1D"] > 5
         assert ran["attention"] or name in WITHOUT_ATTENTION
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_position_bias(masked: bool) -> None:
+    """A position bias, with a mask or without, is added to the scores on the kernels too."""
+    model, _ = quantized("t5", "w8a8")
+    module = next(m for m in model.modules() if isinstance(m._modules.get(attention.NAME), attention.Site))
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 7, 8, generator=generator) for _ in range(3))
+    mask = torch.where(torch.rand(2, 1, 7, 7, generator=generator) < 0.3, -3e38, 0.0) if masked else None
+    bias = 4 * torch.randn(1, 4, 7, 7, generator=generator)
+    found = attention.attention_forward(module, query, key, value, mask, 1.0, position_bias=bias)
+    with native.disabled():
+        expected = attention.attention_forward(module, query, key, value, mask, 1.0, position_bias=bias)
+        unbiased = attention.attention_forward(module, query, key, value, mask, 1.0)
+    assert near(found[1], expected[1])
+    assert (found[0] - expected[0]).norm() < 1e-2 * expected[0].norm()  # codes of the map may tip over
+    assert not near(unbiased[1], expected[1])
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

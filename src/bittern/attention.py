@@ -180,10 +180,12 @@ def attention_forward(
     site: Site = module._modules.get(NAME, _NO_SITE)  # type: ignore[assignment]
     sinks = next((x for x in (s_aux, sinks) if x is not None), getattr(module, "sinks", None))
     site.begin(attention_mask)
-    plain = position_bias is None and softcap is None and sinks is None
-    if plain and site.integer(attention_mask) and not (dropout and module.training):
+    if softcap is None and sinks is None and site.integer(attention_mask) and not (dropout and module.training):
         quantizers: dict[str, FakeQuant | None] = {operand: site.quantizer(operand) for operand in OPERANDS}
-        if (found := kernels.attend(quantizers, query, key, value, attention_mask, scaling)) is not None:
+        added = attention_mask
+        if position_bias is not None:
+            added = position_bias if added is None else position_bias + added  # (batch or 1, heads or 1, queries, keys)
+        if (found := kernels.attend(quantizers, query, key, value, added, scaling)) is not None:
             return found
     query, key, value = site.tap("query", query), site.tap("key", key), site.tap("value", value)
     query, key, value = site.quantize("query", query), site.quantize("key", key), site.quantize("value", value)
