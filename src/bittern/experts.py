@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bittern.errors import ModelError
 
 VIEWS = (Tensor.view, Tensor.reshape, Tensor.transpose, Tensor.float, Tensor.T.__get__)  # type: ignore[attr-defined]
-PRODUCTS = (F.linear, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
+MULTIPLY = (F.linear, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
 
 
 class Layout(NamedTuple):
@@ -30,7 +30,7 @@ class Layout(NamedTuple):
 
 def layout_of(weight: Tensor, part: Tensor, function: Any, args: Sequence[Any]) -> Layout | None:
     """The layout of a parameter if a call multiplies by one of its matrices, or by all of them; None if not."""
-    if function not in PRODUCTS or len(args) != 2 or args[1] is not part or part.dim() not in (2, 3):
+    if function not in MULTIPLY or len(args) != 2 or args[1] is not part or part.dim() not in (2, 3):
         return None
     experts, as_stored = weight.numel() // part.shape[-2:].numel(), part.is_contiguous()
     if experts < 2 or part.shape[:-2].numel() not in (1, experts) or not (as_stored or part.mT.is_contiguous()):
@@ -49,7 +49,7 @@ class _Operand:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in PRODUCTS or len(args) != 2 or kwargs or not isinstance(args[1], _Operand):
+        if func not in MULTIPLY or len(args) != 2 or kwargs or not isinstance(args[1], _Operand):
             advice = "give simulate a batch like those that come"
             raise ModelError(
                 f"weights of experts are used in another way than in the dry run, {func.__name__}; {advice}"

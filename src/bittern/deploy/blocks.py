@@ -41,7 +41,7 @@ from bittern.quantizers import FakeQuant
 from bittern.recipe import OPERANDS
 
 CACHES = (DynamicCache, StaticCache)
-INTEGERS = (torch.int64, torch.int32)  # as of positions, which a block may be given and not read
+POSITION_TYPES = (torch.int64, torch.int32)  # which a block may be given and not read
 
 # Whether norms come first, by the order of norms (n), linear layers (l), attention (a) and activation (f). Queries,
 # keys and values come from three layers, or from one.
@@ -263,7 +263,7 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _serves(block: nn.Module, call: Arguments) -> bool:
     """True if a block may run in one piece now: a float tensor, perhaps a mask and a cache, and nobody looks."""
-    tensors = [value for value in call.values() if isinstance(value, Tensor) and value.dtype not in INTEGERS]
+    tensors = [value for value in call.values() if isinstance(value, Tensor) and value.dtype not in POSITION_TYPES]
     looks = block.training or _has_any_global_hook() or attention.collects_maps()
     few = len(tensors) in (1, 2) and sum(type(value) in CACHES for value in call.values()) < 2
     return few and not looks and native.serves(*tensors)
@@ -297,7 +297,7 @@ def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
 def _way_of(value: Any) -> Any:
     """What kind of argument this is; the value itself where that may decide how a block runs."""
     if isinstance(value, Tensor):
-        return "integers" if value.dtype in INTEGERS else "tensor"
+        return "integers" if value.dtype in POSITION_TYPES else "tensor"
     own = type(value) in CACHES and not (value.offloading or "update" in vars(value))
     return type(value) if own else value
 
