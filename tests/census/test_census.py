@@ -6,12 +6,15 @@ import pytest
 from needs import FAST
 from steps import examine
 
+HEADS = ("MASKED_LM", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING")
+WITH_HEADS = [(kind, head) for kind in ("bert", "mpnet", "deberta-v2", "modernbert") for head in HEADS]
 
-@pytest.mark.parametrize("kind", FAST)
-def test_popular(kind: str) -> None:
-    """Of a popular model type every step is right."""
+
+@pytest.mark.parametrize(("kind", "head"), [*((kind, None) for kind in FAST), *WITH_HEADS])
+def test_popular(kind: str, head: str | None) -> None:
+    """Of a popular model type every step is right, with other heads too."""
     said: list[dict[str, Any]] = []
-    examine(kind, said.append, ptq=False)
+    examine(kind, said.append, ptq=False, head=head)
     steps = {what["step"]: what for what in said if "step" in what}
     assert {name: step["outcome"] for name, step in steps.items()} == dict.fromkeys(
         ("build", "float", "simulate", "calibrate", "pack", "save", "train"), "ok"

@@ -119,11 +119,8 @@ class KernelBlock:
         if keys > MOST_INPUTS or batch * tokens * max(heads * keys, self.widest) >= 2**31:
             return None
         mask, out = strided_mask(mask, (batch, heads, tokens, keys)), buffer(batch, tokens, hidden)
-        query, key, value = (
-            query.transpose(1, 2),
-            key.contiguous(),
-            value.contiguous(),
-        )  # (batch, tokens, heads, dim), …
+        query = query.transpose(1, 2)  # (batch, tokens, heads, dim)
+        key, value = key.contiguous(), value.contiguous()
         shapes = [(batch, tokens, *self.heads[0]), *((batch, h, keys, dim) for h, dim in self.heads[1:])]
         names = "queries", "keys", "values"
         read = [address(*of) for of in zip((query, key, value), names, shapes, strict=True)]
