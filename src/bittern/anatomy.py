@@ -1,7 +1,5 @@
 """Anatomy of a Transformer, as a dry run finds it (see `dry_run`), and the record of it that a model carries."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ A `Site`, a child of each attention module, owns the quantizers of its two matmu
 Where a family computes attention in its own code, the site gets at the two matmuls by a `products.Watch`.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

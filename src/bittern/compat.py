@@ -1,7 +1,5 @@
 """The versions of transformers that Bittern works with, and the names of theirs that another version may lack."""
 
-from __future__ import annotations
-
 import warnings
 from importlib.metadata import version
 

@@ -1,7 +1,5 @@
 """The demo: real models on real embedded data through whole jobs, and their files checked in fresh processes."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -4,8 +4,6 @@ Attention is where transformers' AttentionInterface is called, or where a model'
 `products`). `reader` tells from the order of execution what everything is.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import sys

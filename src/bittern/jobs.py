@@ -1,7 +1,5 @@
 """The main job from end to end: load, simulate, find scales or train, measure, pack, save, and evaluate the result."""
 
-from __future__ import annotations
-
 import copy
 import platform
 from collections.abc import Callable

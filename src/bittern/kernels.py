@@ -4,8 +4,6 @@ Functions return None where the kernels do not serve: a format that they lack, g
 that are not finite. The caller then computes as the simulated model does.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar

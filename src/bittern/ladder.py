@@ -5,8 +5,6 @@ half of the test data, beside the float model. The rung that serves the goal bes
 limit, is measured once more on the other half, by which nothing was chosen.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -3,8 +3,6 @@
 `simulate(model, recipe)` turns a loaded float model into a simulated one in place; `restore(model)` turns it back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any

@@ -3,8 +3,6 @@
 Nothing here needs torch, so that `bittern qat --help` answers at once.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import sys

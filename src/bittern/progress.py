@@ -1,7 +1,5 @@
 """Reports of how far work has come, and how much memory it took; which of several processes reports."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping

@@ -5,8 +5,6 @@ Scales and arithmetic are float32 whatever the tensor's type; codes are exact in
 code * scale (+ offset), so that a packed file, which stores codes and scales, gives the simulated values bit for bit.
 """
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Callable

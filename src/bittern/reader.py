@@ -4,8 +4,6 @@ The order of execution tells it all: the first linear layer that runs after the 
 after that in the same block is the FFN, what runs after the last block is the head.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """What was recorded of a model, put in order: the place of each tensor, and which of its tokens are real."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 

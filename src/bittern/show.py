@@ -3,8 +3,6 @@
 Nothing is read as markup: paths and messages may hold brackets. What a terminal cannot show is written plainly.
 """
 
-from __future__ import annotations
-
 import codecs
 import re
 import sys

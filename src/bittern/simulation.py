@@ -1,7 +1,5 @@
 """The report of a simulated model: which modules got which formats, and what stayed float."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Where the loss comes from: one block quantized at a time, one class of tensors after another."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

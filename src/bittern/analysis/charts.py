@@ -4,8 +4,6 @@ Colours of text and lines are CSS variables, `var(--ink)`, which a page sets for
 in their place for files. Cells and points carry `data-layer`, `data-head` and a tooltip (`data-tip`) for the script.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Attention recovery by layer and head, errors by depth and nuclear norms, in passes over the data [KD], [TI]."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -6,8 +6,6 @@ function of the quantized weights, at the point where they are. Models need Bitt
 torch's fused ones have no second derivative.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The figures of a report: for each plot how it is drawn; its title and what to look for are in figures.yaml."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What a quantized model lost, where, and what to try, in plain sentences: of the whole and of its worst blocks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterable, Mapping
 from statistics import median

@@ -1,7 +1,5 @@
 """Attention maps of a few samples, teacher and students side by side, small enough to be shown in a page."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Mapping, Sequence
 from io import BytesIO

@@ -1,7 +1,5 @@
 """Two models side by side: the float teacher and its quantized student, run on the same batches and recorded."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

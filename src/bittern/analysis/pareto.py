@@ -3,8 +3,6 @@
 A point is a link to its row of the table, which the page's style then marks: no script is needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path

@@ -5,8 +5,6 @@ attend to a real key. Results are (samples, heads): means over the real queries 
 other company in the batch, changes nothing. Rows may have different lengths, as in a causal mask.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

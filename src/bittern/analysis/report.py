@@ -3,8 +3,6 @@
 Everything that comes from a model, a tokenizer or data is escaped: by jinja2 in the page, by `charts` in the plots.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The whole analysis of one or two students: resumable part by part, with an estimate of its time before it starts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial

@@ -3,8 +3,6 @@
 `kinds_of(batch, keys)` gives the class of each key (samples, keys), or None where the keys are no such tokens.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The command line, and the only place that prints."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """The commands: what each is for, its options, the job that it runs, and what shows the result."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -4,8 +4,6 @@ Types and defaults of a parameter are those of the job that the command runs, wh
 for the options that its fields are. Nothing here needs torch: a job is imported when it runs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json

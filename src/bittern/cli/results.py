@@ -1,7 +1,5 @@
 """What each command shows of the result of its job."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from typing import Any

@@ -1,7 +1,5 @@
 """Object detection: images with boxes in COCO's format, checked before use, and COCO's mean average precision."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

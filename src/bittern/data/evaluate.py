@@ -1,8 +1,6 @@
 """Task metrics: accuracy, F1 and MCC of classifiers, correlation of regressions, mAP of detectors, F1 of tags and
 answers, perplexity of language models, similarity of embeddings, and how far two models agree."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

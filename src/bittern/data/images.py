@@ -1,7 +1,5 @@
 """Images as inputs: read from files or table cells, and made into batches by the model's own processor."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from math import prod

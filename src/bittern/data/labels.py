@@ -1,7 +1,5 @@
 """Labels of data as numbers of the model's classes: matched by name where both sides have names."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 Everything is checked before long work starts: the path, the columns, that there are rows, that labels fit the model.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from functools import cache

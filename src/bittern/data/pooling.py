@@ -1,7 +1,5 @@
 """One vector of a text's hidden states, made as the model's own folder says, in the files of sentence-transformers."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which files of a folder are its train and its test part, by the hub's rules for names."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable

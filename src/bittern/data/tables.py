@@ -1,7 +1,5 @@
 """Tables of samples: files, folders of them and names for `datasets`; their columns of inputs and labels."""
 
-from __future__ import annotations
-
 import atexit
 import glob
 import math

@@ -1,7 +1,5 @@
 """The task of a model, read off its class and configuration, and whether two models have the same inputs."""
 
-from __future__ import annotations
-
 import re
 from inspect import signature
 from pathlib import Path

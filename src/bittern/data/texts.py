@@ -1,7 +1,5 @@
 """Texts as inputs: tokenizers, batches of them, blocks of tokens for language models, and built-in sentences."""
 
-from __future__ import annotations
-
 import random
 import re
 import warnings

@@ -4,8 +4,6 @@ A row is what the tokenizer makes of a text, as lists of numbers, with `labels` 
 `start_positions` and `end_positions` (of the answer), as the model's loss takes them.
 """
 
-from __future__ import annotations
-
 import re
 import string
 from collections import Counter

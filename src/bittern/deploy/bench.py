@@ -3,8 +3,6 @@
 Every contender has its turn, round after round, so that a drift of the machine hits all alike.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping

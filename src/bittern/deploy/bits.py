@@ -1,7 +1,5 @@
 """Codes in the bytes of a file, and back."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

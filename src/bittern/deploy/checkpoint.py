@@ -5,8 +5,6 @@ formats; each quantized module has an int32 `format_index` into that table. The 
 of all tensors and of the configuration, verified on every load.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """What a folder holds beside weights: tokenizer, processors, pooling, prompts, licence; metadata; a model card."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

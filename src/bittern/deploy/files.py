@@ -5,8 +5,6 @@ same bits. Its folder holds `job.json`, which says what the job is (model, data,
 each finished part; a training run keeps its own checkpoints there.
 """
 
-from __future__ import annotations
-
 import glob
 import json
 import os

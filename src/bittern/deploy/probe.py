@@ -5,8 +5,6 @@ as what was saved. Activations are not quantized here: without rounding between 
 outputs up to float32's own noise. Static scales are compared beside the outputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Folders that hold models: loading with clear errors, saving, and their sizes."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

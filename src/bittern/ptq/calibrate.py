@@ -1,7 +1,5 @@
 """Static scales of activations from the extremes that calibration batches show."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

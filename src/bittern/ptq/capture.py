@@ -1,7 +1,5 @@
 """Capture what a unit's layers and attention read, in one float run over all calls."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields

@@ -4,8 +4,6 @@ Each `*_scale(x, fmt)` returns scale and offset in the shapes of `find_scale`, a
 representable. x is a weight (rows = output channels) or an activation; values beyond the found range are clipped.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from functools import cache

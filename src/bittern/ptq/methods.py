@@ -1,7 +1,5 @@
 """Post-training methods: the published ones as they are, and what measures best here, as data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal

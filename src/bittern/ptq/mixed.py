@@ -4,8 +4,6 @@ The sum of sensitivities and the size are both sums over parts, so the best choi
 solved exactly, for all sizes at once: states that are larger and no better than another are dropped part by part.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Post-training quantization from end to end: one streamed forward, in which every unit is solved and kept."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence

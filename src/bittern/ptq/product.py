@@ -1,7 +1,5 @@
 """A product O = left·right, and what a quantized one loses of it [VT eq. 10-11]."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The ranking loss: how far quantization changes the order of attention scores within a row [VT eq. 13]."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

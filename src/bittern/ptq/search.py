@@ -13,8 +13,6 @@ Tried and dropped: 10 coarse and 5 fine exact scores without estimates (three of
 largest values as estimates (a sixth less code, 13 scores in place of 9, and some choices at 4 bits lose 4 %).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ every batch: whatever lies between two units (norms, patch merging, cross-attent
 and only what a unit needs is kept: the inputs of one unit for all batches.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field

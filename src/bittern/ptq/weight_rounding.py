@@ -7,8 +7,6 @@ float32, in which `encode` finds the codes again, with their format and scale: w
 factorizations are in float64; nothing is random.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

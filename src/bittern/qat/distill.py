@@ -4,8 +4,6 @@ A `Distill` is data (see `bittern.options`); `Distiller` binds one to a teacher 
 batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any

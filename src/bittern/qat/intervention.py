@@ -4,8 +4,6 @@ An `Intervention` is data (see `bittern.options`), and says what happens in a st
 that resuming needs no state; an `Intervener` binds one to a student.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

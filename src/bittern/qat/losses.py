@@ -4,8 +4,6 @@ Each is a mean over what is valid of a sample, then over samples: more padding, 
 nothing. rows: (batch, tokens), True where a token is real; None if all are. Everything is computed in float32.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

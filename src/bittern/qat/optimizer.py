@@ -1,7 +1,5 @@
 """The optimizer of the published code of [KD] and [TI]."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

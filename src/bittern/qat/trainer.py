@@ -1,7 +1,5 @@
 """A transformers Trainer whose loss is what a student learns from its teacher; everything else is the Trainer's own."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections import Counter

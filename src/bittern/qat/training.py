@@ -1,7 +1,5 @@
 """One training run of a student: its options, its batches, its checkpoints, and going on after a crash."""
 
-from __future__ import annotations
-
 import math
 import time
 import warnings

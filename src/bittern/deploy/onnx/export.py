@@ -1,7 +1,5 @@
 """Export to ONNX: a file of integer arithmetic with the model's own codes, run and compared before it is kept."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence

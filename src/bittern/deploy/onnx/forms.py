@@ -1,7 +1,5 @@
 """Forms of packed layers in ONNX: the form of each, its integer codes, and what the form rounds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf

@@ -4,8 +4,6 @@ While torch.export traces the model, each packed layer computes with the operato
 codes and scales. So no pattern is searched for afterwards, and no float weight is ever exported.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 import warnings

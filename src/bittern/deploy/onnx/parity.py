@@ -11,8 +11,6 @@ as the reference, plus `FLOAT_NOISE`. Its distance from the simulated model is t
 model's own distance from the exact one.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from math import isnan, sqrt
