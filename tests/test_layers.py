@@ -1,4 +1,5 @@
 import json
+import pickle
 import weakref
 from collections.abc import Callable
 from copy import deepcopy
@@ -500,12 +501,16 @@ def test_as_float_nests() -> None:
     assert [quantizer for _, quantizer in fake_quants(model) if quantizer.bypass] == [ffn]
 
 
-def test_deep_copy() -> None:
-    """A deep copy of a simulated model is simulated alike, and restored alone."""
-    model, batch = SUPPORTED["bart"]()
+@pytest.mark.parametrize("name", ["bart", "mpnet"])
+@pytest.mark.parametrize(
+    "make_copy", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "pickle"]
+)
+def test_copies(name: str, make_copy: Callable[[hf.PreTrainedModel], hf.PreTrainedModel]) -> None:
+    """A deep copy of a simulated model, and one for another process, is simulated alike, and restored alone."""
+    model, batch = SUPPORTED[name]()
     simulate(model, DYNAMIC, batch)
     expected = logits(model, batch)
-    copy = deepcopy(model)
+    copy = make_copy(model)
     assert torch.equal(logits(copy, batch), expected)
     restore(copy)
     assert is_simulated(model)

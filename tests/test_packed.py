@@ -380,7 +380,7 @@ def test_sizes_are_true(name: str) -> None:
     assert before <= model.get_memory_footprint() < 4 * count
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "mpnet"])
 @pytest.mark.kernels
 def test_other_processes(name: str) -> None:
     """A packed model survives torch.save and pickle, before and after its first call, with its ties."""

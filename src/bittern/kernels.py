@@ -7,7 +7,7 @@ that are not finite. The caller then computes as the simulated model does.
 import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
 from bittern import native
+from bittern.derived import derive
 from bittern.quantizers import FakeQuant, has_kernel_coding, kernel_coding, stamp
 from bittern.recipe import OPERANDS, Format
 
@@ -129,23 +130,9 @@ _ACTIVATIONS: dict[type[nn.Module], native.Activation] = {
 }
 
 
-Maker = Callable[..., type[nn.Module]]  # of classes at run time, each from a model's own
-
-
-def _remade(make: Maker, kind: type[nn.Module]) -> nn.Module:
-    return make(kind).__new__(make(kind))
-
-
-def reduction(make: Maker, kind: type[nn.Module]) -> Callable[..., Any]:
-    """Return `__reduce_ex__` for the class that `make` makes of a kind: copies and other processes make it anew. Its
-    state is a copy, since another thread may add to the module's own."""
-    return lambda self, _protocol: (_remade, (make, kind), dict(self.__getstate__()))
-
-
+@cache
 def _served(kind: type[nn.Module]) -> type[nn.Module]:
     """A class for activations of this kind in packed models, of the same name."""
-    if kind in SERVED:
-        return SERVED[kind]
     activation = _ACTIVATIONS[kind]
 
     @outside_graphs
@@ -156,9 +143,7 @@ def _served(kind: type[nn.Module]) -> type[nn.Module]:
         out: Tensor = kind.forward(self, input)
         return out
 
-    reduce = reduction(_served, kind)
-    return type(kind.__name__, (kind,), {"forward": forward, "activation": activation, "__reduce_ex__": reduce})
+    return derive(_served, kind, forward=forward, activation=activation)
 
 
-SERVED: dict[type[nn.Module], type[nn.Module]] = {}
-SERVED |= {kind: _served(kind) for kind in _ACTIVATIONS}
+SERVED = {kind: _served(kind) for kind in _ACTIVATIONS}  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from bittern.derived import derive
 from bittern.errors import ModelError
 from bittern.experts import VIEWS, Layout, layout_of
 
@@ -180,7 +181,7 @@ def _watched(kind: type[nn.Module]) -> type[nn.Module]:
         with Watch(self):
             return kind.forward(self, *args, **kwargs)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "unwatched": kind})
+    return derive(_watched, kind, forward=forward, unwatched=kind)
 
 
 def watch(module: nn.Module) -> None:

@@ -36,6 +36,7 @@ from transformers import DynamicCache, StaticCache
 from bittern import attention, kernels, native
 from bittern.deploy.packed import PackedLayer
 from bittern.deploy.weight import PackedWeight
+from bittern.derived import derive
 from bittern.native.block import LAYER_NAMES, KernelBlock, KernelNorm, run_blocks
 from bittern.quantizers import FakeQuant
 from bittern.recipe import OPERANDS
@@ -257,8 +258,7 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
         found = _run(self, call, written) if _serves(self, call) else None
         return written() if found is None else found
 
-    own = {"forward": forward, "__module__": kind.__module__, "__reduce_ex__": kernels.reduction(_fused, kind)}
-    return type(kind.__name__, (kind, _Fused), own)
+    return derive(_fused, kind, _Fused, forward=forward)
 
 
 def _serves(block: nn.Module, call: Arguments) -> bool:
