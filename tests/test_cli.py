@@ -30,7 +30,7 @@ from bittern import jobs, show
 from bittern.cli import commands, main
 from bittern.data import load_data
 from bittern.demo import DIGITS
-from bittern.deploy.files import Journal
+from bittern.deploy.journal import Journal
 from bittern.errors import ModelError
 from bittern.recipe import load_recipe, recipe_names
 from material import LABELS, TEXTS, command, save_text_model, succeed, tree, write_tables

@@ -20,7 +20,7 @@ from bittern.analysis.pareto import write_page
 from bittern.data import Data, load_splits
 from bittern.data.evaluate import metrics, predict
 from bittern.demo import DIGITS
-from bittern.deploy.files import Journal
+from bittern.deploy.journal import Journal
 from bittern.errors import InputError
 from bittern.ladder import (
     LADDER,

@@ -19,7 +19,7 @@ from torch import Tensor
 import bittern
 from bittern.data import digits
 from bittern.demo import DIGITS
-from bittern.deploy.files import Journal
+from bittern.deploy.journal import Journal
 from bittern.errors import CheckpointError, InputError, ModelError
 from bittern.layers import fake_quants
 from bittern.ptq import Mixed, Result, quantize

@@ -22,7 +22,7 @@ import bittern
 from bittern import jobs
 from bittern.data import load_data
 from bittern.demo import DIGITS
-from bittern.deploy.files import seal
+from bittern.deploy.journal import seal
 from bittern.errors import InputError, ModelError
 from bittern.options import Training, parse_distill
 from bittern.qat.optimizer import BertAdam

@@ -18,7 +18,8 @@ from bittern.data import Data, check_same_inputs, load_any_split, load_splits, t
 from bittern.data.evaluate import check_comparable, headline, is_measurable, metrics, predict
 from bittern.data.tasks import check_served
 from bittern.deploy.checkpoint import is_packed, pack
-from bittern.deploy.files import Journal, check_output, digest, reserved
+from bittern.deploy.files import check_output, digest, reserved
+from bittern.deploy.journal import Journal
 from bittern.deploy.store import float_bytes, load, measure, save
 from bittern.errors import InputError, ModelError
 from bittern.layers import fake_quants, formats, is_simulated, restore, simulate

@@ -29,7 +29,8 @@ from bittern.data.evaluate import LOWER_IS_BETTER, headline, metrics, predict
 from bittern.deploy.bench import alternate
 from bittern.deploy.checkpoint import pack
 from bittern.deploy.companions import CARD, REPORT
-from bittern.deploy.files import Journal, atomic_folder, check_output, digest, holds_output
+from bittern.deploy.files import atomic_folder, check_output, digest, holds_output
+from bittern.deploy.journal import Journal
 from bittern.deploy.store import float_bytes, load, measure, save
 from bittern.errors import InputError
 from bittern.jobs import load_float, load_parts

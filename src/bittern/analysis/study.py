@@ -23,7 +23,8 @@ from bittern.data import check_same_inputs, load_any_split, task_of
 from bittern.data.evaluate import metrics, predict
 from bittern.deploy.bench import alternate
 from bittern.deploy.companions import REPORT as RUN
-from bittern.deploy.files import Journal, atomic_folder, check_output, digest, read_json, reserved
+from bittern.deploy.files import atomic_folder, check_output, digest, read_json, reserved
+from bittern.deploy.journal import Journal
 from bittern.deploy.store import inspect, load
 from bittern.deploy.store import measure as size_on_disk
 from bittern.errors import ModelError

@@ -1,6 +1,5 @@
 """What a folder holds beside weights: tokenizer, processors, pooling, prompts, licence; metadata; a model card."""
 
-import json
 import os
 import shutil
 import warnings
@@ -12,7 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from transformers import PreTrainedModel
 
-from bittern.deploy.files import tensor_files
+from bittern.deploy.files import sort_metadata, tensor_files
 from bittern.errors import first_line
 
 COMPANIONS = (
@@ -53,20 +52,6 @@ def copy_companions(source: str | Path, folder: Path) -> None:
         if not copy.exists():
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
-
-
-def write(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
-    """Write the model itself, with the same bytes each time: metadata is sorted, which safetensors writes at random."""
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    for file in tensor_files(folder):
-        with file.open("r+b") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(length))
-            metadata = dict(sorted(header.pop("__metadata__", {}).items()))
-            text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
-            if len(text) <= length:
-                handle.seek(8)
-                handle.write(text.ljust(length))
 
 
 def warn_of_missing(model: PreTrainedModel, source: str | Path, folder: Path, out: str | Path) -> None:
@@ -146,7 +131,8 @@ def push_to_hub(
     repo, there = api.create_repo(repo_id, private=private, exist_ok=True).repo_id, folder_of(source)
     with TemporaryDirectory() as place:
         folder = Path(place)
-        write(model, folder, max_shard_size)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        sort_metadata(folder)
         copy_companions(source, folder)
         if there and (there / REPORT).exists():  # written by a job, with its figures
             shutil.copyfile(there / CARD, folder / CARD)

@@ -24,8 +24,8 @@ from transformers import AutoConfig, PreTrainedModel
 from bittern import native
 from bittern.deploy import probe
 from bittern.deploy.checkpoint import METHOD, BitternConfig, is_packed, mark, open_checked
-from bittern.deploy.companions import REPORT, copy_companions, folder_of, source_of, warn_of_missing, write, write_card
-from bittern.deploy.files import atomic_folder, open_tensors, read_json, tensor_files
+from bittern.deploy.companions import REPORT, copy_companions, folder_of, source_of, warn_of_missing, write_card
+from bittern.deploy.files import atomic_folder, open_tensors, read_json, sort_metadata, tensor_files
 from bittern.deploy.packed import PackedLayer
 from bittern.dry_run import check_merged, check_model
 from bittern.errors import CheckpointError, InputError, ModelError, first_line, listed, one_line
@@ -146,7 +146,8 @@ def save(
     if is_simulated(model) and not is_packed(model):
         mark(model, "simulated")
     with atomic_folder(out, force=force) as folder:
-        write(model, folder, max_shard_size)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        sort_metadata(folder)
         copy_companions(source, folder)
         warn_of_missing(model, source, folder, out)
         if is_simulated(model) or is_packed(model):

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from bittern.anatomy import Anatomy
 from bittern.attention import Site
-from bittern.deploy.files import Journal, digest
+from bittern.deploy.files import digest
+from bittern.deploy.journal import Journal
 from bittern.errors import InputError
 from bittern.layers import (
     QuantEmbedding,

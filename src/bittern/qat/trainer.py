@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from bittern.deploy.checkpoint import mark
-from bittern.deploy.files import seal
+from bittern.deploy.journal import seal
 from bittern.errors import InputError, ModelError
 from bittern.layers import is_simulated
 from bittern.options import Distill, Intervention

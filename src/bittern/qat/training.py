@@ -19,7 +19,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from bittern.data import Data, task_of
 from bittern.data.evaluate import LOWER_IS_BETTER
-from bittern.deploy.files import is_sealed, read_json
+from bittern.deploy.files import read_json
+from bittern.deploy.journal import is_sealed
 from bittern.errors import CheckpointError, InputError, first_line, need
 from bittern.options import Distill, Intervention, Training
 from bittern.progress import OnStep, ignore, is_main_process
