@@ -256,7 +256,7 @@ class _Job:
         """Simulate the model, with scales from extremes."""
         calibration = self.calibration
         simulation = simulate(self.model, self.recipe, next(iter(calibration)) if calibration else None)
-        if any(q.format.range == "static" and q.scale is None for _, q in fake_quants(self.model)):
+        if any(q.needs_scale for _, q in fake_quants(self.model)):
             if calibration is None:
                 raise InputError(
                     f"recipe {self.recipe.name} has static activation scales, which need data; give --data"

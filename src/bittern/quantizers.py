@@ -303,6 +303,16 @@ class FakeQuant(nn.Module):
         self.scale = scale
         self.offset = None if offset is None else offset.detach().float().clone()
 
+    @property
+    def needs_scale(self) -> bool:
+        """True if the format is static and its scale was not found yet."""
+        return self.format.range == "static" and self.scale is None
+
+    def check_scale(self) -> None:
+        """Raise ModelError if there is no scale yet."""
+        if self.needs_scale:
+            raise ModelError(f"{self.name} has a static format and no scale yet; calibrate the model with data first")
+
     def forward(self, x: Tensor) -> Tensor:
         if self.bypass:
             return x
@@ -310,8 +320,7 @@ class FakeQuant(nn.Module):
             if x.numel():
                 self.observed.append(self.extremes(x))
             return x
-        if self.format.range == "static" and self.scale is None:
-            raise ModelError(f"{self.name} has a static format and no scale yet; calibrate the model with data first")
+        self.check_scale()
         return fake_quantize(x, self.format, self.scale, self.offset)
 
     @property

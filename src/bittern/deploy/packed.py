@@ -322,11 +322,8 @@ def pack_layers(model: PreTrainedModel) -> None:
 
     Raises ModelError if a static scale was never found, before it changes anything.
     """
-    for _name, quantizer in fake_quants(model):
-        if quantizer.format.range == "static" and quantizer.scale is None:
-            raise ModelError(
-                f"{quantizer.name} has a static format and no scale yet; calibrate the model with data first"
-            )
+    for _, quantizer in fake_quants(model):
+        quantizer.check_scale()
     owners: dict[nn.Parameter, PackedLayer] = {}
     for layer in list(model.modules()):
         if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:

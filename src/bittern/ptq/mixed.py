@@ -106,8 +106,8 @@ def _run(call: Call, parts: Mapping[str, Part], part: Part | None) -> tuple[Tens
     sites = [m for m in call.module.modules() if isinstance(m, Site)]
     with as_float(call.module), recording(sites, "map", "ffn") as taps:
         for name, quantizer in fake_quants(call.module):
-            unset = quantizer.format.range == "static" and quantizer.scale is None  # by extremes, in the end
-            quantizer.bypass = part is None or part_of(f"{call.unit}.{name}", parts) != part or unset
+            is_other = part is None or part_of(f"{call.unit}.{name}", parts) != part
+            quantizer.bypass = is_other or quantizer.needs_scale  # which it gets by extremes, in the end
         out = call.run()
     return tree_leaves(out)[0], taps
 

@@ -168,7 +168,7 @@ def quantize(
         else:
             result.solved += last.put(model, None)
             pending.append(widths)
-    unset = [q.name for _, q in fake_quants(model) if q.format.range == "static" and q.scale is None]
+    unset = [q.name for _, q in fake_quants(model) if q.needs_scale]
     named = tuple(f"{name}." for name in result.by_extremes)
     result.by_extremes += [name for name in unset if not name.startswith(named)]
     if mixed is not None:
