@@ -26,7 +26,7 @@ from bittern.analysis.pair import Pair
 from bittern.analysis.pareto import write_page
 from bittern.data import Data
 from bittern.data.evaluate import LOWER_IS_BETTER, headline, metrics, predict
-from bittern.deploy.bench import alternate
+from bittern.deploy.bench import alternate, ratios
 from bittern.deploy.checkpoint import pack
 from bittern.deploy.companions import CARD, REPORT
 from bittern.deploy.files import atomic_folder, check_output, digest, holds_output
@@ -220,7 +220,7 @@ class Workshop:
             "file": size.file,
             "smaller": size.float32 / size.file,
             "latency_ms": 1e3 * statistics.median(times["packed"]),
-            "faster": statistics.median(f / p for p, f in zip(times["packed"], times["float"], strict=True)),
+            "faster": ratios(times, "packed")["float"],
             "kernels": native.engine()[0] or "none",
         }
 

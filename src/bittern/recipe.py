@@ -19,6 +19,7 @@ Role = Literal[
     "embedding", "position", "stem", "qkv", "attention_output", "ffn", "pooler", "head", "other", "attention"
 ]
 Operand = Literal["query", "key", "value", "map"]
+FIXED_BITS = {"ternary": 2, "binary": 1}  # of kinds; uniform has any
 OPERANDS: tuple[Operand, ...] = Operand.__args__  # type: ignore[attr-defined]  # of the two matmuls of attention
 
 
@@ -62,12 +63,12 @@ class Format(_Strict):
     @classmethod
     def _fixed_bits(cls, data: Any) -> Any:
         if isinstance(data, dict) and "bits" not in data:
-            data = data | {"bits": {"ternary": 2, "binary": 1}.get(str(data.get("kind")), 8)}
+            data = data | {"bits": FIXED_BITS.get(str(data.get("kind")), 8)}
         return data
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        fixed = {"ternary": 2, "binary": 1}.get(self.kind)
+        fixed = FIXED_BITS.get(self.kind)
         if fixed is not None and self.bits != fixed:
             raise ValueError(f"{self.kind} always has {fixed} bits, not {self.bits}; leave `bits` out")
         if not 1 <= self.bits <= 12:
@@ -89,7 +90,7 @@ class Format(_Strict):
         return self
 
     def __str__(self) -> str:
-        name = {"ternary": "ternary", "binary": "binary"}.get(self.kind, f"{self.kind} {self.bits}-bit")
+        name = self.kind if self.kind in FIXED_BITS else f"{self.kind} {self.bits}-bit"
         scheme = "" if self.scheme == "symmetric" else f" {self.scheme}"
         unit = f"group of {self.group_size}" if self.group_size else self.granularity
         details = [

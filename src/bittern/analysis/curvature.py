@@ -178,7 +178,7 @@ def measure_curvature(
 
 
 def estimate_curvature(options: Curvature, pair: Pair, batch: Mapping[str, Any]) -> float:
-    """Estimate the seconds that `measure` will take, from one product with the Hessian and one loss."""
+    """Estimate the seconds that `measure_curvature` will take, from one product with the Hessian and one loss."""
     model = trainable(pair.student)
     loss = prediction_loss_of(model, pair.teacher, batch)
     hessian = Hessian(loss, parameters_of(model))

@@ -76,10 +76,6 @@ def of_heads(student: Facts, key: str, kind: str = "all") -> list[list[float]]:
     return [a[key] if isinstance(a[key], list) else a[key].get(kind, []) for a in attentions_of(student) if key in a]
 
 
-def over_heads(student: Facts, key: str) -> list[float]:
-    return [fmean(row) for row in of_heads(student, key)]
-
-
 def numbered(values: Mapping[str, Sequence[float]]) -> dict[str, list[XY]]:
     """Curves of values over their numbers from 0."""
     return {name: list(enumerate(of)) for name, of in values.items()}
@@ -113,7 +109,8 @@ def depth(result: Facts) -> Iterator[Figure]:
     first = result["students"][0]
     places = first["compare"]["places"]
     yield figure("depth", numbered(by_name(result, lambda s: s["compare"]["depth"]["plain"])), labels=places)
-    ratios = by_name(result, partial(over_heads, key="first_student"), over_heads(first, "first_teacher"))
+    teacher = [fmean(row) for row in of_heads(first, "first_teacher")]
+    ratios = by_name(result, lambda s: [fmean(row) for row in of_heads(s, "first_student")], teacher)
     yield figure("first-token", numbered(ratios), labels=labels_of(result))
 
     def given(student: Facts) -> dict[str, list[XY]]:

@@ -1,6 +1,6 @@
 """Classes of tokens, by which distances are told apart: [CLS], [SEP], punctuation and other; of images CLS and patches.
 
-`kinds_of(batch, keys)` gives the class of each key (samples, keys), or None where the keys are no such tokens.
+`Kinds.of(batch, keys)` gives the class of each key (samples, keys), or None where the keys are no such tokens.
 """
 
 import unicodedata

@@ -50,7 +50,6 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 def read_table(source: str, split: Split) -> Any:
     """Read a `datasets.Dataset` with at least one row; None if the source has no such split."""
     datasets = need("datasets")
-
     datasets.disable_progress_bars()
     known = f"digits, sentences, a folder, a file with rows ({', '.join(READERS)}), or a dataset name on the hub"
     with one_line(InputError, f"cannot read data from {source!r}", f"; expected {known}"):
@@ -78,7 +77,6 @@ def _is_saved(path: Path) -> bool:
 
 def _read_local(path: Path, split: Split) -> Any:
     datasets = need("datasets")
-
     if path.is_dir() and _is_saved(path):
         saved = datasets.load_from_disk(path)
         parts = saved if isinstance(saved, dict) else {"train": saved}
@@ -98,7 +96,6 @@ def _read_local(path: Path, split: Split) -> Any:
 def _cache_folder() -> str | None:
     """Return where `datasets` may keep what it reads: None for its own folder, a temporary one if that is read-only."""
     datasets = need("datasets")
-
     own = Path(datasets.config.HF_DATASETS_CACHE)
     try:
         own.mkdir(parents=True, exist_ok=True)
@@ -153,7 +150,6 @@ def read_images(source: str, table: Any, column: str) -> list[dict[str, Any]]:
     A path is one in the folder of the table, or else in the present one.
     """
     datasets = need("datasets")
-
     try:
         cells = list(table.cast_column(column, datasets.Image(decode=False))[column])
     except Exception as error:  # pyarrow has many for what it cannot cast

@@ -143,7 +143,7 @@ class Guard:
 
 @dataclass(eq=False)
 class FusedCall:
-    """A block on the kernels when it is called in one way. `x`, `mask` and `cache` name these arguments."""
+    """The plan of a block: it on the kernels, when it is called in one way. `x`, `mask` and `cache` name arguments."""
 
     whole: KernelBlock
     x: Any

@@ -10,6 +10,11 @@ Objective = Literal["pearson", "cosine", "mse"]
 CHUNK_ENTRIES = 1 << 19  # entries of an error that are looked at at once: they stay in the cache
 
 
+def random_rows(count: int, wanted: int) -> Tensor:
+    """Return the same random part of `count` indices in every call."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted]
+
+
 def loss(p: Tensor, q: Tensor, power: Tensor, objective: Objective) -> Tensor:
     """Return 1 - similarity of O and O + δ, without cancellation; for `mse` the relative squared error ‖δ‖²/‖O‖²."""
     if objective == "mse":

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bittern.ptq.product import Product
+from bittern.ptq.product import Product, random_rows
 
 ROWS = 1024  # on which the search looks at the order
 
@@ -53,7 +53,7 @@ def ranking_penalty(
     rows, keys: (groups, rows) and (groups, columns), False where there is padding.
     """
     group, row = rows.nonzero(as_tuple=True)
-    subset = torch.randperm(len(group), generator=torch.Generator().manual_seed(0))[:ROWS].to(group.device)
+    subset = random_rows(len(group), ROWS).to(group.device)
     group, row = group[subset], row[subset]
     scores, valid = product.out[group, row], keys[group]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from bittern import native
 from bittern.native import rounding
 from bittern.ptq.clips import Scale
-from bittern.ptq.product import Objective, Product
+from bittern.ptq.product import Objective, Product, random_rows
 from bittern.quantizers import code_range, fake_quantize, find_scale
 from bittern.recipe import Format
 
@@ -199,11 +199,6 @@ def _part(x: Tensor, slack: float, rows: int = 0) -> tuple[Tensor | slice, float
     if not slack or wanted >= len(x):
         return slice(None), 1.0  # a slice copies nothing
     return random_rows(len(x), wanted).to(x.device), len(x) / wanted
-
-
-def random_rows(count: int, wanted: int) -> Tensor:
-    """Return the same random part of `count` indices in every call."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted]
 
 
 def _cross_terms(x: Tensor, fmt: Format, other: Tensor, weight: Tensor) -> list[CrossTerms]:
