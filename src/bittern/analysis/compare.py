@@ -19,6 +19,7 @@ from bittern.errors import InputError
 from bittern.layers import anatomy_of
 from bittern.options import SIGNALS
 from bittern.progress import Track, silent
+from bittern.ptq.capture import size_of
 from bittern.ptq.mixed import nuclear_norm
 from bittern.recorded import TokenMasks, attention_output, by_module, by_place, real_tokens, token_masks
 
@@ -34,11 +35,6 @@ def means(values: Values, *prefix: str) -> dict[str, Any]:
     start = "/".join(prefix) + "/"
     found = {name: torch.cat(parts) for name, parts in values.items() if name.startswith(start)}
     return {name.removeprefix(start): numbers(x.double().nanmean(0)) for name, x in found.items()}
-
-
-def size_of(batch: Mapping[str, Any]) -> int:
-    """Return how many samples a batch has."""
-    return len(next(v for v in batch.values() if isinstance(v, Tensor)))
 
 
 def numbers(x: Tensor) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bittern.analysis.ablation import block_errors, class_errors
-from bittern.analysis.compare import compare, nuclear_norms, size_of
+from bittern.analysis.compare import compare, nuclear_norms
 from bittern.analysis.curvature import estimate_curvature, measure_curvature, seconds
 from bittern.analysis.findings import add_findings
 from bittern.analysis.maps import shown_samples
@@ -31,6 +31,7 @@ from bittern.errors import ModelError
 from bittern.layers import describe, formats
 from bittern.options import Curvature
 from bittern.progress import OnEstimate, Track, silent
+from bittern.ptq.capture import size_of
 
 MINI_BATCH = 16  # samples whose Hessian is looked at
 

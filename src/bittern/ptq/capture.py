@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bittern.attention import Site, recording
+from bittern.errors import InputError
 from bittern.layers import QuantConv2d, QuantEmbedding, QuantExpertsLinear, QuantLayer, as_float
 from bittern.ptq.stream import Call
 from bittern.quantizers import stamp
@@ -34,7 +35,7 @@ class Inputs:
 class Heads:
     """Q, K, V (items, heads, tokens, head dim) and maps (items, heads, queries, keys) of one attention module.
 
-    Grouped queries are rows of their key's head. Padded rows are zero; `rows` and `keys` tell how many are not.
+    Grouped queries are rows of their key's head. Padded rows are zero: those that `valid_rows`, `valid_keys` leave out.
     """
 
     query: Tensor
@@ -209,6 +210,14 @@ def _rows(layer: QuantLayer, x: Tensor, batch: Mapping[str, Any], size: int) -> 
 def _samples(items: int, size: int, device: torch.device) -> Tensor:
     """Return the sample of each item of the leading dimension: windows and beams of a sample lie side by side."""
     return torch.arange(items, device=device) // max(items // size, 1)
+
+
+def size_of(batch: Mapping[str, Any]) -> int:
+    """Return how many samples a batch has. Raises InputError for one without tensors."""
+    tensor = next((v for v in batch.values() if isinstance(v, Tensor) and v.dim()), None)
+    if tensor is None:
+        raise InputError(f"a batch holds no tensors, only {', '.join(batch) or 'nothing'}")
+    return len(tensor)
 
 
 def padding_mask(batch: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:

@@ -17,7 +17,8 @@ from bittern.anatomy import Block
 from bittern.attention import Site, Taps, recording
 from bittern.errors import InputError, ModelError
 from bittern.layers import QuantLayer, as_float, fake_quants, weight_matrix
-from bittern.options import Sensitivity
+from bittern.options import Mixed, Sensitivity
+from bittern.ptq.calibrate import calibrate
 from bittern.ptq.capture import padding_mask
 from bittern.ptq.methods import Method
 from bittern.ptq.solve import Solved
@@ -249,3 +250,48 @@ def choose_bits(points: Sequence[Choice], weights: Mapping[str, int], target: fl
             f"no choice of bits has {target:g} bits a weight or fewer; the smallest has {points[0].size / total:.2f}"
         )
     return fitting[-1]
+
+
+def allocate(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    blocks: Sequence[dict[int, Solution]],
+    mixed: Mixed,
+    reference: list[Tensor],
+) -> tuple[list[Solved], dict[str, int], list[Choice], dict[str, float]]:
+    """Choose the bits of each part for the target, and put what was found with them into the model.
+
+    Sums of what parts lose by themselves may mislead, so the choice has to give better outputs than the one width that
+    is no larger. blocks: their solutions by width; reference: the outputs in float. Returns what to report of the
+    parts, the bits of each, all best choices, and the divergence of the outputs with mixed and with uniform widths.
+    """
+    width = max(bits for bits in mixed.bits if bits <= mixed.target)
+    sensitivity: dict[str, dict[int, float]] = {}
+    weights: dict[str, int] = {}
+    owners: dict[str, tuple[Part, dict[int, Solution]]] = {}
+    for widths in blocks:
+        found = widths[width]
+        for part in found.sensitivity:
+            name = f"{found.unit}.{part}"
+            owners[name] = part, widths
+            sensitivity[name] = {bits: other.sensitivity[part] for bits, other in widths.items()}
+            weights[name] = weights_of(model.get_submodule(found.unit), found.unit, found.parts, part)
+    points = frontier(sensitivity, weights)
+    choices = {
+        "mixed": choose_bits(points, weights, mixed.target).bits,
+        f"{width} bits": dict.fromkeys(weights, width),
+    }
+
+    def put(bits: Mapping[str, int]) -> list[Solved]:
+        solved = []
+        for name, (part, widths) in owners.items():
+            solved += widths[bits[name]].put(model, part)
+        calibrate(model, batches)
+        return solved
+
+    divergence: dict[str, float] = {}
+    for name, bits in choices.items():
+        put(bits)
+        divergence[name] = output_divergence(reference, model_outputs(model, batches))
+    chosen = choices[min(choices, key=divergence.__getitem__)]
+    return put(chosen), chosen, points, divergence

@@ -31,22 +31,18 @@ from bittern.layers import (
 from bittern.options import Mixed
 from bittern.progress import Track, peak_memory, silent
 from bittern.ptq.calibrate import calibrate
-from bittern.ptq.capture import Captured, capture, unit_layers
+from bittern.ptq.capture import Captured, capture, size_of, unit_layers
 from bittern.ptq.clips import omse_scale
 from bittern.ptq.methods import Method, find_method
 from bittern.ptq.mixed import (
     Choice,
-    Part,
     Solution,
+    allocate,
     block_parts,
     check_mixed,
-    choose_bits,
-    frontier,
     model_outputs,
-    output_divergence,
     part_of,
     sensitivities,
-    weights_of,
     widen,
 )
 from bittern.ptq.search import Space
@@ -144,7 +140,7 @@ def quantize(
     given = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
     if not given:
         raise InputError("calibration got no batches; give at least one")
-    sizes = [_samples(batch) for batch in given]
+    sizes = [size_of(batch) for batch in given]
     if mixed is not None:
         check_mixed(method)
     journal = None if folder is None else Journal(folder, _job(model, recipe, given, method, mixed, seed))
@@ -173,7 +169,8 @@ def quantize(
     result.by_extremes += [name for name in unset if not name.startswith(named)]
     if mixed is not None:
         with run.clock("allocation"):
-            _allocate(run, pending, mixed, reference, result)
+            solved, result.bits, result.frontier, result.divergence = allocate(model, given, pending, mixed, reference)
+        result.solved += solved
     with run.clock("extremes"):
         calibrate(model, given)
     result.simulation = describe(model)
@@ -291,45 +288,6 @@ def _solve(run: _State, unit: str, module: nn.Module, captured: Captured) -> lis
     return solved
 
 
-def _allocate(
-    run: _State, blocks: Sequence[dict[int, Solution]], mixed: Mixed, reference: list[Tensor], result: Result
-) -> None:
-    """Choose the bits of each part for the target, and put what was found with them into the model.
-
-    Sums of what parts lose by themselves may mislead, so the choice has to give better outputs than the one width that
-    is no larger.
-    """
-    width = max(bits for bits in mixed.bits if bits <= mixed.target)
-    sensitivity: dict[str, dict[int, float]] = {}
-    weights: dict[str, int] = {}
-    owners: dict[str, tuple[Part, dict[int, Solution]]] = {}
-    for widths in blocks:
-        found = widths[width]
-        for part in found.sensitivity:
-            name = f"{found.unit}.{part}"
-            owners[name] = part, widths
-            sensitivity[name] = {bits: other.sensitivity[part] for bits, other in widths.items()}
-            weights[name] = weights_of(run.model.get_submodule(found.unit), found.unit, found.parts, part)
-    result.frontier = frontier(sensitivity, weights)
-    choices = {
-        "mixed": choose_bits(result.frontier, weights, mixed.target).bits,
-        f"{width} bits": dict.fromkeys(weights, width),
-    }
-
-    def put(bits: Mapping[str, int]) -> list[Solved]:
-        solved = []
-        for name, (part, widths) in owners.items():
-            solved += widths[bits[name]].put(run.model, part)
-        calibrate(run.model, run.batches)
-        return solved
-
-    for name, bits in choices.items():
-        put(bits)
-        result.divergence[name] = output_divergence(reference, model_outputs(run.model, run.batches))
-    result.bits = choices[min(choices, key=result.divergence.__getitem__)]
-    result.solved += put(result.bits)
-
-
 def _units(model: nn.Module, anatomy: Anatomy) -> list[str]:
     """Outermost blocks with something to solve, and quantized layers outside of them; the model has their order."""
     blocks = [block.name for block in anatomy.blocks]
@@ -358,10 +316,3 @@ def _solve_without_data(model: nn.Module, method: Method) -> None:
             if method.space is not None:
                 clip = omse_scale if quantizer.format.bits < 8 else find_scale
             quantizer.set_scale(*clip(weight_matrix(module).detach().float(), quantizer.format))
-
-
-def _samples(batch: Mapping[str, Any]) -> int:
-    tensor = next((v for v in batch.values() if isinstance(v, Tensor) and v.dim()), None)
-    if tensor is None:
-        raise InputError(f"a calibration batch holds no tensors, only {', '.join(batch) or 'nothing'}")
-    return len(tensor)
