@@ -115,7 +115,7 @@ def test_resumes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_other_job(place: Path, tmp_path: Path) -> None:
     """What another analysis left unfinished is not mixed with this one, and the message names what differs."""
     job = study._Study([place / "vit"], DIGITS, "digits", tmp_path / "out", 12, 4, 0, None, study.silent, {})
-    job.part("0-compare", lambda: {"anything": 1})
+    job.journal.part("0-compare", lambda: {"anything": 1})
     with refused(InputError, "unfinished run", "another data"):
         analyze(place / "vit", DIGITS, "digits", tmp_path / "out", samples=9, subset=4)
 

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -238,6 +239,12 @@ def climb(ladder: Ladder, workshop: Workshop, journal: Journal, max_loss: float)
     Within a step the first rung within the limit is enough. After a step whose rungs all fail clearly, by 95 %, no
     smaller rung is searched for; training may still find one.
     """
+
+    def measure(rung: Rung) -> Row:
+        start = time.perf_counter()
+        workshop.make(rung)
+        return workshop.measure(rung) | {"seconds": time.perf_counter() - start}
+
     failed = False
     for step in ladder:
         rows = []
@@ -245,13 +252,7 @@ def climb(ladder: Ladder, workshop: Workshop, journal: Journal, max_loss: float)
             if failed and rung.how != "train":
                 continue
             part = f"{rung.name}-{workshop.minutes:g}" if rung.how == "train" else rung.name
-            if (kept := journal.load(part)) is None:
-                start = time.perf_counter()
-                workshop.make(rung)
-                row = workshop.measure(rung) | {"seconds": time.perf_counter() - start}
-                journal.save(part, {}, row)
-            else:
-                row = kept[1]
+            row = journal.part(part, partial(measure, rung))
             rows.append(row | {"within": row["points"] + row["error"] <= max_loss})
             yield rows[-1]
             if rows[-1]["within"]:

@@ -116,15 +116,6 @@ class _Study:
         check_same_inputs(model, path, teacher, self.teacher_path)
         return Pair(model, teacher)
 
-    def part(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return a part of the result: as a run before this kept it, or made and kept now."""
-        known = self.journal.load(name)
-        if known is not None:
-            return known[1]
-        made = make()
-        self.journal.save(name, {"seed": torch.tensor(self.seed)}, made)
-        return made
-
     def estimate(self) -> dict[str, float]:
         """Seconds that each part will take, about, from one batch; parts that are done count still."""
         batch, pair = next(iter(self.data)), self.pairs[0]
@@ -159,7 +150,7 @@ class _Study:
             "samples": len(self.data),
             "few": sum(map(size_of, self.subset)),
             "students": [self._student(i, output, reference) for i, output in enumerate(predicted)],
-            "shown": self.part("shown", lambda: shown_samples(self.pairs, self.data, self.teacher_path, order)),
+            "shown": self.journal.part("shown", lambda: shown_samples(self.pairs, self.data, self.teacher_path, order)),
         }
         add_findings(found, [formats(pair.student) for pair in self.pairs])
         return found
@@ -172,7 +163,7 @@ class _Study:
         kept = ("float_bytes", *(("float", "packed", "samples") if same_data else ()))
 
         def part(name: str, make: Callable[[], Any]) -> Any:
-            return self.part(f"{i}-{name}", make)
+            return self.journal.part(f"{i}-{name}", make)
 
         found: dict[str, Any] = {
             "path": str(self.paths[i]),

@@ -6,7 +6,7 @@ file for each finished part. A training run keeps its own checkpoints there, whi
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -102,6 +102,14 @@ class Journal:
             return tensors, json.loads(metadata["notes"])
         except (CheckpointError, SafetensorError, ValueError, KeyError, OSError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); delete it and run the same command again") from None
+
+    def part(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return the notes of a part: as a run before this kept them, or made and kept now."""
+        if (known := self.load(name)) is not None:
+            return known[1]
+        made = make()
+        self.save(name, {}, made)
+        return made
 
     @staticmethod
     def check_ours(folder: Path) -> None:
