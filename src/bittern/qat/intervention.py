@@ -107,6 +107,7 @@ def _gates(student: PreTrainedModel, anatomy: Anatomy, chosen: Mapping[str, str]
     """Yield a gate for each layer of Q, K or V of a chosen attention; a gradient tells which outputs reach V."""
     attentions = [a for a in anatomy.attentions if a.name in chosen]
     outputs: dict[str, Tensor] = {}
+    # Of a layer that runs again (ALBERT) the first output stands for those after it: the last value depends on that.
     hooks = [
         student.get_submodule(name).register_forward_hook(lambda _, args, out, name=name: outputs.setdefault(name, out))
         for a in attentions
