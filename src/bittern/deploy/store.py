@@ -23,10 +23,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from bittern import native
 from bittern.deploy import probe
-from bittern.deploy.checkpoint import METHOD, BitternConfig, is_packed, mark, open_checked
+from bittern.deploy.checkpoint import METHOD, BitternConfig, is_packed, mark, open_checked, packed_layers
 from bittern.deploy.companions import REPORT, copy_companions, folder_of, source_of, warn_of_missing, write_card
 from bittern.deploy.files import atomic_folder, open_tensors, read_json, sort_metadata, tensor_files
-from bittern.deploy.packed import PackedLayer
 from bittern.dry_run import check_merged, check_model
 from bittern.errors import CheckpointError, InputError, ModelError, first_line, listed, one_line
 from bittern.layers import formats, is_simulated
@@ -168,7 +167,7 @@ class Size:
 
 def measure(model: PreTrainedModel, folder: str | Path) -> Size:
     """Sizes of a saved model. Packed layers count codes and scales; layers tied to them count once."""
-    packed = [m for m in model.modules() if isinstance(m, PackedLayer) and not m.owner]
+    packed = [layer for layer in packed_layers(model).values() if not layer.owner]
     weights = sum(prod(m.weight_shape) for m in packed)
     bits = 8 * sum(m.weight_bytes() for m in packed) / weights if weights else 32.0
     return Size(sum(f.stat().st_size for f in tensor_files(folder)), 4 * model.num_parameters(), bits)

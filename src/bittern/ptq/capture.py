@@ -107,10 +107,9 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
 
         with ExitStack() as stack:
             for name, layer in layers.items():
-                hook = layer.register_forward_pre_hook(lambda m, args, name=name: on_read(name, args[0]))
-                stack.callback(hook.remove)
+                stack.enter_context(layer.register_forward_pre_hook(lambda _, args, name=name: on_read(name, args[0])))
             for name, norm in norms:
-                stack.callback(norm.register_forward_hook(lambda m, args, out, name=name: on_norm(name, out)).remove)
+                stack.enter_context(norm.register_forward_hook(lambda _, __, out, name=name: on_norm(name, out)))
             stack.enter_context(as_float(module))
             taps = stack.enter_context(recording(sites, *OPERANDS))
             if unit in layers:

@@ -46,9 +46,7 @@ class Solved:
 
 def searchable(quantizer: FakeQuant | None) -> bool:
     """True if there is a static scale to choose; ternary and binary ones have closed forms."""
-    if quantizer is None:
-        return False
-    return quantizer.format.range == "static" and quantizer.format.kind not in ("ternary", "binary")
+    return quantizer is not None and quantizer.format.range == "static" and quantizer.format.kind == "uniform"
 
 
 # Sides of products
@@ -218,7 +216,7 @@ def _folds(x: Tensor, norm: nn.Module, layers: Mapping[str, QuantLayer], exponen
     Only for static inputs of one scale; channels that are constant stay as they are.
     """
     quantizers = [layer.input_quantizer for layer in layers.values()]
-    if not all(searchable(q) and q is not None and q.format.kind == "uniform" for q in quantizers):
+    if not all(map(searchable, quantizers)):
         return []
     low, high = x.aminmax(dim=0)
     symmetric = quantizers[0].format.scheme == "symmetric"  # type: ignore[union-attr]

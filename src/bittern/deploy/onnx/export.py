@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 from bittern import native
 from bittern.data import load_any_split
 from bittern.data.tokens import TARGETS
-from bittern.deploy.checkpoint import is_packed, pack
+from bittern.deploy.checkpoint import is_packed, pack, packed_layers
 from bittern.deploy.companions import REPORT, copy_companions
 from bittern.deploy.files import atomic_folder, check_output, check_parent, folder_beside, holds_output, sync
 from bittern.deploy.onnx import forms
 from bittern.deploy.onnx.parity import check_parity, complete, made_up, measure_parity, run_file, run_model
-from bittern.deploy.packed import PackedLayer
 from bittern.deploy.store import load
 from bittern.errors import InputError, ModelError, one_line
 from bittern.layers import is_simulated
@@ -71,7 +70,7 @@ def export(
     if is_simulated(model) and not is_packed(model):
         pack(model)
     batches = _batches(model, source, data, samples, seed, columns)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedLayer)}
+    layers = packed_layers(model)
     chosen = {name: forms.choose_form(layer, form, dynamic) for name, layer in layers.items()}
     simulated = run_model(model, track(batches, "simulated"))
     forms.remove_rounding(model)

@@ -60,8 +60,7 @@ def choose_form(layer: PackedLayer, form: Form, dynamic: bool) -> LayerForm:
     """Choose the form of one packed layer. dynamic: find ranges of inputs at run time in place of static scales."""
     fmt, own = layer.weight_format, layer.input_quantizer
     grouped = fmt.granularity == "group"
-    symmetric = fmt.kind in ("ternary", "binary") or (fmt.kind == "uniform" and fmt.scheme == "symmetric")
-    if not symmetric or fmt.bits > 8:
+    if fmt.scheme != "symmetric" or fmt.bits > 8:
         return LayerForm("float", why=f"weights {fmt} are not 8-bit integers times a scale")
     if isinstance(layer, PackedConv2d):
         return LayerForm("float", why="groups of weights in a convolution") if grouped else LayerForm("stored")
