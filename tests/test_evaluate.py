@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 from bittern.data import Data
 from bittern.data.evaluate import accuracy, agreement, headline, metrics, of_labels, predict, similarity_agreement, top5
 from bittern.errors import InputError
-from families import SUPPORTED, VISION, Batch
+from families import SUPPORTED, TEXT, VISION, Batch
 from helpers import refused
 
 LOGITS = torch.tensor([[1.0, 2.0, 0.5], [3.0, -1.0, 2.0], [-3.0, -2.0, -1.0], [0.0, 0.1, 0.0]])  # classes 1, 0, 2, 1
@@ -137,6 +137,16 @@ def test_metrics() -> None:
         data = Data("given", range(4), given, None, 4)
         assert metrics(model, data, LOGITS) == alone
         assert metrics(model, data, LOGITS, OTHERS) == alone | {"agreement": 0.5, "max_difference": 2.0}
+
+
+def test_metrics_of_regression() -> None:
+    """Without labels a regression is measured by the correlation with a reference; the same outputs agree wholly."""
+    model = hf.BertForSequenceClassification(hf.BertConfig(**TEXT, num_labels=1))
+    data, found = Data("numbers", [("a",)] * 4, None, lambda rows: {}, 8), torch.tensor([[1.0], [2.0], [3.0], [5.0]])
+    assert metrics(model, data, found, found) == {"agreement": pytest.approx(1.0), "max_difference": 0.0}
+    other = torch.tensor([[1.0], [3.0], [2.0], [5.0]])
+    expected = np.corrcoef(found.flatten(), other.flatten())[0, 1]
+    assert metrics(model, data, other, found)["agreement"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 2])], ids=["no labels", "labels"])

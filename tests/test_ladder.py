@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from transformers import PreTrainedModel
 
 import bittern
@@ -36,6 +37,7 @@ from bittern.ladder import (
 )
 from bittern.layers import formats, simulate
 from bittern.recipe import load_recipe
+from families import SUPPORTED, TEXT
 
 SHORT = ((Rung("w8a8", "extremes", "w8a8"),), (Rung("w4a8", "extremes"),), (Rung("w2a8", "extremes", bits=2),))
 
@@ -75,7 +77,7 @@ def test_loss_of_pairs(digits: tuple[PreTrainedModel, Data]) -> None:
 def test_loss_by_bootstrap(digits: tuple[PreTrainedModel, Data]) -> None:
     """For a mean over samples the bootstrap's standard error is the textbook's, and lower perplexity is better."""
     data = digits[1].subset(200)
-    model = type("Decoder", (), {})()
+    model, _ = SUPPORTED["gpt2"]()
     draw = torch.Generator().manual_seed(1)
     reference = torch.rand(200, 5, 2, generator=draw)
     output = reference + 0.1 * torch.rand(200, 5, 2, generator=draw)
@@ -86,6 +88,60 @@ def test_loss_by_bootstrap(digits: tuple[PreTrainedModel, Data]) -> None:
     ratio = gaps.mean().exp().item()
     assert loss["points"] == pytest.approx(100 * (ratio - 1), rel=1e-4)
     assert loss["error"] == pytest.approx(100 * ratio * gaps.std().item() / math.sqrt(200), rel=0.15)
+
+
+def token_data(task: str) -> tuple[PreTrainedModel, Data, torch.Tensor, torch.Tensor]:
+    """A model that tells of tokens, 40 texts of 5 tokens, and two outputs for them, the second of which is better."""
+    heads = {"answers": hf.BertForQuestionAnswering, "masked": hf.BertForMaskedLM}
+    config = hf.BertConfig(**TEXT, num_labels=2)
+    answer = {"spans": [(2 * t, 2 * t + 1) for t in range(5)], "context": "v w x y z", "answers": ["w"]}
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(2, (40, 5), generator=draw)
+    rows: list[dict[str, Any]] = [{"input_ids": [5, 6, 7, 8, 9], "labels": own.tolist()} for own in labels]
+    if task == "answers":
+        rows = [{"input_ids": row["input_ids"], "start_positions": 1, **answer} for row in rows]
+    right = torch.nn.functional.one_hot(labels.flatten(), 2).float()
+    if task == "answers":
+        right = torch.tensor([[0.0, 1, 0, 0, 0]] * 40).flatten().unsqueeze(-1).expand(200, 2)  # start and end
+    if task == "masked":
+        right = torch.stack([torch.zeros(200), labels.flatten().float()], -1)
+    worse, better = (right + spread * torch.rand(200, 2, generator=draw) for spread in (3, 1.5))
+    model = heads.get(task, hf.BertForTokenClassification)(config).eval()
+    return model, Data(task, rows, None, lambda rows: {}, 8), worse, better
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"),
+    [("tags", "accuracy"), ("tags", "agreement"), ("answers", "exact_match"), ("masked", "perplexity")],
+)
+def test_loss_of_tokens(task: str, metric: str) -> None:
+    """Where a model tells of tokens, its loss is that of the metric, and its standard error that of whole texts."""
+    model, data, worse, better = token_data(task)
+    loss = paired_loss(metric, model, data, worse, better)
+    before, after = (metrics(model, data, output, better)[metric] for output in (better, worse))
+    points = after / before - 1 if metric == "perplexity" else before - after
+    assert points > 0
+    assert loss["points"] == pytest.approx(100 * points)
+    texts = [
+        [metrics(model, data.take([i]), o[5 * i : 5 * i + 5], better[5 * i : 5 * i + 5])[metric] for i in range(40)]
+        for o in (worse, better)
+    ]
+    texts = [[math.log(value) for value in values] if metric == "perplexity" else values for values in texts]
+    spread = torch.tensor(texts).diff(dim=0).std().item() / math.sqrt(40)
+    assert loss["error"] == pytest.approx(100 * spread * (after / before if metric == "perplexity" else 1), rel=0.15)
+
+
+def test_loss_of_several_labels() -> None:
+    """The accuracy of a classifier with several labels is that of all of them, not of the largest logit."""
+    model = hf.BertForSequenceClassification(
+        hf.BertConfig(**TEXT, num_labels=3, problem_type="multi_label_classification")
+    )
+    labels = torch.tensor([[1.0, 1, 0]] * 20)
+    data = Data("several", [("a",)] * 20, labels, lambda rows: {}, 8)
+    right, wrong = 2 * labels - 1, torch.tensor([[1.0, -1, -1]] * 20)  # whose largest logit is right
+    assert paired_loss("accuracy", model, data, wrong, right)["points"] == 100
+    unlabelled = replace(data, labels=None)
+    assert paired_loss("agreement", model, unlabelled, wrong, right)["points"] == pytest.approx(100 / 3)
 
 
 class Bench(Workshop):

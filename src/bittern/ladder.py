@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 
 from bittern import native
 from bittern.analysis.ablation import block_errors
+from bittern.analysis.findings import OF_THE_TEACHER
 from bittern.analysis.pair import Pair
 from bittern.analysis.pareto import write_page
-from bittern.data import Data
-from bittern.data.evaluate import LOWER_IS_BETTER, headline, metrics, predict
+from bittern.data import Data, task_of
+from bittern.data.evaluate import LOWER_IS_BETTER, by_sample, headline, metrics, predict
 from bittern.deploy.bench import alternate, ratios
 from bittern.deploy.checkpoint import pack
 from bittern.deploy.companions import CARD, REPORT
@@ -46,7 +47,7 @@ from bittern.recipe import Recipe, Rule, load_recipe
 Goal = Literal["size", "speed", "balanced"]
 Row = dict[str, Any]  # of the table: a rung and what was measured
 OnRung = Callable[[Row], None]
-ROUNDS, DRAWS = 11, 400  # of timing; of the bootstrap
+ROUNDS, DRAWS, DRAWN = 11, 400, 200_000  # of timing; of the bootstrap; samples in all of its draws, about
 # How many times a float model's forward of the calibration samples each takes, about.
 PASSES = {"extremes": 4, "search": 90, "train": 90}
 PAGE = "compress.html"  # beside the model: all rungs, drawn
@@ -91,10 +92,10 @@ def paired_loss(metric: str, model: PreTrainedModel, data: Data, output: Tensor,
 
     For the accuracy and the agreement of classes the standard error is that of Agresti and Min (2005): half a sample is
     added to each cell of the table of pairs, so that even no difference at all, on few samples, leaves some doubt. For
-    other metrics it comes from a bootstrap over samples.
+    other metrics it comes from a bootstrap over samples, with all of their tokens.
     """
     count = len(data)
-    if metric in ("accuracy", "agreement") and output.dim() == 2:
+    if metric in ("accuracy", "agreement") and task_of(model) == "classes":
         right = reference.argmax(-1) if metric == "agreement" or data.labels is None else data.labels
         hits, theirs = output.argmax(-1) == right, reference.argmax(-1) == right
         lost, won = int((theirs & ~hits).sum()), int((hits & ~theirs).sum())
@@ -102,13 +103,15 @@ def paired_loss(metric: str, model: PreTrainedModel, data: Data, output: Tensor,
         return interval(100 * (lost - won) / count, 100 * math.sqrt(variance) / (count + 2), count)
 
     def points(data: Data, output: Tensor, reference: Tensor) -> float:
-        worse, better = (metrics(model, data, o, reference)[metric] for o in (output, reference))
+        float_output = reference if metric in OF_THE_TEACHER else None
+        worse, better = (metrics(model, data, o, float_output)[metric] for o in (output, reference))
         return float(100 * (worse / better - 1 if metric in LOWER_IS_BETTER else better - worse))
 
     draw, found = torch.Generator().manual_seed(0), []
-    for _ in range(DRAWS):
-        rows = torch.randint(count, (count,), generator=draw)
-        found.append(points(data.take(rows.tolist()), output[rows], reference[rows]))
+    outputs, references = (by_sample(model, data, o) for o in (output, reference))
+    for _ in range(max(DRAWS // 10, min(DRAWS, DRAWN // count))):
+        rows = torch.randint(count, (count,), generator=draw).tolist()
+        found.append(points(data.take(rows), *(torch.cat([part[i] for i in rows]) for part in (outputs, references))))
     return interval(points(data, output, reference), statistics.stdev(found), count)
 
 

@@ -30,7 +30,7 @@ OUTPUTS = {  # of tasks that give other than logits
     "answers": ("start_logits", "end_logits"),
     "embedding": ("last_hidden_state",),
 }
-LOWER_IS_BETTER = ("perplexity", "max_difference", "loss")
+LOWER_IS_BETTER = ("perplexity", "logits_error", "boxes_error", "max_difference", "loss")
 
 
 @torch.no_grad()
@@ -77,6 +77,18 @@ def _output(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     else:
         found = torch.cat([first, *more], -1)
     return found.float().cpu()
+
+
+def by_sample(model: PreTrainedModel, data: Data, output: Tensor) -> tuple[Tensor, ...]:
+    """Split what `predict` gave for `data` into the part of each sample: one row, or those of its tokens."""
+    match task_of(model):
+        case "tags" | "answers":
+            sizes = [len(row["input_ids"]) for row in data.rows]
+        case "masked":
+            sizes = [sum(label != -100 for label in row["labels"]) for row in data.rows]
+        case _:
+            sizes = [1] * len(data)
+    return output.split(sizes)
 
 
 def _likelihoods(logits: Tensor, right: Tensor) -> Tensor:
@@ -173,9 +185,9 @@ def metrics(model: PreTrainedModel, data: Data, output: Tensor, reference: Tenso
 
     Of detectors COCO's AP, AP50 and AP75; of language models the perplexity, of masked words the accuracy too; of tags
     F1 of entities and accuracy; of answers SQuAD's F1 and exact match; else what `of_labels` or `of_several` gives, if
-    the data has labels. With a reference the agreement of classes, tokens, answers or similarities, of detectors the
-    errors of logits and boxes relative to its norm, and the largest difference. Nothing, if there are neither labels
-    nor a reference, nor a metric of one's own in `data.metric`.
+    the data has labels. With a reference the agreement of classes, tokens, answers or similarities, of regressions
+    Pearson's correlation with it, of detectors the errors of logits and boxes relative to its norm, and the largest
+    difference. Nothing, if there are neither labels nor a reference, nor a metric of one's own in `data.metric`.
     """
     result: dict[str, Any] = _of_truth(model, data, output) if is_measurable(model, data) else {}
     if data.metric and ":" in data.metric:
@@ -192,6 +204,8 @@ def metrics(model: PreTrainedModel, data: Data, output: Tensor, reference: Tenso
         output, reference = output[..., 0], reference[..., 0]
     elif task in ("classes", "tags"):
         result["agreement"] = agreement(output, reference)
+    elif task == "number":
+        result["agreement"] = of_labels(output, reference, regression=True)["pearson"]
     elif task == "labels":
         result["agreement"] = ((output > 0) == (reference > 0)).float().mean().item()
     elif task == "answers":
