@@ -50,6 +50,12 @@ def test_bench_compares_with_float(folders: tuple[Path, Path]) -> None:
     assert result["without_kernel"] == {}
 
 
+def test_bench_says_how_long_the_texts_are(folders: tuple[Path, Path]) -> None:
+    """Texts longer than the model takes are shorter, and the title tells how long."""
+    done = CliRunner().invoke(app, ["bench", str(folders[0]), "--rounds", "1", "--length", "1000"])
+    assert "input_ids 1 × 62;" in done.output
+
+
 def test_bench_says_what_is_slow(folders: tuple[Path, Path]) -> None:
     """Formats without a kernel are named, and so is a machine without kernels."""
     model, batch = SUPPORTED["bert"]()

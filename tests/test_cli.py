@@ -152,6 +152,30 @@ def test_printed_figures(inside: Path, job: dict[str, Any]) -> None:
     assert all(part in text for part in (accuracy, agreement, "against", "vit"))
 
 
+def test_what_was_read(inside: Path, tmp_path: Path) -> None:
+    """Which part and columns of the data were read is told; what may be labels is not left out in silence."""
+    assert one_object(succeed("bittern eval bert --data texts --json"))["origin"] == (
+        "validation.parquet: text, labels of label"
+    )
+    hidden = tmp_path / "hidden"
+    write_tables(hidden, text=TEXTS, kind=LABELS)
+    told = f"{hidden}: no column of labels was found; there is kind (choose with --label-column)"
+    with pytest.warns(UserWarning, match=re.escape(told)):
+        text = succeed(f"bittern quantize bert --recipe w8a8 --data {hidden} --out {tmp_path}/out")
+    assert "Measured on 40 samples of" in text
+    assert "validation.parquet: text." in text
+
+
+def test_bits_of_half_a_model(inside: Path, tmp_path: Path) -> None:
+    """A model whose files have 16 bits is said to have them, and what is made of it is compared with these files."""
+    bittern.load("bert").half().save_pretrained(tmp_path / "half")
+    shutil.copy("bert/tokenizer.json", tmp_path / "half")
+    shutil.copy("bert/tokenizer_config.json", tmp_path / "half")
+    assert one_object(succeed(f"bittern eval {tmp_path}/half --data texts --json"))["bits"] == 16
+    text = succeed(f"bittern quantize {tmp_path}/half --recipe w8a8 --data texts --out {tmp_path}/out")
+    assert re.search(r"bits per quantized weight +│ +16 │", text)
+
+
 def test_a_real_process(place: Path, tmp_path: Path, job: dict[str, Any]) -> None:
     """The installed `bittern`, in a process of its own, prints the same JSON and nothing else."""
     program = Path(sys.executable).with_name("bittern")
@@ -189,7 +213,8 @@ def test_columns(inside: Path, tmp_path: Path) -> None:
     known = succeed(f"bittern quantize bert -r w8a8 --data texts -o {tmp_path}/a --batch-size 10 --json")
     options = "--columns words --label-column kind --batch-size 10 --json"
     renamed = succeed(f"bittern quantize bert -r w8a8 --data renamed -o {tmp_path}/a --force {options}")
-    assert one_object(renamed) == one_object(known) | {"data": "renamed"}
+    origin = "validation.parquet: words, labels of kind"
+    assert one_object(renamed) == one_object(known) | {"data": "renamed", "origin": origin}
     assert "accuracy" in one_object(
         succeed("bittern eval bert --data renamed --columns words --label-column kind --json")
     )
@@ -383,6 +408,20 @@ BAD = {
         "qat vit -r w8a8 -o out --data digits --student bert",
         "bert reads input_ids",
         "vit reads pixel_values",
+    ),
+    "eval, no metric": ("eval bert --data texts --metric acuracy", "no metric 'acuracy'", "there are accuracy"),
+    "eval, loss": ("eval bert --data texts --metric loss", "no metric 'loss'", "there are accuracy"),
+    "quantize, no metric": ("quantize bert -r w8a8 -o out --data texts --metric mcc", "no metric 'mcc'", "accuracy"),
+    "quantize, no own metric": ("quantize bert -r w8a8 -o out --data texts --metric no:where", "no no:where"),
+    "bits without target": ("ptq vit -r w8a8 -o out --data digits --bits 4,6", "--bits says nothing without --target"),
+    "paper without target": ("ptq vit -r w8a8 -o out --data digits --sensitivity paper", "nothing without --target"),
+    "steps without intervention": (
+        "qat vit -r w8a8 -o out --data digits --intervene-steps 9",
+        "--intervene-steps says nothing without --intervene",
+    ),
+    "grid without curvature": (
+        "analyze packed --teacher vit -o out --data digits --grid 9",
+        "--grid says nothing without --curvature",
     ),
     "no demo": ("demo penguins", "no demo 'penguins'", "digits, minilm or all"),
 }

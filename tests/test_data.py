@@ -362,6 +362,26 @@ def test_label_column(row: dict[str, Any], asked: str | None, expected: Any, fol
     assert (data.labels if expected is None else data.labels.tolist()) == expected
 
 
+def test_numbers_in_order(folders: Path, tmp_path: Path) -> None:
+    """Labels that are numbers are in the order of the model's classes, if that is asked for."""
+    data = texts(table(tmp_path, ROWS), named(), folders, labels="order")
+    assert data.labels.tolist() == [1, 0, 2]
+
+
+def test_both_texts_of_a_pair(folders: Path, tmp_path: Path) -> None:
+    """Columns that are named like the tokenizer's own parameters, text and text_pair, are a pair."""
+    data = texts(table(tmp_path, [{"text": "dawn", "text_pair": "still reeds", "label": 1}]), named(), folders)
+    assert data.rows == [("dawn", "still reeds")]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_table_of_a_header(kind: str, folders: Path, tmp_path: Path) -> None:
+    """A table with no rows is said to have none."""
+    (tmp_path / f"train.{kind}").write_text("text,label\n" if kind == "csv" else "")
+    with refused(InputError, "has no rows; expected at least one sample in train."):
+        texts(tmp_path, named(), folders)
+
+
 @pytest.mark.parametrize(
     ("labels", "parts"),
     [
@@ -407,8 +427,8 @@ BAD_FILES: dict[str, tuple[str, str | bytes, dict[str, Any], tuple[str, ...]]] =
     "unknown type": ("data.docx", "text\ndawn\n", {}, (".docx file", ".parquet, .csv, .tsv, .json, .jsonl")),
     "no type": ("data", "text\ndawn\n", {}, ("nameless file", ".parquet, .csv, .tsv, .json, .jsonl")),
     "no bytes": ("data.csv", "", {}, ("cannot read data", "expected", "file with rows")),
-    "no lines": ("data.jsonl", "", {}, ("cannot read data", "expected", "file with rows")),
-    "header only": ("data.csv", "text,label\n", {}, ("cannot read data", "expected", "file with rows")),
+    "no lines": ("data.jsonl", "", {}, ("has no rows; expected at least one sample",)),
+    "header only": ("data.csv", "text,label\n", {}, ("has no rows; expected at least one sample",)),
     "no parquet": ("data.parquet", "text\ndawn\n", {}, ("cannot read data", "expected")),
     "no JSON": ("data.jsonl", "text\ndawn\n", {}, ("cannot read data", "expected")),
     "binary": ("data.csv", b"\x80\xff\x00\x9f\n\x80", {}, ("cannot read data", "expected")),
@@ -1125,7 +1145,9 @@ def test_read_only_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     (tmp_path / "data.csv").write_text("text,label\ngood,1\n")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/none")
     tables._cache_folder.cache_clear()
-    assert list(tables.read_table(str(tmp_path / "data.csv"), "train")["text"]) == ["good"]
+    found = tables.read_table(str(tmp_path / "data.csv"), "train")
+    assert found is not None
+    assert list(found[1]["text"]) == ["good"]
     tables._cache_folder.cache_clear()
 
 

@@ -1,6 +1,8 @@
 """Metrics against values worked out by hand, and what a model must give to be evaluated."""
 
 import math
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,17 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from bittern.data import Data
-from bittern.data.evaluate import accuracy, agreement, headline, metrics, of_labels, predict, similarity_agreement, top5
+from bittern.data.evaluate import (
+    accuracy,
+    agreement,
+    check_classes,
+    headline,
+    metrics,
+    of_labels,
+    predict,
+    similarity_agreement,
+    top5,
+)
 from bittern.errors import InputError
 from families import SUPPORTED, TEXT, VISION, Batch
 from helpers import refused
@@ -137,6 +149,29 @@ def test_metrics() -> None:
         data = Data("given", range(4), given, None, 4)
         assert metrics(model, data, LOGITS) == alone
         assert metrics(model, data, LOGITS, OTHERS) == alone | {"agreement": 0.5, "max_difference": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"), [([0, 1, 2], None), ([1, 0, 2], "33% of the labels .* 100% .* 0=1,1=0"), ([0, 0, 0], None)]
+)
+def test_mixed_up_classes(labels: list[int], told: str | None) -> None:
+    """Labels that would fit what the model says far better by other numbers are told of, with those numbers."""
+    model = hf.BertForSequenceClassification(hf.BertConfig(**TEXT, num_labels=3))
+    output = torch.nn.functional.one_hot(torch.tensor([0, 1, 2] * 20), 3).float()
+    data = Data("reviews", [("a",)] * 60, torch.tensor(labels * 20), lambda rows: {}, 8)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        check_classes(model, data, output)
+    assert len(found) == (told is not None)
+    assert told is None or re.search(f"^reviews: {told}$", str(found[0].message))
+
+
+def test_one_class_only() -> None:
+    """F1 and Matthews correlation are 0 where there is one class only, without a warning of scikit-learn's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = of_labels(torch.tensor([[1.0, 0.0]] * 3), torch.tensor([0, 0, 0]))
+    assert found == {"accuracy": 1.0, "f1": 0.0, "mcc": 0.0}
 
 
 def test_metrics_of_regression() -> None:

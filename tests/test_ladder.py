@@ -195,6 +195,32 @@ def test_rungs_that_are_deleted_meanwhile(tmp_path: Path) -> None:
     assert kept.load("b") is not None
 
 
+def test_rungs_that_are_others_now(tmp_path: Path) -> None:
+    """A rung of one's own that is another by the same name, by its options or its recipe's file, is made anew."""
+    recipe, losses = tmp_path / "own.yaml", {"a": 0.5}
+    for text, rung in (
+        ("name: own\nrules:\n  - weight: {bits: 8}\n", Rung("a", "search", str(recipe))),
+        ("name: own\nrules:\n  - weight: {bits: 4}\n", Rung("a", "search", str(recipe))),
+        ("name: own\nrules:\n  - weight: {bits: 4}\n", Rung("a", "search", str(recipe), bits=5)),
+    ):
+        recipe.write_text(text)
+        for made in (["a"], []):
+            bench = Bench(losses)
+            list(climb([[rung]], bench, Journal(tmp_path / "rungs", {"model": "x"}), 1.0))
+            assert bench.made == made
+
+
+def test_limits_that_the_data_cannot_tell(tmp_path: Path) -> None:
+    """Too few samples for a limit are told of before work; metrics of which nothing can be lost are refused."""
+    told = "180 samples to choose by are too few for a limit of 0.1: even a rung that changes no answer may lose 0.55"
+    with pytest.warns(UserWarning, match=told), pytest.raises(InputError, match="no rung is within"):
+        compress(DIGITS, tmp_path / "out", data="digits", ladder=SHORT[2:], max_loss=0.1)
+    with pytest.raises(InputError, match="no share of max_difference can be lost, which is 0 for the float model"):
+        compress(DIGITS, tmp_path / "other", data="digits", metric="max_difference")
+    with pytest.raises(InputError, match="no metric 'acuracy'"):
+        compress(DIGITS, tmp_path / "other", data="digits", metric="acuracy")
+
+
 def test_choose() -> None:
     """The goal decides between rungs within the limit; none within it is an error that names the nearest."""
     table = [("a", 100, 9.0, True), ("b", 40, 8.0, True), ("c", 35, 9.2, True), ("d", 10, 1.0, False)]
@@ -233,7 +259,7 @@ def test_compress(tmp_path: Path, digits: tuple[PreTrainedModel, Data], monkeypa
     options: dict[str, Any] = {"data": "digits", "ladder": SHORT, "on_rung": lambda row: seen.append(row["rung"])}
     result = compress(DIGITS, tmp_path / "out", max_loss=3, goal="size", **options)
     assert seen[:2] == ["w8a8", "w4a8"]
-    assert result["chosen"] == "w4a8"
+    assert (result["chosen"], result["how"], result["origin"]) == ("w4a8", "quantize", "test part")
     assert json.loads((tmp_path / "out" / "bittern.json").read_text()).items() <= result.items()
     assert f"accuracy {result['rows'][1]['accuracy']:.4f}, of" in (tmp_path / "out" / "README.md").read_text()
     page = (tmp_path / "out" / "compress.html").read_text()

@@ -15,7 +15,15 @@ from transformers import PreTrainedModel
 from bittern import native
 from bittern.analysis.findings import verdict
 from bittern.data import Data, check_same_inputs, load_any_split, load_splits, task_of
-from bittern.data.evaluate import check_comparable, headline, is_measurable, metrics, predict
+from bittern.data.evaluate import (
+    check_classes,
+    check_comparable,
+    check_metric,
+    headline,
+    is_measurable,
+    metrics,
+    predict,
+)
 from bittern.data.tasks import check_served
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.files import check_output, digest, reserved
@@ -241,7 +249,10 @@ class _Job:
             check_served(self.model)
             simulate(self.model, self.recipe, next(iter(self.calibration)) if self.calibration else None)
             restore(self.model)
+            check_metric(self.float_model, self.test, ["loss"] if self.hold_out else [])
         self.reference = self._predict(self.float_model, "float")
+        if self.test and self.reference is not None:
+            check_classes(self.float_model, self.test, self.reference)
         self.float_bytes = float_bytes(self.float_model)
 
     def _predict(self, model: PreTrainedModel, description: str) -> Tensor | None:
@@ -281,7 +292,7 @@ class _Job:
             **found,
         }
         if self.test is not None and simulated is not None:
-            result["samples"] = len(self.test)
+            result |= {"samples": len(self.test), "origin": self.test.origin}
             result |= self._compare(simulated)
             how, learned = next((h for h in ("qat", "ptq") if h in found), "quantize"), found.get("distill", {})
             result["verdict"] = verdict(
@@ -358,16 +369,18 @@ def evaluate(
     loaded = load_any_split(data, model, source, **columns)
     if against is None and not is_measurable(model, loaded):
         no_classes = f"is for {type(model).__name__}, which has no classes"
-        why = no_classes if task_of(model) == "embedding" else "has no labels"
+        why = no_classes if task_of(model) == "embedding" else f"has no labels ({loaded.origin})"
         raise InputError(f"{data} {why}, so there is no accuracy; compare with another model: --against FLOAT_MODEL")
     other = None if against is None else load(against)
     if against is not None and other is not None:
         check_comparable(model, source, other, against, loaded)
         check_same_inputs(model, source, other, against)
+    check_metric(model, loaded, compared=against is not None)
     with nullcontext() if kernels else native.disabled():
         output = predict(model, track(loaded, "evaluating"))
         reference = None if other is None else predict(other, track(loaded, "reference"))
-    result: dict[str, Any] = {"model": str(source), "data": data, "samples": len(loaded)}
+    check_classes(model, loaded, output)
+    result: dict[str, Any] = {"model": str(source), "data": data, "origin": loaded.origin, "samples": len(loaded)}
     result |= asdict(measure(model, source))
     result |= {} if against is None else {"against": str(against)}
     return result | metrics(model, loaded, output, reference)

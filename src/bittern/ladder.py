@@ -11,8 +11,9 @@ import math
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,7 +28,7 @@ from bittern.analysis.findings import OF_THE_TEACHER
 from bittern.analysis.pair import Pair
 from bittern.analysis.pareto import write_page
 from bittern.data import Data, task_of
-from bittern.data.evaluate import LOWER_IS_BETTER, by_sample, headline, metrics, predict
+from bittern.data.evaluate import LOWER_IS_BETTER, by_sample, check_classes, check_metric, headline, metrics, predict
 from bittern.deploy.bench import alternate, ratios
 from bittern.deploy.checkpoint import pack
 from bittern.deploy.companions import CARD, REPORT
@@ -50,6 +51,7 @@ OnRung = Callable[[Row], None]
 ROUNDS, DRAWS, DRAWN = 11, 400, 200_000  # of timing; of the bootstrap; samples in all of its draws, about
 # How many times a float model's forward of the calibration samples each takes, about.
 PASSES = {"extremes": 4, "search": 90, "train": 90}
+HOW = {"extremes": "quantize", "search": "ptq", "train": "qat"}  # the command that does the same
 PAGE = "compress.html"  # beside the model: all rungs, drawn
 Z95 = 1.645  # 95 % of a normal distribution lie below
 
@@ -222,7 +224,7 @@ class Workshop:
             **loss,
             "bits": size.bits,
             "file": size.file,
-            "smaller": size.float32 / size.file,
+            "smaller": float_bytes(self.model) / size.file,
             "latency_ms": 1e3 * statistics.median(times["packed"]),
             "faster": ratios(times, "packed")["float"],
             "kernels": native.engine()[0] or "none",
@@ -255,7 +257,8 @@ def climb(ladder: Ladder, workshop: Workshop, journal: Journal, max_loss: float)
             if failed and rung.how != "train":
                 continue
             part = f"{rung.name}-{workshop.minutes:g}" if rung.how == "train" else rung.name
-            row = journal.part(part, partial(measure, rung))
+            made_of = asdict(rung) | {"recipe": load_recipe(rung.recipe).model_dump(mode="json")}
+            row = journal.part(part, partial(measure, rung), made_of)
             rows.append(row | {"within": row["points"] + row["error"] <= max_loss})
             yield rows[-1]
             if rows[-1]["within"]:
@@ -320,10 +323,21 @@ def compress(
     train_data, test = load_parts(data, model, source, seed, **columns)
     assert test is not None
     choice, fresh = test.split(len(test) // 2, seed)
+    check_metric(model, choice)
     start = time.perf_counter()
     reference = predict(model, track(choice, "float"))
     seconds = (time.perf_counter() - start) / len(choice)  # of one sample
-    metric = headline(data, metrics(model, choice, reference, reference), choice.metric)
+    check_classes(model, choice, reference)
+    measured = metrics(model, choice, reference, reference)
+    metric = headline(data, measured, choice.metric)
+    if metric in LOWER_IS_BETTER and not measured[metric]:
+        raise InputError(f"no share of {metric} can be lost, which is 0 for the float model; choose another --metric")
+    if task_of(model) == "classes" and (least := 100 / (len(choice) + 2)) > max_loss and keep is None:
+        warnings.warn(
+            f"{len(choice)} samples to choose by are too few for a limit of {max_loss:g}: even a rung that changes no "
+            f"answer may lose {least:.2f}; give more labelled data, or raise --max-loss",
+            stacklevel=2,
+        )
     calibration = train_data.subset(samples, seed)
     parts = [part.fingerprint() for part in (train_data.subset(256), calibration, choice)]
     known = {"model": digest(sorted(model.state_dict().items())), "data": parts, "metric": metric, "seed": seed}
@@ -355,12 +369,14 @@ def compress(
         "source": str(source),
         "data": data,
         "metric": metric,
-        "float": metrics(model, choice, reference, reference)[metric],
+        "origin": choice.origin,
+        "float": measured[metric],
         "float_bytes": float_bytes(model),
         "max_loss": max_loss,
         "goal": goal,
         "rows": rows,
         "chosen": chosen["rung"],
+        "how": HOW[chosen["how"]],
         "why": why,
         "fresh": loss,
         "rungs": str(folder),

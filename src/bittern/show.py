@@ -69,11 +69,13 @@ def fold(text: str, width: int) -> str:
     >>> fold("encoder.layer.*.attention.output", 20).split("\\n")
     ['encoder.layer.*.', 'attention.output']
     """
-    lines = [""]
-    for part in re.findall(r"[^\s._]*[\s._]*", text):
-        if len(lines[-1] + part.rstrip()) > width and not lines[-1].endswith("\n"):
-            lines.append("")
-        lines[-1] += part
+    lines: list[str] = []
+    for line in text.split("\n"):
+        lines.append("")
+        for part in re.findall(r"[^\s._]*[\s._]*", line):
+            if len(lines[-1] + part.rstrip()) > width and lines[-1]:
+                lines.append("")
+            lines[-1] += part
     return "\n".join(line for line in lines if line)
 
 

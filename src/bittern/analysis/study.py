@@ -20,7 +20,7 @@ from bittern.analysis.pair import Pair
 from bittern.analysis.report import write_report
 from bittern.analysis.tokens import token_kinds
 from bittern.data import check_same_inputs, load_any_split, task_of
-from bittern.data.evaluate import metrics, predict
+from bittern.data.evaluate import check_metric, metrics, predict
 from bittern.deploy.bench import alternate
 from bittern.deploy.companions import REPORT as RUN
 from bittern.deploy.files import atomic_folder, check_output, digest, read_json, reserved
@@ -90,6 +90,7 @@ class _Study:
     def __post_init__(self) -> None:
         self.teacher = load(self.teacher_path)
         data = load_any_split(self.source, self.teacher, self.teacher_path, **self.columns)
+        check_metric(self.teacher, data)
         self.data = data.subset(self.samples, self.seed)
         self.subset = list(data.subset(min(self.subset_size, self.samples), self.seed))
         self.mini = list(replace(self.data, batch_size=min(MINI_BATCH, self.data.batch_size)))
@@ -168,7 +169,7 @@ class _Study:
         found: dict[str, Any] = {
             "path": str(self.paths[i]),
             "name": path.name,
-            "how": next((how for how in ("qat", "ptq") if how in run), "quantize" if run else ""),
+            "how": run.get("how") or next((how for how in ("qat", "ptq") if how in run), "quantize" if run else ""),
             "learned": list(run.get("distill", {}).get("terms", ())),
             "metrics": metrics(pair.student, self.data, predicted, reference),
             "run": {key: run[key] for key in kept if key in run},

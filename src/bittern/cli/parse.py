@@ -167,6 +167,11 @@ def job_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dic
         first = next(entry for entry in known if entry.group == group)
         if fields.pop("") if first.name == "" else first.default is not None or first.name in fields:
             arguments[group] = unwrap(hints[group])[0](**fields)
+            continue
+        others = {entry.key for entry in known if entry.group != group} | {first.key}
+        for entry in known:
+            if entry.group == group and entry.key not in others and given[entry.key] != typer_parameter(entry).default:
+                raise InputError(f"{entry.flags[0]} says nothing without {first.flags[0]}; give both or neither")
     return arguments
 
 

@@ -39,7 +39,8 @@ def compress(result: Facts) -> None:
         loss, size = f"{row['points']:.2f} ± {row['error']:.2f}", f"{megabytes(row['file'])} ({row['smaller']:.1f}×)"
         value, speed = f"{row[result['metric']]:.4f}", (f"{row['latency_ms']:.1f}", f"{row['faster']:.2f}×")
         rows.append((mark, row["rung"], value, loss, size, *speed))
-    title = f"{result['source']}, {result['rows'][0]['samples']:,} samples; → chosen, ✗ may lose too much"
+    say(f"{result['source']} on {result['rows'][0]['samples']:,} samples of {result['data']}, {result['origin']}")
+    title = "→ chosen, ✗ may lose too much"
     print_table(("", "rung", result["metric"], "points lost", "size", "ms", "faster"), rows, title, left=("rung",))
     fresh = result["fresh"]
     say(
@@ -83,9 +84,10 @@ def demo(result: Facts) -> None:
 
 def sizes_and_metrics(result: Facts, how: str = "") -> None:
     """Print the float model against the packed one."""
+    bits = "16" if result["float_bytes"] < 0.75 * result["float32"] else "32"
     rows = [
         ("size", megabytes(result["float_bytes"]), megabytes(result["file"])),
-        ("bits per quantized weight", "32", f"{result['bits']:.2f}"),
+        ("bits per quantized weight", bits, f"{result['bits']:.2f}"),
     ]
     if "packed" in result:
         for name, value in result["packed"].items():
@@ -94,6 +96,8 @@ def sizes_and_metrics(result: Facts, how: str = "") -> None:
         error = result["max_error_simulated_packed"]
         rows.append(("max error simulated–packed, without kernels", "", f"{error:g}"))
     print_table(("", "float", "packed"), rows, f"{result['source']} by {result['recipe']}{how}")
+    if "origin" in result:
+        say(f"Measured on {result['samples']:,} samples of {result['data']}, {result['origin']}.")
     if judged := result.get("verdict"):
         say((judged["text"], "" if judged["level"] == "kept" else "bold yellow"))
 
@@ -264,7 +268,8 @@ def bench(result: Facts) -> None:
         )
         for name, engine in result["engines"].items()
     ]
-    title = f"batch {result['batch_size']}, {result['threads']} threads, kernels: {result['kernels'] or 'none'}"
+    inputs = ", ".join(f"{name} {' × '.join(map(str, shape))}" for name, shape in result["inputs"].items())
+    title = f"{inputs}; {result['threads']} threads, kernels: {result['kernels'] or 'none'}"
     print_table(("engine", "ms", "samples/s", "time / ours", "weights in memory", "file"), rows, title)
     error = result["difference_kernels_simulated"]
     say(f"medians of runs in turn; kernels and simulated model differ by {error:.1e}")

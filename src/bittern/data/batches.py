@@ -22,7 +22,8 @@ class Data:
 
     rows: raw samples (texts, pairs of texts, tokens with labels, images, image paths, scenes with boxes); `collate`
     makes tensors of a few of them. labels: of samples, as the model's loss takes them. processor: for scenes, the image
-    processor that makes boxes of a detector's outputs. metric: that decides (see `bittern.options.Reading`).
+    processor that makes boxes of a detector's outputs. metric: that decides (see `bittern.options.Reading`). origin:
+    which part and columns of the source were read.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Data:
     batch_size: int
     processor: Any = None
     metric: str | None = None
+    origin: str = ""
 
     @property
     def has_labels(self) -> bool:

@@ -2,6 +2,7 @@
 answers, perplexity of language models, similarity of embeddings, and how far two models agree."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +89,7 @@ def by_sample(model: PreTrainedModel, data: Data, output: Tensor) -> tuple[Tenso
             sizes = [sum(label != -100 for label in row["labels"]) for row in data.rows]
         case _:
             sizes = [1] * len(data)
-    return output.split(sizes)
+    return tuple(output.split(sizes))
 
 
 def _likelihoods(logits: Tensor, right: Tensor) -> Tensor:
@@ -158,9 +159,9 @@ def of_labels(output: Tensor, labels: Tensor, regression: bool = False) -> dict[
     if output.shape[-1] > 5:
         found["top5"] = top5(output, labels)
     if output.shape[-1] == 2:
-        chosen, right = output.argmax(-1).numpy(), labels.numpy()
-        scores = need("sklearn.metrics")
-        found |= {"f1": float(scores.f1_score(right, chosen)), "mcc": float(scores.matthews_corrcoef(right, chosen))}
+        chosen = output.argmax(-1)
+        found["f1"] = float(need("sklearn.metrics").f1_score(labels.numpy(), chosen.numpy(), zero_division=0))
+        found["mcc"] = of_labels(chosen, labels, regression=True)["pearson"]
     return found
 
 
@@ -236,6 +237,35 @@ def _of_truth(model: PreTrainedModel, data: Data, output: Tensor) -> dict[str, f
         return answer_scores(data.rows, output)
     assert data.labels is not None
     return of_several(output, data.labels) if task == "labels" else of_labels(output, data.labels, task == "number")
+
+
+def check_metric(model: PreTrainedModel, data: Data, more: Iterable[str] = (), *, compared: bool = True) -> None:
+    """Raise InputError for a metric of `data` that it does not give, by a few samples, before long work.
+
+    more: other names that may be asked for. compared: metrics against another model may be.
+    """
+    if data.metric and ":" in data.metric:
+        find_own(data.metric)
+    elif data.metric not in (None, *more):
+        output = predict(model, few := data.subset(8))
+        headline(data.name, metrics(model, few, output, output if compared else None), data.metric)
+
+
+def check_classes(model: PreTrainedModel, data: Data, output: Tensor) -> None:
+    """Warn if the labels of a classifier's data fit its `output` far better by other numbers: they were mixed up."""
+    count = output.shape[-1]
+    if task_of(model) != "classes" or data.labels is None or len(data) < 10 * count:
+        return
+    pairs = torch.bincount(data.labels * count + output.argmax(-1), minlength=count**2).view(count, count)
+    labels, classes = need("scipy.optimize").linear_sum_assignment(-pairs.numpy())
+    found, best = pairs.trace().item() / len(data), pairs[labels, classes].sum().item() / len(data)
+    if best > found + 0.2 and best > (1 + 1 / count) / 2:
+        which = ",".join(f"{label}={own}" for label, own in zip(labels, classes, strict=True) if label != own)
+        warnings.warn(
+            f"{data.name}: {found:.0%} of the labels are what the model says; {best:.0%} would be if they had other "
+            f"numbers: look at them, and say which is which with --labels, such as {which}",
+            stacklevel=2,
+        )
 
 
 def headline(source: str, found: Mapping[str, float], asked: str | None = None) -> str:

@@ -43,7 +43,7 @@ def match_classes(
     numbers = {str(i): i for i in known}
     if any(name.isdigit() and int(name) != i for i, name in [*known.items(), *names.items()]):
         numbers = {}  # "1" to "5" as names of 0 to 4: a number may mean either
-    own = {name: i for i, name in names.items()}
+    own = {name: i for i, name in (names or {i: str(i) for i in known}).items()}
     given = {plain(name): target for name, target in labels.items()} if isinstance(labels, Mapping) else {}
     by_order = labels == "order"
     if names and not labels and _generic(known):
@@ -55,7 +55,7 @@ def match_classes(
         if by_order:
             number = own.get(name)
         if number not in known:
-            theirs, mine = listed([*own] or sorted(used)), listed([*known.values()])
+            theirs, mine = listed([*names.values()] or sorted(used)), listed([*known.values()])
             raise InputError(
                 f"{source} has the classes {theirs}; the model has {mine}, none of which is {target!r}; say which is "
                 "which with --labels DATA=MODEL,… or --labels order"

@@ -4,7 +4,9 @@ Everything is checked before long work starts: the path, the columns, that there
 """
 
 import os
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,21 +91,32 @@ def load_data(
     if source == "sentences":
         if not is_text:
             raise InputError(f"sentences are texts; {type(model).__name__} expects {expected_inputs(model)}")
-        return _texts(ask, need("datasets").Dataset.from_dict({"text": sentences()[split == "test" :: 2]}))
+        return _texts(ask, need("datasets").Dataset.from_dict({"text": sentences()[split == "test" :: 2]}), ("text",))
     if os.path.isdir(source) and not tables.holds_tables(Path(source)):
         if is_text:
             kinds = f"{type(model).__name__} needs texts in one of {', '.join(tables.READERS)}"
             raise InputError(f"{source} holds no table named train, validation or test; {kinds}")
         return _image_folder(ask)
-    table = tables.read_table(source, split)
-    if table is None:
+    if (found := tables.read_table(source, split)) is None:
         return None
+    (part, table), task, reading = found, task_of(model), ask.reading
+    known = {"tags": tables.WORD_COLUMNS, "answers": tables.ANSWER_COLUMNS}.get(str(task), tables.TEXT_COLUMNS)
+    known, most = (known, 1 if task == "tags" else 2) if is_text else (tables.IMAGE_COLUMNS, 1)
+    columns = tables.pick_columns(source, table, reading.columns, known, most)
     if is_text:
         with one_line(InputError, f"{processor_path}: its tokenizer or config.json cannot be used"):
-            return _texts(ask, table)
-    (column,) = tables.pick_columns(source, table, ask.reading.columns, tables.IMAGE_COLUMNS, most=1)
-    images, good = _good_images(ask, tables.read_images(source, table, column))
-    return ask.data(images, tables.read_labels(source, table.select(good), model, ask.reading))
+            data = _texts(ask, table, columns)
+    else:
+        images, good = _good_images(ask, tables.read_images(source, table, columns[0]))
+        data = ask.data(images, tables.read_labels(source, table.select(good), model, reading))
+    labelled = task in ("classes", "labels", "number", "tags", "answers")
+    labels = tables.label_column(source, table, reading, task) if labelled else None
+    others = [column for column in table.column_names if column not in columns]
+    if labelled and others and labels is None:
+        told = f"{source}: no column of labels was found; there is {listed(others)} (choose with --label-column)"
+        warnings.warn(told, stacklevel=2)
+    origin = f"{part}: {', '.join(columns)}" + (f", labels of {labels}" if labels and data.has_labels else "")
+    return replace(data, origin=origin)
 
 
 class _Request(NamedTuple):
@@ -120,13 +133,12 @@ class _Request(NamedTuple):
     ) -> Data:
         """Return these rows as data; by default they are images."""
         collate = collate or image_collate(self.processor_path, self.model)
-        return Data(self.source, rows, labels, collate, self.reading.batch_size, processor, self.reading.metric)
+        size, metric, part = self.reading.batch_size, self.reading.metric, f"{self.split} part"
+        return Data(self.source, rows, labels, collate, size, processor, metric, part)
 
 
-def _texts(ask: _Request, table: Any) -> Data:
+def _texts(ask: _Request, table: Any, columns: Sequence[str]) -> Data:
     task, source, model = str(task_of(ask.model)), ask.source, ask.model
-    known = {"tags": tables.WORD_COLUMNS, "answers": tables.ANSWER_COLUMNS}.get(task, tables.TEXT_COLUMNS)
-    columns = tables.pick_columns(source, table, ask.reading.columns, known, most=1 if task == "tags" else 2)
     bad = tables.bad_texts(table, columns, words=task == "tags")
     table = table.select(tables.usable(source, bad, len(table), ask.reading.skip_bad))
     texts: list[tuple[Any, ...]] = list(zip(*(list(table[c]) for c in columns), strict=True))

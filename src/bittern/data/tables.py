@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from bittern.data.labels import label_numbers
 from bittern.data.splits import Split, extension, pick_name, split_files, visible_files
 from bittern.data.tasks import task_of
-from bittern.errors import InputError, need, one_line
+from bittern.errors import InputError, listed, need, one_line
 from bittern.options import Labels, Reading
 
 TEXT_COLUMNS = (
@@ -28,13 +28,14 @@ TEXT_COLUMNS = (
     ("premise", "hypothesis"),
     ("question", "sentence"),
     ("sentence",),
+    ("text", "text_pair"),
+    ("text1", "text2"),
     ("text",),
 )
 WORD_COLUMNS = (("tokens",), ("words",), *TEXT_COLUMNS)
 ANSWER_COLUMNS = (("question", "context"), *TEXT_COLUMNS)
 IMAGE_COLUMNS = (("image",), ("img",), ("jpg",), ("png",))
-LABEL_COLUMNS = ("label", "labels")
-TAG_COLUMNS = ("ner_tags", "tags", "labels", "label")
+LABEL_COLUMNS = {"tags": ("ner_tags", "tags", "labels", "label"), "answers": ("answers",)}
 CSV = {"keep_default_na": False, "na_values": [""], "index_col": False}  # "null" and "None" are words
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
@@ -47,23 +48,23 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def read_table(source: str, split: Split) -> Any:
-    """Read a `datasets.Dataset` with at least one row; None if the source has no such split."""
+def read_table(source: str, split: Split) -> tuple[str, Any] | None:
+    """Read a `datasets.Dataset` with at least one row, and what it is called; None if the source has no such split."""
     datasets = need("datasets")
     datasets.disable_progress_bars()
     known = f"digits, sentences, a folder, a file with rows ({', '.join(READERS)}), or a dataset name on the hub"
     with one_line(InputError, f"cannot read data from {source!r}", f"; expected {known}"):
         if os.path.exists(source):
-            table = _read_local(Path(source), split)
+            found = _read_local(Path(source), split)
         elif extension(Path(source)) in READERS:
             raise FileNotFoundError("no such file")
         else:
             where = ("nyu-mll/glue", source.removeprefix("glue/")) if source.startswith("glue/") else (source,)
             name = pick_name(datasets.get_dataset_split_names(*where), split)
-            table = None if name is None else datasets.load_dataset(*where, split=name)
-    if table is not None and len(table) == 0:
-        raise InputError(f"{source} has no rows; expected at least one sample")
-    return table
+            found = None if name is None else (name, datasets.load_dataset(*where, split=name))
+    if found is not None and len(found[1]) == 0:
+        raise InputError(f"{source} has no rows; expected at least one sample in {found[0]}")
+    return found
 
 
 def holds_tables(folder: Path) -> bool:
@@ -75,12 +76,12 @@ def _is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def _read_local(path: Path, split: Split) -> Any:
+def _read_local(path: Path, split: Split) -> tuple[str, Any] | None:
     datasets = need("datasets")
     if path.is_dir() and _is_saved(path):
         saved = datasets.load_from_disk(path)
         parts = saved if isinstance(saved, dict) else {"train": saved}
-        return parts.get(pick_name(parts, split))
+        return None if (name := pick_name(parts, split)) is None else (name, parts[name])
     if path.is_file() and extension(path) not in READERS:
         kind = path.suffix or "nameless"
         raise InputError(f"{path} is a {kind} file; expected one of {', '.join(READERS)}")
@@ -88,8 +89,15 @@ def _read_local(path: Path, split: Split) -> Any:
     if split not in parts:
         return None
     reader, options = READERS[extension(parts[split][0])]
-    files = [glob.escape(str(file)) for file in parts[split]]
-    return datasets.load_dataset(reader, data_files=files, split="train", cache_dir=_cache_folder(), **options)
+    files, name = [glob.escape(str(file)) for file in parts[split]], listed([file.name for file in parts[split]], 1)
+    try:
+        return name, datasets.load_dataset(
+            reader, data_files=files, split="train", cache_dir=_cache_folder(), **options
+        )
+    except (ValueError, StopIteration) as error:  # what `datasets` says of a table without rows
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+            return name, ()
+        raise
 
 
 @cache
@@ -161,8 +169,9 @@ def read_images(source: str, table: Any, column: str) -> list[dict[str, Any]]:
     return cells
 
 
-def label_column(source: str, table: Any, reading: Reading, known: Sequence[str]) -> str | None:
+def label_column(source: str, table: Any, reading: Reading, task: str | None) -> str | None:
     """Return the column of labels: the one asked for, a known one, or the only one whose classes have names."""
+    known = LABEL_COLUMNS.get(str(task), ("label", "labels"))
     have, asked = table.column_names, reading.label_column
     if asked and asked not in have:
         raise InputError(f"{source} has no column {asked!r}; it has {', '.join(have)}")
@@ -174,7 +183,7 @@ def label_column(source: str, table: Any, reading: Reading, known: Sequence[str]
 def read_labels(source: str, table: Any, model: PreTrainedModel, reading: Reading) -> Tensor | None:
     """Read labels as the model's loss takes them: classes (n), float32 numbers (n) or (n, outputs), labels on or off
     (n, labels); None if there are none, or nothing to compare with."""
-    task, column = task_of(model), label_column(source, table, reading, LABEL_COLUMNS)
+    column = label_column(source, table, reading, task := task_of(model))
     if column is None or task not in ("classes", "labels", "number"):
         return None
     values, feature = list(table[column]), table.features[column]
@@ -209,7 +218,7 @@ def _several(
 
 def read_tags(source: str, table: Any, words: str, model: PreTrainedModel, reading: Reading) -> list[list[int]] | None:
     """Read the class of each word in the column of words; None if there are none."""
-    column = label_column(source, table, reading, TAG_COLUMNS)
+    column = label_column(source, table, reading, "tags")
     if column is None:
         return None
     rows = list(table[column])
@@ -223,7 +232,7 @@ def read_tags(source: str, table: Any, words: str, model: PreTrainedModel, readi
 
 def read_answers(source: str, table: Any, reading: Reading) -> list[Any] | None:
     """Read the right answers, texts and where they start, as in SQuAD; None if there are none."""
-    column = label_column(source, table, reading, ("answers",))
+    column = label_column(source, table, reading, "answers")
     if column is None:
         return None
     values = list(table[column])

@@ -70,6 +70,7 @@ def bench(
         "kernels": native.engine()[0] if with_kernels else "",
         "why_none": native.engine()[1],
         "batch_size": batch_size,
+        "inputs": {name: list(batch[name].shape) for name in batch if name != "attention_mask"},
         "threads": threads or torch.get_num_threads(),
         "engines": {
             name: {
@@ -133,7 +134,7 @@ def using_threads(threads: int | None) -> Iterator[None]:
 
 
 def sample_batch(model: PreTrainedModel, size: int, length: int) -> dict[str, Tensor]:
-    """Made-up inputs of `size` samples: texts of `length` tokens, or images as large as the model wants them."""
+    """Made-up inputs of `size` samples: texts of `length` tokens, if the model takes so many, or images of its size."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length + 2
     batch = dummy_batch(model, size, min(length, longest - 2))
     if "input_ids" in batch and "pixel_values" not in batch:

@@ -103,13 +103,13 @@ class Journal:
         except (CheckpointError, SafetensorError, ValueError, KeyError, OSError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); delete it and run the same command again") from None
 
-    def part(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return the notes of a part: as a run before this kept them, or made and kept now."""
-        if (known := self.load(name)) is not None:
-            return known[1]
-        made = make()
-        self.save(name, {}, made)
-        return made
+    def part(self, name: str, make: Callable[[], Any], made_of: Any = None) -> Any:
+        """Return the notes of a part: as a run before this kept them, of the same things, or made and kept now."""
+        known, made_of = self.load(name), json.loads(json.dumps(made_of))
+        if known is None or not isinstance(known[1], list) or known[1][:1] != [made_of]:
+            known = {}, [made_of, make()]
+            self.save(name, *known)
+        return known[1][1]
 
     @staticmethod
     def check_ours(folder: Path) -> None:

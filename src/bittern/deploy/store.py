@@ -158,7 +158,7 @@ def save(
 @dataclass(frozen=True)
 class Size:
     """file: bytes of all .safetensors; float32: bytes of the same model in float32; bits: per quantized weight, with
-    scales, 32 if nothing is quantized."""
+    scales; if nothing is quantized 32, or 16 in such files."""
 
     file: int
     float32: int
@@ -169,8 +169,9 @@ def measure(model: PreTrainedModel, folder: str | Path) -> Size:
     """Sizes of a saved model. Packed layers count codes and scales; layers tied to them count once."""
     packed = [layer for layer in packed_layers(model).values() if not layer.owner]
     weights = sum(prod(m.weight_shape) for m in packed)
-    bits = 8 * sum(m.weight_bytes() for m in packed) / weights if weights else 32.0
-    return Size(sum(f.stat().st_size for f in tensor_files(folder)), 4 * model.num_parameters(), bits)
+    file, float32 = sum(f.stat().st_size for f in tensor_files(folder)), 4 * model.num_parameters()
+    bits = 8 * sum(m.weight_bytes() for m in packed) / weights if weights else 16.0 if file < 0.75 * float32 else 32.0
+    return Size(file, float32, bits)
 
 
 def float_bytes(model: PreTrainedModel) -> int:
