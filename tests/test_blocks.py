@@ -37,7 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def in_parts(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     """What the model gives if no block is run whole."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "_serves", lambda *_: False)
+        patch.setattr(blocks, "_watched", lambda _: True)
         return outputs(model, batch)
 
 
@@ -217,7 +217,7 @@ def test_stack_in_one_call(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         states = found.get("hidden_states") or found["encoder_hidden_states"]
         assert same({key: value for key, value in found.items() if isinstance(value, Tensor)}, expected)
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(blocks, "_serves", lambda *_: False)
+            patch.setattr(blocks, "_watched", lambda _: True)
             alone = model(**batch)
         assert all(map(torch.equal, states, alone.get("hidden_states") or alone["encoder_hidden_states"]))
         assert len({state.untyped_storage().data_ptr() for state in states}) == len(states)
@@ -264,7 +264,7 @@ def test_what_was_ready_may_be_stale(calls: list[Any]) -> None:
     given = first(x)  # the second block's output is ready
     norm.weight.mul_(2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "_serves", lambda *_: False)
+        patch.setattr(blocks, "_watched", lambda _: True)
         expected_one = second(given)
     assert torch.equal(second(given), expected_one)
 
@@ -336,7 +336,7 @@ def test_generation(way: str, recipe: str, cache: str, calls: list[Any]) -> None
     try:
         torch.set_num_threads(3 if way == "threads" else 1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(blocks, "_serves", lambda *_: False)
+            patch.setattr(blocks, "_watched", lambda _: True)
             expected = model.generate(**given, **options)
         assert not calls
         for _ in range(2):
@@ -357,7 +357,7 @@ def test_caches_of_all_kinds_hold_what_the_parts_keep(calls: list[Any]) -> None:
         found: list[Tensor] = []
         with pytest.MonkeyPatch.context() as patch:
             if not whole:
-                patch.setattr(blocks, "_serves", lambda *_: False)
+                patch.setattr(blocks, "_watched", lambda _: True)
             cache = hf.DynamicCache(config=model.config)
             for step, change in enumerate(
                 (

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
 from bittern import native
@@ -35,7 +36,7 @@ def outside_graphs(forward: F) -> F:
 
     @wraps(forward)
     def either(*args: Any, **kwargs: Any) -> Any:
-        return (left if torch.compiler.is_compiling() else forward)(*args, **kwargs)
+        return (left if is_compiling() else forward)(*args, **kwargs)
 
     return either  # type: ignore[return-value]
 
@@ -44,7 +45,7 @@ def input_coding(quantizer: FakeQuant | None) -> native.Coding | None:
     """A quantizer of activations for the kernels; None if they have no such format, or it is not to quantize now."""
     if quantizer is None or quantizer.bypass or quantizer.observed is not None:
         return None
-    fmt, scale, offset = quantizer.format, quantizer.scale, quantizer.offset
+    fmt, scale, offset = quantizer.format, quantizer._buffers["scale"], quantizer._buffers["offset"]
     state = fmt, stamp(scale, offset)
     kept: tuple[object, native.Coding | None] | None = quantizer.__dict__.get("_coding")
     if kept is None or kept[0] != state:  # reading a scale and checking it takes longer than a small product
@@ -62,7 +63,7 @@ def has_kernel(weight: Format | None = None, input_format: Format | None = None)
 
 def warn_if_slow(x: Tensor, *parameters: Tensor | None) -> None:
     """Say, once, that the kernels here do not serve x, and why: a packed model is then slower than a float one."""
-    if not native.available() or not x.is_cpu or torch.compiler.is_compiling():
+    if not native.available() or not x.is_cpu or is_compiling():
         return
     if x.dtype != torch.float32 and x.dtype not in SIXTEEN_BITS:
         why = f"they take float32, bfloat16 and float16, and this input is {x.dtype}"
@@ -114,8 +115,9 @@ class LayerNorm(nn.LayerNorm):
     @outside_graphs
     def forward(self, input: Tensor) -> Tensor:
         tell_of(self)
-        if native.serves(input, self.weight, self.bias) and input.shape[-1:] == self.normalized_shape:
-            return native.norm(input, self.weight, self.bias, self.eps)
+        weight, bias = self.weight, self.bias
+        if native.serves(input, weight, bias) and input.shape[-1:] == self.normalized_shape:
+            return native.norm(input, weight, bias, self.eps)
         return super().forward(input)
 
 

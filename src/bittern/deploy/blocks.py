@@ -43,6 +43,7 @@ from bittern.recipe import OPERANDS
 
 CACHES = (DynamicCache, StaticCache)
 POSITION_TYPES = (torch.int64, torch.int32)  # which a block may be given and not read
+PLAIN = (bool, int, float, str, type(None))
 
 # Whether norms come first, by the order of norms (n), linear layers (l), attention (a) and activation (f). Queries,
 # keys and values come from three layers, or from one.
@@ -64,6 +65,7 @@ def use_kernels(model: nn.Module) -> None:
             module.__class__ = kernels.SERVED[type(module)]
         elif isinstance(module, attention.Site):
             module.on_kernels = True
+            module.unhook()
     for module in list(model.modules()):
         if not isinstance(module, _Fused) and Parts.of(module) and not any(map(Parts.of, module.children())):
             module.__class__ = _fused(type(module))  # type: ignore[arg-type]
@@ -155,6 +157,8 @@ class FusedCall:
     def run(self, call: Arguments, written: Callable[[], Any]) -> Any:
         """The block's output, made now or ready before; None where the kernels do not serve."""
         x, mask = call[self.x], call.get(self.mask)
+        if not native.serves(x, mask):
+            return None
         if self.cache is not None:
             return self._run_with_cache(x, mask, call[self.cache], written)
         if _thread.ahead:
@@ -255,34 +259,34 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
     @kernels.outside_graphs
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call, written = dict(enumerate(args)) | kwargs, partial(kind.forward, self, *args, **kwargs)
-        found = _run(self, call, written) if _serves(self, call) else None
+        found = None if _watched(self) else _run(self, call, written)
         return written() if found is None else found
 
     return derive(_fused, kind, _Fused, forward=forward)
 
 
-def _serves(block: nn.Module, call: Arguments) -> bool:
-    """True if a block may run in one piece now: a float tensor, perhaps a mask and a cache, and nobody looks."""
-    tensors = [value for value in call.values() if isinstance(value, Tensor) and value.dtype not in POSITION_TYPES]
-    looks = block.training or _has_any_global_hook() or attention.collects_maps()
-    few = len(tensors) in (1, 2) and sum(type(value) in CACHES for value in call.values()) < 2
-    return few and not looks and native.serves(*tensors)
+def _watched(block: nn.Module) -> bool:
+    """True if a block trains, or somebody looks into it."""
+    return block.training or _has_any_global_hook() or attention.collects_maps()
 
 
 def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
     """The block's output by its plan, or as it is written if that is still to be made; None if there is none."""
-    plans: _FusedCalls = block.__dict__.setdefault("_plans", _FusedCalls())
+    plans: _FusedCalls = vars(block).get("_plans") or vars(block).setdefault("_plans", _FusedCalls())
     way = tuple([(key, _way_of(value)) for key, value in call.items()])
-    if any(not isinstance(kind, bool | int | float | str | type | None) for _, kind in way):
-        return None  # something else that could matter
     guard, plan = plans.get(way, (None, None))
     if guard is not None and not guard.holds():
         guard = None
-    parameters = guard.parameters if guard else block.parameters()
-    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+    if torch.is_grad_enabled() and any(p.requires_grad for p in (guard.parameters if guard else block.parameters())):
         return None
     if guard:
         return plan and plan.run(call, written)
+    kinds = [kind for _, kind in way]
+    tensors = [value for value, kind in zip(call.values(), kinds, strict=True) if kind is Tensor]
+    if object in kinds or len(tensors) not in (1, 2) or sum(map(kinds.count, CACHES)) > 1:
+        return None
+    if not native.serves(*tensors):
+        return None
     parts = Parts.of(block)
     if parts is None or len(plans) > 8:  # somebody put other modules in, or an argument is another number each time
         plans.clear()
@@ -295,11 +299,13 @@ def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
 
 
 def _way_of(value: Any) -> Any:
-    """What kind of argument this is; the value itself where that may decide how a block runs."""
+    """The value itself, where it may decide how a block runs, or what kind of argument it is: `int` for a tensor of
+    positions, `Tensor` for another, a cache's class, `object` for all else, which could matter."""
     if isinstance(value, Tensor):
-        return "integers" if value.dtype in POSITION_TYPES else "tensor"
-    own = type(value) in CACHES and not (value.offloading or "update" in vars(value))
-    return type(value) if own else value
+        return int if value.dtype in POSITION_TYPES else Tensor
+    if type(value) in CACHES and not (value.offloading or "update" in vars(value)):
+        return type(value)
+    return value if isinstance(value, PLAIN) else object
 
 
 def _twin(cache: Any) -> Any:
@@ -316,7 +322,7 @@ def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], 
     hooks = list(chain.from_iterable(table.values() for table in hooked))
     ran: list[tuple[str, Any]] = []  # kind and module, or what attention was given
     before = {name: _twin(value) if type(value) in CACHES else value for name, value in call.items()}
-    reads = _Reads([value for value in call.values() if _way_of(value) == "integers"])
+    reads = _Reads([value for value in call.values() if _way_of(value) is int])
 
     def told(*given: Any) -> None:
         if len(given) > 1:
@@ -351,7 +357,7 @@ def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> FusedCal
         raise ValueError(f"no block runs as {order}")
     norms, modules, activation, attended = ([what for kind, what in ran if kind == wanted] for wanted in "nlfa")
     query, key, value, mask, scaling = attended[0]
-    tensors = [name for name, value in call.items() if _way_of(value) == "tensor"]
+    tensors = [name for name, value in call.items() if _way_of(value) is Tensor]
     cache, layer = next((name for name, value in call.items() if type(value) in CACHES), None), parts.layer
     masks = [name for name in tensors if call[name] is mask]
     inputs = [name for name in tensors if name not in masks[:1]]

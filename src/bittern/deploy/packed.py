@@ -69,6 +69,7 @@ class PackedLayer(QuantizedLayer):
     owner: list[PackedLayer]  # a list, so that it is no submodule
     _panels: native.Panels | None = None
     _bias: tuple[tuple[Any, ...], Tensor] | None = None
+    _rows: tuple[tuple[Any, ...], native.Table] | None = None
 
     @property
     def source(self) -> PackedLayer:
@@ -86,7 +87,7 @@ class PackedLayer(QuantizedLayer):
 
     def integer_product(self, x: Tensor) -> Tensor | None:
         """The product of x (…, inputs) and the weight by the integer kernels; None where they do not serve."""
-        bias: Tensor | None = None if self.bias is None else self.bias.float()
+        bias = self._float_bias()
         if not native.serves(x.float() if x.dtype in SIXTEEN_BITS else x, bias):
             if has_kernel(weight=self.weight_format):
                 warn_if_slow(x, bias)
@@ -103,17 +104,21 @@ class PackedLayer(QuantizedLayer):
 
     def kernel_layer(self) -> KernelLayer | None:
         """The layer as kernels read it, with the bias kept until that changes; None if they do not serve it."""
-        coding = input_coding(self.input_quantizer)
+        coding = input_coding(self._modules.get("input_quantizer"))  # type: ignore[arg-type]
         if coding is None or (panels := self.panels()) is None:
             return None
-        bias: Tensor | None = self.bias
-        if self._bias is None or self._bias[0] != stamp(bias):
-            self._bias = stamp(bias), native.padded_bias(None if bias is None else bias.float(), panels)
+        state = stamp(self._parameters.get("bias"))
+        if self._bias is None or self._bias[0] != state:
+            self._bias = state, native.padded_bias(self._float_bias(), panels)
         return KernelLayer(panels, self._bias[1], coding)
+
+    def _float_bias(self) -> Tensor | None:
+        bias = self._parameters.get("bias")  # the attribute takes a long way
+        return None if bias is None else bias.float()
 
     def float_product(self, x: Tensor) -> Tensor | None:
         """The product of x (…, inputs), which stays float, and the weight; None where kernels do not serve."""
-        bias: Tensor | None = None if self.bias is None else self.bias.float()
+        bias = self._float_bias()
         floats = x.float() if x.dtype in SIXTEEN_BITS else x
         fits = native.serves(floats, bias) and x.shape[-1:] == self.weight_shape[1:]
         if (table := self._table() if fits else None) is None:
@@ -130,7 +135,7 @@ class PackedLayer(QuantizedLayer):
                 codes, fmt = unpack_codes(self.source.weight_codes, columns, self.weight_format), self.weight_format
                 bits = next(width for width in (2, 4, 8) if width >= fmt.bits)
                 scale, zero = self.source.weight_scale, -code_range(fmt)[0]
-                self._panels = native.Panels(codes.to(torch.int16), scale, bits, zero)
+                self._panels, self._rows = native.Panels(codes.to(torch.int16), scale, bits, zero), None
                 if not self.owner:
                     del self._buffers["weight_codes"]
             return self._panels
@@ -140,7 +145,7 @@ class PackedLayer(QuantizedLayer):
         with _exchange:
             if self._panels is not None and not self.owner:
                 self._buffers["weight_codes"] = pack_codes(self._panels.codes(), self.weight_format)
-            self._panels = None
+            self._panels = self._rows = None
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight_codes":
@@ -187,7 +192,7 @@ class PackedLayer(QuantizedLayer):
         """State for copies and other processes, which make panels of their own."""
         with _exchange:
             self.drop_panels()
-            state = self.__dict__ | {"_bias": None, "_buffers": dict(self._buffers)}  # another thread makes panels
+            state = self.__dict__ | {"_bias": None, "_rows": None, "_buffers": dict(self._buffers)}  # another thread makes panels
         like = torch.empty(self.weight.shape, dtype=self.weight.dtype, device="meta")
         return state | {"_parameters": {**self._parameters, "weight": like}}
 
@@ -217,13 +222,15 @@ class PackedLayer(QuantizedLayer):
         """The weight as kernels read it from its codes; None where they do not serve."""
         layer = self.source
         fmt, (count, columns) = layer.weight_format, layer.weight_shape
-        codes, scale, offset = layer.weight_codes, layer.weight_scale, layer.weight_offset
-        usual = native.serves(scale, offset) and codes.is_cpu and scale.numel() in (1, count)
+        codes, scale, offset = layer.weight_codes, layer._buffers["weight_scale"], layer._buffers["weight_offset"]
+        usual = native.serves(scale, offset) and codes.is_cpu and scale is not None and scale.numel() in (1, count)
         if not usual or fmt.bits > 8 or fmt.storage == "base3":
             return None
-        return native.Table(
-            codes, columns, fmt.bits, (code_range(fmt)[0], 2 if fmt.kind == "binary" else 1), scale, offset
-        )
+        state, kept = stamp(codes, scale, offset), layer._rows
+        if kept is None or kept[0] != state:
+            numbers = code_range(fmt)[0], 2 if fmt.kind == "binary" else 1
+            kept = layer._rows = state, native.Table(codes, columns, fmt.bits, numbers, scale, offset)
+        return kept[1]
 
     def weight_bytes(self) -> int:
         """Bytes of codes, scales and offsets in a file; 0 for a tied layer."""

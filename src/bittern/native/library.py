@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.compiler import is_compiling
 
 from bittern.errors import InputError
 from bittern.native import structures as c
@@ -203,12 +206,12 @@ def disabled() -> Iterator[None]:
 
 def serves(*tensors: Tensor | None) -> bool:
     """True if kernels may work on these tensors now: float32 on the CPU, no gradients, nothing that traces."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or not available():
+    if is_compiling() or _get_tracing_state() is not None or not available():
         return False
     grad = torch.is_grad_enabled()
     for t in tensors:
         if t is not None:
-            plain = type(t) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+            plain = type(t) in (Tensor, torch.nn.Parameter) and not is_functorch_wrapped_tensor(t)
             if not plain or t.dtype is not torch.float32 or not t.is_cpu or (grad and t.requires_grad):
                 return False
     return True
@@ -216,7 +219,7 @@ def serves(*tensors: Tensor | None) -> bool:
 
 def address(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
     """Return the address of a tensor that is what the kernels take it for. Raises ValueError if it is not."""
-    if tensor.dtype != dtype or tensor.device.type != "cpu" or tuple(tensor.shape) != shape:
+    if tensor.dtype != dtype or not tensor.is_cpu or tensor.shape != shape:
         found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         raise ValueError(f"{name} is {found}; expected {dtype} {shape} on cpu")
     if not tensor.is_contiguous():

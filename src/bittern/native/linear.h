@@ -43,20 +43,32 @@ constexpr size_t kStream = 2 << 20;  // bytes of an output beyond which no core'
 using PanelFloats = float __attribute__((vector_size(4 * kPanel)));
 using PanelInts = int32_t __attribute__((vector_size(4 * kPanel)));
 
-// Outputs of some rows and of P panels from their integer sums, with the activation. A row of the output is written in
-// one go: rows lie far apart, and each visit costs a look-up of its page.
+// The floats of a row and of P panels, of which the first `real` are outputs.
+template <int P>
+inline void write(const Linear& l, const PanelFloats* value, float* out, int real) {
+  if (real < P * kPanel) memcpy(out, value, sizeof(float) * size_t(real));
+  else if (l.stream)
+    for (int i = 0; i < P * kPanel; i += kLanes) stream(out + i, load(reinterpret_cast<const float*>(value) + i));
+  else memcpy(out, value, sizeof(PanelFloats) * P);
+}
+
+// Outputs of some rows and of P panels from their integer sums. Those that get an activation or become codes lie together
+// first: constants of a function are loaded once for all of them. A row of the output is written in one go: rows lie far
+// apart, and each visit costs a look-up of its page.
 template <int P, bool offsets>
 inline void finish(const Linear& l, int row0, int rows, int output, const int32_t* sums, size_t next_sums) {
-  const int real = l.outputs - output < P * kPanel ? l.outputs - output : P * kPanel;
-  PanelFloats weight_scale[P], bias[P];
-  PanelInts weight_sums[P];
+  const bool direct = l.activation == kNone && l.codes == nullptr;
+  const int width = P * kPanel, real = l.outputs - output < width ? l.outputs - output : width;
+  PanelFloats weight_scale[P], bias[P], weight_sum[P];
+  PanelInts shifted[P];
   for (int p = 0; p < P; ++p) {
     memcpy(&weight_scale[p], l.weight_scale + output + p * kPanel, sizeof(PanelFloats));
     memcpy(&bias[p], l.bias + output + p * kPanel, sizeof(PanelFloats));
-    memcpy(&weight_sums[p], l.weight_sums + output + p * kPanel, sizeof(PanelInts));
+    memcpy(&shifted[p], l.weight_sums + output + p * kPanel, sizeof(PanelInts));
+    weight_sum[p] = __builtin_convertvector(shifted[p], PanelFloats);
+    shifted[p] *= l.shift;
   }
-  const Rounder round(l.next);
-  int32_t most = 0;
+  alignas(64) float together[kTile * P * kPanel];
   for (int r = 0; r < rows; ++r, sums += kPanel) {
     const float scale = l.scale[row0 + r], offset = l.offset[row0 + r];
     const int32_t zero = l.zero * l.sums[row0 + r];
@@ -66,27 +78,25 @@ inline void finish(const Linear& l, int row0, int rows, int output, const int32_
       memcpy(&sum, sums + p * next_sums, sizeof(sum));
       sum -= zero;
       if (offsets) {
-        const PanelFloats exact = __builtin_convertvector(sum + l.shift * weight_sums[p], PanelFloats);
-        value[p] = weight_scale[p] * (scale * exact + offset * __builtin_convertvector(weight_sums[p], PanelFloats)) + bias[p];
+        const PanelFloats exact = __builtin_convertvector(sum + shifted[p], PanelFloats);
+        value[p] = weight_scale[p] * (scale * exact + offset * weight_sum[p]) + bias[p];
       } else {
         value[p] = weight_scale[p] * scale * __builtin_convertvector(sum, PanelFloats) + bias[p];
       }
     }
-    if (l.activation != kNone) activate(reinterpret_cast<float*>(value), P * kPanel, l.activation);
-    if (l.codes != nullptr) {
-      const auto* values = reinterpret_cast<const float*>(value);
-      const int32_t found = largest(values, real);
-      most = most > found ? most : found;
-      to_codes(values, real, round, l.next.shift, l.codes + size_t(row0 + r) * up(l.outputs, kAlign) + output, real);
-      continue;
-    }
-    float* out = l.out + size_t(row0 + r) * l.outputs + output;
-    if (real < P * kPanel) memcpy(out, value, sizeof(float) * size_t(real));
-    else if (l.stream)
-      for (int i = 0; i < P * kPanel; i += kLanes) stream(out + i, load(reinterpret_cast<const float*>(value) + i));
-    else memcpy(out, value, sizeof(value));
+    if (direct) write<P>(l, value, l.out + size_t(row0 + r) * l.outputs + output, real);
+    else memcpy(together + r * width, value, sizeof(value));
   }
-  if (most >= kInfinity) l.finite->store(false);
+  if (direct) return;
+  activate(together, rows * width, l.activation);
+  if (l.codes != nullptr && largest(together, rows * width) >= kInfinity) l.finite->store(false);
+  const Rounder round(l.next);
+  for (int r = 0; r < rows; ++r) {
+    const float* from = together + r * width;
+    const size_t row = size_t(row0 + r);
+    if (l.codes != nullptr) to_codes(from, real, round, l.next.shift, l.codes + row * up(l.outputs, kAlign) + output, real);
+    else write<P>(l, reinterpret_cast<const PanelFloats*>(from), l.out + row * l.outputs + output, real);
+  }
 }
 
 inline void finish(const Linear& l, int row0, int rows, int output, int count, const int32_t* sums, size_t next_sums) {

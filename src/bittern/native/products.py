@@ -121,20 +121,18 @@ class Table:
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
     """Layer normalization over the last dimension."""
-    columns = x.shape[-1]
-    rows = x.reshape(-1, columns).contiguous()
-    out = torch.empty_like(rows)
+    x, columns = x.contiguous(), x.shape[-1]
+    out, rows = torch.empty_like(x), x.numel() // columns if columns else 0
     parameters = address(weight, "weight", (columns,)), address(bias, "bias", (columns,))
-    data = address(rows, "x", tuple(rows.shape))
-    run("norm", data, *rows.shape, *parameters, epsilon, torch.get_num_threads(), out.data_ptr())
-    return out.view(x.shape)
+    run("norm", address(x, "x", x.shape), rows, columns, *parameters, epsilon, torch.get_num_threads(), out.data_ptr())
+    return out
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
     """The activation of each value."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    data, kind = address(x, "x", tuple(x.shape)), ACTIVATIONS.index(activation)
+    data, kind = address(x, "x", x.shape), ACTIVATIONS.index(activation)
     run("activate", data, x.numel(), kind, torch.get_num_threads(), out.data_ptr())
     return out
 
