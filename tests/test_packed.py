@@ -193,7 +193,8 @@ def test_embedding_unpacks_rows() -> None:
 @pytest.mark.kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_embedding_by_kernels(kind: str) -> None:
-    """Rows that the kernels look up are those that PyTorch unpacks, bit for bit, and what is no row is refused."""
+    """Rows that the kernels look up are those that PyTorch unpacks, bit for bit, with whatever scales the layer has then,
+    and what is no row is refused."""
     for granularity, columns in product(("tensor", "row", "group"), (4, 12, 20)):
         layer = nn.Embedding(ROWS, columns)
         group = {"group_size": 4} if granularity == "group" else {}
@@ -203,6 +204,7 @@ def test_embedding_by_kernels(kind: str) -> None:
             found = layer(ids)
             with native.disabled():
                 assert torch.equal(found, layer(ids))
+            layer.weight_scale = layer.weight_scale * 2
         with pytest.raises(IndexError):
             layer(torch.tensor([[-1]]))
 
@@ -212,12 +214,13 @@ def test_embedding_by_kernels(kind: str) -> None:
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_packed_model_is_simulated_model(name: str) -> None:
-    """Packing a model of any family keeps its outputs, bit for bit, and its names of modules."""
+    """Packing a model of any family keeps its outputs, bit for bit, and its names of modules; no hook is left in it."""
     model, batch = quantized(name, "w4a4", packed=False)
     expected = outputs(model, batch)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLayer) and m.weight_quantizer is not None}
     assert pack(model) is model
     assert is_packed(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert {n for n, m in model.named_modules() if isinstance(m, PackedLayer)} == set(layers)
     assert same(outputs(model, batch), expected)
 

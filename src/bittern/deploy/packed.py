@@ -192,7 +192,8 @@ class PackedLayer(QuantizedLayer):
         """State for copies and other processes, which make panels of their own."""
         with _exchange:
             self.drop_panels()
-            state = self.__dict__ | {"_bias": None, "_rows": None, "_buffers": dict(self._buffers)}  # another thread makes panels
+            own = dict.fromkeys(("_bias", "_rows")) | {"_buffers": dict(self._buffers)}  # another thread makes panels
+            state = self.__dict__ | own
         like = torch.empty(self.weight.shape, dtype=self.weight.dtype, device="meta")
         return state | {"_parameters": {**self._parameters, "weight": like}}
 
@@ -219,11 +220,11 @@ class PackedLayer(QuantizedLayer):
         return values.view(*wanted.shape, layer.weight_shape[1]).to(self.weight.dtype)
 
     def _table(self) -> native.Table | None:
-        """The weight as kernels read it from its codes; None where they do not serve."""
+        """The weight as kernels read it from its codes, where these are; None where they do not serve."""
         layer = self.source
         fmt, (count, columns) = layer.weight_format, layer.weight_shape
-        codes, scale, offset = layer.weight_codes, layer._buffers["weight_scale"], layer._buffers["weight_offset"]
-        usual = native.serves(scale, offset) and codes.is_cpu and scale is not None and scale.numel() in (1, count)
+        codes, scale, offset = layer.weight_codes, layer.weight_scale, layer._buffers["weight_offset"]
+        usual = native.serves(scale, offset) and codes.is_cpu and scale.numel() in (1, count)
         if not usual or fmt.bits > 8 or fmt.storage == "base3":
             return None
         state, kept = stamp(codes, scale, offset), layer._rows
