@@ -193,7 +193,7 @@ def test_embedding_unpacks_rows() -> None:
 @pytest.mark.kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_embedding_by_kernels(kind: str) -> None:
-    """Rows that the kernels look up are those that PyTorch unpacks, bit for bit, with whatever scales the layer has then,
+    """Rows that the kernels look up are those that PyTorch unpacks, bit for bit, with the scales that the layer then has,
     and what is no row is refused."""
     for granularity, columns in product(("tensor", "row", "group"), (4, 12, 20)):
         layer = nn.Embedding(ROWS, columns)
@@ -204,7 +204,8 @@ def test_embedding_by_kernels(kind: str) -> None:
             found = layer(ids)
             with native.disabled():
                 assert torch.equal(found, layer(ids))
-            layer.weight_scale = layer.weight_scale * 2
+            scale = layer.get_buffer("weight_scale")
+            layer.weight_scale = scale * 2
         with pytest.raises(IndexError):
             layer(torch.tensor([[-1]]))
 
