@@ -193,7 +193,7 @@ def test_embedding_unpacks_rows() -> None:
 @pytest.mark.kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_embedding_by_kernels(kind: str) -> None:
-    """Rows that the kernels look up are those that PyTorch unpacks, bit for bit, with the scales that the layer then has,
+    """Rows that the kernels look up are those that PyTorch unpacks, bit for bit, with the scales of that moment,
     and what is no row is refused."""
     for granularity, columns in product(("tensor", "row", "group"), (4, 12, 20)):
         layer = nn.Embedding(ROWS, columns)

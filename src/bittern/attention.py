@@ -104,12 +104,6 @@ class Site(nn.Module):
         """Points to record and replace here: blocks differ in their norms, and FFN and output have one site."""
         return tuple(p for p in POINTS if p in ("query", "key", "value", "score", "map", "context") or p in self.hooks)
 
-    def unhook(self) -> None:
-        """Leave the modules around, whose calls then take no longer than before; `attach` hooks them again."""
-        for hook in self.hooks.values():
-            hook.remove()
-        self.hooks = {}
-
     def begin(self, mask: Tensor | None) -> None:
         """One attention is computed, with this mask."""
         forget_input()
@@ -221,8 +215,7 @@ def attention_forward(
 
 def collects_maps() -> bool:
     """True if transformers collects attention maps in this forward, for `output_attentions`."""
-    collected = active_collector.get()
-    return bool(collected) and any("attentions" in key for key in collected)
+    return any("attentions" in key for key in active_collector.get() or ())
 
 
 def only_watches(hook: Any) -> bool:
@@ -308,7 +301,8 @@ def detach(model: PreTrainedModel) -> None:
         module.__dict__.pop("shares_input", None)
         site = module._modules.get(NAME)
         if isinstance(site, Site):
-            site.unhook()
+            while site.hooks:
+                site.hooks.popitem()[1].remove()
             unwatch(module)
             del module._modules[NAME]
     record = record_of(model)

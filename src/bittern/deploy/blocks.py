@@ -43,7 +43,6 @@ from bittern.recipe import OPERANDS
 
 CACHES = (DynamicCache, StaticCache)
 POSITION_TYPES = (torch.int64, torch.int32)  # which a block may be given and not read
-PLAIN = (bool, int, float, str, type(None))
 
 # Whether norms come first, by the order of norms (n), linear layers (l), attention (a) and activation (f). Queries,
 # keys and values come from three layers, or from one.
@@ -65,7 +64,8 @@ def use_kernels(model: nn.Module) -> None:
             module.__class__ = kernels.SERVED[type(module)]
         elif isinstance(module, attention.Site):
             module.on_kernels = True
-            module.unhook()
+            while module.hooks:  # each call would pass by them; `attach` hooks again
+                module.hooks.popitem()[1].remove()
     for module in list(model.modules()):
         if not isinstance(module, _Fused) and Parts.of(module) and not any(map(Parts.of, module.children())):
             module.__class__ = _fused(type(module))  # type: ignore[arg-type]
@@ -283,9 +283,8 @@ def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
         return plan and plan.run(call, written)
     kinds = [kind for _, kind in way]
     tensors = [value for value, kind in zip(call.values(), kinds, strict=True) if kind is Tensor]
-    if object in kinds or len(tensors) not in (1, 2) or sum(map(kinds.count, CACHES)) > 1:
-        return None
-    if not native.serves(*tensors):
+    usual = len(tensors) in (1, 2) and sum(map(kinds.count, CACHES)) < 2 and object not in kinds
+    if not usual or not native.serves(*tensors):
         return None
     parts = Parts.of(block)
     if parts is None or len(plans) > 8:  # somebody put other modules in, or an argument is another number each time
@@ -305,7 +304,7 @@ def _way_of(value: Any) -> Any:
         return int if value.dtype in POSITION_TYPES else Tensor
     if type(value) in CACHES and not (value.offloading or "update" in vars(value)):
         return type(value)
-    return value if isinstance(value, PLAIN) else object
+    return value if value is None or isinstance(value, (bool, int, float, str)) else object
 
 
 def _twin(cache: Any) -> Any:

@@ -1,7 +1,5 @@
 """Activations for the kernels: how values become codes of at most 8 bits, and rows of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal

@@ -4,8 +4,6 @@ The best kind that the machine runs is loaded on first use, or the one that the 
 names: `amx`, `avx512`, `avx2`, on arm64 `i8mm`, `dotprod`, `neon`, or `none` for a process without kernels.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

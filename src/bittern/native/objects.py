@@ -1,7 +1,5 @@
 """What Python objects hold, to be looked at again in one call."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Sequence
 from typing import Any

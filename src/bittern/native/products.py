@@ -1,7 +1,5 @@
 """Products of quantized activations and packed weights, attention, and what stands between them."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Mapping
 from typing import Any, Literal

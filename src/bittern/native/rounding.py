@@ -1,8 +1,6 @@
 """Tensors rounded to a format and back to floats, in one call: `quantizers.fake_quantize` with the same bits; and what
 that loses, for many scales at once."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

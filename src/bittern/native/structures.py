@@ -1,7 +1,5 @@
 """The kernels' C structures, field by field."""
 
-from __future__ import annotations
-
 import ctypes
 from typing import Any
 
