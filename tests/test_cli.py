@@ -409,7 +409,7 @@ BAD = {
         "bert reads input_ids",
         "vit reads pixel_values",
     ),
-    "eval, no metric": ("eval bert --data texts --metric acuracy", "no metric 'acuracy'", "there are accuracy"),
+    "eval, no metric": ("eval bert --data texts --metric top2", "no metric 'top2'", "there are accuracy"),
     "eval, loss": ("eval bert --data texts --metric loss", "no metric 'loss'", "there are accuracy"),
     "quantize, no metric": ("quantize bert -r w8a8 -o out --data texts --metric mcc", "no metric 'mcc'", "accuracy"),
     "quantize, no own metric": ("quantize bert -r w8a8 -o out --data texts --metric no:where", "no no:where"),
@@ -509,6 +509,7 @@ def test_warning(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)  # which the command changes
     monkeypatch.setattr(jobs, "predict", lambda *_: warnings.warn("slow\nhere", stacklevel=1) or torch.eye(10)[:, :10])
     monkeypatch.setattr(jobs, "metrics", lambda *_: {})
+    monkeypatch.setattr(jobs, "check_classes", lambda *_: None)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         monkeypatch.setattr("warnings.showwarning", lambda *given: sys.stderr.write(warnings.formatwarning(*given[:4])))

@@ -217,8 +217,8 @@ def test_limits_that_the_data_cannot_tell(tmp_path: Path) -> None:
         compress(DIGITS, tmp_path / "out", data="digits", ladder=SHORT[2:], max_loss=0.1)
     with pytest.raises(InputError, match="no share of max_difference can be lost, which is 0 for the float model"):
         compress(DIGITS, tmp_path / "other", data="digits", metric="max_difference")
-    with pytest.raises(InputError, match="no metric 'acuracy'"):
-        compress(DIGITS, tmp_path / "other", data="digits", metric="acuracy")
+    with pytest.raises(InputError, match="no metric 'top2'"):
+        compress(DIGITS, tmp_path / "other", data="digits", metric="top2")
 
 
 def test_choose() -> None:
