@@ -45,7 +45,8 @@ def input_coding(quantizer: FakeQuant | None) -> native.Coding | None:
     """A quantizer of activations for the kernels; None if they have no such format, or it is not to quantize now."""
     if quantizer is None or quantizer.bypass or quantizer.observed is not None:
         return None
-    fmt, scale, offset = quantizer.format, quantizer._buffers["scale"], quantizer._buffers["offset"]
+    buffers = quantizer._buffers  # as attributes they take a long way
+    fmt, scale, offset = quantizer.format, buffers["scale"], buffers["offset"]
     state = fmt, stamp(scale, offset)
     kept: tuple[object, native.Coding | None] | None = quantizer.__dict__.get("_coding")
     if kept is None or kept[0] != state:  # reading a scale and checking it takes longer than a small product

@@ -96,7 +96,7 @@ class Journal:
             return None
         try:
             handle, metadata = open_tensors(path)
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
             if _checksum(tensors, metadata["notes"]) != metadata["sha256"]:
                 raise ValueError("its checksum differs")
             return tensors, json.loads(metadata["notes"])

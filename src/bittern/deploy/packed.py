@@ -104,7 +104,7 @@ class PackedLayer(QuantizedLayer):
 
     def kernel_layer(self) -> KernelLayer | None:
         """The layer as kernels read it, with the bias kept until that changes; None if they do not serve it."""
-        coding = input_coding(self._modules.get("input_quantizer"))  # type: ignore[arg-type]
+        coding = input_coding(self.input_quantizer)
         if coding is None or (panels := self.panels()) is None:
             return None
         state = stamp(self._parameters.get("bias"))
