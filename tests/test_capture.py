@@ -11,7 +11,7 @@ from bittern import simulate
 from bittern.attention import sites
 from bittern.layers import as_float, fake_quants, swap
 from bittern.ptq import capture as module
-from bittern.ptq.capture import Captured, capture
+from bittern.ptq.capture import Captured, capture, padding_mask
 from bittern.ptq.stream import Call, stream
 from bittern.recipe import Format
 from families import SUPPORTED, Batch
@@ -54,6 +54,19 @@ def test_padding() -> None:
     for group in found.inputs:
         torch.testing.assert_close(group.x, reads[group.layers[0]][mask], rtol=1e-4, atol=1e-5)
         assert group.sample.tolist() == [0] * 12 + [1] * 9
+
+
+def test_padding_of_two_texts() -> None:
+    """Of a source and a target as long, tokens that are real in both are read; of one that is longer, its own."""
+    source, target = torch.tensor([[1, 1, 1], [1, 1, 0]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    batch = {"attention_mask": source, "decoder_attention_mask": target}
+    for shape, expected in (((2, 3), source * target), ((2, 4), None)):
+        found = padding_mask(batch, shape)
+        assert (found is None) == (expected is None)
+        assert found is None or torch.equal(found, expected == 1)
+    longer = padding_mask(batch | {"decoder_attention_mask": torch.ones(2, 4)}, (2, 3))
+    assert longer is not None
+    assert torch.equal(longer, source == 1)
 
 
 def test_heads_without_padding() -> None:

@@ -205,6 +205,24 @@ def test_refusal() -> None:
         top_eigenvalues(Hessian(loss, parameters), 12)
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_padding_of_a_target(labels: bool) -> None:
+    """Padding of a decoder's own tokens counts for nothing, with labels and without, though the source be as long."""
+    model, batch = SUPPORTED["t5"]()
+    attach(model, read_anatomy(model))
+    batch["decoder_input_ids"] = 5 + torch.arange(24).view(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, -4:] = 0
+    more = {"labels": torch.where(mask == 1, batch["decoder_input_ids"], -100)} if labels else {}
+    other = copy.deepcopy(model)
+    values = []
+    for filler in (5, 7):
+        changed = {"decoder_input_ids": batch["decoder_input_ids"].masked_fill(mask == 0, filler)}
+        given = batch | changed | {"decoder_attention_mask": mask} | more
+        values.append(float(prediction_loss_of(model, other, given)(parameters_of(model))))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
 def test_families_have_losses() -> None:
     """Language models and encoders without a head have a loss too."""
     for name in ("gpt2", "detr"):

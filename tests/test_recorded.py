@@ -8,7 +8,7 @@ import torch
 from bittern.attention import Taps, attach, recording
 from bittern.errors import ModelError
 from bittern.layers import anatomy_of
-from bittern.recorded import attended, by_module, by_place, check_shapes, real_tokens, token_masks
+from bittern.recorded import attended, by_module, by_place, check_shapes, out_tokens, real_tokens, token_masks
 from families import SUPPORTED
 from helpers import refused
 
@@ -53,6 +53,26 @@ def test_real_tokens(boolean: bool) -> None:
     shared = real_tokens(token_masks([(name, mask[1:])], anatomy), name, 5, 3)
     assert shared is not None
     assert shared.shape == (5, 3)
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_what_a_decoder_gives(made: bool) -> None:
+    """Tokens that an encoder-decoder gives something for are its decoder's, though its source be as long; a decoder
+    that reads the same tokens, or that makes its own of them, has the same padding."""
+    source, target = torch.tensor([[1, 1, 1], [1, 1, 0]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]), "attention_mask": source}
+    out = torch.zeros(2, 3, 50)
+    read = batch["input_ids"] + (0 if made else 3)
+    for more, expected in (
+        ({}, source),
+        ({"decoder_input_ids": read}, source if made else None),
+        ({"decoder_input_ids": read, "decoder_attention_mask": target}, target),
+        ({"decoder_input_ids": read, "labels": torch.where(target == 1, read, -100)}, target),
+    ):
+        found = out_tokens(batch | more, out)
+        assert (found is None) == (expected is None)
+        assert found is None or torch.equal(found, expected == 1)
+    assert out_tokens(batch | {"labels": torch.tensor([0, 1])}, out[:, 0]) is None
 
 
 def test_shapes() -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +72,18 @@ def real_tokens(masks: TokenMasks, name: str, samples: int, tokens: int, side: s
     if real is None or real.shape[-1] != tokens or len(real) not in (1, samples):
         return None
     return real.expand(samples, -1)
+
+
+def out_tokens(batch: Mapping[str, Any], out: Tensor) -> Tensor | None:
+    """Return which of the tokens (samples, tokens) of a model's output (samples, tokens, …) count: those with a label,
+    else those that are not padding, of an encoder-decoder its decoder's. None where the batch does not tell."""
+    labels, mask, read = (batch.get(name) for name in ("labels", "attention_mask", "decoder_input_ids"))
+    if out.dim() == 3 and isinstance(labels, Tensor) and labels.shape == out.shape[:2]:
+        return labels != -100
+    if read is not None and not torch.equal(read, batch.get("input_ids", read[:0])):
+        mask = None  # the source's, which may be as long by chance
+    mask = batch.get("decoder_attention_mask", mask)
+    return mask.bool() if isinstance(mask, Tensor) and out.dim() == 3 and mask.shape == out.shape[:2] else None
 
 
 def attention_output(anatomy: Anatomy) -> Point:

@@ -7,10 +7,10 @@ torch's fused ones have no second derivative.
 """
 
 import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import compress
+from timeit import timeit
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from bittern.errors import InputError, need
 from bittern.options import Curvature
 from bittern.progress import Track
 from bittern.qat.losses import prediction_loss, squared_loss
+from bittern.recorded import out_tokens
 
 PRODUCTS = 30  # with the Hessian that Lanczos takes, about
 SURFACE = 2  # mini-batches whose mean loss makes the surface
@@ -58,16 +59,17 @@ def prediction_loss_of(model: PreTrainedModel, teacher: PreTrainedModel, batch: 
 
     Soft cross-entropy of logits; squared error of one logit, or of the embeddings of an encoder without a head.
     """
-    given = {k: v for k, v in batch.items() if k != "labels"}
+    given = {k: v for k, v in batch.items() if k != "labels" or teacher.config.is_encoder_decoder}
     with torch.no_grad():
         out = teacher(**given)
     key = "last_hidden_state" if out.get("logits") is None else "logits"
-    expected, mask = out[key].float(), batch.get("attention_mask")
-    rows = mask.bool() if mask is not None and mask.shape == expected.shape[:-1] else None
+    expected = out[key].float()
     compare = squared_loss if key != "logits" or expected.shape[-1] == 1 else prediction_loss
 
     def loss(parameters: Parameters) -> Tensor:
-        return compare(functional_call(model, dict(parameters), (), given)[key], expected, rows=rows)
+        return compare(
+            functional_call(model, dict(parameters), (), given)[key], expected, rows=out_tokens(batch, expected)
+        )
 
     return loss
 
@@ -182,14 +184,7 @@ def estimate_curvature(options: Curvature, pair: Pair, batch: Mapping[str, Any])
     model = trainable(pair.student)
     loss = prediction_loss_of(model, pair.teacher, batch)
     hessian = Hessian(loss, parameters_of(model))
-    product = seconds(lambda: hessian.product(torch.ones(hessian.size)))
+    product = timeit(lambda: hessian.product(torch.ones(hessian.size)), number=1)
     with torch.no_grad():
-        value = seconds(lambda: loss(hessian.parameters))
+        value = timeit(lambda: loss(hessian.parameters), number=1)
     return product * (options.batches * PRODUCTS + options.probes) + value * options.grid**2 * SURFACE
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Return how long work takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

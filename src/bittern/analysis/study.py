@@ -6,6 +6,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from bittern.analysis.ablation import block_errors, class_errors
 from bittern.analysis.compare import compare, nuclear_norms
-from bittern.analysis.curvature import estimate_curvature, measure_curvature, seconds
+from bittern.analysis.curvature import estimate_curvature, measure_curvature
 from bittern.analysis.findings import add_findings
 from bittern.analysis.maps import shown_samples
 from bittern.analysis.pair import Pair
@@ -121,9 +122,9 @@ class _Study:
         """Seconds that each part will take, about, from one batch; parts that are done count still."""
         batch, pair = next(iter(self.data)), self.pairs[0]
         pair.record(batch, "map")  # the first run is slower
-        one = seconds(lambda: compare(pair, [batch], self.kinds))
-        forward = seconds(lambda: predict(pair.student, [batch]))
-        norms = seconds(lambda: nuclear_norms(pair, self.subset[:1]))
+        one = timeit(lambda: compare(pair, [batch], self.kinds), number=1)
+        forward = timeit(lambda: predict(pair.student, [batch]), number=1)
+        norms = timeit(lambda: nuclear_norms(pair, self.subset[:1]), number=1)
         batches, passes = -(-len(self.data) // self.data.batch_size), len(pair.anatomy.blocks) + 12
         found = {"comparing": (one + 2 * forward) * batches}
         found["sensitivity"] = (forward * passes + norms) * len(self.subset)

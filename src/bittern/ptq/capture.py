@@ -220,12 +220,13 @@ def size_of(batch: Mapping[str, Any]) -> int:
 
 
 def padding_mask(batch: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
-    """Return the padding mask of these tokens (samples, tokens), if the batch has one."""
-    for name in ("attention_mask", "decoder_attention_mask"):
-        mask = batch.get(name)
-        if isinstance(mask, Tensor) and mask.shape == torch.Size(shape):
-            return mask.bool()
-    return None
+    """Return the padding mask of these tokens (samples, tokens), if the batch has one.
+
+    Where a source and a target are equally long, and it may be either, the tokens that are real in both.
+    """
+    masks = (batch.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+    fitting = [mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.shape == torch.Size(shape)]
+    return torch.stack(fitting).all(0) if fitting else None
 
 
 def _heads(

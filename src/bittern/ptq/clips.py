@@ -178,10 +178,7 @@ def _optimal_clips(bits: int) -> tuple[float, float]:
         tail = 2 * math.sqrt(2 / math.pi) * math.exp(-a * a / 2)
         return 2 * a * math.erfc(a / math.sqrt(2)) - tail + 2 * a / (3 * 4.0**bits)
 
-    def laplace(a: float) -> float:
-        return -2 * math.exp(-a) + 2 * a / (3 * 4.0**bits)
-
-    return brentq(normal, 0, 64), brentq(laplace, 0, 64)
+    return brentq(normal, 0, 64), brentq(lambda a: -2 * math.exp(-a) + 2 * a / (3 * 4.0**bits), 0, 64)
 
 
 def aciq_scale(x: Tensor, fmt: Format) -> Scale:

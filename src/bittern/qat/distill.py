@@ -20,7 +20,7 @@ from bittern.layers import QuantLayer, anatomy_of, as_float
 from bittern.options import Distill, Intervention, find_own, point_of
 from bittern.qat import losses
 from bittern.qat.intervention import Intervener
-from bittern.recorded import TokenMasks, attention_output, by_place, check_shapes, real_tokens, token_masks
+from bittern.recorded import TokenMasks, attention_output, by_place, check_shapes, out_tokens, real_tokens, token_masks
 
 ALL_LAYERS = ("hidden",)  # terms that `layers` does not narrow down
 
@@ -152,14 +152,7 @@ class Distiller:
             return losses.labels_loss(logits, expected, self.distill.temperature)
         if name != "logits" and mask is not None:  # (batch, tokens): where an answer starts or ends, not in padding
             logits, expected = (x.masked_fill(mask == 0, torch.finfo(x.dtype).min) for x in (logits, expected))
-        rows = None
-        if logits.dim() == 3:
-            labels = batch.get("labels")
-            if isinstance(labels, Tensor) and labels.shape == logits.shape[:2]:
-                rows = labels != -100
-            elif isinstance(mask, Tensor) and mask.shape == logits.shape[:2]:
-                rows = mask.bool()
-        return losses.prediction_loss(logits, expected, self.distill.temperature, rows)
+        return losses.prediction_loss(logits, expected, self.distill.temperature, out_tokens(batch, logits))
 
     def _of_layers(self, term: str, point: Point, taught: Taps, shown: Taps, masks: TokenMasks) -> Iterator[Tensor]:
         mine, theirs = by_place(taught, self.anatomy, point), by_place(shown, self.teacher_anatomy, point)
