@@ -78,7 +78,8 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
     unit, module = calls[0].unit, calls[0].module
     layers = unit_layers(unit, module)
     sites = [m for m in module.modules() if isinstance(m, Site) and m.formats]
-    norms = [(n, m) for n, m in module.named_modules() if _is_norm(m)]
+    scaling = [(n, m) for n, m in module.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
+    norms = [(n, m) for n, m in scaling if "norm" in type(m).__name__.lower()]
     reads: dict[str, list[Inputs | None]] = {name: [] for name in layers}  # None: of no known sample
     heads: dict[str, list[Heads | None]] = {}
 
@@ -152,11 +153,6 @@ def _part(count: int, wanted: int, generator: torch.Generator, device: torch.dev
     if count <= wanted:
         return slice(None)
     return torch.randperm(count, generator=generator)[:wanted].sort().values.to(device)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """True if this is a norm that scales its channels."""
-    return "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)
 
 
 def _alone(module: nn.Module, group: Inputs, layers: Mapping[str, QuantLayer], call: Call) -> bool:
