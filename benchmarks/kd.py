@@ -8,7 +8,8 @@ Variants are the papers' with fixed weights (`ternarybert`, `map`, `output`, `ga
 same with automatic balance (`auto-unified`), one layer (`layer-2`) and map temperatures (`tau-4`). Each is trained on
 the same random part of the training data (--samples, drawn with seed 0) for the same number of steps, and measured on
 the test data, all of it or --test-samples. `best` of the evaluations in a run and `last` are kept, and how far the last
-predictions are from the teacher's. Cells that are there are not run again.
+predictions are from the teacher's. Cells that are there are not run again; one that was stopped goes on from its last
+evaluation, by its checkpoints in a folder beside FILE.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -104,9 +105,10 @@ def cell(
         output = predict(student, test)
         return metrics(student, test, output, reference) | {"divergence": divergence(output, reference)}
 
-    with tempfile.TemporaryDirectory() as folder:
-        needed = teacher if distill.needs_teacher or intervention else None
-        done = train(student, needed, data, measure, distill, training, folder, intervention=intervention)
+    needed = teacher if distill.needs_teacher or intervention else None
+    folder = options.out.with_suffix("") / "-".join(map(str, key.values()))
+    done = train(student, needed, data, measure, distill, training, folder, intervention=intervention, resume=True)
+    shutil.rmtree(folder)
     curve, fidelity = (
         [(e["step"], round(e[f"eval_{name}"], 5)) for e in done.history if f"eval_{name}" in e]
         for name in (done.metric, "divergence")

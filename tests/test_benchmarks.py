@@ -99,6 +99,31 @@ def test_plateau(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "<svg" in figure.read_text()
 
 
+def test_stopped_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training of a grid that was stopped goes on from its last evaluation, and leaves no checkpoints at its end."""
+    import kd
+
+    out, measured, calls = tmp_path / "kd.json", kd.metrics, []
+    argv = ["kd.py", str(Path(bittern.__file__).parent / "assets" / "digits-vit"), "digits", "--out", str(out)]
+    argv += ["--samples", "32", "--test-samples", "32", "--seeds", "0", "--steps", "6", "--evaluations", "3"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--variants", "map"])
+
+    def metrics(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:  # the teacher's, and after 0, 2 and 4 steps
+            raise KeyboardInterrupt
+        return measured(*args)
+
+    monkeypatch.setattr(kd, "metrics", metrics)
+    with pytest.raises(KeyboardInterrupt):
+        kd.main()
+    kd.main()
+    assert len(calls) == 4 + 3  # the teacher's, and after 4 and 6 steps
+    [row] = json.loads(out.read_text())["rows"]
+    assert [step for step, _ in row["curve"]] == [0, 2, 4, 6]
+    assert not list((tmp_path / "kd").iterdir())
+
+
 def test_length_for() -> None:
     """The length that a curve needs lies between two lengths by their logarithms; none that it has not is invented."""
     from plateau import length_for
