@@ -14,10 +14,11 @@ from PIL import Image
 
 import bittern
 from bittern import jobs
-from bittern.data import load_data, task_of
-from bittern.data.detection import Box, Scene, mean_average_precision, read_scenes
-from bittern.data.evaluate import metrics, predict
+from bittern.data import evaluate, load_data, task_of
+from bittern.data.detection import Box, Scene, match_boxes, mean_average_precision, pycocotools, read_scenes
+from bittern.data.evaluate import metrics, predict, resampled
 from bittern.errors import InputError
+from bittern.ladder import paired_loss
 from families import SUPPORTED, VISION
 from helpers import refused
 from material import command, succeed
@@ -88,10 +89,66 @@ def guess(*found: tuple[float, int, tuple[float, ...]]) -> dict[str, torch.Tenso
 # mAP
 
 
+def scored(scenes: list[Scene], found: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    return mean_average_precision(match_boxes(scenes, found))
+
+
+def by_coco(scenes: list[Scene], found: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """The same figures by pycocotools alone."""
+    coco, evaluation = pycocotools()
+    truth, boxes = coco(), [(i, box) for i, scene in enumerate(scenes) for box in scene.boxes]
+    truth.dataset = {
+        "images": [{"id": i} for i in range(len(scenes))],
+        "categories": [{"id": label} for label in sorted({box.label for _, box in boxes})],
+        "annotations": [
+            {"id": n, "image_id": i, "category_id": b.label, "bbox": list(b[1:5]), "iscrowd": int(b.crowd)}
+            | {"area": b.width * b.height}
+            for n, (i, b) in enumerate(boxes, 1)
+        ],
+    }
+    truth.createIndex()
+    guesses = [
+        {"image_id": i, "category_id": int(c), "bbox": [x, y, right - x, bottom - y], "score": float(s)}
+        for i, one in enumerate(found)
+        for s, c, (x, y, right, bottom) in zip(one["scores"], one["labels"], one["boxes"].tolist(), strict=True)
+    ]
+    run = evaluation(truth, truth.loadRes(guesses), "bbox")
+    for step in (run.evaluate, run.accumulate, run.summarize):
+        step()
+    return dict(zip(("AP", "AP50", "AP75"), map(float, run.stats[:3]), strict=True))
+
+
+def made_up(count: int, seed: int) -> tuple[list[Scene], list[dict[str, torch.Tensor]]]:
+    """Scenes with 0 to 5 objects of 4 classes, some of them crowds, and up to 130 guesses each, most of them near."""
+    draw, scenes, found = np.random.default_rng(seed), [], []
+    for _ in range(count):
+        kinds, places = draw.integers(4, size=draw.integers(6)).tolist(), draw.uniform(5, 60, (6, 4)).round()
+        boxes = tuple(Box(k, *p.tolist(), bool(draw.random() < 0.15)) for k, p in zip(kinds, places, strict=False))
+        scenes.append(Scene(Path("none"), 130, 130, boxes))
+        near = [(b.label, np.array(b[1:5]) + draw.normal(0, 2, 4).clip(-4, 4)) for b in boxes for _ in range(2)]
+        far = [(int(draw.integers(5)), draw.uniform(5, 60, 4)) for _ in range(draw.choice([0, 3, 120]))]
+        guesses = [(float(s), k, tuple(p)) for s, (k, p) in zip(draw.random(len(near + far)), near + far, strict=True)]
+        found.append(guess(*guesses))
+    return scenes, found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_as_coco(seed: int) -> None:
+    """mAP is that of pycocotools to the last bit, also where scenes count several times: that of a set that has them
+    so often."""
+    scenes, found = made_up(25, seed)
+    matches = match_boxes(scenes, found)
+    assert mean_average_precision(matches) == by_coco(scenes, found)
+    times = np.bincount(np.random.default_rng(seed).integers(25, size=25), minlength=25)
+    rows = np.repeat(np.arange(25), times)
+    repeated = by_coco([scenes[i] for i in rows], [found[i] for i in rows])
+    assert mean_average_precision(matches, times) == repeated != by_coco(scenes, found)
+
+
 def test_perfect() -> None:
     """The boxes themselves have the mAP 1, at any score and beside none for an image without objects."""
     found = [guess(*((0.3 + 0.1 * i, c, b) for i, (c, b) in enumerate(boxes))) for boxes in BOXES]
-    assert mean_average_precision(scenes_of(*BOXES), found) == pytest.approx({"AP": 1.0, "AP50": 1.0, "AP75": 1.0})
+    assert scored(scenes_of(*BOXES), found) == pytest.approx({"AP": 1.0, "AP50": 1.0, "AP75": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -100,7 +157,7 @@ def test_perfect() -> None:
 )
 def test_shifted(shift: int, passed: int, capfd: pytest.CaptureFixture[str]) -> None:
     """A box of width 20 shifted by s counts at each of the thresholds 0.5, 0.55 to 0.95 below its IoU."""
-    found = mean_average_precision(scenes_of([(4, (10, 10, 20, 20))]), [guess((0.5, 4, (10 + shift, 10, 20, 20)))])
+    found = scored(scenes_of([(4, (10, 10, 20, 20))]), [guess((0.5, 4, (10 + shift, 10, 20, 20)))])
     assert found == pytest.approx({"AP": passed / 10, "AP50": float(passed > 0), "AP75": float(passed > 5)})
     assert capfd.readouterr() == ("", "")  # pycocotools prints
 
@@ -110,20 +167,37 @@ def test_by_hand() -> None:
     scenes = scenes_of([(0, (0, 0, 10, 10)), (1, (50, 50, 20, 20)), (1, (10, 50, 20, 20))])
     found = [guess((0.9, 0, (40, 0, 10, 10)), (0.8, 0, (0, 0, 10, 10)), (0.7, 1, (50, 50, 20, 20)))]
     # class 0: precision 1/2 at each of the 101 recalls; class 1: 1 at recalls 0 to 0.50, which are 51
-    assert mean_average_precision(scenes, found)["AP50"] == pytest.approx((0.5 + 51 / 101) / 2)
+    assert scored(scenes, found)["AP50"] == pytest.approx((0.5 + 51 / 101) / 2)
 
 
 def test_crowd() -> None:
     """A guess in a crowd is neither right nor wrong, and the crowd need not be found."""
     crowd = Scene(Path("none"), 100, 100, (Box(0, 0, 0, 50, 50, True), Box(0, 60, 60, 20, 20, False)))
     found = [guess((0.9, 0, (5, 5, 10, 10)), (0.5, 0, (60, 60, 20, 20)))]
-    assert mean_average_precision([crowd], found)["AP"] == pytest.approx(1.0)
+    assert scored([crowd], found)["AP"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("found", [[], [(0.5, 7, (0, 0, 10, 10))]], ids=["nothing", "a class that is not there"])
 def test_nothing_found(found: list[Any]) -> None:
     """Where no object is found, mAP is 0."""
-    assert set(mean_average_precision(scenes_of([(0, (0, 0, 10, 10))]), [guess(*found)]).values()) == {0.0}
+    assert set(scored(scenes_of([(0, (0, 0, 10, 10))]), [guess(*found)]).values()) == {0.0}
+
+
+def test_loss_of_boxes(place: Path, detr: hf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes are matched once for each of two models, not for each draw of the bootstrap; a draw is as good as its own
+    scenes."""
+    data = load_data(str(place / "scenes"), detr, place / "detr", split="test")
+    assert data is not None
+    output, calls = torch.rand(3, 7, 8, generator=torch.Generator().manual_seed(0)), list[int]()
+    output[..., 4:] = torch.tensor([0.32, 0.28, 0.4, 0.5])  # near one of the objects
+    for rows in ([0, 1, 2], [2, 0, 0], [1, 1, 1]):
+        found = resampled("AP50", detr, data, output)(rows)
+        assert found == metrics(detr, data.take(rows), output[rows])["AP50"], found
+    matching = evaluate.match_boxes
+    monkeypatch.setattr(evaluate, "match_boxes", lambda *args: calls.append(1) or matching(*args))
+    loss = paired_loss("AP50", detr, data, output, output.flip(1))
+    assert loss["points"] == 0
+    assert len(calls) == 2
 
 
 def test_without_pycocotools(place: Path, detr: hf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

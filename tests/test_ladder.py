@@ -16,9 +16,8 @@ import transformers as hf
 from transformers import PreTrainedModel
 
 import bittern
-from bittern import ladder
 from bittern.analysis.pareto import write_page
-from bittern.data import Data, load_splits
+from bittern.data import Data, evaluate, load_splits
 from bittern.data.evaluate import metrics, predict
 from bittern.demo import DIGITS
 from bittern.deploy.journal import Journal
@@ -82,7 +81,7 @@ def test_loss_by_bootstrap(digits: tuple[PreTrainedModel, Data]) -> None:
     reference = torch.rand(200, 5, 2, generator=draw)
     output = reference + 0.1 * torch.rand(200, 5, 2, generator=draw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ladder, "metrics", lambda model, data, out, ref: {"perplexity": out[..., 0].mean().exp().item()})
+        patch.setattr(evaluate, "metrics", lambda model, data, out: {"perplexity": out[..., 0].mean().exp().item()})
         loss = paired_loss("perplexity", model, data, output, reference)
     gaps = (output - reference)[..., 0].mean(1)
     ratio = gaps.mean().exp().item()

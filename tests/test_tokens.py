@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bittern import jobs
 from bittern.data import Data, load_data
-from bittern.data.evaluate import is_measurable, metrics, predict
+from bittern.data.evaluate import measurable, metrics, predict
 from bittern.data.texts import load_tokenizer
 from bittern.data.tokens import answer_scores, best_spans, entities, tag_scores
 from bittern.errors import InputError
@@ -197,7 +197,7 @@ def test_right_outputs(task: str, text: Path, tmp_path: Path) -> None:
     output = predict(model, data)
     alone = predict(model, load(task, tmp_path / "data", text, batch_size=1)[1])
     torch.testing.assert_close(output, alone)
-    assert is_measurable(model, data)
+    assert measurable(model, data)
     if task == "tags":
         labels = torch.cat([torch.tensor(row["labels"]) for row in data.rows])
         right, best = torch.eye(3)[labels.clamp(min=0)], {"f1": 1.0, "accuracy": 1.0}

@@ -1,13 +1,4 @@
-"""Everything that Bittern refuses, in one tree.
-
-BitternError
-├── InputError        a path, a data set, labels or an option that cannot be used
-├── RecipeError       a recipe or format that is misspelt, impossible or matches nothing
-├── ModelError        a model that cannot be quantized as asked: not a Transformer, NaN weights, unknown layers
-└── CheckpointError   a packed checkpoint that is damaged, foreign or newer than this version
-
-Each message is one line: what was given, what was expected, what to do.
-"""
+"""Everything that Bittern refuses. Each message is one line: what was given, what was expected, what to do."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +12,7 @@ class BitternError(Exception):
 
 
 class InputError(BitternError):
-    """A path, data set, label column or option that cannot be used."""
+    """A path, a data set, labels or an option that cannot be used."""
 
 
 class RecipeError(BitternError):
@@ -29,7 +20,7 @@ class RecipeError(BitternError):
 
 
 class ModelError(BitternError):
-    """A model that cannot be quantized as asked."""
+    """A model that cannot be quantized as asked: not a Transformer, NaN weights, unknown layers."""
 
 
 class CheckpointError(BitternError):

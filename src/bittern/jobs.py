@@ -5,6 +5,7 @@ import platform
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,7 @@ from transformers import PreTrainedModel
 from bittern import native
 from bittern.analysis.findings import verdict
 from bittern.data import Data, check_same_inputs, load_any_split, load_splits, task_of
-from bittern.data.evaluate import (
-    check_classes,
-    check_comparable,
-    check_metric,
-    headline,
-    is_measurable,
-    metrics,
-    predict,
-)
+from bittern.data.evaluate import check_classes, check_comparable, check_metric, headline, measurable, metrics, predict
 from bittern.data.tasks import check_served
 from bittern.deploy.checkpoint import is_packed, pack
 from bittern.deploy.files import check_output, digest, reserved
@@ -88,19 +81,11 @@ def ptq(
     if mixed is not None:
         check_mixed(chosen)
     job = _Job(source, recipe, out, data, samples, seed, force, track, columns)
+    find = partial(post_training, method=method, mixed=mixed, seed=seed, track=track)
 
     def search() -> Outcome:
         assert job.calibration is not None
-        found = post_training(
-            job.model,
-            job.recipe,
-            job.calibration,
-            method=method,
-            mixed=mixed,
-            folder=job.folder,
-            seed=seed,
-            track=track,
-        )
+        found = find(job.model, job.recipe, job.calibration, folder=job.folder)
         return found.simulation, {"ptq": found.to_dict()}
 
     return job.run(search)
@@ -170,19 +155,9 @@ def qat(
             known: dict[str, Any] = {name: digest(sorted(model.state_dict().items())) for name, model in models.items()}
             known |= {"data": job.train.subset(256).fingerprint(), "samples": len(job.train)}
             Journal(folder, known | {"recipe": job.recipe.model_dump()} | found)
-        trained = train(
-            job.model,
-            teacher if distill.needs_teacher or intervention else None,
-            job.train,
-            job.measure,
-            distill,
-            options,
-            folder,
-            test=job.test,
-            intervention=intervention,
-            resume=resume,
-            on_step=on_step,
-        )
+        run = partial(train, test=job.test, intervention=intervention, resume=resume, on_step=on_step)
+        needed = teacher if distill.needs_teacher or intervention else None
+        trained = run(job.model, needed, job.train, job.measure, distill, options, folder)
         found |= {"qat": asdict(trained), "peak_memory": peak_memory()}
         if baseline:
             found["plain"] = baseline | {"reached": first_step(trained.history, trained.metric, baseline["best"])}
@@ -367,7 +342,7 @@ def evaluate(
     """
     check_served(model := load(source))
     loaded = load_any_split(data, model, source, **columns)
-    if against is None and not is_measurable(model, loaded):
+    if against is None and not measurable(model, loaded):
         no_classes = f"is for {type(model).__name__}, which has no classes"
         why = no_classes if task_of(model) == "embedding" else f"has no labels ({loaded.origin})"
         raise InputError(f"{data} {why}, so there is no accuracy; compare with another model: --against FLOAT_MODEL")

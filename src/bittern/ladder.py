@@ -28,7 +28,7 @@ from bittern.analysis.findings import OF_THE_TEACHER
 from bittern.analysis.pair import Pair
 from bittern.analysis.pareto import write_page
 from bittern.data import Data, task_of
-from bittern.data.evaluate import LOWER_IS_BETTER, by_sample, check_classes, check_metric, headline, metrics, predict
+from bittern.data.evaluate import LOWER_IS_BETTER, check_classes, check_metric, headline, metrics, predict, resampled
 from bittern.deploy.bench import alternate, ratios
 from bittern.deploy.checkpoint import pack
 from bittern.deploy.companions import CARD, REPORT
@@ -104,17 +104,16 @@ def paired_loss(metric: str, model: PreTrainedModel, data: Data, output: Tensor,
         variance = lost + won + 1 - (lost - won) ** 2 / (count + 2)
         return interval(100 * (lost - won) / count, 100 * math.sqrt(variance) / (count + 2), count)
 
-    def points(data: Data, output: Tensor, reference: Tensor) -> float:
-        float_output = reference if metric in OF_THE_TEACHER else None
-        worse, better = (metrics(model, data, o, float_output)[metric] for o in (output, reference))
-        return float(100 * (worse / better - 1 if metric in LOWER_IS_BETTER else better - worse))
+    float_output = reference if metric in OF_THE_TEACHER else None
+    measures = [resampled(metric, model, data, o, float_output) for o in (output, reference)]
 
-    draw, found = torch.Generator().manual_seed(0), []
-    outputs, references = (by_sample(model, data, o) for o in (output, reference))
-    for _ in range(max(DRAWS // 10, min(DRAWS, DRAWN // count))):
-        rows = torch.randint(count, (count,), generator=draw).tolist()
-        found.append(points(data.take(rows), *(torch.cat([part[i] for i in rows]) for part in (outputs, references))))
-    return interval(points(data, output, reference), statistics.stdev(found), count)
+    def points(rows: Sequence[int]) -> float:
+        worse, better = (measure(rows) for measure in measures)
+        return 100 * (worse / better - 1 if metric in LOWER_IS_BETTER else better - worse)
+
+    draw, draws = torch.Generator().manual_seed(0), max(DRAWS // 10, min(DRAWS, DRAWN // count))
+    found = [points(torch.randint(count, (count,), generator=draw).tolist()) for _ in range(draws)]
+    return interval(points(range(count)), statistics.stdev(found), count)
 
 
 def with_bits(recipe: Recipe, bits: int, name: str) -> Recipe:
@@ -384,8 +383,8 @@ def compress(
     with atomic_folder(out, force=force) as place:
         shutil.copytree(folder / chosen["rung"], place, dirs_exist_ok=True)
         with (place / CARD).open("a", encoding="utf-8") as card:
-            card.write(f"* Measured: {metric} {chosen[metric]:.4f}, of the float model {result['float']:.4f}; on ")
             card.write(
+                f"* Measured: {metric} {chosen[metric]:.4f}, of the float model {result['float']:.4f}; on "
                 f"{loss['samples']} other samples it loses {loss['points']:.2f}, at most {loss['at_most']:.2f}\n"
             )
         (place / REPORT).write_text(json.dumps(result, indent=2) + "\n")

@@ -25,8 +25,6 @@ from bittern.recorded import TokenMasks, attention_output, by_module, by_place, 
 
 INTERVENTIONS = SIGNALS[::-1]  # TI-M, TI-C, TI-O
 ALL = "all"
-
-
 Values = defaultdict[str, list[Tensor]]  # by name, of the samples of each batch (samples, …)
 
 

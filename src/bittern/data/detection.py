@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from bittern.data.labels import match_classes
@@ -15,6 +16,7 @@ from bittern.data.splits import Split, split_files
 from bittern.errors import InputError, first_line, need
 from bittern.options import Labels
 
+RECALLS = np.linspace(0, 1, 101)  # at which COCO looks up the precision
 LAYOUT = "train/ and val/, each with images and an annotations .json, or annotations/instances_{train,val}*.json"
 
 
@@ -110,8 +112,18 @@ def _image_folders(folder: Path, file: Path) -> list[Path]:
     return [folder / part for part in parts]
 
 
-def mean_average_precision(scenes: Sequence[Scene], found: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return COCO's mAP (AP at IoU 0.5 to 0.95, AP50, AP75) in [0, 1], by pycocotools.
+class Matches(NamedTuple):
+    """Guesses of one class, by falling score: the scene of each (guesses,), whether it is right or wrong at each IoU
+    (10, guesses), neither in a crowd. objects: how many there are to be found in each scene (scenes,)."""
+
+    scene: np.ndarray
+    right: np.ndarray
+    wrong: np.ndarray
+    objects: np.ndarray
+
+
+def match_boxes(scenes: Sequence[Scene], found: Sequence[dict[str, Any]]) -> list[Matches]:
+    """Match what was found to the objects of each scene, for each of their classes, by pycocotools.
 
     found: for each scene scores (n,), labels (n,) and boxes (n, 4) as x0, y0, x1, y1 in pixels, as
     `post_process_object_detection` gives them.
@@ -138,10 +150,40 @@ def mean_average_precision(scenes: Sequence[Scene], found: Sequence[dict[str, An
     with redirect_stdout(io.StringIO()):  # both classes print
         truth.createIndex()
         run = evaluation(truth, truth.loadRes(guesses) if guesses else coco(), "bbox")  # loadRes asks the first guess
+        run.params.areaRng, run.params.maxDets = run.params.areaRng[:1], [100]  # of all sizes
         run.evaluate()
-        run.accumulate()
-        run.summarize()
-    return dict(zip(("AP", "AP50", "AP75"), map(float, run.stats), strict=False))
+    matches, count = [], len(scenes)
+    for start in range(0, len(run.evalImgs), count):  # of a class, what each scene holds; None where there is nothing
+        held = {i: one for i, one in enumerate(run.evalImgs[start : start + count]) if one is not None}
+        scores, hit, ignored = (
+            np.concatenate([np.array(one[key]) for one in held.values()], -1)
+            for key in ("dtScores", "dtMatches", "dtIgnore")
+        )
+        scene = np.repeat(list(held), [len(one["dtIds"]) for one in held.values()])
+        objects = np.array([np.sum(held[i]["gtIgnore"] == 0) if i in held else 0 for i in range(count)])
+        order = np.argsort(-scores, kind="stable")
+        hit, counts = hit[:, order] > 0, ~ignored[:, order].astype(bool)
+        matches.append(Matches(scene[order], hit & counts, ~hit & counts, objects))
+    return matches
+
+
+def mean_average_precision(matches: Sequence[Matches], times: np.ndarray | None = None) -> dict[str, float]:
+    """Return COCO's mAP (AP at IoU 0.5 to 0.95, AP50, AP75) in [0, 1]; -1 if there are no objects.
+
+    times: how often each scene counts (scenes); once by default. The result is that of a set with so many of each.
+    """
+    levels = []
+    for scene, right, wrong, objects in matches:
+        weight = np.ones_like(objects) if times is None else times
+        if not (total := objects @ weight):
+            continue
+        hits, misses = (np.cumsum(marks * weight[scene], axis=1, dtype=float) for marks in (right, wrong))
+        precision = hits / (misses + hits + np.spacing(1))  # (10, guesses)
+        best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]  # at this recall or a higher one
+        best = np.pad(best, ((0, 0), (0, 1)))  # 0 at recalls that are not reached
+        levels.append([row[np.searchsorted(reached, RECALLS)] for row, reached in zip(best, hits / total, strict=True)])
+    found = np.stack(levels, -1) if levels else -np.ones((10, 1, 1))  # (10, recalls, classes)
+    return {name: float(part.mean()) for name, part in {"AP": found, "AP50": found[0], "AP75": found[5]}.items()}
 
 
 def pycocotools() -> tuple[Any, Any]:

@@ -3,7 +3,7 @@ answers, perplexity of language models, similarity of embeddings, and how far tw
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bittern.data import Data, task_of
-from bittern.data.detection import mean_average_precision
+from bittern.data.detection import Matches, match_boxes, mean_average_precision
 from bittern.data.labels import class_names
 from bittern.data.pooling import embed
 from bittern.data.tasks import check_served, share_padding
@@ -31,6 +31,7 @@ OUTPUTS = {  # of tasks that give other than logits
     "answers": ("start_logits", "end_logits"),
     "embedding": ("last_hidden_state",),
 }
+MAP = ("AP", "AP50", "AP75")
 LOWER_IS_BETTER = ("perplexity", "logits_error", "boxes_error", "max_difference", "loss")
 
 
@@ -175,7 +176,7 @@ def of_several(output: Tensor, labels: Tensor) -> dict[str, float]:
     return found | {"accuracy": float((chosen == right).all(1).mean())}
 
 
-def is_measurable(model: PreTrainedModel, data: Data) -> bool:
+def measurable(model: PreTrainedModel, data: Data) -> bool:
     """True if data tells how good a model is without another to compare with."""
     task = task_of(model)
     return task in ("boxes", "next", "masked") or (data.has_labels and task not in ("embedding", None))
@@ -190,7 +191,7 @@ def metrics(model: PreTrainedModel, data: Data, output: Tensor, reference: Tenso
     Pearson's correlation with it, of detectors the errors of logits and boxes relative to its norm, and the largest
     difference. Nothing, if there are neither labels nor a reference, nor a metric of one's own in `data.metric`.
     """
-    result: dict[str, Any] = _of_truth(model, data, output) if is_measurable(model, data) else {}
+    result: dict[str, Any] = _of_truth(model, data, output) if measurable(model, data) else {}
     if data.metric and ":" in data.metric:
         result[data.metric] = float(find_own(data.metric)(output, data))
     if reference is None:
@@ -217,14 +218,36 @@ def metrics(model: PreTrainedModel, data: Data, output: Tensor, reference: Tenso
     return result | {"max_difference": (output - reference).abs().max().item()}
 
 
+def resampled(
+    metric: str, model: PreTrainedModel, data: Data, output: Tensor, reference: Tensor | None = None
+) -> Callable[[Sequence[int]], float]:
+    """Return a function that measures one metric of `metrics` on rows of `data`, some of them several times.
+
+    Boxes are matched once: mAP then takes milliseconds, however often it is asked for.
+    """
+    if task_of(model) == "boxes" and metric in MAP:
+        matches = _matches(data, output)
+        return lambda rows: mean_average_precision(matches, np.bincount(rows, minlength=len(data)))[metric]
+    outputs = [by_sample(model, data, o) for o in (output, reference) if o is not None]
+
+    def measure(rows: Sequence[int]) -> float:
+        drawn, parts = data.take(list(rows)), [torch.cat([part[i] for i in rows]) for part in outputs]
+        return float(find_own(metric)(parts[0], drawn) if ":" in metric else metrics(model, drawn, *parts)[metric])
+
+    return measure
+
+
+def _matches(data: Data, output: Tensor) -> list[Matches]:
+    sizes = torch.tensor([[scene.height, scene.width] for scene in data.rows])
+    raw = SimpleNamespace(logits=output[..., :-4], pred_boxes=output[..., -4:])
+    found = data.processor.post_process_object_detection(raw, threshold=0.0, target_sizes=sizes)
+    return match_boxes(data.rows, found)
+
+
 def _of_truth(model: PreTrainedModel, data: Data, output: Tensor) -> dict[str, float]:
     task = task_of(model)
     if task == "boxes":
-        sizes = torch.tensor([[scene.height, scene.width] for scene in data.rows])
-        raw = SimpleNamespace(logits=output[..., :-4], pred_boxes=output[..., -4:])
-        return mean_average_precision(
-            data.rows, data.processor.post_process_object_detection(raw, threshold=0.0, target_sizes=sizes)
-        )
+        return mean_average_precision(_matches(data, output))
     if task in ("next", "masked"):
         perplexity = {"perplexity": math.exp(min(output[..., 0].double().mean().item(), 700.0))}
         if task == "next":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bittern.data import tables
+from bittern.data import tables, texts
 from bittern.data.batches import Data
 from bittern.data.detection import pycocotools, read_scenes
 from bittern.data.images import bad_images, image_collate, image_mode, image_processor
@@ -23,16 +23,7 @@ from bittern.data.labels import class_names, match_classes
 from bittern.data.pooling import read_pooling
 from bittern.data.splits import Split, split_files, split_folder, visible_files
 from bittern.data.tasks import expected_inputs, task_of
-from bittern.data.texts import (
-    Collate,
-    blocks,
-    padding_tokenizer,
-    sentences,
-    stack_blocks,
-    text_collate,
-    text_limit,
-    warn_of_cuts,
-)
+from bittern.data.texts import Collate
 from bittern.data.tokens import answer_rows, masked_rows, tag_rows, token_collate
 from bittern.errors import InputError, listed, need, one_line
 from bittern.options import Reading
@@ -91,7 +82,8 @@ def load_data(
     if source == "sentences":
         if not is_text:
             raise InputError(f"sentences are texts; {type(model).__name__} expects {expected_inputs(model)}")
-        return _texts(ask, need("datasets").Dataset.from_dict({"text": sentences()[split == "test" :: 2]}), ("text",))
+        table = need("datasets").Dataset.from_dict({"text": texts.sentences()[split == "test" :: 2]})
+        return _texts(ask, table, ("text",))
     if os.path.isdir(source) and not tables.holds_tables(Path(source)):
         if is_text:
             kinds = f"{type(model).__name__} needs texts in one of {', '.join(tables.READERS)}"
@@ -141,30 +133,30 @@ def _texts(ask: _Request, table: Any, columns: Sequence[str]) -> Data:
     task, source, model = str(task_of(ask.model)), ask.source, ask.model
     bad = tables.bad_texts(table, columns, words=task == "tags")
     table = table.select(tables.usable(source, bad, len(table), ask.reading.skip_bad))
-    texts: list[tuple[Any, ...]] = list(zip(*(list(table[c]) for c in columns), strict=True))
-    words = isinstance(texts[0][0], list)
-    tokenizer = padding_tokenizer(ask.processor_path, model, words)
-    limit = text_limit(model, tokenizer, ask.reading.max_length)
+    cells: list[tuple[Any, ...]] = list(zip(*(list(table[c]) for c in columns), strict=True))
+    words = isinstance(cells[0][0], list)
+    tokenizer = texts.padding_tokenizer(ask.processor_path, model, words)
+    limit = texts.text_limit(model, tokenizer, ask.reading.max_length)
     if task == "next":
         length = limit if ask.reading.max_length else min(limit, BLOCK_TOKENS)
-        return ask.data(blocks([" ".join(row) for row in texts], tokenizer, length), collate=stack_blocks)
+        return ask.data(texts.blocks([" ".join(row) for row in cells], tokenizer, length), collate=texts.stack_blocks)
     if task == "embedding" and (prompt := read_pooling(model).prompt):
-        texts = [(prompt + first, *rest) for first, *rest in texts]
-    warn_of_cuts(source, tokenizer, limit, texts, is_split_into_words=words)
+        cells = [(prompt + first, *rest) for first, *rest in cells]
+    texts.warn_of_cuts(source, tokenizer, limit, cells, is_split_into_words=words)
     if task not in ("masked", "tags", "answers"):
         labels = tables.read_labels(source, table, model, ask.reading)
-        collate = text_collate(tokenizer, limit, both=task == "None" and model.config.is_encoder_decoder)
-        return ask.data(texts, labels, collate)
+        collate = texts.text_collate(tokenizer, limit, both=task == "None" and model.config.is_encoder_decoder)
+        return ask.data(cells, labels, collate)
     if task == "masked":
         if tokenizer.mask_token_id is None:
             raise InputError(f"{ask.processor_path}: its tokenizer has no token to mask with; set mask_token")
-        rows = masked_rows(texts, tokenizer, limit)
+        rows = masked_rows(cells, tokenizer, limit)
     elif task == "tags":
         tags = tables.read_tags(source, table, columns[0], model, ask.reading) if words else None
-        rows = tag_rows([text for (text,) in texts], tags, tokenizer, limit, words)
+        rows = tag_rows([text for (text,) in cells], tags, tokenizer, limit, words)
     else:
         answers = tables.read_answers(source, table, ask.reading) if len(columns) == 2 else None
-        rows = answer_rows(texts, answers, tokenizer, limit)
+        rows = answer_rows(cells, answers, tokenizer, limit)
     return ask.data(rows, collate=token_collate(tokenizer))
 
 

@@ -20,6 +20,7 @@ COMPANIONS = (
     *("modules.json", "*sentence*.json", "[1-9]_*/*"),  # of sentence-transformers: pooling, normalization, prompts
 )
 CARD, REPORT = "README.md", "bittern.json"  # the model card; what a job measured
+CARD_TEXT = Path(__file__).parents[1] / "assets" / "card.md"
 # By what a model reads first: what it needs to be used, and the files of which there must be one.
 NEEDED = {
     "input_ids": ("tokenizer", ("tokenizer*.json", "vocab*", "*.model")),
@@ -64,24 +65,6 @@ def warn_of_missing(model: PreTrainedModel, source: str | Path, folder: Path, ou
         warnings.warn(f"{out} has no {what}: {why}; pipelines need one", stacklevel=3)
 
 
-CARD_TEXT = """# {name}, {state} with Bittern
-
-```python
-import bittern  # first: it teaches transformers to read this folder
-
-model = bittern.load("path/to/this/folder")  # {cls}
-```
-
-After `import bittern` transformers loads it too: `from_pretrained`, `pipeline`. Without, transformers cannot read the
-weights: it skips the quantization and lists sizes that do not match.
-
-* Recipe: {recipe}
-* Size: {size:.1f} MB on disk; the float model has {parameters:,} parameters.
-* Made from: {source}
-* Licence: {licence}
-{measured}"""
-
-
 def write_card(model: PreTrainedModel, source: str | Path, folder: Path, report: Mapping[str, Any] | None) -> None:
     """Write a model card: how to load the model, what it was made from and how, sizes, and licence."""
     given, there = ModelCardData(), folder_of(source)
@@ -100,7 +83,7 @@ def write_card(model: PreTrainedModel, source: str | Path, folder: Path, report:
         **kept,
     )
     metrics = [(kind, report.get(kind)) for kind in ("float", "packed")] if report else []
-    text = CARD_TEXT.format(
+    text = CARD_TEXT.read_text(encoding="utf-8").format(
         name=Path(source).name or type(model).__name__,
         state=config.state,
         cls=type(model).__name__,
@@ -109,8 +92,8 @@ def write_card(model: PreTrainedModel, source: str | Path, folder: Path, report:
         parameters=model.num_parameters(),
         source=(source if on_hub else Path(source).name) or "a model that was not loaded from a folder",
         licence=kept.get("license", "not known; that of the model it was made from holds"),
-        measured="".join(f"* Measured, {kind}: {values}\n" for kind, values in metrics if values),
     )
+    text += "".join(f"* Measured, {kind}: {values}\n" for kind, values in metrics if values)
     (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
 

@@ -27,13 +27,8 @@ from bittern.errors import ModelError, one_line
 SLACK = 1.5
 FLOAT_NOISE = 1e-4  # relative: float32 sums in another order, through all layers
 INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "token_type_ids",
-    "pixel_values",
-    "pixel_mask",
-    "input_features",
-    "decoder_input_ids",
+    *("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask"),
+    *("input_features", "decoder_input_ids"),
 )
 HEADS, BODIES = ("logits", "pred_boxes"), ("last_hidden_state", "pooler_output", "image_embeds", "text_embeds")
 
