@@ -24,6 +24,8 @@ inline uint64_t spread(uint64_t x, int bits) {
 }
 
 inline float add_up(const Floats& v) { return vaddvq_f32(float32x4_t(v)); }
+inline int32_t add_up(const Ints& v) { return vaddvq_s32(int32x4_t(v)); }
+inline float largest(const Floats& v) { return vmaxvq_f32(float32x4_t(v)); }
 
 // Not fmin and fmax, for which zeros differ by their sign: x86-64 gives b if neither is smaller.
 inline Floats smaller(const Floats& a, const Floats& b) { return a < b ? a : b; }

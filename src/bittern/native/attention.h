@@ -65,20 +65,16 @@ inline void panels_of_columns(const int8_t* codes, int rows, int columns, uint8_
     }
 }
 
-// Scores to probabilities in place, of `width` values with the largest score of each lane in `most`. Returns the largest
-// probability.
-inline float softmax(float* x, const Floats& most, int width) {
-  float largest = most[0];
-  for (int i = 1; i < kLanes; ++i) largest = largest > most[i] ? largest : most[i];
+// Scores to their exponentials in place, of `width` values of which the largest is `most`. Returns the factor that makes
+// probabilities of them, which is that of the largest score.
+inline float exponentials(float* x, float most, int width) {
   Floats sum = {};
   for (int i = 0; i < width; i += kLanes) {
-    const Floats e = exp_negative(load(x + i) - largest);
+    const Floats e = exp_negative(load(x + i) - most);
     sum += e;
     store(x + i, e);
   }
-  const float inverse = 1 / add_up(sum);
-  for (int i = 0; i < width; i += kLanes) store(x + i, load(x + i) * inverse);
-  return inverse;  // of the largest score, whose exponential is 1
+  return 1 / add_up(sum);
 }
 
 struct Buffers {
@@ -152,14 +148,18 @@ struct Head {
       int8_t* row = b.codes + size_t(t) * values;
       if (t < a.keys) to_codes(v + t * a.value_strides[2], a.value_dim, value, row, values);
       else memset(row, 0, size_t(values));
-      if (map.shift != 0)
-        for (int i = 0; i < values; ++i) b.columns[i] += map.shift * row[i];
     }
     panels_of_columns(b.codes, keys, a.value_dim, b.values);
+    if (map.shift == 0) return;
+    memset(b.map, -map.shift, size_t(keys));
+    all_panels(b.map, 1, keys, b.values, a.value_dim, b.sums, [&](int p, const int32_t* sums) {
+      for (int i = 0; i < kPanel; ++i) b.columns[p * kPanel + i] = -kZero * map.shift * keys - sums[i];
+    });
   }
 
-  // Probabilities of `count` queries, in rows of a multiple of 16. Returns the largest.
-  float probabilities(int first, int count, float unit, float* scores) const {
+  // Probabilities of `count` queries, in rows of a multiple of 16, still to be multiplied by the factor of each row if
+  // they are not `kept`. Returns the largest.
+  float probabilities(int first, int count, float unit, bool kept, float* scores, float* factors) const {
     const int width = up(a.keys, kPanel);
     const float* mask = a.mask == nullptr ? nullptr : a.mask + batch * a.mask_strides[0] + head * a.mask_strides[1];
     Floats most[kQueries];
@@ -185,16 +185,23 @@ struct Head {
     });
     float largest = 0;
     for (int r = 0; r < count; ++r) {
-      const float found = softmax(scores + size_t(r) * width, most[r], width);
+      float* row = scores + size_t(r) * width;
+      const float found = factors[r] = exponentials(row, ::largest(most[r]), width);
       largest = found > largest || found != found ? found : largest;
+      for (int i = 0; i < width && kept; i += kLanes) store(row + i, load(row + i) * found);
     }
     return largest;
   }
 
-  // What `count` queries get of the values.
-  void context(int first, int count, const float* map, const Coding& coding, float unit) const {
-    for (int r = 0; r < count; ++r)
-      b.map_sums[r] = to_codes(map + size_t(r) * up(a.keys, kPanel), a.keys, coding, b.map + size_t(r) * keys, keys);
+  // What `count` queries get of the values. factors: null if the map holds probabilities.
+  void context(int first, int count, const float* map, const float* factors, const Coding& coding, float unit) const {
+    const Rounder round(coding);
+    for (int r = 0; r < count; ++r) {
+      const float factor = factors == nullptr ? 1 : factors[r];
+      const auto probability = [=](const Floats& v) { return rounded(v * factor); };
+      const float* row = map + size_t(r) * up(a.keys, kPanel);
+      b.map_sums[r] = to_codes(row, a.keys, probability, round, coding.shift, b.map + size_t(r) * keys, keys);
+    }
     all_panels(b.map, count, keys, b.values, a.value_dim, b.sums, [&](int p, const int32_t* sums) {
       const int real = a.value_dim - p * kPanel < kPanel ? a.value_dim - p * kPanel : kPanel;
       for (int r = 0; r < count; ++r, sums += kPanel) {
@@ -258,10 +265,11 @@ inline int attend(const Attention& a, int threads) {
     head.read_scores(q, k);
     if (at_once) head.read_values(v, map);
     tiles([&](int first, int count) {
-      float* to = a.map == nullptr ? head.b.scores : a.map + (size_t(number) * a.queries + first) * width;
-      const int32_t mine = bits_of(head.probabilities(first, count, score_unit, to)) & 0x7fffffff;
+      const bool kept = a.map != nullptr;
+      float factors[kQueries], *to = kept ? a.map + (size_t(number) * a.queries + first) * width : head.b.scores;
+      const int32_t mine = bits_of(head.probabilities(first, count, score_unit, kept, to, factors)) & 0x7fffffff;
       for (int32_t seen = most.load(); seen < mine && !most.compare_exchange_weak(seen, mine);) {}
-      if (at_once && mine < kInfinity) head.context(first, count, to, map, map.scale * v.scale);
+      if (at_once && mine < kInfinity) head.context(first, count, to, kept ? nullptr : factors, map, map.scale * v.scale);
     });
   });
   if (most.load() >= kInfinity) return kNotFinite;
@@ -271,7 +279,7 @@ inline int attend(const Attention& a, int threads) {
     const Head head(a, number, buffers(slot));
     head.read_values(v, map);
     tiles([&](int first, int count) {
-      head.context(first, count, a.map + (size_t(number) * a.queries + first) * width, map, map.scale * v.scale);
+      head.context(first, count, a.map + (size_t(number) * a.queries + first) * width, nullptr, map, map.scale * v.scale);
     });
   });
   return kOk;

@@ -53,6 +53,16 @@ inline void extremes(const float* x, int n, float* low, float* high) {
   *low = least, *high = most;
 }
 
+// Whole numbers next to x, and what adding 1.5 * 2**23 leaves in the low bits of a float: them, ready to be an exponent.
+constexpr float kNearest = 12582912.0f;
+
+template <typename F>
+inline F nearest(F x, F* exponent) {
+  const F shifted = x + kNearest;
+  *exponent = shifted;
+  return shifted - kNearest;
+}
+
 // How values become codes: clipped, less the offset, by the scale, rounded half to even, limited to low .. high; the
 // stored byte is the code less `shift`.
 struct Coding {
@@ -60,18 +70,37 @@ struct Coding {
   int low = -128, high = 127, shift = 0;
 };
 
-// Codes as whole floats. The arithmetic is the quantizers': a division. A product with the inverse takes its place,
-// except where that comes near a tie and could round the other way.
+// Codes of values. The arithmetic is the quantizers': a division. A product with the inverse takes its place, except
+// where that comes near a tie and could round the other way.
 struct Rounder {
-  Floats least, clip, offset, scale, inverse, low, high;
+  Floats least, clip, offset, scale, inverse, low, high, low_ratio, high_ratio;
   explicit Rounder(const Coding& c)
       : least(Floats{} - c.clip), clip(Floats{} + c.clip), offset(Floats{} + c.offset), scale(Floats{} + c.scale),
-        inverse(Floats{} + 1 / c.scale), low(Floats{} + float(c.low)), high(Floats{} + float(c.high)) {}
+        inverse(Floats{} + 1 / c.scale), low(Floats{} + float(c.low)), high(Floats{} + float(c.high)) {
+    const float from = (-c.clip - c.offset) * inverse[0], to = (c.clip - c.offset) * inverse[0];
+    low_ratio = Floats{} + (from > low[0] ? from : low[0]), high_ratio = Floats{} + (to < high[0] ? to : high[0]);
+  }
+
+  // As whole floats.
   Floats operator()(const Floats& x) const {
     const Floats v = larger(smaller(x, clip), least) - offset, ratio = rounded(v * inverse);
     Floats code = whole(ratio);
-    if (any_above(Floats(Ints(ratio - code) & 0x7fffffff), 0.4999f)) code = whole(v / scale);
+    if (far(ratio, code)) code = whole(v / scale);
     return smaller(larger(low, code), high);
+  }
+
+  // As integers: the same in fewer steps. No step changes the order of values, so that they can be limited, also to what
+  // the clip leaves, just before the last: a sum whose low bits are the code.
+  Ints integers(const Floats& x) const {
+    Floats bits;
+    const Floats ratio = smaller(larger(low_ratio, rounded((x - offset) * inverse)), high_ratio);
+    if (far(ratio, nearest(ratio, &bits))) nearest((*this)(x), &bits);
+    return Ints(bits) - bits_of(kNearest);
+  }
+
+ private:
+  static bool far(const Floats& ratio, const Floats& code) {
+    return any_above(Floats(Ints(ratio - code) & 0x7fffffff), 0.4999f);
   }
 };
 
@@ -83,11 +112,12 @@ inline void registers(const float* x, int n, F body) {
   if (at < n) body(at, load_first(x + at, n - at), n - at);
 }
 
-// Codes of n values (padded with zeros to `width`) and their sum.
-inline int32_t to_codes(const float* x, int n, const Rounder& round, int shift, int8_t* out, int width) {
+// Codes of n values, times a factor (padded with zeros to `width`) and their sum.
+template <typename F>
+inline int32_t to_codes(const float* x, int n, F factor, const Rounder& round, int shift, int8_t* out, int width) {
   Ints sum = {};
   registers(x, n, [&](int at, const Floats& values, int count) {
-    const Ints code = __builtin_convertvector(round(values), Ints) - shift;
+    const Ints code = round.integers(factor(values)) - shift;
     if (count == kLanes) {
       sum += code;
       store_bytes(out + at, code);
@@ -98,6 +128,10 @@ inline int32_t to_codes(const float* x, int n, const Rounder& round, int shift, 
   });
   if (width > n) memset(out + n, 0, size_t(width - n));
   return add_up(sum);
+}
+
+inline int32_t to_codes(const float* x, int n, const Rounder& round, int shift, int8_t* out, int width) {
+  return to_codes(x, n, [](const Floats& v) { return v; }, round, shift, out, width);
 }
 
 inline int32_t to_codes(const float* x, int n, const Coding& c, int8_t* out, int width) {
@@ -113,14 +147,6 @@ inline void to_values(const float* x, int n, const Coding& c, float* out) {
     if (count == kLanes) store(out + at, value);
     else store_first(out + at, value, count);
   });
-}
-
-// Whole numbers next to x, and what adding 1.5 * 2**23 leaves in the low bits of a float: them, ready to be an exponent.
-template <typename F>
-inline F nearest(F x, F* exponent) {
-  const F shifted = x + 12582912.0f;
-  *exponent = shifted;
-  return shifted - 12582912.0f;
 }
 
 inline float power(float exponent) { return float_of(int32_t(uint32_t(bits_of(exponent)) << 23) + (127 << 23)); }

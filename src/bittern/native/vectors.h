@@ -37,12 +37,6 @@ inline Ints first(int n) {
   return place < n;
 }
 
-inline int32_t add_up(const Ints& v) {
-  int32_t sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
-
 }  // namespace
 
 #if defined(__aarch64__)

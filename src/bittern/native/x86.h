@@ -24,14 +24,34 @@ inline uint64_t spread(uint64_t x, int bits) {
   return _pdep_u64(x, ((uint64_t(1) << bits) - 1) * 0x0101010101010101);
 }
 
-inline float add_up(const Floats& v) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(__m512(v));
+inline float add_up(const Floats& v) { return _mm512_reduce_add_ps(__m512(v)); }
+inline float largest(const Floats& v) { return _mm512_reduce_max_ps(__m512(v)); }
+inline __m256i halves(const Ints& v) {  // added; unmasked, GCC 12 would warn of its own header
+  const __m256i low = _mm512_maskz_extracti64x4_epi64(0xff, __m512i(v), 0);
+  return _mm256_add_epi32(low, _mm512_maskz_extracti64x4_epi64(0xff, __m512i(v), 1));
+}
 #else
+inline __m256i halves(const Ints& v) { return __m256i(v); }
+
+inline float add_up(const Floats& v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(__m256(v)), _mm256_extractf128_ps(__m256(v), 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+inline float largest(const Floats& v) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(__m256(v)), _mm256_extractf128_ps(__m256(v), 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 #endif
+
+inline int32_t add_up(const Ints& v) {
+  const __m256i eight = halves(v);
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
 }
 
 inline Floats smaller(const Floats& a, const Floats& b) {
