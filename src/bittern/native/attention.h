@@ -22,6 +22,21 @@ struct Attention {
 
 namespace {
 
+// Codes in rows `stride` bytes apart.
+struct Rows {
+  const int8_t* codes;
+  size_t stride;
+};
+
+// What stands in the place of floats between products with static scales: codes of rows of all heads side by side. There
+// must be memory for 16 more rows. Null: there are floats.
+struct Coded {
+  Rows query, key, value;
+  int8_t* context;
+  size_t context_stride;
+  Format context_format;
+};
+
 constexpr int kQueries = 32;  // rows of the map that are worked on at a time: they stay in the first cache
 constexpr int kZero = kSigned ? 0 : 128;  // what stands for 0 in panels of signed bytes
 
@@ -32,27 +47,28 @@ inline void put(uint8_t* panel, size_t output, size_t k, size_t high, uint32_t w
   for (int plane = 0; plane < kPlanes; ++plane) memcpy(panel + plane * high, &halves[plane], 4);
 }
 
-// Rows of codes (outputs of the product) as expanded panels. Rows beyond the last are whatever `codes` holds there.
-inline void panels_of_rows(const int8_t* codes, int rows, int width, uint8_t* panels) {
+// Rows of codes (outputs of the product) as expanded panels. Rows beyond the last are whatever `from` holds there.
+inline void panels_of_rows(const Rows& from, int rows, int width, uint8_t* panels) {
   const size_t high = size_t(width) * kPanel;
   for (int r = 0; r < up(rows, kPanel); ++r) {
     uint8_t* panel = panels + size_t(r / kPanel) * high * kPlanes;
     for (int k = 0; k < width; k += 4) {
-      const auto word = load<uint32_t>(codes + size_t(r) * width + k) ^ kZero * 0x01010101u;
+      const auto word = load<uint32_t>(from.codes + size_t(r) * from.stride + k) ^ kZero * 0x01010101u;
       put(panel, size_t(r % kPanel), size_t(k), high, word);
     }
   }
 }
 
-// Columns of codes (outputs of the product) as expanded panels: `rows`, a multiple of 4, are what is summed over.
-inline void panels_of_columns(const int8_t* codes, int rows, int columns, uint8_t* panels) {
+// Columns of codes (outputs of the product) as expanded panels: `rows`, a multiple of 4, are what is summed over; those
+// beyond `real` are zeros. Columns up to a multiple of 16 are read.
+inline void panels_of_columns(const Rows& codes, int real, int rows, int columns, uint8_t* panels) {
   const size_t high = size_t(rows) * kPanel;
-  const int width = up(columns, kPanel);
-  for (int c = 0; c < width; c += kPanel)
+  for (int c = 0; c < columns; c += kPanel)
     for (int r = 0; r < rows; r += 4) {
       uint8_t* panel = panels + size_t(c / kPanel) * high * kPlanes;
       Sixteen from[4], out[4];
-      for (int i = 0; i < 4; ++i) from[i] = load<Sixteen>(codes + size_t(r + i) * width + c) ^ uint8_t(kZero);
+      for (int i = 0; i < 4; ++i)
+        from[i] = (r + i < real ? load<Sixteen>(codes.codes + size_t(r + i) * codes.stride + c) : Sixteen{}) ^ uint8_t(kZero);
       columns_of(from, out);
       if (kStep != 4) {
         for (int i = 0; i < kPanel; ++i) put(panel, size_t(i), size_t(r), high, load<uint32_t>(reinterpret_cast<uint8_t*>(out) + 4 * i));
@@ -107,15 +123,15 @@ inline size_t lay_out(const Attention& a, uint8_t* at, Buffers* b) {
   return used;
 }
 
-// rows (of `stride` bytes) x all panels; each(panel, sums) takes the sums (rows, 16) of one panel.
+// rows x all panels; each(panel, sums) takes the sums (rows, 16) of one panel.
 template <typename Each>
-void all_panels(const int8_t* rows, int count, int width, const uint8_t* panels, int outputs, int32_t* sums, Each each) {
+void all_panels(const Rows& rows, int count, int width, const uint8_t* panels, int outputs, int32_t* sums, Each each) {
   const size_t next = size_t(width) * kPanel * kPlanes, next_sums = size_t(kQueries) * kPanel;
   const int all = up(outputs, kPanel) / kPanel;
   const Tiles tiles;
   for (int p = 0; p < all; p += kPair) {
     const int pair = all - p < kPair ? all - p : kPair;
-    multiply(panels + p * next, next, pair, rows, size_t(width), count, width / 4, 8, 255, sums, next_sums, false);
+    multiply(panels + p * next, next, pair, rows.codes, rows.stride, count, width / 4, 8, 255, sums, next_sums, false);
     for (int i = 0; i < pair; ++i) each(p + i, sums + i * next_sums);
   }
 }
@@ -123,48 +139,74 @@ void all_panels(const int8_t* rows, int count, int width, const uint8_t* panels,
 // One head of attention, step by step.
 struct Head {
   const Attention& a;
+  const Coded& coded;
   const Buffers b;
   const int batch, head, group, depth, keys, values;
 
-  Head(const Attention& all, int number, const Buffers& buffers)
-      : a(all), b(buffers), batch(number / a.heads), head(number % a.heads), group(head / (a.heads / a.key_heads)),
+  Head(const Attention& all, const Coded& coded, int number, const Buffers& buffers)
+      : a(all), coded(coded), b(buffers), batch(number / a.heads), head(number % a.heads), group(head / (a.heads / a.key_heads)),
         depth(up(a.dim, kDepth)), keys(up(a.keys, kDepth)), values(up(a.value_dim, kPanel)) {}
 
+  // This head's part of rows of all heads.
+  Rows part(const Rows& all, int tokens, int number, int dim) const {
+    return {all.codes + size_t(batch) * size_t(tokens) * all.stride + size_t(number) * size_t(dim), all.stride};
+  }
+
   // Codes of keys, as panels, and of queries.
-  void read_scores(const Coding& query, const Coding& key) const {
-    const float* k = a.key + batch * a.key_strides[0] + group * a.key_strides[1];
-    const float* q = a.query + batch * a.query_strides[0] + head * a.query_strides[1];
-    for (int t = 0; t < a.keys; ++t) to_codes(k + t * a.key_strides[2], a.dim, key, b.rows + size_t(t) * depth, depth);
-    panels_of_rows(b.rows, a.keys, depth, b.keys);
-    for (int t = 0; t < a.queries; ++t)
-      b.row_sums[t] = to_codes(q + t * a.query_strides[2], a.dim, query, b.rows + size_t(t) * depth, depth);
+  Rows read_scores(const Coding& query, const Coding& key) const {
+    const Rows mine{b.rows, size_t(depth)};
+    if (coded.key.codes != nullptr) {
+      panels_of_rows(part(coded.key, a.keys, group, a.dim), a.keys, depth, b.keys);  // beyond dim, queries are zeros
+    } else {
+      const float* k = a.key + batch * a.key_strides[0] + group * a.key_strides[1];
+      for (int t = 0; t < a.keys; ++t) to_codes(k + t * a.key_strides[2], a.dim, key, b.rows + size_t(t) * depth, depth);
+      panels_of_rows(mine, a.keys, depth, b.keys);
+    }
+    if (coded.query.codes == nullptr) {
+      const float* q = a.query + batch * a.query_strides[0] + head * a.query_strides[1];
+      for (int t = 0; t < a.queries; ++t)
+        b.row_sums[t] = to_codes(q + t * a.query_strides[2], a.dim, query, b.rows + size_t(t) * depth, depth);
+      return mine;
+    }
+    const Rows all = part(coded.query, a.queries, head, a.dim);
+    for (int t = 0; t < a.queries; ++t) {
+      const int8_t* row = all.codes + size_t(t) * all.stride;
+      b.row_sums[t] = sum_of(row, a.dim);
+      if (a.dim == depth) continue;
+      memcpy(b.rows + size_t(t) * depth, row, size_t(a.dim));
+      memset(b.rows + size_t(t) * depth + a.dim, 0, size_t(depth - a.dim));
+    }
+    return a.dim == depth ? all : mine;
   }
 
   // Codes of values, as panels, and what the shift of the map's codes adds to their sums.
   void read_values(const Coding& value, const Coding& map) const {
-    const float* v = a.value + batch * a.value_strides[0] + group * a.value_strides[1];
-    memset(b.columns, 0, sizeof(int32_t) * size_t(values));
-    for (int t = 0; t < keys; ++t) {
-      int8_t* row = b.codes + size_t(t) * values;
-      if (t < a.keys) to_codes(v + t * a.value_strides[2], a.value_dim, value, row, values);
-      else memset(row, 0, size_t(values));
+    Rows from{b.codes, size_t(values)};
+    if (coded.value.codes != nullptr) {
+      from = part(coded.value, a.keys, group, a.value_dim);
+    } else {
+      const float* v = a.value + batch * a.value_strides[0] + group * a.value_strides[1];
+      for (int t = 0; t < a.keys; ++t)
+        to_codes(v + t * a.value_strides[2], a.value_dim, value, b.codes + size_t(t) * values, values);
     }
-    panels_of_columns(b.codes, keys, a.value_dim, b.values);
+    panels_of_columns(from, a.keys, keys, a.value_dim, b.values);
+    memset(b.columns, 0, sizeof(int32_t) * size_t(values));
     if (map.shift == 0) return;
-    memset(b.map, -map.shift, size_t(keys));
-    all_panels(b.map, 1, keys, b.values, a.value_dim, b.sums, [&](int p, const int32_t* sums) {
-      for (int i = 0; i < kPanel; ++i) b.columns[p * kPanel + i] = -kZero * map.shift * keys - sums[i];
+    memset(b.map, 0, size_t(keys)), memset(b.map, -map.shift, size_t(a.keys));
+    all_panels({b.map, size_t(keys)}, 1, keys, b.values, a.value_dim, b.sums, [&](int p, const int32_t* sums) {
+      for (int i = 0; i < kPanel; ++i) b.columns[p * kPanel + i] = -kZero * map.shift * a.keys - sums[i];
     });
   }
 
   // Probabilities of `count` queries, in rows of a multiple of 16, still to be multiplied by the factor of each row if
   // they are not `kept`. Returns the largest.
-  float probabilities(int first, int count, float unit, bool kept, float* scores, float* factors) const {
+  float probabilities(const Rows& queries, int first, int count, float unit, bool kept, float* scores, float* factors) const {
     const int width = up(a.keys, kPanel);
     const float* mask = a.mask == nullptr ? nullptr : a.mask + batch * a.mask_strides[0] + head * a.mask_strides[1];
     Floats most[kQueries];
     for (Floats& m : most) m = Floats{} - INFINITY;
-    all_panels(b.rows + size_t(first) * depth, count, depth, b.keys, a.keys, b.sums, [&](int p, const int32_t* sums) {
+    const Rows from{queries.codes + size_t(first) * queries.stride, queries.stride};
+    all_panels(from, count, depth, b.keys, a.keys, b.sums, [&](int p, const int32_t* sums) {
       const int real = a.keys - p * kPanel < kPanel ? a.keys - p * kPanel : kPanel;
       for (int r = 0; r < count; ++r, sums += kPanel) {
         const int32_t zero = kZero * b.row_sums[first + r];
@@ -195,14 +237,14 @@ struct Head {
 
   // What `count` queries get of the values. factors: null if the map holds probabilities.
   void context(int first, int count, const float* map, const float* factors, const Coding& coding, float unit) const {
-    const Rounder round(coding);
+    const Rounder round(coding), next(::coding(coded.context_format, Range{}));
     for (int r = 0; r < count; ++r) {
       const float factor = factors == nullptr ? 1 : factors[r];
       const auto probability = [=](const Floats& v) { return rounded(v * factor); };
       const float* row = map + size_t(r) * up(a.keys, kPanel);
       b.map_sums[r] = to_codes(row, a.keys, probability, round, coding.shift, b.map + size_t(r) * keys, keys);
     }
-    all_panels(b.map, count, keys, b.values, a.value_dim, b.sums, [&](int p, const int32_t* sums) {
+    all_panels({b.map, size_t(keys)}, count, keys, b.values, a.value_dim, b.sums, [&](int p, const int32_t* sums) {
       const int real = a.value_dim - p * kPanel < kPanel ? a.value_dim - p * kPanel : kPanel;
       for (int r = 0; r < count; ++r, sums += kPanel) {
         const int32_t zero = kZero * b.map_sums[r];
@@ -211,7 +253,12 @@ struct Head {
           const Ints sum = load<Ints>(sums + i) - zero + load<Ints>(b.columns + p * kPanel + i);
           store(some + i, __builtin_convertvector(sum, Floats) * unit);
         }
-        float* to = a.context + ((size_t(batch) * a.queries + first + r) * a.heads + head) * a.value_dim + p * kPanel;
+        const size_t row = size_t(batch) * size_t(a.queries) + size_t(first + r), at = size_t(head * a.value_dim + p * kPanel);
+        if (coded.context != nullptr) {
+          to_codes(some, real, next, coded.context_format.shift, coded.context + row * coded.context_stride + at, real);
+          continue;
+        }
+        float* to = a.context + row * size_t(a.heads * a.value_dim) + at;
         if (real == kPanel) memcpy(to, some, sizeof(some));
         else memcpy(to, some, sizeof(float) * size_t(real));
       }
@@ -229,14 +276,14 @@ inline Range range_of(const float* x, const int64_t* strides, int batch, int hea
   });
 }
 
-inline int attend(const Attention& a, int threads) {
+inline int attend(const Attention& a, const Coded& coded, int threads) {
   if (a.batch == 0 || a.queries == 0 || a.keys == 0) return kOk;
-  const Range query = range_of(a.query, a.query_strides, a.batch, a.heads, a.queries, a.dim,
-                               a.query_format.scheme != 0, threads);
-  const Range key = range_of(a.key, a.key_strides, a.batch, a.key_heads, a.keys, a.dim, a.key_format.scheme != 0,
-                             threads);
-  const Range value = range_of(a.value, a.value_strides, a.batch, a.key_heads, a.keys, a.value_dim,
-                               a.value_format.scheme != 0, threads);
+  const auto range = [&](const Rows& codes, const float* x, const int64_t* strides, int heads, int tokens, int dim, const Format& f) {
+    return codes.codes != nullptr ? Range{} : range_of(x, strides, a.batch, heads, tokens, dim, f.scheme != 0, threads);
+  };
+  const Range query = range(coded.query, a.query, a.query_strides, a.heads, a.queries, a.dim, a.query_format);
+  const Range key = range(coded.key, a.key, a.key_strides, a.key_heads, a.keys, a.dim, a.key_format);
+  const Range value = range(coded.value, a.value, a.value_strides, a.key_heads, a.keys, a.value_dim, a.value_format);
   if (!query.finite() || !key.finite() || !value.finite()) return kNotFinite;
   const Coding q = coding(a.query_format, query), k = coding(a.key_format, key), v = coding(a.value_format, value);
   const int all = a.batch * a.heads;
@@ -251,6 +298,9 @@ inline int attend(const Attention& a, int threads) {
     return b;
   };
   const float score_unit = q.scale * k.scale * a.scaling;
+  const auto too_large = [&](const Coding& map) {  // for codes: a sum of integers could be infinite
+    return coded.context != nullptr && !(map.scale * v.scale <= FLT_MAX / 0x1p31f);
+  };
   const auto tiles = [&](auto each) {
     for (int first = 0; first < a.queries; first += kQueries)
       each(first, a.queries - first < kQueries ? a.queries - first : kQueries);
@@ -259,15 +309,16 @@ inline int attend(const Attention& a, int threads) {
   std::atomic<int32_t> most{0};
   const bool at_once = a.map_format.mode == 0;
   const size_t width = size_t(up(a.keys, kPanel));
+  if (at_once && too_large(coding(a.map_format, Range{}))) return kNotFinite;
   parallel(all, threads, [&](int number, int slot) {
-    const Head head(a, number, buffers(slot));
+    const Head head(a, coded, number, buffers(slot));
     const Coding map = coding(a.map_format, Range{});
-    head.read_scores(q, k);
+    const Rows queries = head.read_scores(q, k);
     if (at_once) head.read_values(v, map);
     tiles([&](int first, int count) {
       const bool kept = a.map != nullptr;
       float factors[kQueries], *to = kept ? a.map + (size_t(number) * a.queries + first) * width : head.b.scores;
-      const int32_t mine = bits_of(head.probabilities(first, count, score_unit, kept, to, factors)) & 0x7fffffff;
+      const int32_t mine = bits_of(head.probabilities(queries, first, count, score_unit, kept, to, factors)) & 0x7fffffff;
       for (int32_t seen = most.load(); seen < mine && !most.compare_exchange_weak(seen, mine);) {}
       if (at_once && mine < kInfinity) head.context(first, count, to, kept ? nullptr : factors, map, map.scale * v.scale);
     });
@@ -275,8 +326,9 @@ inline int attend(const Attention& a, int threads) {
   if (most.load() >= kInfinity) return kNotFinite;
   if (at_once) return kOk;
   const Coding map = coding(a.map_format, Range{0, float_of(most.load()), most.load()});
+  if (too_large(map)) return kNotFinite;
   parallel(all, threads, [&](int number, int slot) {
-    const Head head(a, number, buffers(slot));
+    const Head head(a, coded, number, buffers(slot));
     head.read_values(v, map);
     tiles([&](int first, int count) {
       head.context(first, count, a.map + (size_t(number) * a.queries + first) * width, nullptr, map, map.scale * v.scale);

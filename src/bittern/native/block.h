@@ -63,24 +63,24 @@ inline int multiply(const Codes& a, const Layer& layer, int activation, Output w
 }
 
 // The same to codes with a static scale, without the floats: a quarter of the memory, written and read once.
-inline int multiply_to_codes(const Codes& a, const Layer& layer, int activation, const Format& next, int threads,
-                             const Codes& to) {
+inline int multiply_to_codes(const Codes& a, const Layer& layer, int activation, const Format& next, int threads, int8_t* to) {
   Linear l = product(a, layer, activation, kCached, nullptr);
   std::atomic<bool> finite{true};
-  l.codes = to.codes, l.next = coding(next, Range{}), l.finite = &finite;
+  l.codes = to, l.next = coding(next, Range{}), l.finite = &finite;
   if (const int failed = multiply_all(l, threads)) return failed;
-  const int width = up(layer.outputs, kAlign), piece = 16;
+  return finite.load() ? kOk : kNotFinite;
+}
+
+// What else the next product reads of codes that were written with a static scale: padding, scales and sums.
+inline void add_numbers(const Codes& to, int columns, const Format& format, int threads) {
+  const int width = up(columns, kAlign), piece = 16;
   parallel(up(to.rows, piece) / piece, worth(double(to.rows) * width / 4, threads), [&](int chunk, int) {
     for (int r = chunk * piece; r < to.rows && r < (chunk + 1) * piece; ++r) {
       int8_t* row = to.codes + size_t(r) * size_t(width);
-      memset(row + layer.outputs, 0, size_t(width - layer.outputs));
-      int32_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int i = 0; i < width; ++i) sum += row[i];
-      to.scale[r] = l.next.scale, to.offset[r] = l.next.offset, to.sums[r] = sum;
+      memset(row + columns, 0, size_t(width - columns));
+      to.scale[r] = format.scale, to.offset[r] = format.offset, to.sums[r] = sum_of(row, columns);
     }
   });
-  return finite.load() ? kOk : kNotFinite;
 }
 
 thread_local Scratch block_scratch;
@@ -120,6 +120,7 @@ struct BlockRun {
   const bool keeps_map, keeps_inner;  // their scales are not known before
   uint8_t* memory = nullptr;
   Codes codes, inside;
+  Coded coded = {};  // what is written as codes; the others' floats:
   float *query, *key, *value, *context, *inner, *sum, *normed;
 
   BlockRun(const Block& block, int batch, int tokens, int keys, int threads)
@@ -133,8 +134,12 @@ struct BlockRun {
     size_t used = 0;
     const auto take = [&](size_t bytes) { return used += (bytes + 127) / 64 * 64, used - (bytes + 127) / 64 * 64; };
     const size_t at_codes = take(padded * size_t(up(widest, kAlign))), at_numbers = take(padded * 12);
-    const size_t at_query = take(size_t(rows) * b.query.outputs * 4), at_key = take(size_t(rows) * b.key.outputs * 4);
-    const size_t at_value = take(size_t(rows) * b.value.outputs * 4), at_context = take(size_t(rows) * contexts * 4);
+    const auto operand = [&](const Layer& layer, const Format& f) {
+      return take(f.mode == 0 ? (padded + kPanel) * size_t(up(layer.outputs, kAlign)) : size_t(rows) * layer.outputs * 4);
+    };
+    const size_t at_query = operand(b.query, b.query_format), at_key = operand(b.key, b.key_format);
+    const size_t at_value = operand(b.value, b.value_format);
+    const size_t at_context = take(b.output.input.mode == 0 ? 0 : size_t(rows) * contexts * 4);
     const size_t at_wide = take(keeps_inner ? 0 : padded * (size_t(up(wide, kAlign)) + 12));
     const size_t at_inner = take(most * 4), at_sum = take(size_t(rows) * hidden * 4), at_norm = take(size_t(rows) * hidden * 4);
     memory = static_cast<uint8_t*>(block_scratch.get(used));
@@ -145,7 +150,16 @@ struct BlockRun {
                    reinterpret_cast<int32_t*>(numbers + 2 * padded), rows};
     };
     codes = codes_at(at_codes, at_numbers), inside = codes_at(at_wide + padded * 12, at_wide);
-    query = floats(at_query), key = floats(at_key), value = floats(at_value), context = floats(at_context);
+    const auto operand_at = [&](size_t at, const Layer& layer, const Format& f, Rows* rows) {
+      if (f.mode != 0) return floats(at);
+      *rows = {reinterpret_cast<int8_t*>(memory + at), size_t(up(layer.outputs, kAlign))};
+      return static_cast<float*>(nullptr);
+    };
+    query = operand_at(at_query, b.query, b.query_format, &coded.query);
+    key = operand_at(at_key, b.key, b.key_format, &coded.key);
+    value = operand_at(at_value, b.value, b.value_format, &coded.value);
+    coded.context_format = b.output.input, coded.context_stride = size_t(up(contexts, kAlign));
+    coded.context = b.output.input.mode == 0 ? codes.codes : nullptr, context = floats(at_context);
     inner = floats(at_inner), sum = floats(at_sum), normed = floats(at_norm);
   }
 
@@ -153,20 +167,23 @@ struct BlockRun {
     return quantize_rows(from, layer.inputs, layer.input, threads, codes);
   }
 
-  // Queries, keys and values of x.
+  // Queries, keys and values of x: codes, where there is no memory for floats.
   int project(const float* x, float* query, float* key, float* value) const {
     if (b.pre_norm) add_and_norm(x, nullptr, rows, hidden, nullptr, &b.norms[0], threads, normed), x = normed;
     const Layer* before = nullptr;
-    for (const auto& [layer, out] : {std::pair{&b.query, query}, {&b.key, key}, {&b.value, value}}) {
-      if (before == nullptr || !same(before->input, layer->input))
-        if (const int failed = read_codes(x, *layer)) return failed;
-      before = layer;
-      if (const int failed = multiply(codes, *layer, kNone, kPastCaches, threads, out)) return failed;
-    }
-    return kOk;
+    const auto each = [&](const Layer& layer, const Format& format, const Rows& to, float* out) {
+      if (before == nullptr || !same(before->input, layer.input))
+        if (const int failed = read_codes(x, layer)) return failed;
+      before = &layer;
+      if (out != nullptr) return multiply(codes, layer, kNone, kPastCaches, threads, out);
+      return multiply_to_codes(codes, layer, kNone, format, threads, const_cast<int8_t*>(to.codes));
+    };
+    if (const int failed = each(b.query, b.query_format, coded.query, query)) return failed;
+    if (const int failed = each(b.key, b.key_format, coded.key, key)) return failed;
+    return each(b.value, b.value_format, coded.value, value);
   }
 
-  // Attention of these queries, keys and values, with strides as in Attention, and all that follows.
+  // Attention of these queries, keys and values (null: of the codes), with strides as in Attention, and all that follows.
   int finish(const float* x, const float* query, const float* key, const float* value, int keys, const int64_t* key_strides,
              const int64_t* value_strides, const float* mask, const int64_t* mask_strides, float* out) const {
     const int64_t wide = b.query.outputs;
@@ -175,16 +192,21 @@ struct BlockRun {
                 b.value_format, b.map_format};
     memcpy(a.key_strides, key_strides, sizeof(a.key_strides)), memcpy(a.value_strides, value_strides, sizeof(a.value_strides));
     if (mask != nullptr) memcpy(a.mask_strides, mask_strides, sizeof(a.mask_strides));
-    if (const int failed = attend(a, threads)) return failed;
-    if (const int failed = read_codes(context, b.output)) return failed;
+    const Rows none = {};
+    Coded given = coded;
+    given.query = query ? none : coded.query, given.key = key ? none : coded.key, given.value = value ? none : coded.value;
+    if (const int failed = attend(a, given, threads)) return failed;
+    if (coded.context != nullptr) add_numbers(codes, b.output.inputs, b.output.input, threads);
+    else if (const int failed = read_codes(context, b.output)) return failed;
     if (const int failed = multiply(codes, b.output, kNone, kPastCaches, threads, sum)) return failed;
     add_and_norm(sum, x, rows, hidden, sum, &b.norms[b.pre_norm ? 1 : 0], threads, normed);
     if (const int failed = read_codes(normed, b.up)) return failed;
     if (keeps_inner) {
       if (const int failed = multiply(codes, b.up, b.activation, kCached, threads, inner)) return failed;
       if (const int failed = read_codes(inner, b.down)) return failed;
-    } else if (const int failed = multiply_to_codes(codes, b.up, b.activation, b.down.input, threads, inside)) {
-      return failed;
+    } else {
+      if (const int failed = multiply_to_codes(codes, b.up, b.activation, b.down.input, threads, inside.codes)) return failed;
+      add_numbers(inside, b.down.inputs, b.down.input, threads);
     }
     if (const int failed = multiply(keeps_inner ? codes : inside, b.down, kNone, kPastCaches, threads, out)) return failed;
     if (b.pre_norm) add_and_norm(out, sum, rows, hidden, out, nullptr, threads, nullptr);

@@ -74,7 +74,7 @@ int bittern_activate(const float* x, int64_t count, int activation, int threads,
 }
 
 // Attention with quantized queries, keys, values and map; see attention.h.
-int bittern_attention(const Attention* attention, int threads) { return attend(*attention, threads); }
+int bittern_attention(const Attention* attention, int threads) { return attend(*attention, Coded{}, threads); }
 
 // Whole Transformer blocks, of which each reads what the one before gave; see block.h. mask: null, or with its strides as
 // in Attention. outs: where each block's output goes.

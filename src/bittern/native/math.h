@@ -138,6 +138,13 @@ inline int32_t to_codes(const float* x, int n, const Coding& c, int8_t* out, int
   return to_codes(x, n, Rounder(c), c.shift, out, width);
 }
 
+inline int32_t sum_of(const int8_t* codes, int n) {
+  int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) sum += codes[i];
+  return sum;
+}
+
 // What the codes of n values stand for: code x scale + offset, rounded twice.
 inline void to_values(const float* x, int n, const Coding& c, float* out) {
   const Rounder round(c);
