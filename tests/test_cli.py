@@ -423,6 +423,25 @@ BAD = {
         "analyze packed --teacher vit -o out --data digits --grid 9",
         "--grid says nothing without --curvature",
     ),
+    "metric without data": ("export packed -o out --metric f1", "--metric says nothing without --data"),
+    "columns without data": (
+        "export packed -o out --columns a,b --max-length 9",
+        "--columns, --max-length say nothing",
+    ),
+    "quantize, samples without data": ("quantize vit -r ternary -o out --samples 9", "--samples says nothing without"),
+    "quantize, labels without data": ("quantize vit -r ternary -o out --labels order", "--labels says nothing without"),
+    "metric of an export": ("export packed -o out --data digits --metric f1", "--metric says nothing in an export"),
+    "form of a float model": ("export vit -o out --form nbits --safe", "--form, --safe say nothing of a float model"),
+    "form of an own format": (
+        "export vit -o out --to json:dumps --form nbits",
+        "--form says nothing with --to json:dumps",
+    ),
+    "data of an own format": ("export vit -o out --to json:dumps --data digits", "--data says nothing with --to json:"),
+    "length of images": ("bench packed --length 9", "--length says nothing of a model that reads no texts"),
+    "temperature of no map": (
+        "qat vit -r w8a8 -o out --data digits --distill prediction --map-temperature 2 --layers 0",
+        "--map-temperature, --layers say nothing with the terms prediction",
+    ),
     "no demo": ("demo penguins", "no demo 'penguins'", "digits, minilm or all"),
 }
 

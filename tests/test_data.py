@@ -448,6 +448,15 @@ BAD_FILES: dict[str, tuple[str, str | bytes, dict[str, Any], tuple[str, ...]]] =
         {},
         ("row 1 of text is (None,); expected text",),
     ),
+    "more fields": ("data.csv", "text,label\na,b,0\n", {}, ("row 0 (line 2) has 3 fields, the header 2", "quote")),
+    "more fields later": (
+        "data.csv",
+        'text,label\n"dawn,\ndusk",1\n\ndawn, or dusk,0\n',
+        {},
+        ("row 1 (line 5) has 3 fields, the header 2",),
+    ),
+    "more fields in one column": ("data.csv", "text\nhello, world\n", {}, ("row 0 (line 2) has 2 fields",)),
+    "more fields of tabs": ("data.tsv", "text\tlabel\na\tb\t1\n", {}, ("row 0 (line 2) has 3 fields",)),
     "half a pair": (
         "data.jsonl",
         jsonl([{"sentence1": "a", "sentence2": "b"}, {"sentence1": "a", "sentence2": None}]),
@@ -465,6 +474,18 @@ def test_file_that_does_not_fit(case: str, bert: hf.PreTrainedModel, folders: Pa
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with refused(InputError, str(path), *parts):
         texts(path, bert, folders, **options)
+
+
+def test_fields_without_a_name(bert: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:
+    """Empty fields beyond the header lose nothing, and a long text is one field; compressed files are read so too."""
+    (tmp_path / "train.csv").write_text("text,label\ndawn,1,\n" + f'"{"dusk, " * 40_000}",0,\n')
+    data = texts(tmp_path / "train.csv", bert, folders, split="train")
+    assert data is not None
+    assert [len(text) for (text,) in data.rows] == [4, 240_000]
+    with gzip.open(tmp_path / "data.csv.gz", "wt") as file:
+        file.write("text,label\ndawn,dusk,1\n")
+    with refused(InputError, "row 0 (line 2) has 3 fields"):
+        texts(tmp_path / "data.csv.gz", bert, folders)
 
 
 @pytest.mark.parametrize("source", ["", "nowhere", "no/where", "nowhere.txt", "x" * 300, "a\x00b"])
@@ -845,7 +866,7 @@ def test_signs_in_tables(folders: Path, tmp_path: Path) -> None:
     data = texts(tmp_path / "data.tsv", named(), folders)
     assert (data.rows, data.labels.tolist()) == ([('"dawn',), ('day" is',)], [1, 0])
     (tmp_path / "data.csv").write_text("text,label\nstill,water,1\n")
-    with refused(InputError, "the classes water;"):
+    with refused(InputError, "row 0 (line 2) has 3 fields, the header 2"):
         texts(tmp_path / "data.csv", named(), folders)
 
 

@@ -7,9 +7,11 @@ import runpy
 import shlex
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -107,8 +109,9 @@ def test_blocks_run(path: Path, examples: Path, tmp_path: Path, monkeypatch: pyt
     names: dict[str, Any] = {"__name__": "document"}
     # The demo's own test measures; here it only has to leave its files: one step of training, no fresh processes.
     monkeypatch.setattr(demo, "TRAINING", replace(demo.TRAINING, steps=1))
-    monkeypatch.setattr(demo, "_start_check", lambda packed, data, other: (packed, data, other))
-    monkeypatch.setattr(demo, "_finish_check", lambda job: jobs.evaluate(job[0], job[1], against=job[2]))
+    later = SimpleNamespace(submit=lambda check, *args: SimpleNamespace(result=lambda: check(*args)))
+    monkeypatch.setattr(demo, "ThreadPoolExecutor", lambda _: nullcontext(later))
+    monkeypatch.setattr(demo, "_check", lambda packed, data, other: jobs.evaluate(packed, data, against=other))
     monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **_: RepoUrl(f"https://huggingface.co/{repo_id}"))
     monkeypatch.setattr(HfApi, "upload_folder", lambda api, **_: "")  # there is no network
     for block in blocks("sh", "python", of=path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ def _rows(name: str, source: Path, out: str | Path, force: bool, track: Track, o
     data, rows, checks = DEMOS[name].data, [], []
     if name == "digits":  # to quantize by one's own recipe
         save(load(source), _folder(name, "float", out), processors_from=source, force=force)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(1) as pool:
         for format, recipe in DEMOS[name].formats.items():
             folder = _folder(name, format, out)
             simulated = Path(temporary) / folder.name
@@ -110,9 +111,9 @@ def _rows(name: str, source: Path, out: str | Path, force: bool, track: Track, o
             else:
                 found = jobs.quantize(source, recipe, folder, **options)
             rows.append(_row(format, found["bits"], found["file"], found["packed"], str(folder)))
-            checks.append(_start_check(folder, data, simulated))
+            checks.append(pool.submit(_check, folder, data, simulated))
         float_row = _row("float", 32, found["float_bytes"], found["float"])
-        ended = [_finish_check(check) for check in track(checks, "checking the files in fresh processes")]
+        ended = [check.result() for check in track(checks, "checking the files in fresh processes")]
     return [float_row, *(row | {"max_error": e["max_difference"]} for row, e in zip(rows, ended, strict=True))]
 
 
@@ -123,17 +124,10 @@ def _row(name: str, bits: float, size: int, found: dict[str, float], path: str |
     return {"format": name, "bits": bits, "bytes": size, **measured, "max_error": None, "path": path}
 
 
-def _start_check(packed: Path, data: str, simulated: Path) -> subprocess.Popen[str]:
+def _check(packed: Path, data: str, simulated: Path) -> dict[str, float]:
     """Load the packed model in a new Python process and compare it there with the simulated one, kernels off."""
     command = ["eval", str(packed), "--data", data, "--against", str(simulated), "--no-kernels", "--json"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "bittern", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def _finish_check(check: subprocess.Popen[str]) -> dict[str, float]:
-    out, errors = check.communicate()
-    if check.returncode:
-        raise InputError(f"the packed model failed in a fresh process: {errors.strip().splitlines()[-1]}")
-    result: dict[str, float] = json.loads(out)
-    return result
+    ran = subprocess.run([sys.executable, "-m", "bittern", *command], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise InputError(f"the packed model failed in a fresh process: {ran.stderr.strip().splitlines()[-1]}")
+    return json.loads(ran.stdout)  # type: ignore[no-any-return]

@@ -24,7 +24,7 @@ from bittern.deploy.journal import Journal
 from bittern.deploy.store import float_bytes, load, measure, save
 from bittern.errors import InputError, ModelError
 from bittern.layers import fake_quants, formats, is_simulated, restore, simulate
-from bittern.options import Distill, Intervention, Mixed, Training
+from bittern.options import Distill, Intervention, Mixed, Training, refuse_unused
 from bittern.progress import OnStep, Track, ignore, is_main_process, peak_memory, silent
 from bittern.ptq import check_mixed, find_method
 from bittern.ptq import quantize as post_training
@@ -54,6 +54,8 @@ def quantize(
     recipe is static. simulated: a folder to keep the model in as it is before it is packed. The result is also in
     `out`/bittern.json.
     """
+    if data is None:
+        refuse_unused(quantize, "without --data", samples=samples, seed=seed, **columns)
     job = _Job(source, recipe, out, data, samples, seed, force, track, columns, simulated)
     return job.run(lambda: (job.simulate(), {}))
 

@@ -302,12 +302,12 @@ def compress(
     """Write the model that serves `goal` best among those that lose at most `max_loss` points to `out`, packed.
 
     The metric is the task's own, or another (see `bittern.options.Reading`, whose fields `columns` are); without labels
-    it is the agreement with the float model. A rung is within the limit
-    if its loss on one half of the test data is, by one standard error; the choice is measured again on the other half.
-    goal: size, speed (of one sample) or balanced (the product of both). train_minutes: how long distillation may take,
-    which alone makes ternary weights useful. All rungs are kept in the folder `out`.rungs: the same call after a crash,
-    or with another limit or goal, measures only what is missing there. keep: name of a rung to write whatever it lost.
-    ladder: own steps, each of rungs of which the first within the limit is enough.
+    it is the agreement with the float model. A rung is within the limit if its loss on one half of the test data is, by
+    one standard error; the choice is measured again on the other half. goal: size, speed (of one sample) or balanced
+    (the product of both). train_minutes: how long distillation may take, which alone makes ternary weights useful.
+    All rungs are kept in the folder `out`.rungs: the same call after a crash, or with another limit or goal, measures
+    only what is missing there. keep: name of a rung to write whatever it lost. ladder: own steps, each of rungs of
+    which the first within the limit is enough.
     on_rung: told of each rung. Raises InputError if no rung is within the limit.
     """
     if goal not in get_args(Goal):

@@ -6,9 +6,10 @@ Nothing here needs torch, so that `bittern qat --help` answers at once.
 import os
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from importlib import import_module
+from inspect import signature
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, get_args
@@ -59,6 +60,14 @@ def name_own(given: Any) -> Any:
     if find_own(name) is not given:
         raise InputError(f"{name} is now another function; pass one that its module knows by this name")
     return name
+
+
+def refuse_unused(of: Callable[..., Any], why: str, **given: Any) -> None:
+    """Raise InputError for options of a job, or of a dataclass here, that say nothing and are not its defaults."""
+    known = {name: parameter.default for name, parameter in signature(of).parameters.items()} | vars(Reading())
+    if unused := [f"--{name.replace('_', '-')}" for name, value in given.items() if value != known.get(name)]:
+        verb, what = ("says", "it") if len(unused) == 1 else ("say", "them")
+        raise InputError(f"{', '.join(unused)} {verb} nothing {why}; leave {what} out")
 
 
 def _check_positive(options: Any, *names: str) -> None:
@@ -182,6 +191,10 @@ class Distill:
             raise InputError(f"there is nothing to learn from; give terms of {', '.join(TERMS)}")
         _check_choice("balance", self.balance, Balance)
         _check_positive(self, "temperature", "map_temperature")
+        needed = {"temperature": {"prediction"}, "map_temperature": {"map"}, "mapping": {*self.layerwise}}
+        needed["layers"] = needed["mapping"] - {"hidden"}
+        unused = {name: getattr(self, name) for name, terms in needed.items() if not terms & self.terms.keys()}
+        refuse_unused(Distill, f"with the terms {', '.join(self.terms)}", **unused)
 
     @property
     def needs_teacher(self) -> bool:
@@ -353,6 +366,4 @@ class Curvature:
 
     def __post_init__(self) -> None:
         if self.grid % 2 == 0:
-            raise InputError(
-                f"grid is {self.grid}; expected an odd number, so that the student itself is in the middle"
-            )
+            raise InputError(f"grid is {self.grid}; expected an odd number: the student itself is in the middle")

@@ -61,8 +61,7 @@ def by_name(result: Facts, get: Callable[[Facts], Any], teacher: Any = None) -> 
 
 
 def attentions_of(student: Facts) -> list[Any]:
-    found: list[Any] = student["compare"]["attentions"]
-    return found
+    return list(student["compare"]["attentions"])
 
 
 def labels_of(result: Facts) -> list[str]:

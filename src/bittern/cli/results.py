@@ -74,12 +74,8 @@ def demo(result: Facts) -> None:
         "bits: per quantized weight, with scales · kB: whole file · agreement: with float · max error: "
         "simulated against packed, loaded in a fresh process, without kernels"
     )
-    say(
-        "Next: ",
-        (f"bittern inspect {rows[1]['path']}", "bold"),
-        "    your own model: ",
-        ("bittern quantize MODEL --recipe w8a8 --data DATA -o OUT", "bold"),
-    )
+    own = "bittern quantize MODEL --recipe w8a8 --data DATA -o OUT"
+    say("Next: ", (f"bittern inspect {rows[1]['path']}", "bold"), "    your own model: ", (own, "bold"))
 
 
 def sizes_and_metrics(result: Facts, how: str = "") -> None:

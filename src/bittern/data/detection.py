@@ -17,6 +17,7 @@ from bittern.errors import InputError, first_line, need
 from bittern.options import Labels
 
 RECALLS = np.linspace(0, 1, 101)  # at which COCO looks up the precision
+FOUND = ("scores", "labels", "boxes")
 LAYOUT = "train/ and val/, each with images and an annotations .json, or annotations/instances_{train,val}*.json"
 
 
@@ -143,9 +144,7 @@ def match_boxes(scenes: Sequence[Scene], found: Sequence[dict[str, Any]]) -> lis
     guesses = [
         {"image_id": i, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
         for i, one in enumerate(found)
-        for score, label, (x0, y0, x1, y1) in zip(
-            *(one[k].tolist() for k in ("scores", "labels", "boxes")), strict=True
-        )
+        for score, label, (x0, y0, x1, y1) in zip(*(one[key].tolist() for key in FOUND), strict=True)
     ]
     with redirect_stdout(io.StringIO()):  # both classes print
         truth.createIndex()

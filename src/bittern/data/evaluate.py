@@ -126,11 +126,6 @@ def top5(logits: Tensor, labels: Tensor) -> float:
     return (logits.topk(5).indices == labels.unsqueeze(-1)).any(-1).float().mean().item()
 
 
-def agreement(logits: Tensor, reference: Tensor) -> float:
-    """Return the share of samples for which two classifiers choose the same class."""
-    return accuracy(logits, reference.argmax(-1))
-
-
 def similarity_agreement(embeddings: Tensor, reference: Tensor) -> float:
     """Return Spearman's correlation of the cosine similarities of all pairs of samples, of two encoders.
 
@@ -205,7 +200,7 @@ def metrics(model: PreTrainedModel, data: Data, output: Tensor, reference: Tenso
         result["agreement"] = (output[..., 1] == reference[..., 1]).float().mean().item()
         output, reference = output[..., 0], reference[..., 0]
     elif task in ("classes", "tags"):
-        result["agreement"] = agreement(output, reference)
+        result["agreement"] = accuracy(output, reference.argmax(-1))
     elif task == "number":
         result["agreement"] = of_labels(output, reference, regression=True)["pearson"]
     elif task == "labels":

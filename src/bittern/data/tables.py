@@ -1,6 +1,7 @@
 """Tables of samples: files, folders of them and names for `datasets`; their columns of inputs and labels."""
 
 import atexit
+import csv
 import glob
 import math
 import os
@@ -23,14 +24,8 @@ from bittern.errors import InputError, listed, need, one_line
 from bittern.options import Labels, Reading
 
 TEXT_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-    ("sentence",),
-    ("text", "text_pair"),
-    ("text1", "text2"),
-    ("text",),
+    *(("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence")),
+    *(("sentence",), ("text", "text_pair"), ("text1", "text2"), ("text",)),
 )
 WORD_COLUMNS = (("tokens",), ("words",), *TEXT_COLUMNS)
 ANSWER_COLUMNS = (("question", "context"), *TEXT_COLUMNS)
@@ -90,6 +85,9 @@ def _read_local(path: Path, split: Split) -> tuple[str, Any] | None:
         return None
     reader, options = READERS[extension(parts[split][0])]
     files, name = [glob.escape(str(file)) for file in parts[split]], listed([file.name for file in parts[split]], 1)
+    if reader == "csv":
+        for file in parts[split]:
+            _check_fields(file, options)
     try:
         return name, datasets.load_dataset(
             reader, data_files=files, split="train", cache_dir=_cache_folder(), **options
@@ -98,6 +96,20 @@ def _read_local(path: Path, split: Split) -> tuple[str, Any] | None:
         if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
             return name, ()
         raise
+
+
+def _check_fields(file: Path, options: Mapping[str, Any]) -> None:
+    """Raise InputError for a row with more fields than the header, of which pandas drops the last or the first."""
+    csv.field_size_limit(2**31 - 1)
+    how = {"delimiter": options.get("sep", ","), "quoting": options.get("quoting", csv.QUOTE_MINIMAL)}
+    with need("fsspec").open(str(file), "rt", errors="replace", newline="", compression="infer") as text:
+        rows = csv.reader(text, **how)
+        filled = filter(None, rows)
+        header = next(filled, [])
+        for i, row in enumerate(filled):
+            if any(row[len(header) :]):
+                told = f"{file}: row {i} (line {rows.line_num}) has {len(row)} fields, the header {len(header)}"
+                raise InputError(f"{told}; quote fields that hold {how['delimiter']!r}, or name all columns")
 
 
 @cache

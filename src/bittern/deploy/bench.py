@@ -24,6 +24,7 @@ from bittern.dry_run import dummy_batch
 from bittern.errors import CheckpointError, InputError, ModelError
 from bittern.kernels import has_kernel
 from bittern.layers import formats
+from bittern.options import refuse_unused
 from bittern.recipe import Rule
 
 OURS, FLOAT = "bittern", "torch float32"
@@ -53,6 +54,8 @@ def bench(
         raise ModelError(f"{path} holds no packed model; make one with bittern quantize, ptq or qat")
     other = load(_source(Path(path)) if against is None else against)
     batch = sample_batch(other, batch_size, length)
+    if "input_ids" not in batch:
+        refuse_unused(bench, "of a model that reads no texts", length=length)
     with using_threads(threads), torch.no_grad():
         contenders: dict[str, Work] = {OURS: lambda: model(**batch), FLOAT: lambda: other(**batch)}
         contenders |= engines(other, batch) if engines else {}

@@ -22,18 +22,9 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bittern import attention
+from bittern import attention, compat
 from bittern.anatomy import record_of
-from bittern.compat import (
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    get_model_conversion_mapping,
-    remove_tied_weights_from_state_dict,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from bittern.compat import WeightTransform
 from bittern.deploy import probe
 from bittern.deploy.bits import bytes_per_row
 from bittern.deploy.blocks import use_kernels
@@ -132,9 +123,7 @@ def verify(files: list[Path]) -> dict[str, Any]:
     """Check a checkpoint as `open_checked` does, and its tensors too; return the open file of each tensor."""
     handles, checks = open_checked(files)
     if digest((name, handles[name].get_tensor(name)) for name in sorted(handles)) not in checks["tensors"]:
-        raise CheckpointError(
-            f"{files[0].parent}: tensors do not match their checksum; the file is damaged or incomplete"
-        )
+        raise CheckpointError(f"{files[0].parent}: tensors do not match their checksum; a file is damaged or cut off")
     return handles
 
 
@@ -186,8 +175,8 @@ def _conversions_on_save(model: PreTrainedModel) -> list[WeightTransform]:
     """Return what transformers reverts when it saves a model: conversions it was loaded with, or those of its class."""
     if (loaded_with := getattr(model, "_weight_conversions", None)) is not None:
         return list(loaded_with)
-    known = get_model_conversion_mapping(model, add_legacy=False)
-    return [conversion for conversion in known if not isinstance(conversion, PrefixChange)]
+    known = compat.get_model_conversion_mapping(model, add_legacy=False)
+    return [conversion for conversion in known if not isinstance(conversion, compat.PrefixChange)]
 
 
 @register_quantizer(METHOD)
@@ -230,11 +219,12 @@ class BitternQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         model.config.architectures, model.config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
         written = {k: t for k, t in state.items() if k not in (model._keys_to_ignore_on_save or ())}
-        written = remove_tied_weights_from_state_dict(written, model)
+        written = compat.remove_tied_weights_from_state_dict(written, model)
+        original = compat.revert_weight_conversion(model, dict(written))
         checks = {
             "format_version": FORMAT_VERSION,
             # with names as in the original checkpoint, or in the model: save_original_format decides, unseen
-            "tensors": [digest(sorted(t.items())) for t in (revert_weight_conversion(model, dict(written)), written)],
+            "tensors": [digest(sorted(tensors.items())) for tensors in (original, written)],
             "config": config_digest(json.loads(model.config.to_json_string())),
             "probe": probe.make(model),
         }
@@ -246,7 +236,7 @@ class BitternQuantizer(HfQuantizer):
         weights = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
 
         def keep(conversion: WeightTransform) -> bool:
-            if not isinstance(conversion, WeightConverter):
+            if not isinstance(conversion, compat.WeightConverter):
                 return True
             back = conversion.reverse_transform()
             return not any(_matches(back, weight) for weight in weights) or any(
@@ -291,16 +281,16 @@ def _quantized_modules(model: PreTrainedModel, handles: Mapping[str, Any]) -> di
 
     handles: the open file of each tensor.
     """
-    conversions = get_model_conversion_mapping(model, None, None)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    conversions = compat.get_model_conversion_mapping(model, None, None)
+    renamings = [c for c in conversions if isinstance(c, compat.WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, compat.WeightConverter)]
     meta, prefix = model.state_dict(), f"{model.base_model_prefix}."
     modules = dict(model.named_modules()) | dict(model.named_parameters())  # these of experts
 
     def module_name(owner: str) -> str | None:
         """In-model name of a quantized module; None if this class of model has no such module."""
         probe = f"{owner}.{INDEX if owner.endswith(f'.{attention.NAME}') else 'weight'}"  # a name that renamings expect
-        renamed = rename_source_key(probe, renamings, converters, model.base_model_prefix, meta)[0]
+        renamed = compat.rename_source_key(probe, renamings, converters, model.base_model_prefix, meta)[0]
         name = renamed.rpartition(".")[0]
         options = (name, name.removeprefix(prefix), prefix + name)
         return next((n for n in options if n.removesuffix(f".{attention.NAME}") in modules), None)

@@ -117,11 +117,8 @@ def _bounded(most: int, folder: Path) -> Iterator[None]:
             if taken > most:
                 raise CheckpointError(f"{folder}/config.json asks for a far larger model than the files beside it hold")
 
-    parameters, buffers = (
-        hooks.register_module_parameter_registration_hook,
-        hooks.register_module_buffer_registration_hook,
-    )
-    with parameters(add), buffers(add):
+    on_parameter = hooks.register_module_parameter_registration_hook
+    with on_parameter(add), hooks.register_module_buffer_registration_hook(add):
         yield
 
 

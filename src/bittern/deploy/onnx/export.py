@@ -22,7 +22,7 @@ from bittern.deploy.onnx.parity import check_parity, complete, made_up, measure_
 from bittern.deploy.store import load
 from bittern.errors import InputError, ModelError, one_line
 from bittern.layers import is_simulated
-from bittern.options import find_own, name_own
+from bittern.options import find_own, name_own, refuse_unused
 from bittern.progress import Track, silent
 from bittern.reader import LAYERS
 
@@ -58,7 +58,11 @@ def export(
     the file is further from the simulated model than its arithmetic explains; then no file is left.
     """
     if to != "onnx":
-        return _export_own(source, Path(out), name_own(to), force)
+        given = {"form": form, "dynamic": dynamic, "safe": safe, "data": data, "samples": samples, "seed": seed}
+        return _export_own(source, Path(out), name_own(to), force, **given, **columns)
+    if data is None:
+        refuse_unused(export, "without --data", **columns)
+    refuse_unused(export, "in an export", metric=columns.get("metric"))
     if missing := [name for name in LIBRARIES if find_spec(name) is None]:
         raise InputError(f"export to ONNX needs {', '.join(missing)}: pip install bittern[onnx]")
     from bittern.deploy.onnx import graph as onnx_graph
@@ -69,8 +73,9 @@ def export(
     model = load(source)
     if is_simulated(model) and not is_packed(model):
         pack(model)
+    if not (layers := packed_layers(model)):
+        refuse_unused(export, "of a float model", form=form, dynamic=dynamic, safe=safe)
     batches = _batches(model, source, data, samples, seed, columns)
-    layers = packed_layers(model)
     chosen = {name: forms.choose_form(layer, form, dynamic) for name, layer in layers.items()}
     simulated = run_model(model, track(batches, "simulated"))
     forms.remove_rounding(model)
@@ -109,10 +114,11 @@ def export(
     return result | {"out": str(out)}
 
 
-def _export_own(source: str | Path, out: Path, to: str, force: bool) -> dict[str, Any]:
+def _export_own(source: str | Path, out: Path, to: str, force: bool, **unused: Any) -> dict[str, Any]:
     """Let a function write the model to a folder, whole or not at all."""
     if ":" not in to:
         raise InputError(f"cannot export to {to!r}; give onnx, or module:name of a function that writes a format")
+    refuse_unused(export, f"with --to {to}", **unused)
     write = find_own(to)
     check_output(out, force, source)
     model = load(source)
