@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 import bittern
 from bittern import native
 from bittern.cli.commands import app
 from bittern.deploy import bench as benches
-from bittern.deploy.bench import alternate, ratios
+from bittern.deploy.bench import alternate, ratios, without_kernel
 from bittern.deploy.packed import pack_layers, weight_bytes
 from bittern.errors import InputError, ModelError
 from bittern.layers import swap
@@ -97,3 +98,13 @@ def test_ratios_are_paired() -> None:
     times = alternate({name: partial(order.append, name) for name in "ab"}, 2)
     assert "".join(order) == "ab" + "ab" + "ba"
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
+
+
+def test_convolutions_of_overlapping_patches() -> None:
+    """A convolution whose patches overlap has no kernel, and is named; one of whole patches has."""
+    model, batch = SUPPORTED["detr"]()
+    bittern.simulate(model, "w8a8", batch)
+    slow = without_kernel(model)
+    convolutions = {name: m.stride == m.kernel_size for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    assert {*convolutions.values()} == {True, False}
+    assert {name: name not in slow for name in convolutions} == convolutions

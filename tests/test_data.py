@@ -23,6 +23,7 @@ from bittern.data import Data, digits, load_any_split, load_data, load_splits, t
 from bittern.data.detection import Scene
 from bittern.data.evaluate import predict
 from bittern.data.images import read_image
+from bittern.data.splits import visible_files
 from bittern.data.texts import load_tokenizer, sentences
 from bittern.errors import BitternError, InputError
 from families import SUPPORTED
@@ -474,6 +475,23 @@ def test_file_that_does_not_fit(case: str, bert: hf.PreTrainedModel, folders: Pa
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with refused(InputError, str(path), *parts):
         texts(path, bert, folders, **options)
+
+
+def test_linked_folders(folders: Path, tmp_path: Path) -> None:
+    """Folders may be links, of splits or of classes, as to save room; one that leads back to itself is not followed."""
+    for n, kind in enumerate(("heron", "bittern")):
+        for split in ("train", "test"):
+            (tmp_path / "own" / split / kind).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (90 * n, 0, 0)).save(tmp_path / "own" / split / kind / "0.png")
+    (tmp_path / "own" / "train" / "again").symlink_to(tmp_path / "own")
+    linked = tmp_path / "linked"
+    (linked / "train").mkdir(parents=True)
+    (linked / "test").symlink_to(tmp_path / "own" / "test")
+    for kind in ("heron", "bittern"):
+        (linked / "train" / kind).symlink_to(tmp_path / "own" / "train" / kind)
+    found = [Path(f"{split}/{kind}/0.png") for split in ("test", "train") for kind in ("bittern", "heron")]
+    assert visible_files(linked, [".png"]) == found
+    assert visible_files(tmp_path / "own", [".png"]) == found
 
 
 def test_fields_without_a_name(bert: hf.PreTrainedModel, folders: Path, tmp_path: Path) -> None:

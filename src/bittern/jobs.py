@@ -246,9 +246,7 @@ class _Job:
         simulation = simulate(self.model, self.recipe, next(iter(calibration)) if calibration else None)
         if any(q.needs_scale for _, q in fake_quants(self.model)):
             if calibration is None:
-                raise InputError(
-                    f"recipe {self.recipe.name} has static activation scales, which need data; give --data"
-                )
+                raise InputError(f"recipe {self.recipe.name} has static activation scales, which need data: add --data")
             calibrate(self.model, self.track(calibration, "calibrating"))
         return simulation
 

@@ -336,9 +336,7 @@ class Training:
     evaluations: int = option(10, "How often to measure and to write a checkpoint.")
     patience: int | None = option(None, "Stop after so many evaluations without a better one.")
     metric: str | None = option(None, f"{METRIC}; module:name of one of your own.")
-    arguments: Mapping[str, Any] = option(
-        dict, "NAME=VALUE of transformers.TrainingArguments; may be repeated.", "--set"
-    )
+    arguments: Mapping[str, Any] = option(dict, "NAME=VALUE of transformers.TrainingArguments; may repeat.", "--set")
 
     def __post_init__(self) -> None:
         _check_positive(self, "epochs", "steps", "batch_size", "learning_rate", "evaluations", "patience")

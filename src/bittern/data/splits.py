@@ -1,5 +1,6 @@
 """Which files of a folder are its train and its test part, by the hub's rules for names."""
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -31,9 +32,14 @@ def pick_name(names: Iterable[str], split: Split) -> str | None:
 
 
 def visible_files(folder: Path, kinds: Iterable[str]) -> list[Path]:
-    """Return all files of these kinds below a folder, relative to it; hidden ones and caches are left out."""
-    found = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if extension(file) in kinds)
-    return [file for file in found if not any(part.startswith((".", "__")) for part in file.parts)]
+    """Return all files of these kinds below a folder, relative to it, in links too; hidden ones and caches are left
+    out, and so is a link to a folder that holds it."""
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        above = {(path := Path(place).resolve()), *path.parents}
+        folders[:] = [name for name in folders if Path(place, name).resolve() not in above]
+        found += [Path(place, name).relative_to(folder) for name in names if extension(Path(name)) in kinds]
+    return [file for file in sorted(found) if not any(part.startswith((".", "__")) for part in file.parts)]
 
 
 def split_files(folder: Path, files: Iterable[Path]) -> dict[Split, list[Path]]:

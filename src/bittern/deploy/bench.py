@@ -157,6 +157,8 @@ def without_kernel(model: nn.Module) -> dict[str, str]:
 def _has_fast_path(rule: Rule, module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
         return True  # rows are looked up, not multiplied
+    if isinstance(module, nn.Conv2d) and module.stride != module.kernel_size:
+        return False  # its patches overlap: the weight is unpacked in each forward
     if not rule.for_attention:
         return rule.weight is not None and rule.input is not None and has_kernel(rule.weight, rule.input)
     return rule.operands.keys() == native.SCHEMES.keys() and all(

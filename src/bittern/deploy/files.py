@@ -262,9 +262,7 @@ def _lock(path: Path, out: str | Path) -> Iterator[None]:
             stack.enter_context(_hold(path))
         except BlockingIOError:
             lock.seek(0)
-            raise InputError(
-                f"{out} is being written by {lock.read()}; wait for it, or choose another output"
-            ) from None
+            raise InputError(f"{out} is being written by {lock.read()}; wait, or choose another output") from None
         except (ImportError, OSError):  # Windows; the file of another user
             yield
             return
