@@ -107,7 +107,7 @@ class _Study:
         model, teacher = load(path), self.teacher
         if formats(teacher):
             swapped = "" if formats(model) else f", and {path} is not: they are swapped"
-            raise ModelError(f"the teacher {self.teacher_path} is quantized{swapped}; give the float one as --teacher")
+            raise ModelError(f"the teacher {self.teacher_path} is quantized{swapped}; give the float model: --teacher")
         if not formats(model):
             raise ModelError(f"{path} is not quantized; give a folder that bittern quantize, ptq or qat wrote")
         if type(model) is not type(teacher):
