@@ -295,12 +295,12 @@ def test_attention(kind: str, shape: tuple[int, ...], static: bool) -> None:
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 33), (1, 130)], ids=str)
-def test_block(kind: str, shape: tuple[int, int], pre_norm: bool, static: bool) -> None:
+@pytest.mark.parametrize("shape", [(1, 1, 12), (2, 33, 12), (3, 5, 64), (1, 130, 16)], ids=str)
+def test_block(kind: str, shape: tuple[int, int, int], pre_norm: bool, static: bool) -> None:
     """A block gives the bits of its parts one after the other, with a mask or not, on one thread or two; static scales
     let it go from codes to codes."""
     torch.manual_seed(0)
-    (batch, tokens), hidden, wide, heads, dim = shape, 100, 70, 4, 12
+    (batch, tokens, dim), hidden, wide, heads = shape, 100, 70, 4
     sizes = {
         "query": (hidden, heads * dim),
         "key": (hidden, 2 * dim),
@@ -313,7 +313,7 @@ def test_block(kind: str, shape: tuple[int, int], pre_norm: bool, static: bool) 
     for i, (part, (inputs, outputs)) in enumerate(sizes.items()):
         panels = Panels(torch.randint(-1, 2, (outputs, inputs)), torch.rand(outputs) * 0.1, 2, 1)
         coding = Coding(-128, 127, clip=3.0 + i // 3)
-        if part == "down":
+        if part in ("output", "down"):
             known = {"scale": 0.031, "offset": -0.17} if static else {"by_row": True}
             coding = Coding(0, 255, "asymmetric", clip=6.0, **known)  # type: ignore[arg-type]
         layers[part] = KernelLayer(panels, padded_bias(torch.randn(outputs), panels), coding)
@@ -321,7 +321,9 @@ def test_block(kind: str, shape: tuple[int, int], pre_norm: bool, static: bool) 
         KernelNorm(torch.randn(hidden), torch.randn(hidden), 1e-5),
         KernelNorm(torch.randn(hidden), torch.randn(hidden), 1e-6),
     )
-    codings = {"query": SIGNED, "key": SIGNED, "value": Coding(-8, 7)}
+    scales = (0.04, 0.05, 0.3) if static else (None,) * 3
+    codings = {"query": Coding(-128, 127, scale=scales[0]), "key": Coding(-128, 127, clip=2.5, scale=scales[1])}
+    codings["value"] = Coding(-8, 7, scale=scales[2])
     codings["map"] = Coding(0, 255, "unsigned", scale=1 / 255 if static else None)
     rest: Any = {"pre_norm": pre_norm, "activation": "gelu", "heads": heads, "key_heads": 2, "scaling": 0.3}
     block = KernelBlock(layers, norms, codings, **rest)

@@ -23,7 +23,7 @@ struct Attention {
 namespace {
 
 // Codes in rows `stride` bytes apart.
-struct Rows {
+struct CodeRows {
   const int8_t* codes;
   size_t stride;
 };
@@ -31,7 +31,7 @@ struct Rows {
 // What stands in the place of floats between products with static scales: codes of rows of all heads side by side. There
 // must be memory for 16 more rows. Null: there are floats.
 struct Coded {
-  Rows query, key, value;
+  CodeRows query, key, value;
   int8_t* context;
   size_t context_stride;
   Format context_format;
@@ -47,8 +47,8 @@ inline void put(uint8_t* panel, size_t output, size_t k, size_t high, uint32_t w
   for (int plane = 0; plane < kPlanes; ++plane) memcpy(panel + plane * high, &halves[plane], 4);
 }
 
-// Rows of codes (outputs of the product) as expanded panels. Rows beyond the last are whatever `from` holds there.
-inline void panels_of_rows(const Rows& from, int rows, int width, uint8_t* panels) {
+// CodeRows of codes (outputs of the product) as expanded panels. CodeRows beyond the last are whatever `from` holds there.
+inline void panels_of_rows(const CodeRows& from, int rows, int width, uint8_t* panels) {
   const size_t high = size_t(width) * kPanel;
   for (int r = 0; r < up(rows, kPanel); ++r) {
     uint8_t* panel = panels + size_t(r / kPanel) * high * kPlanes;
@@ -61,7 +61,7 @@ inline void panels_of_rows(const Rows& from, int rows, int width, uint8_t* panel
 
 // Columns of codes (outputs of the product) as expanded panels: `rows`, a multiple of 4, are what is summed over; those
 // beyond `real` are zeros. Columns up to a multiple of 16 are read.
-inline void panels_of_columns(const Rows& codes, int real, int rows, int columns, uint8_t* panels) {
+inline void panels_of_columns(const CodeRows& codes, int real, int rows, int columns, uint8_t* panels) {
   const size_t high = size_t(rows) * kPanel;
   for (int c = 0; c < columns; c += kPanel)
     for (int r = 0; r < rows; r += 4) {
@@ -125,13 +125,14 @@ inline size_t lay_out(const Attention& a, uint8_t* at, Buffers* b) {
 
 // rows x all panels; each(panel, sums) takes the sums (rows, 16) of one panel.
 template <typename Each>
-void all_panels(const Rows& rows, int count, int width, const uint8_t* panels, int outputs, int32_t* sums, Each each) {
+void all_panels(const CodeRows& rows, int count, int width, const uint8_t* panels, int outputs, int32_t* sums, Each each) {
   const size_t next = size_t(width) * kPanel * kPlanes, next_sums = size_t(kQueries) * kPanel;
   const int all = up(outputs, kPanel) / kPanel;
   const Tiles tiles;
   for (int p = 0; p < all; p += kPair) {
     const int pair = all - p < kPair ? all - p : kPair;
-    multiply(panels + p * next, next, pair, rows.codes, rows.stride, count, width / 4, 8, 255, sums, next_sums, false);
+    multiply(panels + p * next, next, pair, rows.codes, rows.stride, count, width / 4, 8, 255, sums, next_sums, false,
+             {panels, 0, 0});
     for (int i = 0; i < pair; ++i) each(p + i, sums + i * next_sums);
   }
 }
@@ -144,17 +145,17 @@ struct Head {
   const int batch, head, group, depth, keys, values;
 
   Head(const Attention& all, const Coded& coded, int number, const Buffers& buffers)
-      : a(all), coded(coded), b(buffers), batch(number / a.heads), head(number % a.heads), group(head / (a.heads / a.key_heads)),
-        depth(up(a.dim, kDepth)), keys(up(a.keys, kDepth)), values(up(a.value_dim, kPanel)) {}
+      : a(all), coded(coded), b(buffers), batch(number / a.heads), head(number % a.heads),
+        group(head / (a.heads / a.key_heads)), depth(up(a.dim, kDepth)), keys(up(a.keys, kDepth)), values(up(a.value_dim, kPanel)) {}
 
   // This head's part of rows of all heads.
-  Rows part(const Rows& all, int tokens, int number, int dim) const {
+  CodeRows part(const CodeRows& all, int tokens, int number, int dim) const {
     return {all.codes + size_t(batch) * size_t(tokens) * all.stride + size_t(number) * size_t(dim), all.stride};
   }
 
   // Codes of keys, as panels, and of queries.
-  Rows read_scores(const Coding& query, const Coding& key) const {
-    const Rows mine{b.rows, size_t(depth)};
+  CodeRows read_scores(const Coding& query, const Coding& key) const {
+    const CodeRows mine{b.rows, size_t(depth)};
     if (coded.key.codes != nullptr) {
       panels_of_rows(part(coded.key, a.keys, group, a.dim), a.keys, depth, b.keys);  // beyond dim, queries are zeros
     } else {
@@ -168,7 +169,7 @@ struct Head {
         b.row_sums[t] = to_codes(q + t * a.query_strides[2], a.dim, query, b.rows + size_t(t) * depth, depth);
       return mine;
     }
-    const Rows all = part(coded.query, a.queries, head, a.dim);
+    const CodeRows all = part(coded.query, a.queries, head, a.dim);
     for (int t = 0; t < a.queries; ++t) {
       const int8_t* row = all.codes + size_t(t) * all.stride;
       b.row_sums[t] = sum_of(row, a.dim);
@@ -181,7 +182,7 @@ struct Head {
 
   // Codes of values, as panels, and what the shift of the map's codes adds to their sums.
   void read_values(const Coding& value, const Coding& map) const {
-    Rows from{b.codes, size_t(values)};
+    CodeRows from{b.codes, size_t(values)};
     if (coded.value.codes != nullptr) {
       from = part(coded.value, a.keys, group, a.value_dim);
     } else {
@@ -200,12 +201,12 @@ struct Head {
 
   // Probabilities of `count` queries, in rows of a multiple of 16, still to be multiplied by the factor of each row if
   // they are not `kept`. Returns the largest.
-  float probabilities(const Rows& queries, int first, int count, float unit, bool kept, float* scores, float* factors) const {
+  float probabilities(const CodeRows& queries, int first, int count, float unit, bool kept, float* scores, float* factors) const {
     const int width = up(a.keys, kPanel);
     const float* mask = a.mask == nullptr ? nullptr : a.mask + batch * a.mask_strides[0] + head * a.mask_strides[1];
     Floats most[kQueries];
     for (Floats& m : most) m = Floats{} - INFINITY;
-    const Rows from{queries.codes + size_t(first) * queries.stride, queries.stride};
+    const CodeRows from{queries.codes + size_t(first) * queries.stride, queries.stride};
     all_panels(from, count, depth, b.keys, a.keys, b.sums, [&](int p, const int32_t* sums) {
       const int real = a.keys - p * kPanel < kPanel ? a.keys - p * kPanel : kPanel;
       for (int r = 0; r < count; ++r, sums += kPanel) {
@@ -278,7 +279,8 @@ inline Range range_of(const float* x, const int64_t* strides, int batch, int hea
 
 inline int attend(const Attention& a, const Coded& coded, int threads) {
   if (a.batch == 0 || a.queries == 0 || a.keys == 0) return kOk;
-  const auto range = [&](const Rows& codes, const float* x, const int64_t* strides, int heads, int tokens, int dim, const Format& f) {
+  const auto range = [&](const CodeRows& codes, const float* x, const int64_t* strides, int heads, int tokens, int dim,
+                         const Format& f) {
     return codes.codes != nullptr ? Range{} : range_of(x, strides, a.batch, heads, tokens, dim, f.scheme != 0, threads);
   };
   const Range query = range(coded.query, a.query, a.query_strides, a.heads, a.queries, a.dim, a.query_format);
@@ -313,7 +315,7 @@ inline int attend(const Attention& a, const Coded& coded, int threads) {
   parallel(all, threads, [&](int number, int slot) {
     const Head head(a, coded, number, buffers(slot));
     const Coding map = coding(a.map_format, Range{});
-    const Rows queries = head.read_scores(q, k);
+    const CodeRows queries = head.read_scores(q, k);
     if (at_once) head.read_values(v, map);
     tiles([&](int first, int count) {
       const bool kept = a.map != nullptr;

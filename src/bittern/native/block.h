@@ -58,15 +58,20 @@ inline Linear product(const Codes& a, const Layer& layer, int activation, Output
                 f.scheme == 2 || f.shift > 0, where == kPastCaches};
 }
 
-inline int multiply(const Codes& a, const Layer& layer, int activation, Output where, int threads, float* out) {
-  return multiply_all(product(a, layer, activation, where, out), threads);
+// then: the layer that multiplies next, if it is known.
+inline int multiply(const Codes& a, const Layer& layer, int activation, Output where, int threads, float* out,
+                    const Layer* then = nullptr) {
+  Linear l = product(a, layer, activation, where, out);
+  if (then != nullptr) l.after = then->panels;
+  return multiply_all(l, threads);
 }
 
 // The same to codes with a static scale, without the floats: a quarter of the memory, written and read once.
-inline int multiply_to_codes(const Codes& a, const Layer& layer, int activation, const Format& next, int threads, int8_t* to) {
+inline int multiply_to_codes(const Codes& a, const Layer& layer, int activation, const Format& next, int threads, int8_t* to,
+                             const Layer& then) {
   Linear l = product(a, layer, activation, kCached, nullptr);
   std::atomic<bool> finite{true};
-  l.codes = to, l.next = coding(next, Range{}), l.finite = &finite;
+  l.after = then.panels, l.codes = to, l.next = coding(next, Range{}), l.finite = &finite;
   if (const int failed = multiply_all(l, threads)) return failed;
   return finite.load() ? kOk : kNotFinite;
 }
@@ -150,7 +155,7 @@ struct BlockRun {
                    reinterpret_cast<int32_t*>(numbers + 2 * padded), rows};
     };
     codes = codes_at(at_codes, at_numbers), inside = codes_at(at_wide + padded * 12, at_wide);
-    const auto operand_at = [&](size_t at, const Layer& layer, const Format& f, Rows* rows) {
+    const auto operand_at = [&](size_t at, const Layer& layer, const Format& f, CodeRows* rows) {
       if (f.mode != 0) return floats(at);
       *rows = {reinterpret_cast<int8_t*>(memory + at), size_t(up(layer.outputs, kAlign))};
       return static_cast<float*>(nullptr);
@@ -171,16 +176,16 @@ struct BlockRun {
   int project(const float* x, float* query, float* key, float* value) const {
     if (b.pre_norm) add_and_norm(x, nullptr, rows, hidden, nullptr, &b.norms[0], threads, normed), x = normed;
     const Layer* before = nullptr;
-    const auto each = [&](const Layer& layer, const Format& format, const Rows& to, float* out) {
+    const auto each = [&](const Layer& layer, const Format& format, const CodeRows& to, float* out, const Layer& then) {
       if (before == nullptr || !same(before->input, layer.input))
         if (const int failed = read_codes(x, layer)) return failed;
       before = &layer;
-      if (out != nullptr) return multiply(codes, layer, kNone, kPastCaches, threads, out);
-      return multiply_to_codes(codes, layer, kNone, format, threads, const_cast<int8_t*>(to.codes));
+      if (out != nullptr) return multiply(codes, layer, kNone, kPastCaches, threads, out, &then);
+      return multiply_to_codes(codes, layer, kNone, format, threads, const_cast<int8_t*>(to.codes), then);
     };
-    if (const int failed = each(b.query, b.query_format, coded.query, query)) return failed;
-    if (const int failed = each(b.key, b.key_format, coded.key, key)) return failed;
-    return each(b.value, b.value_format, coded.value, value);
+    if (const int failed = each(b.query, b.query_format, coded.query, query, b.key)) return failed;
+    if (const int failed = each(b.key, b.key_format, coded.key, key, b.value)) return failed;
+    return each(b.value, b.value_format, coded.value, value, b.output);
   }
 
   // Attention of these queries, keys and values (null: of the codes), with strides as in Attention, and all that follows.
@@ -192,20 +197,20 @@ struct BlockRun {
                 b.value_format, b.map_format};
     memcpy(a.key_strides, key_strides, sizeof(a.key_strides)), memcpy(a.value_strides, value_strides, sizeof(a.value_strides));
     if (mask != nullptr) memcpy(a.mask_strides, mask_strides, sizeof(a.mask_strides));
-    const Rows none = {};
+    const CodeRows none = {};
     Coded given = coded;
     given.query = query ? none : coded.query, given.key = key ? none : coded.key, given.value = value ? none : coded.value;
     if (const int failed = attend(a, given, threads)) return failed;
     if (coded.context != nullptr) add_numbers(codes, b.output.inputs, b.output.input, threads);
     else if (const int failed = read_codes(context, b.output)) return failed;
-    if (const int failed = multiply(codes, b.output, kNone, kPastCaches, threads, sum)) return failed;
+    if (const int failed = multiply(codes, b.output, kNone, kPastCaches, threads, sum, &b.up)) return failed;
     add_and_norm(sum, x, rows, hidden, sum, &b.norms[b.pre_norm ? 1 : 0], threads, normed);
     if (const int failed = read_codes(normed, b.up)) return failed;
     if (keeps_inner) {
-      if (const int failed = multiply(codes, b.up, b.activation, kCached, threads, inner)) return failed;
+      if (const int failed = multiply(codes, b.up, b.activation, kCached, threads, inner, &b.down)) return failed;
       if (const int failed = read_codes(inner, b.down)) return failed;
     } else {
-      if (const int failed = multiply_to_codes(codes, b.up, b.activation, b.down.input, threads, inside.codes)) return failed;
+      if (const int failed = multiply_to_codes(codes, b.up, b.activation, b.down.input, threads, inside.codes, b.down)) return failed;
       add_numbers(inside, b.down.inputs, b.down.input, threads);
     }
     if (const int failed = multiply(keeps_inner ? codes : inside, b.down, kNone, kPastCaches, threads, out)) return failed;

@@ -53,7 +53,7 @@ void rows_packed(const uint8_t* packed, size_t next, int, const int8_t* a, size_
 }
 
 inline void multiply(const uint8_t* panel, size_t, int, const int8_t* a, size_t stride, int rows, int groups, int bits,
-                     int top, int32_t* sums, size_t, bool add) {
+                     int top, int32_t* sums, size_t, bool add, const Ahead&) {
   rows_arm<8>(panel, a, stride, rows, groups, late_for(bits, top), sums, add);
 }
 

@@ -23,18 +23,19 @@ inline __m512i dot(__m512i sum, __m512i w, __m512i x) {
 // instructions fit beside them, and 16 sums are more than the 2 x 5 products under way. Rows up to a multiple of 4 are read.
 template <int R, int P>
 inline void tile(const uint8_t* panel, size_t next, const int8_t* a, size_t stride, int groups, int32_t* sums,
-                 size_t next_sums, bool add) {
+                 size_t next_sums, bool add, const Ahead& ahead) {
   __m512i sum[R][P];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p)
       sum[r][p] = add ? _mm512_loadu_si512(sums + p * next_sums + r * kPanel) : _mm512_setzero_si512();
-  for (int g = 0; g < groups; ++g) {
+  const uint8_t* fetched = ahead.from;
+  for (int g = 0; g < groups; ++g, fetched += ahead.pace) {
     __m512i w[P];
     for (int p = 0; p < P; ++p) {
       w[p] = _mm512_loadu_si512(panel + p * next + g * 64);
-      __builtin_prefetch(panel + (P + p) * next + g * 64);  // the next pair, which may lie beyond all caches
+      __builtin_prefetch(fetched + p * ahead.next);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -53,13 +54,13 @@ inline void tile(const uint8_t* panel, size_t next, const int8_t* a, size_t stri
 
 template <int P>
 void rows_vnni(const uint8_t* panel, size_t next, const int8_t* a, size_t stride, int rows, int groups, int32_t* sums,
-               size_t next_sums, bool add) {
+               size_t next_sums, bool add, Ahead ahead) {
   int r = 0;
-  for (; r + 4 < rows; r += 8)
-    tile<8, P>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add);
+  for (; r + 4 < rows; r += 8, ahead.from += groups * ahead.pace)
+    tile<8, P>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add, ahead);
   for (; r + 1 < rows; r += 4)
-    tile<4, P>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add);
-  if (r < rows) tile<1, P>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add);
+    tile<4, P>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add, ahead);
+  if (r < rows) tile<1, P>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add, ahead);
 }
 
 // Sums (R, 16) of packed panels, for so few rows that unpacking would cost more than the product: each field of the
@@ -108,15 +109,15 @@ void rows_packed(const uint8_t* packed, size_t next, int count, const int8_t* a,
 }
 
 inline void multiply_vectors(const uint8_t* panel, size_t next, int count, const int8_t* a, size_t stride, int rows,
-                             int groups, int32_t* sums, size_t next_sums, bool add) {
-  if (count == 2) rows_vnni<2>(panel, next, a, stride, rows, groups, sums, next_sums, add);
-  else rows_vnni<1>(panel, next, a, stride, rows, groups, sums, next_sums, add);
+                             int groups, int32_t* sums, size_t next_sums, bool add, const Ahead& ahead) {
+  if (count == 2) rows_vnni<2>(panel, next, a, stride, rows, groups, sums, next_sums, add, ahead);
+  else rows_vnni<1>(panel, next, a, stride, rows, groups, sums, next_sums, add, ahead);
 }
 
 #if !defined(__AMX_INT8__)
 inline void multiply(const uint8_t* panel, size_t next, int count, const int8_t* a, size_t stride, int rows, int groups,
-                     int, int, int32_t* sums, size_t next_sums, bool add) {
-  multiply_vectors(panel, next, count, a, stride, rows, groups, sums, next_sums, add);
+                     int, int, int32_t* sums, size_t next_sums, bool add, const Ahead& ahead) {
+  multiply_vectors(panel, next, count, a, stride, rows, groups, sums, next_sums, add, ahead);
 }
 #endif
 

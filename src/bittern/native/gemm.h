@@ -13,8 +13,8 @@
 //   kDepth   what attention pads to what it sums over
 //   kFew     rows that multiply packed weights as they lie, by `rows_packed`
 // and has `multiply`: sums (rows, 16) for each of `count` <= kPair expanded panels, `next` bytes apart, whose sums are
-// `next_sums` apart; `add` goes on from what they hold. `a` and sums must have memory for a multiple of 16 rows; groups, of 4
-// inputs, are a multiple of kDepth / 4; `Tiles` must be there.
+// `next_sums` apart; `add` goes on from what they hold; what is `ahead` may be fetched. `a` and sums must have memory for a
+// multiple of 16 rows; groups, of 4 inputs, are a multiple of kDepth / 4; `Tiles` must be there.
 #pragma once
 #include <cstdlib>
 
@@ -29,6 +29,13 @@ constexpr int kRows = 256;    // rows of inputs in one piece of work
 constexpr int kTile = 32;     // rows whose sums are made together, and still in the first cache when they are finished
 
 inline int up(int n, int to) { return (n + to - 1) / to * to; }
+
+// What is fetched into the caches beside products: `pace` bytes in each step of 4 inputs, once for 8 rows, from `from` on,
+// and as much `next` bytes further. Spread evenly, since a core waits for at most some 16 lines at a time.
+struct Ahead {
+  const uint8_t* from;
+  size_t pace, next;
+};
 
 }  // namespace
 

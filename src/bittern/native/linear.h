@@ -36,6 +36,7 @@ struct Linear {
   int8_t* codes = nullptr;  // where codes of the output go in its place, of rows padded to kAlign, and by which rule
   Coding next = {};
   std::atomic<bool>* finite = nullptr;  // to be cleared if an output has no code
+  const uint8_t* after = nullptr;  // panels of the next product
 };
 
 constexpr size_t kStream = 2 << 20;  // bytes of an output beyond which no core's cache holds it
@@ -89,14 +90,23 @@ inline void finish(const Linear& l, int row0, int rows, int output, const int32_
   }
   if (direct) return;
   activate(together, rows * width, l.activation);
-  if (l.codes != nullptr && largest(together, rows * width) >= kInfinity) l.finite->store(false);
-  const Rounder round(l.next);
-  for (int r = 0; r < rows; ++r) {
-    const float* from = together + r * width;
-    const size_t row = size_t(row0 + r);
-    if (l.codes != nullptr) to_codes(from, real, round, l.next.shift, l.codes + row * up(l.outputs, kAlign) + output, real);
-    else write<P>(l, reinterpret_cast<const PanelFloats*>(from), l.out + row * l.outputs + output, real);
+  if (l.codes == nullptr) {
+    for (int r = 0; r < rows; ++r) {
+      const auto* value = reinterpret_cast<const PanelFloats*>(together + r * width);
+      write<P>(l, value, l.out + size_t(row0 + r) * l.outputs + output, real);
+    }
+    return;
   }
+  if (largest(together, rows * width) >= kInfinity) l.finite->store(false);
+  const Rounder round(l.next);
+  const size_t stride = size_t(up(l.outputs, kAlign));
+  int8_t* to = l.codes + size_t(row0) * stride + output;
+  for (int r = 0; r < rows; ++r, to += stride)
+    for (int i = 0; i < real; i += kLanes) {
+      const Ints code = round.integers(load(together + r * width + i)) - l.next.shift;
+      if (i + kLanes <= real) store_bytes(to + i, code);
+      else store_first_bytes(to + i, code, real - i);
+    }
 }
 
 inline void finish(const Linear& l, int row0, int rows, int output, int count, const int32_t* sums, size_t next_sums) {
@@ -118,17 +128,26 @@ void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* pan
     return;
   }
   const bool as_they_lie = l.bits == 8 && kPlanes == 1;
+  const size_t block = size_t(kBlock) * kPanel * l.bits / 8;  // bytes of a panel that are multiplied at a time
   for (int at = 0; at < width; at += kBlock) {
-    const int groups = (width - at < kBlock ? width - at : kBlock) / 4;
+    const bool last = at + kBlock >= width;
+    const int groups = (last ? width - at : kBlock) / 4;
     const uint8_t* lie = l.panels + first * packed + size_t(at) * kPanel * l.bits / 8;
     for (int p = 0; p < count && !as_they_lie; ++p) expand(lie + p * packed, groups, l.bits, panel + p * next);
+    // then come more inputs of these panels, or the next pair, or another product
+    const uint8_t* following = first + count < all ? l.panels + (first + count) * packed : l.after;
+    const uint8_t* then = !last ? lie + block : following != nullptr ? following : lie;
+    Ahead ahead{then, block / size_t(up(rows, 8) / 8 * groups), packed};
     for (int r = 0; r < rows; r += kTile) {
       const int some = rows - r < kTile ? rows - r : kTile;
+      ahead.from = then + size_t(r / 8 * groups) * ahead.pace;
+      if (last && l.codes == nullptr && !l.stream)  // what will be written must be there, too
+        for (int i = r; i < r + some; ++i)
+          for (int p = first; p < first + count; ++p) __builtin_prefetch(l.out + size_t(row0 + i) * l.outputs + p * kPanel, 1);
       int32_t* mine = width <= kBlock ? sums : sums + size_t(r) * kPanel * kPair;
-      multiply(as_they_lie ? lie : panel, as_they_lie ? packed : next, count, l.a + size_t(row0 + r) * width + at, size_t(width), some, groups, l.bits, l.top, mine,
-               next_sums, at > 0);
-      if (at + kBlock >= width)
-        finish(l, row0 + r, some, first * kPanel, count, mine, next_sums);
+      multiply(as_they_lie ? lie : panel, as_they_lie ? packed : next, count, l.a + size_t(row0 + r) * width + at,
+               size_t(width), some, groups, l.bits, l.top, mine, next_sums, at > 0, ahead);
+      if (last) finish(l, row0 + r, some, first * kPanel, count, mine, next_sums);
     }
   }
 }

@@ -140,8 +140,9 @@ inline int32_t to_codes(const float* x, int n, const Coding& c, int8_t* out, int
 
 inline int32_t sum_of(const int8_t* codes, int n) {
   int32_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; ++i) sum += codes[i];
+  int i = 0;
+  for (; i + 16 <= n; i += 16) sum += sum_of_sixteen(codes + i);
+  for (; i < n; ++i) sum += codes[i];
   return sum;
 }
 

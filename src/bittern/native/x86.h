@@ -144,6 +144,12 @@ inline void store_first_bytes(int8_t* to, const Ints& v, int n) {
 #endif
 }
 
+inline int32_t sum_of_sixteen(const int8_t* codes) {
+  const __m128i raised = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), _mm_set1_epi8(-128));
+  const __m128i halves = _mm_sad_epu8(raised, _mm_setzero_si128());
+  return _mm_cvtsi128_si32(halves) + _mm_extract_epi16(halves, 4) - 16 * 128;
+}
+
 // Four rows of 16 bytes, column by column.
 inline void columns_of(const Sixteen* rows, Sixteen* out) {
   const __m128i a = __m128i(rows[0]), b = __m128i(rows[1]), c = __m128i(rows[2]), d = __m128i(rows[3]);
