@@ -146,7 +146,8 @@ struct Head {
 
   Head(const Attention& all, const Coded& coded, int number, const Buffers& buffers)
       : a(all), coded(coded), b(buffers), batch(number / a.heads), head(number % a.heads),
-        group(head / (a.heads / a.key_heads)), depth(up(a.dim, kDepth)), keys(up(a.keys, kDepth)), values(up(a.value_dim, kPanel)) {}
+        group(head / (a.heads / a.key_heads)), depth(up(a.dim, kDepth)), keys(up(a.keys, kDepth)),
+        values(up(a.value_dim, kPanel)) {}
 
   // This head's part of rows of all heads.
   CodeRows part(const CodeRows& all, int tokens, int number, int dim) const {
@@ -201,7 +202,8 @@ struct Head {
 
   // Probabilities of `count` queries, in rows of a multiple of 16, still to be multiplied by the factor of each row if
   // they are not `kept`. Returns the largest.
-  float probabilities(const CodeRows& queries, int first, int count, float unit, bool kept, float* scores, float* factors) const {
+  float probabilities(const CodeRows& queries, int first, int count, float unit, bool kept, float* scores,
+                      float* factors) const {
     const int width = up(a.keys, kPanel);
     const float* mask = a.mask == nullptr ? nullptr : a.mask + batch * a.mask_strides[0] + head * a.mask_strides[1];
     Floats most[kQueries];

@@ -210,7 +210,8 @@ struct BlockRun {
       if (const int failed = multiply(codes, b.up, b.activation, kCached, threads, inner, &b.down)) return failed;
       if (const int failed = read_codes(inner, b.down)) return failed;
     } else {
-      if (const int failed = multiply_to_codes(codes, b.up, b.activation, b.down.input, threads, inside.codes, b.down)) return failed;
+      if (const int failed = multiply_to_codes(codes, b.up, b.activation, b.down.input, threads, inside.codes, b.down))
+        return failed;
       add_numbers(inside, b.down.inputs, b.down.input, threads);
     }
     if (const int failed = multiply(keeps_inner ? codes : inside, b.down, kNone, kPastCaches, threads, out)) return failed;
