@@ -249,6 +249,8 @@ def test_mapping() -> None:
     torch.testing.assert_close(terms["hidden"].detach(), expected, rtol=1e-5, atol=0)
     with refused(InputError, "block 5 of the teacher", "0 to 1"):
         Distiller(parse_distill("map", mapping={0: 5}), short, teacher)
+    with refused(InputError, "--mapping says nothing with the terms prediction"):
+        Distiller(parse_distill("prediction", mapping={0: 1}), short, teacher)
 
 
 def test_balance() -> None:

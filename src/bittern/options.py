@@ -191,8 +191,7 @@ class Distill:
             raise InputError(f"there is nothing to learn from; give terms of {', '.join(TERMS)}")
         _check_choice("balance", self.balance, Balance)
         _check_positive(self, "temperature", "map_temperature")
-        needed = {"temperature": {"prediction"}, "map_temperature": {"map"}, "mapping": {*self.layerwise}}
-        needed["layers"] = needed["mapping"] - {"hidden"}
+        needed = {"temperature": {"prediction"}, "map_temperature": {"map"}, "layers": {*self.layerwise} - {"hidden"}}
         unused = {name: getattr(self, name) for name, terms in needed.items() if not terms & self.terms.keys()}
         refuse_unused(Distill, f"with the terms {', '.join(self.terms)}", **unused)
 

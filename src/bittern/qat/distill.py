@@ -17,7 +17,7 @@ from bittern.attention import Point, Taps, attach, recording
 from bittern.dry_run import evaluating
 from bittern.errors import InputError, ModelError
 from bittern.layers import QuantLayer, anatomy_of, as_float
-from bittern.options import Distill, Intervention, find_own, point_of
+from bittern.options import Distill, Intervention, find_own, point_of, refuse_unused
 from bittern.qat import losses
 from bittern.qat.intervention import Intervener
 from bittern.recorded import TokenMasks, attention_output, by_place, check_shapes, out_tokens, real_tokens, token_masks
@@ -39,14 +39,15 @@ class Distiller:
         teacher: PreTrainedModel | None = None,
         intervention: Intervention | None = None,
     ):
-        self.distill, self.student, self.teacher = distill, student, teacher
-        self.intervention = intervention
+        self.distill, self.student, self.teacher, self.intervention = distill, student, teacher, intervention
         self.anatomy = self.teacher_anatomy = anatomy_of(student)
         if not self.anatomy.attentions and (distill.layerwise or intervention):
             raise ModelError(
                 f"{type(student).__name__} computes attention in code of its own that Bittern cannot reach into: there "
                 "are no layers to learn from; use the terms truth and prediction"
             )
+        if not (distill.layerwise or intervention):
+            refuse_unused(Distill, f"with the terms {', '.join(distill.terms)} alone", mapping=distill.mapping)
         attach(student, self.anatomy)
         if distill.needs_teacher or intervention:
             if teacher is None:

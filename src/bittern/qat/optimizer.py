@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 BETAS, EPSILON, MAX_NORM = (0.9, 0.999), 1e-6, 1.0
-PART = 1 << 16  # numbers of a parameter that are updated together, so that each operation finds them in the cache
+AT_ONCE = 1 << 16  # numbers of a parameter that are updated together, so that each operation finds them in the cache
 
 
 class BertAdam(torch.optim.Optimizer):
@@ -32,7 +32,7 @@ class BertAdam(torch.optim.Optimizer):
                 if not state:
                     state |= {"mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
                 whole = [torch.atleast_1d(t) for t in (p, p.grad, state["mean"], state["square"])]
-                rows = 1 + PART * len(whole[0]) // max(1, p.numel())
+                rows = 1 + AT_ONCE * len(whole[0]) // max(1, p.numel())
                 for weight, gradient, mean, square in zip(*(t.split(rows) for t in whole), strict=True):
                     mean.lerp_(gradient, 1 - BETAS[0])
                     square.lerp_(gradient.square(), 1 - BETAS[1])
