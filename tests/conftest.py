@@ -2,8 +2,8 @@
 BITTERN_TEST_THREADS says otherwise."""
 
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -47,10 +47,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _noise() -> Iterator[None]:
-    """Other roundings, if BITTERN_TEST_NOISE asks for them."""
-    seed = os.environ.get("BITTERN_TEST_NOISE")
-    with Noise(int(seed)) if seed else nullcontext():
+def _noise(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Other roundings, if BITTERN_TEST_NOISE asks for them: in every thread, since such a mode holds in one only."""
+    seed, run = os.environ.get("BITTERN_TEST_NOISE"), threading.Thread.run
+    if not seed or request.node.get_closest_marker("own_rounding"):
+        yield
+        return
+
+    def noisy(thread: threading.Thread) -> None:
+        with Noise(int(seed)):
+            run(thread)
+
+    monkeypatch.setattr(threading.Thread, "run", noisy)
+    with Noise(int(seed)):
         yield
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 MOVED = {
     *("mm", "addmm", "bmm", "baddbmm", "convolution", "mkldnn_linear", "_softmax", "native_layer_norm", "gelu", "tanh"),
     *("sigmoid", "silu", "exp", "log", "mean", "_scaled_dot_product_flash_attention_for_cpu", "rsqrt", "pow"),
+    *("linear", "matmul", "conv2d", "softmax", "layer_norm", "scaled_dot_product_attention"),  # whole in inference mode
 }
 
 

@@ -322,6 +322,7 @@ with native.disabled():
 """
 
 
+@pytest.mark.own_rounding
 def test_fresh_process(tmp_path: Path) -> None:
     """In a new process a packed checkpoint fails to load, and after nothing more than `import bittern` it loads."""
     folders = []

@@ -397,6 +397,7 @@ def test_other_processes(name: str) -> None:
             assert again.num_parameters() == model.num_parameters()
 
 
+@pytest.mark.own_rounding
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit"])
 @torch.no_grad()

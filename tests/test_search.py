@@ -418,14 +418,16 @@ def test_loss_of_anticorrelated_and_constant_outputs(objective: Objective) -> No
     sample = torch.tensor([0, 0, 0, 1, 1, 1])
     product = Product(x, torch.eye(5), sample, objective)
     assert product.loss((-x).__getitem__, torch.eye(5)) == pytest.approx(4 if objective == "mse" else 2, rel=1e-5)
-    x[3:] = 0.5
-    product = Product(x, torch.eye(5), sample, objective)
-    alone = Product(x[:3], torch.eye(5), sample[:3], objective)
-    near = x + 0.1 * x.roll(1, 0).roll(1, 1)
-    got = product.loss(near.__getitem__, torch.eye(5))
-    assert np.isfinite(got)
-    if objective == "pearson":
-        assert got == pytest.approx(alone.loss(near[:3].__getitem__, torch.eye(5)), rel=1e-5)
+    for width, constant in ((5, 0.5), (5, 0.1), (384, 1e-3), (384, 33.3)):  # whose sums are rounded, all but the first
+        x = torch.randn(6, width, generator=torch.Generator().manual_seed(0))
+        x[3:] = constant
+        product = Product(x, torch.eye(width), sample, objective)
+        alone = Product(x[:3], torch.eye(width), sample[:3], objective)
+        near = x + 0.1 * x.roll(1, 0).roll(1, 1)
+        got = product.loss(near.__getitem__, torch.eye(width))
+        assert np.isfinite(got)
+        if objective == "pearson":
+            assert got == pytest.approx(alone.loss(near[:3].__getitem__, torch.eye(width)), rel=1e-5)
     nothing = Product(torch.zeros(4, 5), torch.eye(5), torch.zeros(4, dtype=torch.long), objective)
     assert nothing.loss(torch.zeros(4, 5).__getitem__, torch.eye(5)) == 0
 

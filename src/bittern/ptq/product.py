@@ -54,7 +54,7 @@ class Product:
         squares = self._by_sample(torch.linalg.vector_norm(self.out, dim=-1).square())
         self.mean = total / self.count if objective == "pearson" else torch.zeros_like(total)
         power = squares - self.count * self.mean**2
-        self.live = power > 1e-12 * squares.clamp(min=1e-30)  # a constant output has no similarity to lose
+        self.live = power > 1e-5 * squares.clamp(min=1e-30)  # a constant, as sums of float32 tell, has nothing to lose
         self.power = torch.where(self.live, power, 1.0)
         # 1/σ² and mean of the row's sample: (…, rows, 1)
         self.row_weight = (self.live / self.power)[sample].float().unsqueeze(-1)
