@@ -83,7 +83,7 @@ Method = tuple[Distill, Intervention | None]
 
 
 def cell(
-    options: argparse.Namespace, key: dict[str, Any], method: Method, parts: Any, reference: torch.Tensor
+    options: argparse.Namespace, key: dict[str, Any], method: Method, parts: Any, reference: torch.Tensor, folder: Path
 ) -> dict[str, Any]:
     teacher = load(options.teacher)
     student = copy.deepcopy(teacher)
@@ -106,9 +106,7 @@ def cell(
         return metrics(student, test, output, reference) | {"divergence": divergence(output, reference)}
 
     needed = teacher if distill.needs_teacher or intervention else None
-    folder = options.out.with_suffix("") / "-".join(map(str, key.values()))
     done = train(student, needed, data, measure, distill, training, folder, intervention=intervention, resume=True)
-    shutil.rmtree(folder)
     curve, fidelity = (
         [(e["step"], round(e[f"eval_{name}"], 5)) for e in done.history if f"eval_{name}" in e]
         for name in (done.metric, "divergence")
@@ -206,8 +204,11 @@ def run(options: argparse.Namespace, method_of: Callable[[str, int], Method], **
                 key = {"variant": variant, "lr": lr, "seed": seed} | more
                 if any(key.items() <= row.items() for row in read(options.out)["rows"]):
                     continue
-                row = cell(options, key, method_of(variant, seed), (data, test), reference)
+                settings = Path(options.recipe).stem, options.steps, options.batch_size, *key.values()
+                folder = options.out.with_suffix("") / "-".join(map(str, settings))
+                row = cell(options, key, method_of(variant, seed), (data, test), reference, folder)
                 add(options.out, head, row)
+                shutil.rmtree(folder)  # not before the row is written
                 print(json.dumps({k: v for k, v in row.items() if k != "losses"}), flush=True, file=sys.stderr)
 
 

@@ -122,8 +122,9 @@ def made_up(count: int, seed: int) -> tuple[list[Scene], list[dict[str, torch.Te
     """Scenes with 0 to 5 objects of 4 classes, some of them crowds, and up to 130 guesses each, most of them near."""
     draw, scenes, found = np.random.default_rng(seed), [], []
     for _ in range(count):
-        kinds, places = draw.integers(4, size=draw.integers(6)).tolist(), draw.uniform(5, 60, (6, 4)).round()
-        boxes = tuple(Box(k, *p.tolist(), bool(draw.random() < 0.15)) for k, p in zip(kinds, places, strict=False))
+        kinds = draw.integers(4, size=draw.integers(6)).tolist()
+        places = draw.uniform(5, 60, (len(kinds), 4)).round().tolist()
+        boxes = tuple(Box(k, *p, bool(draw.random() < 0.15)) for k, p in zip(kinds, places, strict=True))
         scenes.append(Scene(Path("none"), 130, 130, boxes))
         near = [(b.label, np.array(b[1:5]) + draw.normal(0, 2, 4).clip(-4, 4)) for b in boxes for _ in range(2)]
         far = [(int(draw.integers(5)), draw.uniform(5, 60, 4)) for _ in range(draw.choice([0, 3, 120]))]

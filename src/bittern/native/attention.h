@@ -47,7 +47,7 @@ inline void put(uint8_t* panel, size_t output, size_t k, size_t high, uint32_t w
   for (int plane = 0; plane < kPlanes; ++plane) memcpy(panel + plane * high, &halves[plane], 4);
 }
 
-// CodeRows of codes (outputs of the product) as expanded panels. CodeRows beyond the last are whatever `from` holds there.
+// Rows of codes (outputs of the product) as expanded panels. Rows beyond the last are whatever `from` holds there.
 inline void panels_of_rows(const CodeRows& from, int rows, int width, uint8_t* panels) {
   const size_t high = size_t(width) * kPanel;
   for (int r = 0; r < up(rows, kPanel); ++r) {
