@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from bittern import jobs, load
-from bittern.analysis.charts import LETTER, WIDTH, Axis, Plot, styles, symbol, tag, text
+from bittern.analysis.charts import LETTER, WIDTH, Axis, Plot, names_beside, styles, symbol, text
 from bittern.analysis.figures import Figure
 from bittern.analysis.report import write_plot
 from bittern.deploy.bench import FLOAT, alternate
@@ -114,27 +114,13 @@ def draw(known: dict[str, Any], folder: Path) -> None:
     engines = list(dict.fromkeys(row["name"].split()[0] for row in known["rows"]))
     numbers = dict(zip(engines, styles(engines), strict=True))
     places = [(at_x(row["ms"]), at_y(row["bytes"] / 1e6)) for row in rows]
-    taken = [(x - 6, x + 6, y - 6, y + 6) for x, y in places]
     for row, (x, y) in zip(rows, places, strict=True):
-        n, name = numbers[row["name"].split()[0]], f"{row['name']}, {100 * row['accuracy']:.1f}"
-        tip = f"{row['name']}: {row['bytes'] / 1e6:.1f} MB, {row['ms']} ms, {100 * row['accuracy']:.2f} %"
-        parts.append(symbol(n, x, y, 5.0, fill=f"var(--s{n})", data_tip=tip))
-        width = 5.7 * len(name)
-        starts = [(x + dx, y + dy) for dy in (4, -14, 22, -28, -42, 36) for dx in (10, -10 - width)]
-        boxes = [(x0, x0 + width, y0 - 10, y0 + 3) for x0, y0 in starts if left < x0 < WIDTH - width]
-        free = next((box for box in boxes if not any(_meet(box, other) for other in taken)), boxes[0])
-        taken.append(free)
-        if not free[2] < y < free[3]:
-            edge = free[0] - 2 if free[0] > x else free[1] + 2
-            parts.insert(0, tag("line", x1=x, y1=y, x2=edge, y2=free[3] - 6, stroke="var(--ink)", stroke_width=0.5))
-        parts.append(text(free[0], free[3] - 3, name))
+        n, tip = numbers[row["name"].split()[0]], f"{row['bytes'] / 1e6:.1f} MB, {row['ms']} ms"
+        parts.append(symbol(n, x, y, 5.0, fill=f"var(--s{n})", data_tip=f"{row['name']}: {tip}"))
+    named = [(x, y, f"{row['name']}, {100 * row['accuracy']:.1f}") for row, (x, y) in zip(rows, places, strict=True)]
+    parts += names_beside(named, [], (left, WIDTH - 4.0, 18.0, 240.0))
     title = f"Size, latency and accuracy on {known['data']}"
     write_plot(Figure("pareto", title, "", Plot("".join([*parts, *under]), below + 24)), folder)
-
-
-def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
-    """True if two boxes (left, right, top, bottom) overlap."""
-    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
 
 
 def main() -> None:

@@ -50,6 +50,8 @@ def test_families(name: str) -> None:
             assert len(attention[key]["all"]) == attention["heads"]
         assert all(d > 0 for d in attention["divergence"])
     assert len(found["places"]) == len(found["depth"]["plain"])
+    ends = [*found["extremes"]["student"].values()]
+    assert all(low < high for low, high in zip(ends[::2], ends[1::2], strict=True))
     assert all(math.isfinite(x) for x in flat(found))
 
 

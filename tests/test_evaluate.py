@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
@@ -21,8 +22,8 @@ from bittern.data.evaluate import (
     metrics,
     of_labels,
     predict,
+    resampled_agreement,
     similarity_agreement,
-    top5,
 )
 from bittern.errors import InputError
 from families import SUPPORTED, TEXT, VISION, Batch
@@ -78,7 +79,8 @@ def test_agreement() -> None:
 @pytest.mark.parametrize(("label", "expected"), [(0, 0.0), (1, 1.0), (5, 1.0), (3, 1.0)])
 def test_top5(label: int, expected: float) -> None:
     """A sample counts whose label is among the five largest of its logits, at any place of them."""
-    assert top5(torch.tensor([[-3.0, 2.0, 1.0, 0.5, 7.0, -2.0]]), torch.tensor([label])) == expected
+    found = of_labels(torch.tensor([[-3.0, 2.0, 1.0, 0.5, 7.0, -2.0]]), torch.tensor([label]))
+    assert found["top5"] == expected
 
 
 def on_circle(*degrees: float) -> Tensor:
@@ -101,6 +103,21 @@ def test_similarity_agreement(reference: tuple[float, ...], expected: float) -> 
     """The rank correlation of the similarities of all pairs is that worked out by hand."""
     embeddings = on_circle(0, 10, 40)  # pairs 10, 40, 30 degrees apart: ranks of similarity 3, 1, 2
     assert similarity_agreement(embeddings, on_circle(*reference)) == pytest.approx(expected)
+
+
+def test_similarity_of_drawn_rows() -> None:
+    """On rows that were drawn several times the agreement is the rank correlation of all of their pairs, ties among
+    them; one that cannot be computed is no number."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings, other = (torch.randint(-2, 3, (30, 4), generator=generator).float() for _ in range(2))
+    reference = embeddings + 0.5 * other
+    measure = resampled_agreement(embeddings, reference)
+    for size in (30, 7, 3):
+        rows = torch.randint(30, (size,), generator=generator)
+        i, j = torch.triu_indices(size, size, 1)
+        pairs = [(e[rows] @ e[rows].T)[i, j].numpy() for e in (embeddings, reference)]
+        assert measure(rows.tolist()) == pytest.approx(spearmanr(*pairs).statistic, abs=1e-12)
+    assert math.isnan(similarity_agreement(embeddings, reference / 0))
 
 
 def test_similarity_of_all_alike() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from bittern.data import Data, evaluate, load_splits
 from bittern.data.evaluate import metrics, predict
 from bittern.demo import DIGITS
 from bittern.deploy.journal import Journal
-from bittern.errors import InputError
+from bittern.errors import BitternError, InputError
 from bittern.ladder import (
     LADDER,
     Rung,
@@ -30,12 +31,10 @@ from bittern.ladder import (
     climb,
     compress,
     interval,
-    keep_wide,
     paired_loss,
-    with_bits,
 )
 from bittern.layers import formats, simulate
-from bittern.recipe import load_recipe
+from bittern.recipe import keep_wide, load_recipe, with_bits
 from families import SUPPORTED, TEXT
 
 SHORT = ((Rung("w8a8", "extremes", "w8a8"),), (Rung("w4a8", "extremes"),), (Rung("w2a8", "extremes", bits=2),))
@@ -181,6 +180,56 @@ def test_climb(ladder: list[list[Rung]], losses: dict[str, float], made: str, tm
     assert again.made == []
 
 
+def test_keep_makes_one_rung(tmp_path: Path) -> None:
+    """A rung to keep is made alone: though another one of its step is enough, a larger one failed, or nothing was
+    measured yet; what was measured before is shown too."""
+    ladder, losses = steps("a b", "c", "d e"), {"a": 0.5, "b": 0.4, "c": 9.0, "d": 9.5, "e": 9.1}
+    journal = Journal(tmp_path / "rungs", {"model": "x"})
+    for keep, made, shown in (("b", "b", "b"), (None, "ac", "ac"), ("e", "e", "abce"), ("e", "", "abce")):
+        bench = Bench(losses)
+        rows = list(climb(ladder, bench, journal, 1.0, keep))
+        assert ("".join(bench.made), "".join(row["rung"] for row in rows)) == (made, shown)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"ladder": [[Rung("a", "search"), Rung("b", "search")], [Rung("a", "search", bits=3)]]},
+            "two rungs of one name",
+        ),
+        ({"ladder": [[Rung("../a", "search")]]}, "whose name is none of a folder"),
+        ({"ladder": [[Rung("a", "train")]]}, "no rung without --train"),
+        ({"ladder": [[Rung("a", "search", "w8a8", bits=3)]]}, "no weights of 4 bits that could have 3"),
+        ({"keep": "ternary"}, "no rung 'ternary' to keep; .*; with --train also"),
+        ({"max_loss": math.inf}, "--max-loss is inf"),
+        ({"max_loss": -1.0}, "--max-loss is -1"),
+        ({"train_minutes": math.inf}, "--train inf"),
+    ],
+)
+def test_what_no_ladder_can_be(options: dict[str, Any], told: str, tmp_path: Path) -> None:
+    """Ladders and limits that make no sense are refused in one line, before any rung is made."""
+    with pytest.raises(BitternError, match=told):
+        compress(DIGITS, tmp_path / "out", data="digits", **options)
+    assert not list(tmp_path.glob("out.rungs/*/"))
+
+
+def test_estimate_of_what_is_left(tmp_path: Path) -> None:
+    """The estimate before the work names only the rungs that are not measured yet."""
+    told: list[Any] = []
+    for limit in (9.0, 8.0):
+        compress(
+            DIGITS,
+            tmp_path / "out",
+            data="digits",
+            ladder=SHORT[:1],
+            max_loss=limit,
+            force=True,
+            on_estimate=told.append,
+        )
+    assert [list(seconds) for seconds in told] == [["w8a8"], []]
+
+
 def test_rungs_that_are_deleted_meanwhile(tmp_path: Path) -> None:
     """Rungs that are made after somebody deleted their folder are known by the next call."""
     bench, known = Bench({"a": 0.5, "b": 0.6}), {"model": "x"}
@@ -222,8 +271,10 @@ def test_limits_that_the_data_cannot_tell(tmp_path: Path) -> None:
 
 def test_choose() -> None:
     """The goal decides between rungs within the limit; none within it is an error that names the nearest."""
-    table = [("a", 100, 9.0, True), ("b", 40, 8.0, True), ("c", 35, 9.2, True), ("d", 10, 1.0, False)]
-    rows = [{"rung": n, "file": f, "latency_ms": t, "within": w, "points": 1.0, "error": 0.1} for n, f, t, w in table]
+    table = [("a", 100, 1.1, True), ("b", 40, 1.25, True), ("c", 35, 1.05, True), ("d", 10, 9.0, False)]
+    rows = [{"rung": n, "file": f, "faster": t, "within": w, "points": 1.0, "error": 0.1} for n, f, t, w in table]
+    for row, busy in zip(rows, (1.0, 4.0, 2.0, 1.0), strict=True):
+        row["latency_ms"] = busy / row["faster"]  # it was measured while the machine had other work
     assert [choose_rung(rows, goal, 1.0)[0]["rung"] for goal in ("size", "speed", "balanced")] == ["c", "b", "b"]
     with pytest.raises(InputError, match=r"nearest is d, 1\.00 ± 0\.10: raise --max-loss"):
         choose_rung(rows[3:], "size", 0.5)
@@ -285,6 +336,24 @@ def test_page_escapes(tmp_path: Path) -> None:
     assert "<script" not in page
     assert "<b>" not in page
     assert "too little data to be sure" in page
+
+
+def test_page_of_far_losses(tmp_path: Path) -> None:
+    """A rung that loses all, or gives no number, lies at the upper end of the plots, and presses no other together."""
+    rows = [
+        {"rung": name, "within": points < 1, "points": points, "error": 0.1, "file": 10 + i, "smaller": 2.0}
+        | {"bits": 4.0, "accuracy": 0.9, "latency_ms": 1.0, "faster": 2.0}
+        for i, (name, points) in enumerate({"a": 0.0, "b": 0.9, "far": 80.0, "none": math.nan}.items())
+    ]
+    fresh = {"samples": 10, "points": 0.5, "at_most": 2.0}
+    result = {"source": "x", "metric": "accuracy", "float": 0.9, "float_bytes": 20, "max_loss": 1.0, "why": ""}
+    write_page(result | {"rows": rows, "chosen": "a", "fresh": fresh}, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    a, b, far, none = (float(y) for y in re.findall(r'cy="([\d.]+)"', page)[:4])
+    assert 22 <= far == none < b < a < 240
+    assert a - b > 40
+    assert "far ↑ 80" in page
+    assert "none ↑ nan" in page
 
 
 def test_trained_rung(tmp_path: Path) -> None:

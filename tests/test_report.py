@@ -1,8 +1,10 @@
 """The report: what it says, that it needs nothing else, that hostile text stays text, and how it works in a browser."""
 
 import copy
+import html
 import json
 import os
+import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bittern import jobs
-from bittern.analysis.charts import contour, heat_map, lines, styles, surface
+from bittern.analysis.charts import LETTER, contour, heat_map, lines, names_beside, styles, surface
 from bittern.analysis.findings import add_findings
 from bittern.analysis.report import write_report
 from bittern.analysis.study import analyze
@@ -194,6 +196,27 @@ def test_plots() -> None:
     assert re.search(r'd="M[\d., ]+M[\d., ]+"', broken.svg)
     assert styles(["a", "teacher", "b"]) == [1, 0, 2]
     assert "no values" in lines({"a": []}, "").svg
+
+
+@pytest.mark.parametrize("crowd", [1, 30, 150], ids=lambda width: f"within-{width}")
+def test_names_of_points(crowd: int) -> None:
+    """Names beside points meet no mark, no bar, and no other name, however close the points lie, and stay inside."""
+    draw = random.Random(0)
+    bars = [(60.0, 62.0, 40.0, 190.0), (20.0, 330.0, 100.0, 102.0)]
+    points = [(60 + draw.random() * crowd, 150 + draw.random() * crowd / 4, f"rung-{k}") for k in range(9)]
+    points.append((330.0, 30.0, "a very long name of a rung of one's own, which is cut"))
+    svg = "".join(names_beside(points, bars, (20.0, 334.0, 18.0, 240.0)))
+    assert svg == "".join(names_beside(points, bars, (20.0, 334.0, 18.0, 240.0)))  # the same each time
+    places = [(x - 6, x + 6, y - 6, y + 6) for x, y, _ in points] + bars
+    texts = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)"[^>]*>([^<]+)<', html.unescape(svg))
+    assert [name for *_, name in texts][:9] == [name for *_, name in points][:9]
+    for x, y, anchor, name in texts:
+        left = float(x) - (LETTER * len(name) if anchor == "end" else 0)
+        place = (left, left + LETTER * len(name), float(y) - 9, float(y) + 2)
+        assert not any(place[0] < b and a < place[1] and place[2] < d and c < place[3] for a, b, c, d in places), name
+        assert left >= 20
+        assert place[1] <= 334
+        places.append(place)
 
 
 def test_contour() -> None:

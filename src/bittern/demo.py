@@ -71,8 +71,7 @@ def demo(
 ) -> dict[str, list[dict[str, Any]]]:
     """Quantize digits, minilm or all of what is installed, in folders of `out`; the rows of each.
 
-    All outputs are checked before the first model runs. on_missing: told of what is not installed, if all was asked
-    for. Raises InputError.
+    All outputs are checked before the first model runs. on_missing: of all, told of what is not installed.
     """
     if what not in (*DEMOS, "all"):
         raise InputError(f"no demo {what!r}; give digits, minilm or all")

@@ -51,8 +51,7 @@ def quantize(
 
     Static scales come from extremes; `ptq` searches for better ones. data: where calibration samples come from, and
     evaluation samples if it has a test or validation split (see `load_data`); it may be left out if no scale of the
-    recipe is static. simulated: a folder to keep the model in as it is before it is packed. The result is also in
-    `out`/bittern.json.
+    recipe is static. simulated: a folder for the model before it is packed. The result is also in `out`/bittern.json.
     """
     if data is None:
         refuse_unused(quantize, "without --data", samples=samples, seed=seed, **columns)

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,15 +43,14 @@ from bittern.progress import OnEstimate, Track, ignore, silent
 from bittern.ptq import quantize as post_training
 from bittern.ptq.calibrate import calibrate
 from bittern.qat.training import train
-from bittern.recipe import Recipe, Rule, load_recipe
+from bittern.recipe import Recipe, keep_wide, load_recipe, with_bits
 
 Goal = Literal["size", "speed", "balanced"]
 Row = dict[str, Any]  # of the table: a rung and what was measured
 OnRung = Callable[[Row], None]
 ROUNDS, DRAWS, DRAWN = 11, 400, 200_000  # of timing; of the bootstrap; samples in all of its draws, about
-# How many times a float model's forward of the calibration samples each takes, about.
-PASSES = {"extremes": 4, "search": 90, "train": 90}
-HOW = {"extremes": "quantize", "search": "ptq", "train": "qat"}  # the command that does the same
+# The command that does the same; how many times a float model's forward of the calibration samples it takes, about.
+HOW = {"extremes": ("quantize", 4), "search": ("ptq", 90), "train": ("qat", 90)}
 PAGE = "compress.html"  # beside the model: all rungs, drawn
 Z95 = 1.645  # 95 % of a normal distribution lie below
 
@@ -114,26 +113,6 @@ def paired_loss(metric: str, model: PreTrainedModel, data: Data, output: Tensor,
     draw, draws = torch.Generator().manual_seed(0), max(DRAWS // 10, min(DRAWS, DRAWN // count))
     found = [points(torch.randint(count, (count,), generator=draw).tolist()) for _ in range(draws)]
     return interval(points(range(count)), statistics.stdev(found), count)
-
-
-def with_bits(recipe: Recipe, bits: int, name: str) -> Recipe:
-    """Give weights of 4 bits another width."""
-
-    def change(rule: Rule) -> Rule:
-        if rule.weight is None or rule.weight.bits != 4:
-            return rule
-        return rule.model_copy(update={"weight": rule.weight.model_copy(update={"bits": bits})})
-
-    return Recipe(name=name, rules=tuple(map(change, recipe.rules)))
-
-
-def keep_wide(recipe: Recipe, blocks: Iterable[str], name: str) -> Recipe:
-    """Let the weights of some blocks have 8 bits."""
-    rule = next(rule for rule in recipe.rules if "ffn" in rule.roles)
-    assert rule.weight is not None
-    wide = {"roles": ("qkv", "attention_output", "ffn"), "weight": rule.weight.model_copy(update={"bits": 8})}
-    rules = [rule.model_copy(update=wide | {"modules": f"{block}.*"}) for block in blocks]
-    return Recipe(name=name, rules=(*rules, *recipe.rules))
 
 
 @dataclass
@@ -230,18 +209,25 @@ class Workshop:
         }
 
 
-GOALS: dict[Goal, Callable[[Row], float]] = {  # what is to be small
+# What is to be small. A time is told by rounds in turn with the float model: rungs are measured at other moments.
+GOALS: dict[Goal, Callable[[Row], float]] = {
     "size": lambda row: float(row["file"]),
-    "speed": lambda row: float(row["latency_ms"]),
-    "balanced": lambda row: float(row["file"] * row["latency_ms"]),
+    "speed": lambda row: 1 / float(row["faster"]),
+    "balanced": lambda row: float(row["file"] / row["faster"]),
 }
 
 
-def climb(ladder: Ladder, workshop: Workshop, journal: Journal, max_loss: float) -> Iterator[Row]:
+def journal_entry(rung: Rung, minutes: float) -> tuple[str, Row]:
+    """Return the name of a rung in the journal, and all that it is made of."""
+    name = f"{rung.name}-{minutes:g}" if rung.how == "train" else rung.name
+    return name, asdict(rung) | {"recipe": load_recipe(rung.recipe).model_dump(mode="json")}
+
+
+def climb(ladder: Ladder, workshop: Workshop, journal: Journal, limit: float, keep: str | None = None) -> Iterator[Row]:
     """Measure rung after rung, from the journal what was measured before.
 
     Within a step the first rung within the limit is enough. After a step whose rungs all fail clearly, by 95 %, no
-    smaller rung is searched for; training may still find one.
+    smaller rung is searched for; training may still find one. keep: the only rung that is measured if it is not yet.
     """
 
     def measure(rung: Rung) -> Row:
@@ -253,16 +239,16 @@ def climb(ladder: Ladder, workshop: Workshop, journal: Journal, max_loss: float)
     for step in ladder:
         rows = []
         for rung in step:
-            if failed and rung.how != "train":
+            part, made_of = journal_entry(rung, workshop.minutes)
+            wanted = rung.name == keep if keep else rung.how == "train" or not failed
+            if not wanted and not (keep and journal.kept(part, made_of)):
                 continue
-            part = f"{rung.name}-{workshop.minutes:g}" if rung.how == "train" else rung.name
-            made_of = asdict(rung) | {"recipe": load_recipe(rung.recipe).model_dump(mode="json")}
             row = journal.part(part, partial(measure, rung), made_of)
-            rows.append(row | {"within": row["points"] + row["error"] <= max_loss})
+            rows.append(row | {"within": row["points"] + row["error"] <= limit})
             yield rows[-1]
-            if rows[-1]["within"]:
+            if rows[-1]["within"] and not keep:
                 break
-        failed = failed or (bool(rows) and all(row["at_least"] > max_loss for row in rows))
+        failed = failed or (bool(rows) and all(row["at_least"] > limit for row in rows))
 
 
 def choose_rung(rows: Sequence[Row], goal: Goal, max_loss: float) -> tuple[Row, str]:
@@ -307,16 +293,20 @@ def compress(
     (the product of both). train_minutes: how long distillation may take, which alone makes ternary weights useful.
     All rungs are kept in the folder `out`.rungs: the same call after a crash, or with another limit or goal, measures
     only what is missing there. keep: name of a rung to write whatever it lost. ladder: own steps, each of rungs of
-    which the first within the limit is enough.
-    on_rung: told of each rung. Raises InputError if no rung is within the limit.
+    which the first within the limit is enough. on_rung: told of each. Raises InputError if none is within the limit.
     """
     if goal not in get_args(Goal):
         raise InputError(f"--for is {goal!r}; expected {', '.join(get_args(Goal))}")
-    if not max_loss >= 0 or not train_minutes >= 0:
+    if not 0 <= max_loss < math.inf or not 0 <= train_minutes < math.inf:
         raise InputError(f"--max-loss is {max_loss:g}, --train {train_minutes:g}; expected 0 or more")
     ladder = [steps for step in ladder if (steps := [r for r in step if train_minutes or r.how != "train"])]
-    if keep is not None and keep not in (names := [rung.name for step in ladder for rung in step]):
-        raise InputError(f"no rung {keep!r} to keep; there are {', '.join(names)}")
+    rungs = {rung.name: rung for step in ladder for rung in step}
+    if keep is not None and keep not in rungs:
+        train = "; with --train also those that are trained" if not train_minutes else ""
+        raise InputError(f"no rung {keep!r} to keep; there are {', '.join(rungs)}{train}")
+    if not rungs or any(Path(name).name != name for name in rungs) or len(rungs) < sum(map(len, ladder)):
+        why = "two rungs of one name, or one whose name is none of a folder" if rungs else "no rung without --train"
+        raise InputError(f"the ladder has {why}; give another one")
     check_output(out, force)
     model, folder = load_float(source), Path(f"{Path(out)}.rungs")
     train_data, test = load_parts(data, model, source, seed, **columns)
@@ -346,22 +336,20 @@ def compress(
     )
     on_estimate(
         {
-            rung.name: seconds * (PASSES[rung.how] * len(calibration) + 2 * len(choice))
+            rung.name: seconds * (HOW[rung.how][1] * len(calibration) + 2 * len(choice))
             + 60 * train_minutes * (rung.how == "train")
-            for step in ladder
-            for rung in step
+            for rung in rungs.values()
+            if keep in (None, rung.name) and not journal.kept(*journal_entry(rung, train_minutes))
         }
     )
     rows = []
-    for row in climb(ladder, workshop, journal, max_loss):
+    for row in climb(ladder, workshop, journal, max_loss, keep):
         rows.append(row)
         on_rung(row)
     if keep is None:
         chosen, why = choose_rung(rows, goal, max_loss)
-    elif keep in (names := [row["rung"] for row in rows]):
-        chosen, why = rows[names.index(keep)], "asked for by --keep"
     else:
-        raise InputError(f"rung {keep} was not measured, as a larger one failed; there are {', '.join(names)}")
+        chosen, why = next(row for row in rows if row["rung"] == keep), "asked for by --keep"
     packed = load(folder / chosen["rung"])
     loss = paired_loss(metric, packed, fresh, predict(packed, track(fresh, "fresh data")), predict(model, fresh))
     result = {
@@ -375,7 +363,7 @@ def compress(
         "goal": goal,
         "rows": rows,
         "chosen": chosen["rung"],
-        "how": HOW[chosen["how"]],
+        "how": HOW[chosen["how"]][0],
         "why": why,
         "fresh": loss,
         "rungs": str(folder),

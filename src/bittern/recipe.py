@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib.resources import files
@@ -254,3 +255,25 @@ def _explain(error: ValidationError) -> str:
     elif first["type"] not in ("value_error", "missing"):
         message = f"{message}, got {first['input']!r}"
     return f"{'.'.join(loc) or 'recipe'}: {message.replace('valid tuple', 'valid list')}"
+
+
+def with_bits(recipe: Recipe, bits: int, name: str) -> Recipe:
+    """Give weights of 4 bits another width. Raises RecipeError if there are none."""
+    if not any(rule.weight and rule.weight.bits == 4 for rule in recipe.rules):
+        raise RecipeError(f"recipe {recipe.name} has no weights of 4 bits that could have {bits}")
+
+    def change(rule: Rule) -> Rule:
+        if rule.weight is None or rule.weight.bits != 4:
+            return rule
+        return rule.model_copy(update={"weight": rule.weight.model_copy(update={"bits": bits})})
+
+    return Recipe(name=name, rules=tuple(map(change, recipe.rules)))
+
+
+def keep_wide(recipe: Recipe, blocks: Iterable[str], name: str) -> Recipe:
+    """Let the weights of some blocks have 8 bits."""
+    rule = next(rule for rule in recipe.rules if "ffn" in rule.roles)
+    assert rule.weight is not None
+    wide = {"roles": ("qkv", "attention_output", "ffn"), "weight": rule.weight.model_copy(update={"bits": 8})}
+    rules = [rule.model_copy(update=wide | {"modules": f"{block}.*"}) for block in blocks]
+    return Recipe(name=name, rules=(*rules, *recipe.rules))

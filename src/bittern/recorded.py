@@ -47,8 +47,7 @@ def attended(mask: Tensor | None) -> Tensor | None:
 def token_masks(masks: Sequence[tuple[str, Tensor | None]], anatomy: Anatomy) -> dict[tuple[str, str], Tensor]:
     """Return which tokens are real (batch, tokens) of the queries and the keys of each attention module with a mask.
 
-    A token that no query may attend to is padding. The queries of cross-attention are those of the self-attention
-    before it.
+    A token that no query may attend to is padding. Cross-attention has the queries of the self-attention before it.
     """
     cross = {a.name for a in anatomy.attentions if a.cross}
     found: dict[tuple[str, str], Tensor] = {}

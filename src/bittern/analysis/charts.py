@@ -28,6 +28,7 @@ SHAPES = (  # paths of radius 1, so that points differ without colour too
 )
 CIRCLE, CROSS = 0, 4
 XY = tuple[float, float]
+Area = tuple[float, float, float, float]  # left, right, top, bottom
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,28 @@ def symbol(shape: int, x: float, y: float, r: float = 3.5, /, **more: object) ->
     return tag("path", d=SHAPES[shape], transform=place, vector_effect="non-scaling-stroke", **more)
 
 
+def names_beside(points: Sequence[tuple[float, float, str]], taken: Sequence[Area], area: Area) -> Iterator[str]:
+    """Yield the names of points (x, y, name) inside `area`, where they meet no mark, no other name and nothing `taken`.
+
+    Of the lines of text at both sides of a point the nearest free one is chosen; a thin line leads there from its mark.
+    """
+    left, right, top, bottom = area
+    taken = [*taken, *((x - 6, x + 6, y - 6, y + 6) for x, y, _ in points)]
+    for x, y, name in points:
+        name = cut(name, int(0.7 * (right - left) / LETTER))
+        width, high = LETTER * len(name), SIZE + 1
+        above = sorted((y - 7 + high * k for k in range(-30, 31)), key=lambda at: abs(at + 7 - y))
+        starts = [min(max(start, left), right - width) for start in (x + 9, x - 9 - width)]
+        places = [(at, at + width, up, up + high) for up in above if top <= up <= bottom - high for at in starts]
+        free = (p for p in places if not any(p[0] < b and a < p[1] and p[2] < d and c < p[3] for a, b, c, d in taken))
+        place = next(free, places[0])
+        taken.append(place)
+        if not place[2] < y < place[3]:
+            end, edge = min(max(x, place[0]), place[1]), place[3] if place[3] <= y else place[2]
+            yield tag("line", x1=x, y1=y, x2=end, y2=edge, stroke="var(--ink)", stroke_width=0.5)
+        yield text(place[0], place[3] - 3, name) if place[0] > x else text(place[1], place[3] - 3, name, "end")
+
+
 def curve(points: Iterable[XY], style: int) -> str:
     """A line through points, broken where one is NaN."""
     at = " ".join("M" if math.isnan(y) else f"{x:.1f},{y:.1f}" for x, y in points)
@@ -268,10 +291,10 @@ def lines(
             tip = f"{who}{who and ', '}{labels[int(x)] if labels else short(x)}: {short(y)}"
             link = {"data_layer": int(x) if layers else None, "data_tip": tip}
             parts.append(symbol(n, at_x(x), at_y(y), fill=f"var(--s{n})", **link))
-    for x, y, what in marked:
-        parts.append(symbol(CIRCLE, at_x(x), at_y(y), 7.0, fill="none", stroke="var(--ink)", stroke_width=2))
-        side, anchor = (8, "start") if at_x(x) < WIDTH - 60 else (-8, "end")
-        parts.append(text(at_x(x) + side, at_y(y) - 8, what, anchor))
+    named = [(at_x(x), at_y(y), what) for x, y, what in marked]
+    for x, y, _ in named:
+        parts.append(symbol(CIRCLE, x, y, 7.0, fill="none", stroke="var(--ink)", stroke_width=2))
+    parts += names_beside(named, [], (left, right, above, bottom))
     key, below = legend(series, below + 16)
     table: list[list[Any]] = [[x_name, *series]]
     for x in sorted({x for curve_of in series.values() for x, _ in curve_of}):
@@ -314,8 +337,7 @@ def bars(
 
 
 def surface(loss: Grid, name: str, *, steps: Sequence[float], beside: Iterable[Grid] = ()) -> Plot:
-    """A square of cells, in colours of log(loss), with lines of equal loss, the middle marked. beside: losses of plots
-    of the same scale."""
+    """A square of cells, coloured by log(loss), lines of equal loss, a mark in the middle. beside: as for `lines`."""
     n, left, above = len(steps), 46.0, 8.0
     side = WIDTH - left - 8
     cell = side / n

@@ -175,7 +175,7 @@ def _add_extremes(found: Values, point: Point, own: Taps, shown: Taps, masks: To
     for who, taps in (("student", own), ("teacher", shown)):
         for i, (name, y) in enumerate(zip(own.names[point], taps[point], strict=True)):
             real = _real(masks, name, y)
-            for side, values in zip(("low", "high"), recovery.min_max(y), strict=True):
+            for side, values in zip(("low", "high"), y.aminmax(dim=-1), strict=True):
                 found[f"extremes/{who}/{i} {side}"].append((values * real).sum(1) / real.sum(1).clamp(min=1))
 
 

@@ -121,8 +121,7 @@ def trace(hessian: Hessian, probes: int = 10, seed: int = 0) -> tuple[float, flo
 
 
 def filter_normalised(parameters: Parameters, seed: int) -> dict[str, Tensor]:
-    """A random direction whose every filter (row of a weight) has the norm of the weight's; none for biases and norms
-    (Li et al. 2018)."""
+    """A random direction; each filter (row of a weight) has the weight's norm, biases and norms 0 (Li et al. 2018)."""
     generator = torch.Generator().manual_seed(seed)
 
     def direction(p: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from bittern.analysis.compare import numbers, output_point
 from bittern.analysis.pair import Pair
-from bittern.analysis.recovery import min_max
 from bittern.attention import Point, Taps
 from bittern.data import Data
 from bittern.data.texts import load_tokenizer
@@ -67,7 +66,7 @@ def _text(
         "tokens": [t.replace("Ġ", "·").replace("▁", "·") for t in tokens],
         "shape": list(maps[0].shape),
         "maps": [_encoded(m) for m in maps],
-        "extremes": [[[numbers(side[0, : len(tokens)]) for side in min_max(y)] for y in tap[point]] for tap in taps],
+        "extremes": [[[numbers(x[0, : len(tokens)]) for x in y.aminmax(dim=-1)] for y in tap[point]] for tap in taps],
     }
 
 

@@ -4,66 +4,49 @@ A point is a link to its row of the table, which the page's style then marks: no
 """
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from bittern.analysis.charts import CIRCLE, LETTER, WIDTH, Axis, symbol, tag, text
+from bittern.analysis.charts import LETTER, WIDTH, Axis, names_beside
 from bittern.analysis.report import ENVIRONMENT, PAPER
-from bittern.progress import megabytes
 
-BOTTOM, TOP = 240.0, 62.0  # above is room for names, which slant
+BOTTOM, TOP = 240.0, 22.0
 
 
-def unbeaten(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other beats in one number without being worse in the other, from left to right.
+def place(result: Mapping[str, Any], values: Sequence[float], name: str) -> dict[str, Any]:
+    """Return where a plot of points lost against a value of each row, called `name`, has what the page draws.
 
-    >>> unbeaten([(1, 5), (2, 3), (3, 4), (4, 1)])
-    [0, 1, 3]
+    A loss far beyond the limit lies at the upper end, so that it does not press all others together.
     """
-    found: list[int] = []
-    for i in sorted(range(len(points)), key=lambda i: points[i]):
-        if not found or points[i][1] < points[found[-1]][1]:
-            found.append(i)
-    return found
-
-
-def plot(result: Mapping[str, Any], key: str, unit: float, name: str) -> str:
-    """Draw points lost against `key` of each row divided by `unit`, called `name`: an SVG."""
     rows, limit = result["rows"], result["max_loss"]
-    points = [(row[key] / unit, row["points"]) for row in rows]
-    most, worst = max(x for x, _ in points), max([limit, *(row["points"] + row["error"] for row in rows)])
-    at_y = Axis(min([0.0, *(row["points"] - row["error"] for row in rows)]), 1.05 * worst, BOTTOM, TOP)
+    within = [row for row in rows if row["within"]]
+    top = max([limit, *(min(3 * limit, row["points"] + row["error"]) for row in rows)]) or 1.0
+    at_y = Axis(min([0.0, *(row["points"] - row["error"] for row in within)]), 1.05 * top, BOTTOM, TOP)
     left = 10 + LETTER * max(len(mark) for _, mark in at_y.marks())
-    at_x = Axis(0.0, 1.1 * most, left + 8, WIDTH - 12.0)
+    at_x = Axis(0.0, 1.1 * max(values), left + 8, WIDTH - 12.0)
     under, below = at_x.below(BOTTOM)
-    parts = [text(4, 12, "points lost"), *at_y.beside(left - 5, grid_to=WIDTH - 6.0), *under]
-    parts.append(text((left + WIDTH) / 2, below + 14, name, "middle"))
-    dashed = {"stroke": "var(--s1)", "stroke_dasharray": "6 3"}
-    parts.append(tag("line", x1=left, x2=WIDTH - 6.0, y1=at_y(limit), y2=at_y(limit), **dashed))
-    edge = " ".join(f"{at_x(points[i][0]):.1f},{at_y(points[i][1]):.1f}" for i in unbeaten(points))
-    parts.append(tag("polyline", points=edge, fill="none", stroke="var(--line)", stroke_width=2))
-    for row, (x, y) in zip(rows, points, strict=True):
-        ends = {"y1": at_y(y - row["error"]), "y2": at_y(y + row["error"])}
-        colour = "var(--s2)" if row["rung"] == result["chosen"] else "var(--s0)" if row["within"] else "var(--s1)"
-        tip = f"{row['rung']}: loses {y:.2f} ± {row['error']:.2f}, {megabytes(row['file'])}, {row['latency_ms']:.1f} ms"
-        mark = tag("line", x1=at_x(x), x2=at_x(x), **ends, stroke=colour)
-        mark += symbol(CIRCLE, at_x(x), at_y(y), 6.0, fill=colour, data_tip=tip)
-        place = at_x(x) + 6, at_y(y) - 8
-        mark += text(*place, row["rung"], turn=f"rotate(-50 {place[0]:.1f} {place[1]:.1f})")
-        parts.append(tag("a", tag("title", escape(tip)) + mark, href=f"#{row['rung']}"))
-    height = below + 20
-    label = {"role": "img", "aria_label": f"points lost by {name}"}
-    return tag("svg", "".join(parts), viewBox=f"0 0 {WIDTH} {height:.0f}", **label)
+    marks = [  # x, y and both ends of the bar
+        (at_x(value), *(at_y(max(at_y.low, min(top, row["points"] + k * row["error"]))) for k in (0, 1, -1)))
+        for value, row in zip(values, rows, strict=True)
+    ]
+    better = [{other for other in marks if other[0] <= x and other[1] >= y} for x, y, *_ in marks]
+    edge = sorted(mark[:2] for mark, others in zip(marks, better, strict=True) if others == {mark})
+    line = at_y(limit)
+    taken = [(left, WIDTH, line - 1, line + 1), *((x - 1, x + 1, high, low) for x, _, high, low in marks)]
+    names = [row["rung"] if row["points"] <= top else f"{row['rung']} ↑ {row['points']:.3g}" for row in rows]
+    named = [(x, y, who) for (x, y, *_), who in zip(marks, names, strict=True)]
+    texts = "".join(names_beside(named, taken, (left, WIDTH - 6.0, TOP - 4, BOTTOM)))
+    axes = "".join([*at_y.beside(left - 5, grid_to=WIDTH - 6.0), *under])
+    drawn = {"axes": axes, "edge": edge, "marks": list(zip(rows, marks, strict=True)), "names": texts}
+    return drawn | {"left": left, "below": below, "limit": line, "name": name}
 
 
 def write_page(result: Mapping[str, Any], file: Path) -> None:
     """Write the page of a result of `compress`."""
-    unit, name = (1e6, "size in MB") if result["float_bytes"] > 2e6 else (1e3, "size in kB")
-    page = ENVIRONMENT.get_template("compress.html.j2").render(
-        result=result,
-        plots=[plot(result, "file", unit, name), plot(result, "latency_ms", 1.0, "milliseconds for one sample")],
-        light=PAPER,
-        columns=2,
-    )
+    rows, (unit, name) = result["rows"], (1e6, "size in MB") if result["float_bytes"] > 2e6 else (1e3, "size in kB")
+    plots = [
+        place(result, [row["file"] / unit for row in rows], name),
+        place(result, [1 / row["faster"] for row in rows], "time of one sample, as a share of float's"),
+    ]
+    page = ENVIRONMENT.get_template("compress.html.j2").render(result=result, plots=plots, light=PAPER, columns=3)
     file.write_text(page, encoding="utf-8")

@@ -96,11 +96,6 @@ def summed_norms(maps: Tensor, value: Tensor, w_o: Tensor) -> Tensor:
     return torch.einsum("bhqk,bkhg,bgqk->bqk", alpha, products, alpha).clamp(min=0).sqrt()
 
 
-def min_max(output: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest hidden unit of each token (samples, tokens) of Y (samples, tokens, hidden) [KD]."""
-    return output.amin(-1), output.amax(-1)
-
-
 def relative_error(student: Tensor, teacher: Tensor, rows: Tensor | None) -> Tensor:
     """‖X^S - X^T‖² / ‖X^T‖² over the real tokens of each sample: (samples). rows: (samples, tokens)."""
     error = (student - teacher).double().square().flatten(1)  # (samples, tokens · hidden)

@@ -5,9 +5,7 @@ Everything that comes from a model, a tokenizer or data is escaped: by jinja2 in
 
 import json
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -51,6 +49,7 @@ def write_report(result: Facts, folder: Path) -> None:
         light=PAPER,
         cividis=CIVIDIS,
         columns=1 + len(result["students"]),
+        layer_types=LAYER_TYPES,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     for _, figures in sections:
@@ -66,11 +65,5 @@ def write_plot(figure: Figure, folder: Path) -> None:
     (folder / f"{figure.name}.svg").write_text(svg, encoding="utf-8")
 
 
-def layers_of(modules: Sequence[Mapping[str, Any]]) -> str:
-    """Name the layers among modules that stayed float; norms have no names of their own in the summary."""
-    layers = [module["name"] for module in modules if module["type"] in LAYER_TYPES]
-    return f"{listed(layers, 4)}, " if layers else ""
-
-
-ENVIRONMENT.globals |= {"short": short, "width": WIDTH, "megabytes": megabytes, "layers_of": layers_of}
+ENVIRONMENT.globals |= {"short": short, "width": WIDTH, "megabytes": megabytes, "listed": listed}
 ENVIRONMENT.filters["breakable"] = breakable

@@ -1,6 +1,6 @@
 """The whole analysis of one or two students: resumable part by part, with an estimate of its time before it starts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -179,7 +179,7 @@ class _Study:
             "metric": qat.get("metric"),
             "frontier": ptq.get("frontier", []),
             "bits": ptq.get("bits", {}),
-            "speed": part("speed", lambda: speed(pair, next(iter(self.data)))),
+            "speed": self.journal.part("speed", lambda: speed(self.pairs, next(iter(self.data))))[i],
             "compare": part("compare", lambda: compare(pair, self.data, self.kinds, track=track)),
             "blocks": part("blocks", lambda: block_errors(pair, self.subset, track)),
             "classes": part("classes", lambda: class_errors(pair, self.subset, track)),
@@ -191,8 +191,10 @@ class _Study:
 
 
 @torch.no_grad()
-def speed(pair: Pair, batch: Mapping[str, Any], rounds: int = 5) -> dict[str, Any]:
-    """Seconds of a batch, teacher and student in turns, medians, on this machine."""
-    times = alternate({"teacher": partial(pair.teacher, **batch), "student": partial(pair.student, **batch)}, rounds)
-    medians = {name: median(each) for name, each in times.items()}
-    return medians | {"threads": torch.get_num_threads(), "batch": size_of(batch)}
+def speed(pairs: Sequence[Pair], batch: Mapping[str, Any], rounds: int = 5) -> list[dict[str, Any]]:
+    """Seconds of a batch on this machine, for each student and its teacher: medians of all models in turns."""
+    calls = [partial(model, **batch) for model in (pairs[0].teacher, *(pair.student for pair in pairs))]
+    times = alternate({str(i): call for i, call in enumerate(calls)}, rounds)
+    teacher, *students = map(median, times.values())
+    known = {"teacher": teacher, "threads": torch.get_num_threads(), "batch": size_of(batch)}
+    return [known | {"student": seconds} for seconds in students]

@@ -5,9 +5,8 @@
 
 import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ from bittern.data.texts import load_tokenizer
 MOST_EXTRA = 16  # tokens of a ViT that are no patches: CLS, distillation, registers
 
 
-@dataclass(frozen=True)
-class Kinds:
+class Kinds(NamedTuple):
     """names: of the classes; of: the class of each key of a batch."""
 
     names: tuple[str, ...]

@@ -45,8 +45,7 @@ def read_scenes(source: str, split: Split, model: PreTrainedModel, labels: Label
     """Read all scenes of a split of a folder in COCO's format; None if it has the other split only.
 
     Categories are the model's classes by name, or by id if the model has no names (see `match_classes`). Raises
-    InputError for a missing image, an annotation of an unknown image, a box that is none, and a category that is no
-    class of the model.
+    InputError for a missing or unknown image, a box that is none, and a category that is no class of the model.
     """
     found = split_files(Path(source), _annotation_files(Path(source)))
     if not found:

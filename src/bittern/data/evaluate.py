@@ -83,13 +83,9 @@ def _output(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 def by_sample(model: PreTrainedModel, data: Data, output: Tensor) -> tuple[Tensor, ...]:
     """Split what `predict` gave for `data` into the part of each sample: one row, or those of its tokens."""
-    match task_of(model):
-        case "tags" | "answers":
-            sizes = [len(row["input_ids"]) for row in data.rows]
-        case "masked":
-            sizes = [sum(label != -100 for label in row["labels"]) for row in data.rows]
-        case _:
-            sizes = [1] * len(data)
+    task, sizes = task_of(model), [1] * len(data)
+    if task in ("tags", "answers", "masked"):
+        sizes = [sum(n != -100 for n in row["labels" if task == "masked" else "input_ids"]) for row in data.rows]
     return tuple(output.split(sizes))
 
 
@@ -121,22 +117,38 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(-1) == labels).float().mean().item()
 
 
-def top5(logits: Tensor, labels: Tensor) -> float:
-    """Return the share of samples whose five largest logits include the label's."""
-    return (logits.topk(5).indices == labels.unsqueeze(-1)).any(-1).float().mean().item()
-
-
 def similarity_agreement(embeddings: Tensor, reference: Tensor) -> float:
     """Return Spearman's correlation of the cosine similarities of all pairs of samples, of two encoders.
 
     Where all pairs are alike to one of them it is 0, to both 1.
     """
+    return resampled_agreement(embeddings, reference)(range(len(embeddings)))
+
+
+def resampled_agreement(embeddings: Tensor, reference: Tensor) -> Callable[[Sequence[int]], float]:
+    """Return a function that gives `similarity_agreement` on rows, some of them several times.
+
+    Pairs are sorted once: among drawn rows a pair of samples stands as often as both were drawn together, and a sample
+    that was drawn several times makes pairs with itself.
+    """
     if len(embeddings) < 3:
         raise InputError(f"the agreement of similarities needs 3 samples or more, got {len(embeddings)}")
-    rows, columns = torch.triu_indices(len(embeddings), len(embeddings), 1)
-    pairs = [(e @ e.T)[rows, columns].numpy() for e in (embeddings, reference)]
-    alike = [np.ptp(pair) == 0 for pair in pairs]
-    return float(all(alike)) if any(alike) else float(need("scipy.stats").spearmanr(*pairs).statistic)
+    first, second = np.triu_indices(len(embeddings))  # (pairs,) both
+    values = [(e @ e.T).numpy()[first, second] for e in (embeddings, reference)]
+    if not all(np.isfinite(value).all() for value in values):
+        return lambda rows: math.nan
+    levels = [np.unique(value, return_inverse=True)[1] for value in values]
+
+    def measure(rows: Sequence[int]) -> float:
+        drawn = np.bincount(rows, minlength=len(embeddings))
+        pairs = drawn[first] * (drawn[second] - (first == second)) / (1.0 + (first == second))
+        counts = [np.bincount(level, pairs) for level in levels]
+        ranks = [(count.cumsum() - count / 2)[level] for count, level in zip(counts, levels, strict=True)]
+        a, b = (rank - np.average(rank, weights=pairs) for rank in ranks)
+        norms = pairs @ a**2, pairs @ b**2
+        return float(pairs @ (a * b) / math.sqrt(norms[0] * norms[1])) if all(norms) else float(not any(norms))
+
+    return measure
 
 
 def of_labels(output: Tensor, labels: Tensor, regression: bool = False) -> dict[str, float]:
@@ -153,7 +165,7 @@ def of_labels(output: Tensor, labels: Tensor, regression: bool = False) -> dict[
         return {name: float(f(predicted, right).statistic) for name, f in correlations.items()}
     found = {"accuracy": accuracy(output, labels)}
     if output.shape[-1] > 5:
-        found["top5"] = top5(output, labels)
+        found["top5"] = (output.topk(5).indices == labels.unsqueeze(-1)).any(-1).float().mean().item()
     if output.shape[-1] == 2:
         chosen = output.argmax(-1)
         found["f1"] = float(need("sklearn.metrics").f1_score(labels.numpy(), chosen.numpy(), zero_division=0))
@@ -162,8 +174,7 @@ def of_labels(output: Tensor, labels: Tensor, regression: bool = False) -> dict[
 
 
 def of_several(output: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return F1 of labels that are on or off, over all of them (micro) and the mean of each (macro), and the share of
-    samples with no label wrong."""
+    """Return F1 of labels that are on or off, over all (micro) and their mean (macro), and the share of exact rows."""
     f1_score = need("sklearn.metrics").f1_score
     chosen, right = (output > 0).numpy(), labels.bool().numpy()
     scores = {"f1": "micro", "f1_macro": "macro"}
@@ -218,11 +229,13 @@ def resampled(
 ) -> Callable[[Sequence[int]], float]:
     """Return a function that measures one metric of `metrics` on rows of `data`, some of them several times.
 
-    Boxes are matched once: mAP then takes milliseconds, however often it is asked for.
+    Boxes are matched and similarities sorted once, however often it is asked for.
     """
     if task_of(model) == "boxes" and metric in MAP:
         matches = _matches(data, output)
         return lambda rows: mean_average_precision(matches, np.bincount(rows, minlength=len(data)))[metric]
+    if task_of(model) == "embedding" and metric == "similarity" and reference is not None:
+        return resampled_agreement(output, reference)
     outputs = [by_sample(model, data, o) for o in (output, reference) if o is not None]
 
     def measure(rows: Sequence[int]) -> float:

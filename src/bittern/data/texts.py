@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,6 @@ Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 @cache
 def sentences() -> list[str]:
     """Return English sentences from the descriptions of scikit-learn's data sets."""
-    from importlib.resources import files
-
     found: list[str] = []
     for file in sorted((files("sklearn") / "datasets" / "descr").iterdir(), key=lambda f: f.name):
         if file.name.endswith(".rst"):
@@ -58,8 +57,7 @@ def padding_tokenizer(path: str | Path, model: PreTrainedModel, words: bool = Fa
 
 
 def text_limit(model: PreTrainedModel, tokenizer: Any, asked: int | None) -> int:
-    """Return the most tokens of a text: what is asked for, as far as tokenizer and model go; else what these take, 512
-    if they do not say."""
+    """Return the most tokens of a text: that asked for, as far as tokenizer and model go; else theirs, or 512."""
     positions = getattr(model.config, "max_position_embeddings", None) or UNLIMITED
     for name, module in model.named_modules():  # RoBERTa counts from the padding token's number on
         if "position" in name and getattr(module, "padding_idx", None) is not None:
@@ -71,8 +69,7 @@ def text_limit(model: PreTrainedModel, tokenizer: Any, asked: int | None) -> int
 def text_collate(tokenizer: Any, limit: int, both: bool = False) -> Collate:
     """Return a function that makes padded batches of texts or pairs of texts, cut to `limit` tokens.
 
-    A text of which the tokenizer makes no token becomes one token of padding that the model sees. both: the decoder
-    reads the text too.
+    A text without any token becomes one token of padding that the model sees. both: the decoder reads the text too.
     """
 
     def collate(rows: Sequence[tuple[str, ...]]) -> dict[str, Tensor]:

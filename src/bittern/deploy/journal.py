@@ -103,13 +103,18 @@ class Journal:
         except (CheckpointError, SafetensorError, ValueError, KeyError, OSError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); delete it and run the same command again") from None
 
+    def kept(self, name: str, made_of: Any = None) -> list[Any]:
+        """Return what a run before this kept of a part, of the same things: a list of one thing, or nothing."""
+        known = self.load(name)
+        head, *notes = known[1] if known and isinstance(known[1], list) else [None]
+        return notes if head == json.loads(json.dumps(made_of)) else []
+
     def part(self, name: str, make: Callable[[], Any], made_of: Any = None) -> Any:
         """Return the notes of a part: as a run before this kept them, of the same things, or made and kept now."""
-        known, made_of = self.load(name), json.loads(json.dumps(made_of))
-        if known is None or not isinstance(known[1], list) or known[1][:1] != [made_of]:
-            known = {}, [made_of, make()]
-            self.save(name, *known)
-        return known[1][1]
+        if not (notes := self.kept(name, made_of)):
+            notes = [make()]
+            self.save(name, {}, [made_of, *notes])
+        return notes[0]
 
     @staticmethod
     def check_ours(folder: Path) -> None:

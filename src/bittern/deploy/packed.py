@@ -29,15 +29,7 @@ from bittern.deploy.bits import bytes_per_row, pack_codes, unpack_codes
 from bittern.deploy.weight import PackedWeight
 from bittern.errors import ModelError
 from bittern.experts import ExpertsLinear
-from bittern.kernels import (
-    NO_GRAPH,
-    SIXTEEN_BITS,
-    has_kernel,
-    input_coding,
-    outside_graphs,
-    tell_of,
-    warn_if_slow,
-)
+from bittern.kernels import NO_GRAPH, SIXTEEN_BITS, has_kernel, input_coding, outside_graphs, tell_of, warn_if_slow
 from bittern.layers import (
     QuantConv1D,
     QuantConv2d,

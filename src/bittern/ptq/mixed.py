@@ -277,10 +277,7 @@ def allocate(
             sensitivity[name] = {bits: other.sensitivity[part] for bits, other in widths.items()}
             weights[name] = weights_of(model.get_submodule(found.unit), found.unit, found.parts, part)
     points = frontier(sensitivity, weights)
-    choices = {
-        "mixed": choose_bits(points, weights, mixed.target).bits,
-        f"{width} bits": dict.fromkeys(weights, width),
-    }
+    choices = {"mixed": choose_bits(points, weights, mixed.target).bits, f"{width} bits": dict.fromkeys(weights, width)}
 
     def put(bits: Mapping[str, int]) -> list[Solved]:
         solved = []

@@ -199,10 +199,7 @@ def weighted(terms: Mapping[str, Any], distill: Distill) -> Any:
 
 
 def balanced(
-    terms: Mapping[str, Tensor],
-    distill: Distill,
-    compared: Mapping[str, int],
-    means: Mapping[str, float] | None = None,
+    terms: Mapping[str, Tensor], distill: Distill, compared: Mapping[str, int], means: Mapping[str, float] | None = None
 ) -> Tensor:
     """Return the loss of a step: the sum of the terms times their weights.
 
