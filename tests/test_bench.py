@@ -100,11 +100,13 @@ def test_ratios_are_paired() -> None:
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
 
 
-def test_convolutions_of_overlapping_patches() -> None:
-    """A convolution whose patches overlap has no kernel, and is named; one of whole patches has."""
+def test_convolutions() -> None:
+    """A convolution has a kernel, whether its patches overlap or not, but is named if it is in groups."""
     model, batch = SUPPORTED["detr"]()
     bittern.simulate(model, "w8a8", batch)
-    slow = without_kernel(model)
-    convolutions = {name: m.stride == m.kernel_size for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    assert {*convolutions.values()} == {True, False}
-    assert {name: name not in slow for name in convolutions} == convolutions
+    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    assert {m.stride == m.kernel_size for m in convolutions.values()} == {True, False}
+    assert not without_kernel(model)
+    name, layer = convolutions.popitem()
+    layer.groups = 2
+    assert without_kernel(model).keys() == {name}

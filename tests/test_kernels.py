@@ -4,11 +4,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bittern
@@ -200,19 +203,110 @@ def test_what_kernels_do_not_serve() -> None:
     assert y.grad is not None
 
 
+def convolution(weight: Format, given: Format, x: Tensor, layer: nn.Conv2d) -> nn.Conv2d:
+    """A packed convolution, whose input is quantized for x."""
+    swap(layer, "convolution", weight, given)
+    if given.range == "static":
+        layer.input_quantizer.set_scale(*find_scale(x, given))
+    pack_layers(nn.ModuleList([layer]))
+    return layer.eval()
+
+
+WEIGHTS = (
+    *(Format(kind="ternary"), Format(kind="binary"), Format(bits=3), Format(bits=4, granularity="row")),
+    Format(bits=8, granularity="row"),
+)
+IMAGES = (
+    *(Format(), Format(clip=1.0), Format(range="static"), Format(scheme="unsigned"), Format(bits=4)),
+    *(Format(scheme="asymmetric", range="static"), Format(bits=5, scheme="asymmetric", range="static")),
+    Format(scheme="asymmetric"),
+)
+PAIRS = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    formats=st.tuples(st.sampled_from(WEIGHTS), st.sampled_from(IMAGES)),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(8, 20), st.integers(8, 20), st.integers(1, 70)),
+    size=PAIRS,
+    stride=PAIRS,
+    dilation=st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 2)]),
+    padding=st.one_of(st.sampled_from(["valid", "same"]), st.tuples(st.integers(0, 3), st.integers(0, 3))),
+    last=st.booleans(),
+    bias=st.booleans(),
+)
 @torch.no_grad()
-def test_stems_are_products() -> None:
-    """A convolution of patches that do not overlap runs on the kernels; others do not."""
+def test_convolutions(
+    formats: tuple[Format, Format],
+    shape: tuple[int, ...],
+    size: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    padding: Any,
+    last: bool,
+    bias: bool,
+) -> None:
+    """A convolution of any geometry gives on every kind of kernels and for any number of threads what the simulated one
+    gives, however its input lies in memory; its codes come back as they were."""
     torch.manual_seed(0)
-    x = torch.randn(2, 3, 17, 23)
-    for changed, served in (({}, True), ({"stride": 3}, False), ({"padding": 1}, False), ({"dilation": 2}, False)):
-        layer = nn.Conv2d(3, 10, **({"kernel_size": 4, "stride": 4} | changed))
-        swap(layer, "stem", Format(granularity="row"), Format(scheme="asymmetric"))
-        pack_layers(nn.ModuleList([layer]))
-        with native.disabled():
-            expected = layer(x)
-        assert (layer._patches(x) is not None) == served
-        assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+    (batch, channels, high, wide, outputs), stride = shape, (1, 1) if padding == "same" else stride
+    x = torch.randn(batch, channels, high, wide) + 0.5
+    x = x.to(memory_format=torch.channels_last) if last else x[:, :, :, : wide - 1]
+    layer = nn.Conv2d(channels, outputs, size, stride, padding, dilation, bias=bias)
+    padded = any(layer._reversed_padding_repeated_twice)
+    layer = convolution(*formats, x, layer)
+    codes = layer.weight_codes.clone()
+    with native.disabled():
+        expected = layer(x)
+    try:
+        for kind, threads in product(native.kinds(), (1, 3)):
+            native.use(kind)
+            torch.set_num_threads(threads)
+            found = layer.integer_convolution(x)
+            assert (found is None) == (padded and formats[1] == Format(scheme="asymmetric"))
+            assert found is None or (found.shape == expected.shape and near(found, expected))
+    finally:
+        native.use()
+        torch.set_num_threads(1)
+    assert torch.equal(layer.weight_codes, codes)
+
+
+@torch.no_grad()
+def test_convolutions_without_kernels() -> None:
+    """What the kernels do not convolve is computed as the simulated layer does, errors included."""
+    x = torch.randn(2, 8, 9, 9)
+    for changed in ({"groups": 2}, {"padding": 1, "padding_mode": "reflect"}):
+        assert convolution(Format(), Format(), x, nn.Conv2d(8, 8, 3, **changed)).integer_convolution(x) is None
+    layer = convolution(Format(), Format(range="static"), x, nn.Conv2d(8, 8, 3, padding=1))
+    broken = x.clone()
+    broken[1, 3, 8, 8] = torch.inf
+    for other in (x[0], x[:0], x.double(), x.to("meta"), broken):
+        assert layer.integer_convolution(other) is None
+    assert layer(x[:0]).shape == (0, 8, 9, 9)
+    assert layer(x[0]).shape == (8, 9, 9)
+    assert near(layer(x.bfloat16()).float(), layer(x.bfloat16().float()).bfloat16().float())
+    for wrong in (torch.randn(2, 7, 9, 9), torch.randn(1, 8, 9, 0), torch.randn(1, 8, 0, 9)):
+        with pytest.raises(RuntimeError):
+            layer(wrong)
+    odd = Format(scheme="asymmetric", range="static")
+    layer = convolution(Format(), odd, x, nn.Conv2d(8, 8, 3, padding=1))
+    layer.input_quantizer.set_scale(torch.tensor(0.02), torch.tensor(-1.007))  # no code stands for 0
+    assert layer.integer_convolution(x) is None
+
+
+@torch.no_grad()
+def test_convolutions_hold_codes_once() -> None:
+    """Codes of convolutions are held once, and read, copied and moved in the order that a file has."""
+    x = torch.randn(1, 5, 8, 8)
+    layer = convolution(Format(bits=4, granularity="row"), Format(), x, nn.Conv2d(5, 9, 3, padding=1))
+    codes, expected = layer.weight_codes.clone(), layer(x)
+    assert "weight_codes" not in layer._buffers
+    weight = layer.weight * 1
+    with native.disabled():
+        assert torch.allclose(layer(x), nn.functional.conv2d(layer.quantized_input(x), weight, layer.bias, padding=1))
+    assert torch.equal(deepcopy(layer)(x), expected)
+    assert torch.equal(layer.state_dict()["weight_codes"], codes)
+    assert torch.equal(layer(x), expected)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from bittern import native
 from bittern.errors import InputError
 from bittern.native import Coding, Panels, linear, padded_bias, quantize_rows, rounding
 from bittern.native.block import LAYER_NAMES, KernelBlock, KernelLayer, KernelNorm, run_blocks
+from bittern.native.products import convolve
 from bittern.quantizers import encode, find_scale, kernel_coding
 from bittern.recipe import Format
 from native.cases import INPUTS, WEIGHTS
@@ -29,6 +30,7 @@ from native.cases import INPUTS, WEIGHTS
 pytestmark = pytest.mark.kernels
 KINDS = native.kinds()
 SIGNED, UNSIGNED = Coding(-128, 127), Coding(0, 255, "unsigned")
+ONE = ((1, 1), (1, 1), (1, 1), ((0, 0), (0, 0)))  # a kernel that reads one place
 
 
 def test_there_are_kernels() -> None:
@@ -111,7 +113,10 @@ def test_defaults_of_pytorch_do_not_matter(kind: str, dtype: torch.dtype) -> Non
         rounded = rounding.uniform(x, SIGNED), rounding.ternary(x, 0.7, None, True)
         product = linear(rows, panels, padded_bias(bias, panels))
         loss = rounding.losses(x, (-128, 127), scales, None, x.T[:, :3].contiguous(), x[0])
+        images = convolve(x[None, None].contiguous(), panels, padded_bias(bias, panels), SIGNED, ONE)
+        assert images is not None
         return [
+            images,
             product,
             native.norm(x, x[0], x[1], 1e-5),
             native.activate(x, "gelu"),
@@ -244,6 +249,10 @@ def test_activations(kind: str, name: native.Activation, reference: Any, toleran
     plain = linear(q, panels, padded_bias(None, panels))
     fused = linear(q, panels, padded_bias(None, panels), name)
     assert torch.equal(fused, native.activate(plain, name))
+    images = torch.randn(2, 24, 3, 5).to(memory_format=torch.channels_last)
+    found = native.activate(images, name)
+    assert found.stride() == images.stride()
+    assert torch.equal(found, native.activate(images.contiguous(), name))
 
 
 def test_norm(kind: str) -> None:
@@ -473,6 +482,10 @@ def test_refused() -> None:
         lambda: native.norm(x, torch.ones(31), torch.ones(32), 1e-5),
         lambda: native.norm(x.half(), torch.ones(32), torch.ones(32), 1e-5),
         lambda: native.activate(x.half(), "gelu"),
+        lambda: convolve(x[None, None, :, :3], panels, torch.zeros(16), SIGNED, ONE),
+        lambda: convolve(x[None, None].half(), panels, torch.zeros(16), SIGNED, ONE),
+        lambda: convolve(x[None, None].movedim(2, 1), panels, torch.zeros(8), SIGNED, ONE),
+        lambda: convolve(x[None, None], panels, torch.zeros(16), Coding(-128, 127, by_row=True), ONE),
         lambda: Coding(-129, 127),
         lambda: Coding(0, 256),
         lambda: Coding(-128, 127, scale=0.0),

@@ -62,6 +62,13 @@ def has_kernel(weight: Format | None = None, input_format: Format | None = None)
     return known
 
 
+def convolves(layer: nn.Conv2d, fmt: Format) -> bool:
+    """True if the kernels gather a convolution's patches: no groups, and no padding but by zeros that have a code."""
+    zeros = layer.padding_mode == "zeros" and (fmt.scheme != "asymmetric" or fmt.range == "static")
+    padded = any(layer._reversed_padding_repeated_twice)
+    return layer.groups == 1 and fmt.granularity == "tensor" and (zeros or not padded)
+
+
 def warn_if_slow(x: Tensor, *parameters: Tensor | None) -> None:
     """Say, once, that the kernels here do not serve x, and why: a packed model is then slower than a float one."""
     if not native.available() or not x.is_cpu or is_compiling():
@@ -123,12 +130,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 _ACTIVATIONS: dict[type[nn.Module], native.Activation] = {
-    GELUActivation: "gelu",
-    nn.GELU: "gelu",
-    NewGELUActivation: "gelu_tanh",
-    GELUTanh: "gelu_tanh",
-    SiLUActivation: "silu",
-    nn.SiLU: "silu",
+    **dict.fromkeys((GELUActivation, nn.GELU), "gelu"),
+    **dict.fromkeys((NewGELUActivation, GELUTanh), "gelu_tanh"),
+    **dict.fromkeys((SiLUActivation, nn.SiLU), "silu"),
     nn.ReLU: "relu",
 }
 

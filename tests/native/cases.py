@@ -26,7 +26,7 @@ from bittern.native.products import ACTIVATIONS
 from bittern.quantizers import TERNARY_THRESHOLD, encode, fake_quantize, find_scale, kernel_coding
 from bittern.recipe import Format
 
-QUANTIZE, LINEAR, TERNARY, ATTENTION, NORM, ACTIVATE, LOSSES = range(7)
+QUANTIZE, LINEAR, TERNARY, ATTENTION, NORM, ACTIVATE, LOSSES, CONVOLVE = range(8)
 FORMAT1 = Path(__file__).parents[1] / "data" / "format1"
 WEIGHTS = {"ternary": (2, -1, 1), "2-bit": (2, -2, 1), "4-bit": (4, -8, 7), "8-bit": (8, -128, 127)}
 INPUTS = {
@@ -81,6 +81,25 @@ def linear(x: Tensor, fmt: Format, weight: Tensor, bits: int, low: int) -> Case:
     unsigned = (weight - low).to(torch.uint8)
     header = numbers(len(x), inputs, outputs, bits, max(int(unsigned.max()), 1), -low)
     return LINEAR, [header, coding.structure, x, unsigned, unit, bias, sums, exact, 8 * 2.0**-24 * size + 1e-37]
+
+
+def convolve(x: Tensor, fmt: Format, weight: Tensor, bits: int, low: int, stride: int, padding: int) -> Case:
+    """x (batch, channels, height, width), weight: codes (outputs, channels, height, width) of at least `low`."""
+    coding, scale, offset = coding_of(x, fmt)
+    values = encode(x, fmt, scale, offset).double() * scale.double() + (0 if offset is None else offset.double())
+    unit = torch.rand(len(weight)) + 0.5
+    exact, size = (
+        F.conv2d(v, w.double(), None, stride, padding) for v, w in ((values, weight), (values.abs(), weight.abs()))
+    )
+    unsigned = (weight - low).to(torch.uint8)
+    around, kernel = [n + 2 * padding for n in x.shape[2:]], weight.shape[2:]
+    image = numbers(
+        len(x), *x.shape[2:], x.shape[1], padding, padding, *around, *exact.shape[2:], *kernel, stride, stride, 1, 1
+    )
+    header = numbers(weight[0].numel(), len(weight), bits, max(int(unsigned.max()), 1), -low)
+    expected, bound = exact * unit.double()[:, None, None], 16 * 2.0**-24 * (size * unit[:, None, None]) + 1e-6
+    tensors = [t.movedim(1, -1).contiguous() for t in (x, unsigned, expected, bound)]
+    return CONVOLVE, [header, coding.structure, image, unit, *tensors]
 
 
 def attention(shape: tuple[int, ...], static: bool, mask: Tensor | None) -> Case:
@@ -157,6 +176,16 @@ def cases() -> Iterator[Case]:
             if key.startswith("codes.") and codes.dim() == 2 and high - low < 256:
                 bits = next(bits for bits in (2, 4, 8) if high - low < 2**bits)
                 yield linear(torch.randn(9, codes.shape[1]), Format(), codes, bits, low)
+    for channels, side, kernel, stride, zeros in (
+        (3, 17, 7, 2, 3),
+        (20, 9, 3, 1, 1),
+        (64, 7, 1, 1, 0),
+        (5, 12, 4, 4, 0),
+    ):
+        for name in ("dynamic", "unsigned", "static asymmetric"):
+            for bits, low, high in WEIGHTS.values():
+                weight = torch.randint(low, high + 1, (18, channels, kernel, kernel))
+                yield convolve(torch.randn(2, channels, side, side + 1), INPUTS[name], weight, bits, low, stride, zeros)
     for shape in ATTENTIONS:
         for static in (False, True):
             for mask in masks(shape):

@@ -8,7 +8,7 @@
 
 namespace {
 
-enum Name { kQuantize, kLinear, kTernary, kAttention, kNorm, kActivate, kLosses };
+enum Name { kQuantize, kLinear, kTernary, kAttention, kNorm, kActivate, kLosses, kConvolve };
 
 int number = 0, name = 0;  // of the case
 
@@ -167,6 +167,24 @@ void losses(const Case& c, int threads) {
   near(out.data(), c.at<float>(7), c.at<float>(8), out.size(), "loss");
 }
 
+void convolution(const Case& c, int threads) {
+  const int32_t* h = c.at<int32_t>(0);
+  const int inputs = h[0], outputs = h[1], bits = h[2], top = h[3], zero = h[4], wide = up(outputs, 16);
+  Convolution v;
+  memcpy(&v, c.at<int32_t>(2), sizeof(v));
+  const auto* codes = c.at<uint8_t>(5);
+  std::vector<uint8_t> panels(size_t(bittern_panel_bytes(outputs, inputs, bits)));
+  bittern_pack(codes, outputs, inputs, bits, panels.data());
+  std::vector<int32_t> sums(size_t(wide), 0);
+  for (int n = 0; n < outputs; ++n)
+    for (int k = 0; k < inputs; ++k) sums[n] += codes[size_t(n) * inputs + k] - zero;
+  const std::vector<float> scale = c.padded<float>(3, wide), none(size_t(wide), 0.0f);
+  const Layer layer{panels.data(), scale.data(), none.data(), sums.data(), inputs, outputs, bits, top, zero, *c.at<Format>(1)};
+  std::vector<float> out(size_t(v.batch) * v.out_height * v.out_width * outputs);
+  require(bittern_convolve(c.at<float>(4), &v, &layer, threads, out.data()) == 0, "convolution");
+  near(out.data(), c.at<float>(6), c.at<float>(7), out.size(), "convolution with its scales");
+}
+
 // The largest codes of both signs in the longest rows, whatever is summed in few bits on the way.
 void extremes() {
   const int inputs = 32768, outputs = 17, rows = 5;
@@ -200,7 +218,7 @@ int main(int, char** arguments) {
   FILE* file = std::fopen(arguments[1], "rb");
   require(file != nullptr, "no file of cases");
   const int threads = std::stoi(arguments[2]);
-  constexpr void (*sorts[])(const Case&, int) = {quantize, linear, ternary, attention, norm, activation, losses};
+  constexpr void (*sorts[])(const Case&, int) = {quantize, linear, ternary, attention, norm, activation, losses, convolution};
   for (Case c; read(file, &c); ++number) sorts[name](c, threads);
   std::fclose(file);
   std::printf("%d cases\n", number);

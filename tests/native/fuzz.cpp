@@ -286,7 +286,58 @@ void block(int threads) {
   if (out != first) fail("a block in two calls differs from one");
 }
 
+// A convolution against the product of patches that plain loops gather.
+void convolution(int threads) {
+  Convolution v{pick(1, 2), pick(1, 14), pick(1, 14), pick(0, 3) ? pick(1, 20) : pick(60, 70), pick(0, 2), pick(0, 2), 0, 0, 0, 0,
+                pick(1, 4), pick(1, 4), pick(1, 3), pick(1, 3), pick(1, 2), pick(1, 2)};
+  v.high = std::max(v.top + v.height + pick(0, 2), (v.kernel_height - 1) * v.dilation_y + 1);
+  v.wide = std::max(v.left + v.width + pick(0, 2), (v.kernel_width - 1) * v.dilation_x + 1);
+  v.out_height = (v.high - (v.kernel_height - 1) * v.dilation_y - 1) / v.stride_y + 1;
+  v.out_width = (v.wide - (v.kernel_width - 1) * v.dilation_x - 1) / v.stride_x + 1;
+  Weights weights(v.kernel_height * v.kernel_width * v.channels, pick(1, 80));
+  Format& f = weights.layer.input;
+  f.mode = f.mode == 2 || f.scheme == 2 ? 0 : f.mode;  // so that a code stands for zero
+  if (f.scheme == 2) f.scale = 1.5f / float(f.high / 2), f.offset = -f.scale * float(f.high / 2);
+  const int8_t zero = int8_t((f.scheme == 2 ? f.high / 2 : 0) - f.shift);
+  const int pixels = v.batch * v.height * v.width, rows = v.batch * v.out_height * v.out_width, wide = up(v.channels, 64);
+  const std::vector<float> x = floats(size_t(pixels) * v.channels);
+  std::vector<int8_t> codes(size_t(up(pixels, 16)) * wide);
+  std::vector<float> scale(std::max(pixels, rows)), offset(scale.size());
+  std::vector<int32_t> sums(scale.size());
+  const Codes image{codes.data(), scale.data(), offset.data(), sums.data(), pixels};
+  if (bittern_quantize(x.data(), v.channels, &f, threads, &image)) fail("finite values are not finite");
+  const int width = up(weights.layer.inputs, 64);
+  std::vector<int8_t> patches(size_t(up(rows, 16)) * width);
+  for (int r = 0; r < rows; ++r) {
+    int8_t* to = &patches[size_t(r) * width];
+    const int b = r / v.out_width / v.out_height, y0 = r / v.out_width % v.out_height * v.stride_y - v.top;
+    const int x0 = r % v.out_width * v.stride_x - v.left;
+    for (int i = 0; i < v.kernel_height; ++i)
+      for (int j = 0; j < v.kernel_width; ++j)
+        for (int c = 0; c < v.channels; ++c) {
+          const int at_y = y0 + i * v.dilation_y, at_x = x0 + j * v.dilation_x;
+          const bool inside = at_y >= 0 && at_y < v.height && at_x >= 0 && at_x < v.width;
+          *to++ = inside ? codes[size_t((b * v.height + at_y) * v.width + at_x) * wide + c] : zero;
+        }
+  }
+  std::fill(scale.begin(), scale.end(), scale[0]), std::fill(offset.begin(), offset.end(), offset[0]);
+  for (int r = 0; r < rows; ++r) sums[r] = sum_of(&patches[size_t(r) * width], weights.layer.inputs);
+  std::vector<float> out(size_t(rows) * weights.layer.outputs, NAN), expected(out.size());
+  const Codes gathered{patches.data(), scale.data(), offset.data(), sums.data(), rows};
+  if (bittern_linear(&gathered, &weights.layer, 0, threads, expected.data())) fail("linear failed");
+  if (bittern_convolve(x.data(), &v, &weights.layer, threads, out.data())) fail("a convolution failed");
+  if (out != expected) fail("a convolution differs from the product of its patches");
+  f.offset = f.scheme == 2 ? f.offset + f.scale / 3 : f.offset;
+  if (f.scheme == 2 && (v.high > v.height || v.wide > v.width) &&
+      !bittern_convolve(x.data(), &v, &weights.layer, threads, out.data()))
+    fail("padded by a code that is not zero");
+  std::vector<float> broken = x;
+  broken[size_t(pick(0, int(x.size()) - 1))] = pick(0, 1) ? NAN : -INFINITY;
+  if (!bittern_convolve(broken.data(), &v, &weights.layer, threads, out.data())) fail("what is not finite was convolved");
+}
+
 void everything() {
+  convolution(pick(1, 4));
   linear(pick(1, pick(0, 3) ? 20 : 300), pick(1, pick(0, 3) ? 150 : 1700), pick(1, 80), pick(1, 4));
   attention(pick(1, 4));
   rows(pick(1, 4));

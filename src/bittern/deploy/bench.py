@@ -22,7 +22,7 @@ from bittern.deploy.packed import weight_bytes
 from bittern.deploy.store import float_bytes, load, measure
 from bittern.dry_run import dummy_batch
 from bittern.errors import CheckpointError, InputError, ModelError
-from bittern.kernels import has_kernel
+from bittern.kernels import convolves, has_kernel
 from bittern.layers import formats
 from bittern.options import refuse_unused
 from bittern.recipe import Rule
@@ -157,8 +157,8 @@ def without_kernel(model: nn.Module) -> dict[str, str]:
 def _has_fast_path(rule: Rule, module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
         return True  # rows are looked up, not multiplied
-    if isinstance(module, nn.Conv2d) and module.stride != module.kernel_size:
-        return False  # its patches overlap: the weight is unpacked in each forward
+    if isinstance(module, nn.Conv2d) and (rule.input is None or not convolves(module, rule.input)):
+        return False  # the weight is unpacked in each forward
     if not rule.for_attention:
         return rule.weight is not None and rule.input is not None and has_kernel(rule.weight, rule.input)
     return rule.operands.keys() == native.SCHEMES.keys() and all(

@@ -69,10 +69,8 @@ class BitternConfig(QuantizationConfigMixin):
         try:
             return [Rule.model_validate(entry) for entry in self.formats]
         except ValidationError as error:
-            message = error.errors()[0]["msg"]
-            raise CheckpointError(
-                f"config.json: quantization_config.formats is damaged or foreign: {message}"
-            ) from None
+            damaged = "config.json: quantization_config.formats is damaged or foreign"
+            raise CheckpointError(f"{damaged}: {error.errors()[0]['msg']}") from None
 
 
 def check_format_version(given: Any, written_by: Any) -> None:

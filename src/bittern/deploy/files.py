@@ -43,9 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}; expected a folder that save_pretrained wrote"
-        ) from None
+        raise CheckpointError(f"{path.parent} has no {path.name}; expected a folder of save_pretrained") from None
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):

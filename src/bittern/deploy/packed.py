@@ -24,26 +24,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bittern import native
+from bittern import kernels, layers, native
 from bittern.deploy.bits import bytes_per_row, pack_codes, unpack_codes
 from bittern.deploy.weight import PackedWeight
 from bittern.errors import ModelError
 from bittern.experts import ExpertsLinear
-from bittern.kernels import NO_GRAPH, SIXTEEN_BITS, has_kernel, input_coding, outside_graphs, tell_of, warn_if_slow
-from bittern.layers import (
-    QuantConv1D,
-    QuantConv2d,
-    QuantEmbedding,
-    QuantExpertsLinear,
-    QuantizedLayer,
-    QuantLayer,
-    QuantLinear,
-    QuantScaledEmbedding,
-    ScaledEmbedding,
-    fake_quants,
-    weight_matrix,
-)
+from bittern.kernels import convolves, has_kernel, input_coding, outside_graphs, tell_of, warn_if_slow
+from bittern.layers import QuantizedLayer, QuantLayer, ScaledEmbedding, fake_quants, weight_matrix
 from bittern.native.block import KernelLayer
+from bittern.native.products import convolve
 from bittern.quantizers import code_range, decode, encode, find_scale, quantize_once, stamp
 from bittern.recipe import Format
 
@@ -55,6 +44,7 @@ class PackedLayer(QuantizedLayer):
 
     weight_format: Format
     weight_shape: tuple[int, int]  # rows, columns
+    places: int  # of a convolution's kernel: panels hold the channels of each side by side
     weight_codes: Tensor
     weight_scale: Tensor
     weight_offset: Tensor | None
@@ -79,12 +69,7 @@ class PackedLayer(QuantizedLayer):
 
     def integer_product(self, x: Tensor) -> Tensor | None:
         """The product of x (…, inputs) and the weight by the integer kernels; None where they do not serve."""
-        bias = self._float_bias()
-        if not native.serves(x.float() if x.dtype in SIXTEEN_BITS else x, bias):
-            if has_kernel(weight=self.weight_format):
-                warn_if_slow(x, bias)
-            return None
-        if (layer := self.kernel_layer()) is None or x.shape[-1:] != (layer.panels.inputs,):
+        if (layer := self.layer_for(x)) is None or x.shape[-1:] != (layer.panels.inputs,):
             return None
         panels, coding = layer.panels, layer.coding
         rows = quantize_once(
@@ -93,6 +78,14 @@ class PackedLayer(QuantizedLayer):
         if rows is None:
             return None
         return native.linear(rows, panels, layer.bias).view(*x.shape[:-1], panels.outputs).to(x.dtype)
+
+    def layer_for(self, x: Tensor) -> KernelLayer | None:
+        """`kernel_layer`, if the kernels serve x; warns if it is for what x is that they do not."""
+        if native.serves(x.float() if x.dtype in kernels.SIXTEEN_BITS else x, bias := self._float_bias()):
+            return self.kernel_layer()
+        if has_kernel(weight=self.weight_format):
+            warn_if_slow(x, bias)
+        return None
 
     def kernel_layer(self) -> KernelLayer | None:
         """The layer as kernels read it, with the bias kept until that changes; None if they do not serve it."""
@@ -111,7 +104,7 @@ class PackedLayer(QuantizedLayer):
     def float_product(self, x: Tensor) -> Tensor | None:
         """The product of x (…, inputs), which stays float, and the weight; None where kernels do not serve."""
         bias = self._float_bias()
-        floats = x.float() if x.dtype in SIXTEEN_BITS else x
+        floats = x.float() if x.dtype in kernels.SIXTEEN_BITS else x
         fits = native.serves(floats, bias) and x.shape[-1:] == self.weight_shape[1:]
         if (table := self._table() if fits else None) is None:
             return None
@@ -125,6 +118,7 @@ class PackedLayer(QuantizedLayer):
         with _exchange:
             if self._panels is None:
                 codes, fmt = unpack_codes(self.source.weight_codes, columns, self.weight_format), self.weight_format
+                codes = codes.unflatten(1, (-1, self.places)).mT.flatten(1)  # (rows, places · channels)
                 bits = next(width for width in (2, 4, 8) if width >= fmt.bits)
                 scale, zero = self.source.weight_scale, -code_range(fmt)[0]
                 self._panels, self._rows = native.Panels(codes.to(torch.int16), scale, bits, zero), None
@@ -136,7 +130,8 @@ class PackedLayer(QuantizedLayer):
         """Hold the codes as they are in a file again, for whatever reads, writes or moves them."""
         with _exchange:
             if self._panels is not None and not self.owner:
-                self._buffers["weight_codes"] = pack_codes(self._panels.codes(), self.weight_format)
+                codes = self._panels.codes().unflatten(1, (self.places, -1)).mT  # (rows, channels, places)
+                self._buffers["weight_codes"] = pack_codes(codes.flatten(1), self.weight_format)
             self._panels = self._rows = None
 
     def __getattr__(self, name: str) -> Any:
@@ -198,7 +193,7 @@ class PackedLayer(QuantizedLayer):
     def unpacked(self, rows: Tensor | None = None) -> Tensor:
         """The weight's values (rows, columns), or those of the given rows (…, columns), in the model's type."""
         if torch.compiler.is_exporting() or torch._C._get_tracing_state():
-            raise ModelError(NO_GRAPH)
+            raise ModelError(kernels.NO_GRAPH)
         layer, codes = self.source, self.source.weight_codes
         wanted = torch.arange(layer.weight_shape[0], device=codes.device) if rows is None else rows
         known = wanted.is_cpu and type(wanted) is Tensor and not wanted.is_floating_point()
@@ -252,22 +247,25 @@ class PackedConv1D(PackedLayer, Conv1D):
 class PackedConv2d(PackedLayer, nn.Conv2d):
     @outside_graphs
     def forward(self, input: Tensor) -> Tensor:
-        if (out := self._patches(input)) is not None:
+        if (out := self.integer_convolution(input)) is not None:
             return out
         weight: Tensor = self.unpacked().view(self.out_channels, -1, *self.kernel_size)
         return self._conv_forward(self.quantized_input(input), weight, self.bias)  # type: ignore[no-any-return]
 
-    def _patches(self, x: Tensor) -> Tensor | None:
-        """The product of whole patches that do not overlap, as the stem of a ViT has them, by the integer kernels."""
-        (high, wide), batch = self.kernel_size, x.shape[0]
-        whole = self.stride == self.kernel_size and self.groups == 1 and self.dilation == (1, 1)
-        if not whole or self.padding not in ((0, 0), "valid") or x.dim() != 4:
+    def integer_convolution(self, x: Tensor) -> Tensor | None:
+        """Convolve by the integer kernels, which read and give channels last; None where they do not serve."""
+        quantizer, fits = self.input_quantizer, x.dim() == 4 and x.shape[1] == self.in_channels
+        if (
+            quantizer is None
+            or not fits
+            or not convolves(self, quantizer.format)
+            or (layer := self.layer_for(x)) is None
+        ):
             return None
-        x = x[..., : x.shape[2] // high * high, : x.shape[3] // wide * wide]
-        patches = x.unflatten(3, (-1, wide)).unflatten(2, (-1, high)).permute(0, 2, 4, 1, 3, 5)
-        rows, columns = patches.shape[1:3]
-        out = self.integer_product(patches.reshape(batch * rows * columns, -1))
-        return None if out is None else out.view(batch, rows, columns, -1).permute(0, 3, 1, 2)
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        kernel = self.kernel_size, self.stride, self.dilation, ((top, bottom), (left, right))
+        out = convolve(x.float().permute(0, 2, 3, 1).contiguous(), layer.panels, layer.bias, layer.coding, kernel)
+        return None if out is None else out.permute(0, 3, 1, 2).to(x.dtype)
 
 
 class PackedExpertsLinear(PackedLayer, ExpertsLinear):
@@ -289,12 +287,12 @@ class PackedScaledEmbedding(ScaledEmbedding, PackedEmbedding):
 
 
 PACKED: dict[type[QuantLayer], type[PackedLayer]] = {
-    QuantLinear: PackedLinear,
-    QuantConv1D: PackedConv1D,
-    QuantConv2d: PackedConv2d,
-    QuantEmbedding: PackedEmbedding,
-    QuantScaledEmbedding: PackedScaledEmbedding,
-    QuantExpertsLinear: PackedExpertsLinear,
+    layers.QuantLinear: PackedLinear,
+    layers.QuantConv1D: PackedConv1D,
+    layers.QuantConv2d: PackedConv2d,
+    layers.QuantEmbedding: PackedEmbedding,
+    layers.QuantScaledEmbedding: PackedScaledEmbedding,
+    layers.QuantExpertsLinear: PackedExpertsLinear,
 }
 
 
@@ -309,6 +307,7 @@ def make_packed(layer: QuantLayer, tensors: Mapping[str, Tensor], owner: PackedL
     layer.__class__ = PACKED[type(layer)]  # type: ignore[assignment]
     packed: PackedLayer = layer  # type: ignore[assignment]
     packed.weight_format, packed.weight_shape, packed.owner = fmt, (rows, columns), [] if owner is None else [owner]
+    packed.places = weight.shape[2:].numel() if isinstance(layer, nn.Conv2d) else 1
     packed._parameters = {"weight": None, **packed._parameters}
     packed.hold_weight(weight)
     for name in ("weight_codes", "weight_scale", "weight_offset"):

@@ -6,6 +6,7 @@
 // the caller does without us.
 
 #include "block.h"
+#include "conv.h"
 #include "lookup.h"
 #include "losses.h"
 #include "objects.h"
@@ -14,7 +15,7 @@
 extern "C" {
 
 // Counts changes of functions and structures below; library.py has the same number.
-int bittern_interface() { return 6; }
+int bittern_interface() { return 7; }
 
 // Asks the system for what this kind of CPU needs; 0 if it is granted or nothing is needed.
 int bittern_start() { return start() ? 0 : 1; }
@@ -52,6 +53,11 @@ void bittern_losses(const Losses* losses, int threads) { row_losses(*losses, thr
 // out (rows, outputs) = quantized rows x packed weights + bias, then the activation.
 int bittern_linear(const Codes* rows, const Layer* layer, int activation, int threads, float* out) {
   return multiply(*rows, *layer, activation, kPastCaches, threads, out);
+}
+
+// The same of images (batch, height, width, channels): out (batch, out height, out width, outputs); see conv.h.
+int bittern_convolve(const float* x, const Convolution* convolution, const Layer* layer, int threads, float* out) {
+  return convolve(x, *convolution, *layer, threads, out);
 }
 
 // out = (x - mean) / deviation of each row, times weight, plus bias.

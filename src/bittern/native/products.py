@@ -1,6 +1,7 @@
 """Products of quantized activations and packed weights, attention, and what stands between them."""
 
 import ctypes
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -83,6 +84,25 @@ def linear(x: Quantized, panels: Panels, bias: Tensor, activation: Activation = 
     return out
 
 
+def convolve(x: Tensor, panels: Panels, bias: Tensor, coding: Coding, kernel: Any) -> Tensor | None:
+    """Convolve images x (batch, height, width, channels): float32 (batch, height, width, outputs).
+
+    panels: of inputs (kernel height, kernel width, channels). kernel: its sizes, strides, dilations, and zeros before
+    and behind, by height and width. None if nothing comes out, x is too large or not finite, or zero has no code.
+    """
+    size, stride, dilation, pads = kernel
+    if x.shape[3] * math.prod(size) != panels.inputs or coding.by_row:
+        raise ValueError(f"the kernels do not convolve images of shape {tuple(x.shape)} by {kernel}, {coding}")
+    around = [n + sum(zeros) for n, zeros in zip(x.shape[1:3], pads, strict=True)]
+    made = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(around, size, stride, dilation, strict=True)]
+    if min(x.numel(), *made) < 1 or len(x) * x.shape[3] * math.prod(around) >= 2**31:
+        return None
+    call = c.Convolution(*x.shape, pads[0][0], pads[1][0], *around, *made, *size, *stride, *dilation)
+    out, layer = buffer(len(x), *made, panels.outputs), panels.structure(bias, coding)
+    data, threads = address(x, "x", tuple(x.shape)), torch.get_num_threads()
+    return out if run("convolve", data, call, layer, threads, out.data_ptr()) else None
+
+
 class Table:
     """Packed weights as a file holds them, for rows of them and for products with floats.
 
@@ -127,7 +147,9 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """The activation of each value."""
+    """The activation of each value. Images whose channels lie last in memory stay so."""
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return activate(x.permute(0, 2, 3, 1), activation).permute(0, 3, 1, 2)
     x = x.contiguous()
     out = torch.empty_like(x)
     data, kind = address(x, "x", x.shape), ACTIVATIONS.index(activation)

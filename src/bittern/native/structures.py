@@ -43,6 +43,13 @@ class Layer(ctypes.Structure):
     _fields_ = _fields((p, "panels scale bias sums"), (i, "inputs outputs bits top zero"), (Format, "input"))
 
 
+class Convolution(ctypes.Structure):
+    _fields_ = _fields(
+        (i, "batch height width channels top left high wide out_height out_width"),
+        (i, "kernel_height kernel_width stride_y stride_x dilation_y dilation_x"),
+    )
+
+
 class Norm(ctypes.Structure):
     _fields_ = _fields((p, "weight bias"), (f, "epsilon"))
 

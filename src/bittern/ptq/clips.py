@@ -11,18 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from bittern import quantizers
 from bittern.errors import ModelError, RecipeError
-from bittern.quantizers import (
-    _nonzero,
-    _prepare,
-    _quantize,
-    _scale,
-    _units,
-    check_finite,
-    code_range,
-    decode,
-    find_scale,
-)
 from bittern.recipe import Format
 
 Scale = tuple[Tensor, Tensor | None]
@@ -39,8 +29,8 @@ def _as_rows(x: Tensor, fmt: Format) -> tuple[Tensor, Format, tuple[int, ...]]:
         raise RecipeError("a static scale cannot be per token, since tokens change; use tensor or head")
     if not x.numel():
         raise ModelError("a tensor is empty, so it has no range; give at least one value")
-    check_finite(x, "a tensor")
-    x = _prepare(x, fmt)
+    quantizers.check_finite(x, "a tensor")
+    x = quantizers._prepare(x, fmt)
     row = fmt.model_copy(update={"granularity": "row", "group_size": None, "clip": None, "range": "static"})
     if fmt.granularity == "tensor":
         return x.reshape(1, -1), row, ()
@@ -51,7 +41,7 @@ def _as_rows(x: Tensor, fmt: Format) -> tuple[Tensor, Format, tuple[int, ...]]:
 
 def _clip(low: Tensor, high: Tensor, row: Format) -> Scale:
     """Scale and offset of the range from low to high, (units, 1) each."""
-    return _scale(torch.cat([low, high], -1), row)  # the scale of two values is the scale of all between them
+    return quantizers._scale(torch.cat([low, high], -1), row)  # as of all values between these two
 
 
 def _shaped(found: Scale, shape: tuple[int, ...]) -> Scale:
@@ -123,7 +113,7 @@ def omse_scale(x: Tensor, fmt: Format) -> Scale:
 
 def _histogram(rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Centers of equal bins of each row, and how many values lie in them."""
-    width = _nonzero((high - low) / HISTOGRAM_BINS)
+    width = quantizers._nonzero((high - low) / HISTOGRAM_BINS)
     first = torch.arange(len(rows), device=rows.device)[:, None] * HISTOGRAM_BINS
     counts = torch.zeros(first.shape[0] * HISTOGRAM_BINS, dtype=torch.long, device=rows.device)
     for part in rows.split(2**20, -1):
@@ -145,7 +135,7 @@ def _total(x: Tensor, counts: Tensor | None) -> Tensor:
 def _error(points: Tensor, row: Format, found: Scale, counts: Tensor | None = None) -> Tensor:
     """Squared error of each unit, (units, 1) in float64."""
     return sum(
-        (_total((_quantize(part, row, *found) - part).square_(), n) for part, n in _parts(points, counts)),
+        (_total((quantizers._quantize(part, row, *found) - part).square_(), n) for part, n in _parts(points, counts)),
         start=torch.zeros_like(found[0], dtype=torch.float64),
     )
 
@@ -156,12 +146,12 @@ def _fit(points: Tensor, row: Format, found: Scale, counts: Tensor | None) -> Sc
     for _ in range(8):
         along, size = torch.zeros_like(scale, dtype=torch.float64), torch.zeros_like(scale, dtype=torch.float64)
         for part, n in _parts(points, counts):
-            values = _quantize(part, row, scale, offset)
+            values = quantizers._quantize(part, row, scale, offset)
             along += _total(values * part, n)
             size += _total(values.square_(), n)
         factor = torch.where((along > 0) & (size > 0), along / size, 1.0)
         zero = None if offset is None else (offset / scale).round_()  # the zero point stays
-        scale = _nonzero((scale * factor).float())
+        scale = quantizers._nonzero((scale * factor).float())
         offset = None if zero is None else zero * scale
     return scale, offset
 
@@ -224,7 +214,7 @@ def aciq_correct(weight: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor, Ten
     shift is what quantization took from the mean, gain restores the deviation around it. Codes stay: the scale becomes
     gain · scale, the offset gain · shift.
     """
-    check_finite(weight, "a weight")
+    quantizers.check_finite(weight, "a weight")
     w, q = weight.double(), quantized.double()
     w_mean, q_mean = w.mean(-1, keepdim=True), q.mean(-1, keepdim=True)
     w_size, q_size = (w - w_mean).norm(dim=-1, keepdim=True), (q - q_mean).norm(dim=-1, keepdim=True)
@@ -249,7 +239,7 @@ def ocs(weight: Tensor, fmt: Format, ratio: float = 0.02) -> tuple[Tensor, Tenso
         raise RecipeError(f"OCS needs a symmetric uniform format, got {fmt}; use kind: uniform, scheme: symmetric")
     if not 0 <= ratio <= 1:
         raise RecipeError(f"ratio must be 0 to 1, got {ratio:g}; 0.01 to 0.05 is usual")
-    check_finite(weight, "a weight")
+    quantizers.check_finite(weight, "a weight")
     weight = weight.detach().float() if fmt.clip is None else weight.detach().float().clamp(-fmt.clip, fmt.clip)
     size = weight.abs().amax(0)
     split = size.argsort(descending=True, stable=True)[: math.ceil(ratio * len(size))]
@@ -257,8 +247,8 @@ def ocs(weight: Tensor, fmt: Format, ratio: float = 0.02) -> tuple[Tensor, Tenso
     pieces = torch.ones_like(size)
     pieces[split] = 2
     halved, plain = weight / pieces, fmt.model_copy(update={"clip": None})
-    scale = find_scale(halved, plain)[0]
+    scale = quantizers.find_scale(halved, plain)[0]
     # round(a - 1/4) + round(a + 1/4) = round(2a): the halves of w = 2a * scale clip where twice the range ends.
-    low, high = (_units(bound * pieces, plain) for bound in code_range(fmt))
-    codes = (_units(weight, plain) / scale).round_().clamp_(low, high).view(weight.shape)
-    return decode(codes, plain, scale), scale, split.tolist()
+    low, high = (quantizers._units(bound * pieces, plain) for bound in quantizers.code_range(fmt))
+    codes = (quantizers._units(weight, plain) / scale).round_().clamp_(low, high).view(weight.shape)
+    return quantizers.decode(codes, plain, scale), scale, split.tolist()

@@ -12,39 +12,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bittern import layers
 from bittern.anatomy import Anatomy
 from bittern.attention import Site
 from bittern.deploy.files import digest
 from bittern.deploy.journal import Journal
 from bittern.errors import InputError
-from bittern.layers import (
-    QuantEmbedding,
-    QuantExpertsLinear,
-    QuantLayer,
-    as_float,
-    describe,
-    fake_quants,
-    simulate,
-    tied_layers,
-    weight_matrix,
-)
 from bittern.options import Mixed
 from bittern.progress import Track, peak_memory, silent
+from bittern.ptq import mixed as precision
 from bittern.ptq.calibrate import calibrate
 from bittern.ptq.capture import Captured, capture, size_of, unit_layers
 from bittern.ptq.clips import omse_scale
 from bittern.ptq.methods import Method, find_method
-from bittern.ptq.mixed import (
-    Choice,
-    Solution,
-    allocate,
-    block_parts,
-    check_mixed,
-    model_outputs,
-    part_of,
-    sensitivities,
-    widen,
-)
+from bittern.ptq.mixed import Choice, Solution, allocate, block_parts, check_mixed, model_outputs, sensitivities
 from bittern.ptq.search import Space
 from bittern.ptq.solve import Solved, searchable, solve_attention, solve_layers
 from bittern.ptq.stream import Call, stream
@@ -104,7 +85,7 @@ class _State:
 
     def forward(self, calls: Sequence[Call], in_float: bool) -> None:
         """Set the outputs of a unit's calls."""
-        with self.clock("forward"), as_float(calls[0].module) if in_float else nullcontext():
+        with self.clock("forward"), layers.as_float(calls[0].module) if in_float else nullcontext():
             for call in calls:
                 call.output = call.run()
 
@@ -146,13 +127,13 @@ def quantize(
     journal = None if folder is None else Journal(folder, _job(model, recipe, given, method, mixed, seed))
     model.eval()
     start = time.perf_counter()
-    simulation = simulate(model, recipe, given[0])
-    tied = tied_layers(model, simulation.anatomy.roles)
+    simulation = layers.simulate(model, recipe, given[0])
+    tied = layers.tied_layers(model, simulation.anatomy.roles)
     run = _State(model, given, sizes, method, mixed, seed, journal, simulation.anatomy, {*tied, *tied.values()})
     result = Result(simulation, method, sum(sizes))
     _solve_without_data(model, method)
     run.seconds["embeddings"] = time.perf_counter() - start
-    with run.clock("forward"), as_float(model):
+    with run.clock("forward"), layers.as_float(model):
         reference = model_outputs(model, given) if mixed is not None else []
     pending: list[dict[int, Solution]] = []  # blocks that wait for their widths
     for widths in _stream(run, track):
@@ -164,7 +145,7 @@ def quantize(
         else:
             result.solved += last.put(model, None)
             pending.append(widths)
-    unset = [q.name for _, q in fake_quants(model) if q.needs_scale]
+    unset = [q.name for _, q in layers.fake_quants(model) if q.needs_scale]
     named = tuple(f"{name}." for name in result.by_extremes)
     result.by_extremes += [name for name in unset if not name.startswith(named)]
     if mixed is not None:
@@ -173,7 +154,7 @@ def quantize(
         result.solved += solved
     with run.clock("extremes"):
         calibrate(model, given)
-    result.simulation = describe(model)
+    result.simulation = layers.describe(model)
     result.seconds, result.peak_memory = run.seconds, peak_memory()
     return result
 
@@ -212,13 +193,13 @@ def _stream(run: _State, track: Track) -> Iterator[dict[int, Solution]]:
     units = _units(run.model, run.anatomy)
     parallel, number = run.method.inputs == "parallel", 0
     left: Counter[str] = Counter()  # runs of each unit to come
-    with as_float(run.model):
+    with layers.as_float(run.model):
         for unit, calls in stream(run.model, units, run.batches[:1]):
             left[unit] += 1
             run.forward(calls, in_float=True)
     held: dict[str, list[Call]] = defaultdict(list)
     steps = stream(run.model, units, run.batches)
-    with closing(steps), as_float(run.model) if parallel else nullcontext():
+    with closing(steps), layers.as_float(run.model) if parallel else nullcontext():
         for _ in track(range(left.total()), "calibrating"):
             with run.clock("forward"):
                 unit, calls = next(steps)
@@ -247,7 +228,7 @@ def _solve_unit(run: _State, calls: list[Call], number: int) -> dict[int, Soluti
     with run.clock("forward"):
         captured = capture(calls, run.batches, run.sizes, run.seed)
     for group in captured.inputs:
-        if group.norm is not None and (part := part_of(group.layers[0], parts)) is not None:
+        if group.norm is not None and (part := precision.part_of(group.layers[0], parts)) is not None:
             parts[f"{unit}.{group.norm}"] = part
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     changed: set[str] = set()
@@ -256,7 +237,7 @@ def _solve_unit(run: _State, calls: list[Call], number: int) -> dict[int, Soluti
         for name, parameter in module.named_parameters() if found else ():
             parameter.detach().copy_(before[name])
         if bits:
-            widen(module, unit, parts, bits)
+            precision.widen(module, unit, parts, bits)
         with run.clock("search"):
             solved = _solve(run, unit, module, captured)
         with run.clock("sensitivity"):
@@ -264,7 +245,7 @@ def _solve_unit(run: _State, calls: list[Call], number: int) -> dict[int, Soluti
         tensors = {n: p.detach().clone() for n, p in module.named_parameters()}
         changed |= {n for n, p in tensors.items() if not torch.equal(p, before[n])}
         tensors |= {n: b.clone() for n, b in module.named_buffers() if n.endswith((".scale", ".offset"))}
-        formats = {n: q.format.model_dump(mode="json", exclude_defaults=True) for n, q in fake_quants(module)}
+        formats = {n: q.format.model_dump(mode="json", exclude_defaults=True) for n, q in layers.fake_quants(module)}
         found[bits] = Solution(unit, tensors, formats, [asdict(s) for s in solved], captured.unclear, parts, omega)
     for bits, file in files.items():
         for name in before.keys() - changed:
@@ -277,10 +258,10 @@ def _solve_unit(run: _State, calls: list[Call], number: int) -> dict[int, Soluti
 
 
 def _solve(run: _State, unit: str, module: nn.Module, captured: Captured) -> list[Solved]:
-    layers, sites = unit_layers(unit, module), {m.name: m for m in module.modules() if isinstance(m, Site)}
+    inside, sites = unit_layers(unit, module), {m.name: m for m in module.modules() if isinstance(m, Site)}
     solved = []
     for group in captured.inputs:
-        chosen = {n: layers[n] for n in group.layers}
+        chosen = {n: inside[n] for n in group.layers}
         norm = module.get_submodule(group.norm) if group.norm is not None and run.method.folds else None
         solved += solve_layers(chosen, group.x, group.sample, run.method, run.tied, norm)
     for name, heads in captured.heads.items():
@@ -292,7 +273,7 @@ def _units(model: nn.Module, anatomy: Anatomy) -> list[str]:
     """Outermost blocks with something to solve, and quantized layers outside of them; the model has their order."""
     blocks = [block.name for block in anatomy.blocks]
     inside = tuple(f"{block}." for block in blocks)
-    outside = [n for n, m in model.named_modules() if isinstance(m, QuantLayer) and not n.startswith(inside)]
+    outside = [n for n, m in model.named_modules() if isinstance(m, layers.QuantLayer) and not n.startswith(inside)]
 
     def is_solved(name: str) -> bool:
         module = model.get_submodule(name)
@@ -309,10 +290,11 @@ def _solve_without_data(model: nn.Module, method: Method) -> None:
 
     At 8 bits and more that is the scale of the extremes, nearly, which they have.
     """
+    kinds = layers.QuantEmbedding | layers.QuantExpertsLinear
     for module in model.modules():
-        quantizer = module.weight_quantizer if isinstance(module, QuantEmbedding | QuantExpertsLinear) else None
+        quantizer = module.weight_quantizer if isinstance(module, kinds) else None
         if quantizer is not None and searchable(quantizer):
             clip = method.weight_clip
             if method.space is not None:
                 clip = omse_scale if quantizer.format.bits < 8 else find_scale
-            quantizer.set_scale(*clip(weight_matrix(module).detach().float(), quantizer.format))
+            quantizer.set_scale(*clip(layers.weight_matrix(module).detach().float(), quantizer.format))
