@@ -4,6 +4,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import pty
@@ -289,7 +290,7 @@ def test_completion() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "quantize", "ptq", "qat", "evaluate", "inspect", "analyze", "export", "bench"]
+    "name", ["demo", "compress", "quantize", "ptq", "qat", "evaluate", "inspect", "analyze", "export", "bench"]
 )
 def test_defaults(name: str) -> None:
     """Each option of a command is a parameter of its job, and has the same default."""
@@ -533,6 +534,15 @@ def test_warning(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.simplefilter("always")
         monkeypatch.setattr("warnings.showwarning", lambda *given: sys.stderr.write(warnings.formatwarning(*given[:4])))
         assert command("bittern eval vit --data digits").err == "warning: slow here\n"
+
+
+def test_json_without_numbers(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no number is null in JSON, which has no NaN."""
+    monkeypatch.setattr(jobs, "evaluate", lambda *_, **__: {"similarity": math.nan, "rows": [{"perplexity": math.inf}]})
+    assert json.loads(succeed("bittern eval vit --data digits --json"), parse_constant=pytest.fail) == {
+        "similarity": None,
+        "rows": [{"perplexity": None}],
+    }
 
 
 def test_missing_extra(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,8 @@ def place(result: Mapping[str, Any], values: Sequence[float], name: str) -> dict
     A loss far beyond the limit lies at the upper end, so that it does not press all others together.
     """
     rows, limit = result["rows"], result["max_loss"]
-    within = [row for row in rows if row["within"]]
     top = max([limit, *(min(3 * limit, row["points"] + row["error"]) for row in rows)]) or 1.0
-    at_y = Axis(min([0.0, *(row["points"] - row["error"] for row in within)]), 1.05 * top, BOTTOM, TOP)
+    at_y = Axis(min([0.0, *(row["points"] - row["error"] for row in rows if row["within"])]), 1.05 * top, BOTTOM, TOP)
     left = 10 + LETTER * max(len(mark) for _, mark in at_y.marks())
     at_x = Axis(0.0, 1.1 * max(values), left + 8, WIDTH - 12.0)
     under, below = at_x.below(BOTTOM)

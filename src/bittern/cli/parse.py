@@ -187,6 +187,8 @@ def command(job: str, show_result: Show) -> Callable[[Callable[..., None]], Call
             module, _, name = job.partition(":")
             work = getattr(import_module(f"bittern.{module}"), name)
             result = work(**arguments, **show.watchers(work, arguments, as_json or not is_main_process()))
+            if as_json:  # which has no NaN
+                result = json.loads(json.dumps(result), parse_constant=lambda _: None)
             if is_main_process():
                 print(json.dumps(result)) if as_json else show_result(result)
             leave_processes()

@@ -60,7 +60,7 @@ class Data:
     def split(self, samples: int, seed: int = 0) -> tuple[Data, Data]:
         """Return all but `samples` random rows, in order, and these. Raises InputError if there are too few of them."""
         if not 0 < samples < len(self.rows):
-            raise InputError(f"{self.name} has {len(self.rows)} samples, too few to hold some out; add a test split")
+            raise InputError(f"{self.name} has {len(self.rows)} samples, too few to cut in two; give more samples")
         held_out = set(np.random.default_rng(seed).permutation(len(self.rows))[:samples].tolist())
         return self.take([i for i in range(len(self)) if i not in held_out]), self.take(sorted(held_out))
 
