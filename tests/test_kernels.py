@@ -19,6 +19,7 @@ from bittern import attention, kernels, native
 from bittern.deploy import blocks
 from bittern.deploy.packed import PackedLayer, PackedLinear, pack_layers
 from bittern.layers import swap
+from bittern.native.block import KernelLayer
 from bittern.quantizers import FakeQuant, find_scale
 from bittern.recipe import Format
 from families import SUPPORTED
@@ -391,8 +392,8 @@ def test_loading_says_when_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers and attention of a 16-bit model multiply on the kernels and give their input's type."""
-    linear, attend, ran = native.linear, native.attention, Counter[str]()
-    monkeypatch.setattr(native, "linear", lambda *given: (ran.update(["linear"]), linear(*given))[1])
+    linear, attend, ran = KernelLayer.product, native.attention, Counter[str]()
+    monkeypatch.setattr(KernelLayer, "product", lambda *given: (ran.update(["linear"]), linear(*given))[1])
     monkeypatch.setattr(native, "attention", lambda *given: (ran.update(["attention"]), attend(*given))[1])
     model, batch = SUPPORTED["bert"]()
     bittern.simulate(model.to(dtype), "ternary-2-2-8", batch)

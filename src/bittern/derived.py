@@ -8,8 +8,8 @@ from torch import nn
 Kind = type[nn.Module]
 
 
-def derive(make: Callable[..., Kind], kind: Kind, *marks: Kind, **own: Any) -> Kind:
-    """Return a class derived from a model's own, and from marks, with these attributes.
+def derive(make: Callable[..., Kind], kind: Kind, **own: Any) -> Kind:
+    """Return a class derived from a model's own, with these attributes.
 
     make: the function that makes it of its kind, the same one each time. Copies and other processes call it, since the
     class stands in no module. They get a copy of the state, since another thread may add to the module's own.
@@ -18,7 +18,7 @@ def derive(make: Callable[..., Kind], kind: Kind, *marks: Kind, **own: Any) -> K
     def reduce(self: nn.Module, _protocol: Any) -> Any:
         return _new, (make, kind), dict(self.__getstate__())
 
-    return type(kind.__name__, (kind, *marks), own | {"__module__": kind.__module__, "__reduce_ex__": reduce})
+    return type(kind.__name__, (kind,), own | {"__module__": kind.__module__, "__reduce_ex__": reduce})
 
 
 def _new(make: Callable[..., Kind], kind: Kind) -> nn.Module:

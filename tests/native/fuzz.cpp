@@ -57,6 +57,7 @@ void linear(int rows, int columns, int outputs, int threads) {
   std::vector<int32_t> sums(rows), weight_sums(panel_outputs, 0);
   const Codes rows_codes{a.data(), scale.data(), offset.data(), sums.data(), rows};
   if (bittern_quantize(x.data(), columns, &f, threads, &rows_codes)) fail("finite values are not finite");
+  const std::vector<float> own_scale = scale, own_offset = offset;
   for (int r = 0; r < rows; ++r) {
     int sum = 0;
     for (int k = 0; k < width; ++k) sum += a[size_t(r) * width + k];
@@ -82,6 +83,10 @@ void linear(int rows, int columns, int outputs, int threads) {
       if (float(sum) != out[size_t(r) * outputs + n])
         fail("product of " + std::to_string(rows) + " x " + std::to_string(columns) + " x " + std::to_string(outputs));
     }
+  scale = own_scale, offset = own_offset;
+  std::vector<float> from_floats(out.size());
+  if (bittern_linear(&rows_codes, &layer, 0, threads, out.data())) fail("linear failed");
+  if (bittern_product(&layer, x.data(), rows, threads, from_floats.data()) || out != from_floats) fail("product of floats");
 }
 
 void attention(int threads) {

@@ -67,7 +67,7 @@ def use_kernels(model: nn.Module) -> None:
             while module.hooks:  # each call would pass by them; `attach` hooks again
                 module.hooks.popitem()[1].remove()
     for module in list(model.modules()):
-        if not isinstance(module, _Fused) and Parts.of(module) and not any(map(Parts.of, module.children())):
+        if not hasattr(module, "runs_whole") and Parts.of(module) and not any(map(Parts.of, module.children())):
             module.__class__ = _fused(type(module))  # type: ignore[arg-type]
 
 
@@ -125,10 +125,7 @@ class Guard:
         tables = [(m._modules, m._parameters, {} if isinstance(m, PackedLayer) else m._buffers) for m in every]
         hooks = [table for m in inner for table in (m._forward_hooks, m._forward_pre_hooks)]
         # of hooks their numbers, of which none comes twice
-        filled: list[Any] = [
-            *(table for of_module in tables for table in of_module if table),
-            *(table for table in hooks if table),
-        ]
+        filled: list[Any] = [table for table in chain(*tables, hooks) if table]
         self.objects = native.Objects(filled, hooks, attributes, inner)
         held = [t for t in self.objects.held if isinstance(t, Tensor) and not isinstance(t, PackedWeight)]
         self.tensors = [tensor for tensor in held if not tensor.is_inference()]  # PyTorch counts no changes of those
@@ -248,10 +245,6 @@ class _FusedCalls(dict[Any, tuple[Guard, FusedCall | None]]):
         return _FusedCalls, ()
 
 
-class _Fused(nn.Module):
-    """Mark of the classes that `_fused` makes."""
-
-
 @cache
 def _fused(kind: type[nn.Module]) -> type[nn.Module]:
     """A class for blocks of this kind in packed models, of the same name."""
@@ -262,7 +255,7 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
         found = None if _watched(self) else _run(self, call, written)
         return written() if found is None else found
 
-    return derive(_fused, kind, _Fused, forward=forward)
+    return derive(_fused, kind, forward=forward, runs_whole=True)
 
 
 def _watched(block: nn.Module) -> bool:

@@ -71,13 +71,13 @@ class PackedLayer(QuantizedLayer):
         """The product of x (…, inputs) and the weight by the integer kernels; None where they do not serve."""
         if (layer := self.layer_for(x)) is None or x.shape[-1:] != (layer.panels.inputs,):
             return None
-        panels, coding = layer.panels, layer.coding
-        rows = quantize_once(
-            x, coding, lambda x: native.quantize_rows(x.float().reshape(-1, x.shape[-1]).contiguous(), coding)
-        )
-        if rows is None:
-            return None
-        return native.linear(rows, panels, layer.bias).view(*x.shape[:-1], panels.outputs).to(x.dtype)
+        if x.numel() < 2**16:  # to remember their codes for another layer would take longer
+            out = layer.product(x.float().contiguous())
+        else:
+            rows, coding = x.float().reshape(-1, x.shape[-1]).contiguous(), layer.coding
+            codes = quantize_once(x, coding, lambda _: native.quantize_rows(rows, coding))
+            out = None if codes is None else native.linear(codes, layer.panels, layer.bias).view(*x.shape[:-1], -1)
+        return out if out is None or out.dtype is x.dtype else out.to(x.dtype)
 
     def layer_for(self, x: Tensor) -> KernelLayer | None:
         """`kernel_layer`, if the kernels serve x; warns if it is for what x is that they do not."""
@@ -99,7 +99,7 @@ class PackedLayer(QuantizedLayer):
 
     def _float_bias(self) -> Tensor | None:
         bias = self._parameters.get("bias")  # the attribute takes a long way
-        return None if bias is None else bias.float()
+        return bias if bias is None or bias.dtype is torch.float32 else bias.float()
 
     def float_product(self, x: Tensor) -> Tensor | None:
         """The product of x (…, inputs), which stays float, and the weight; None where kernels do not serve."""
@@ -194,13 +194,13 @@ class PackedLayer(QuantizedLayer):
         """The weight's values (rows, columns), or those of the given rows (…, columns), in the model's type."""
         if torch.compiler.is_exporting() or torch._C._get_tracing_state():
             raise ModelError(kernels.NO_GRAPH)
-        layer, codes = self.source, self.source.weight_codes
-        wanted = torch.arange(layer.weight_shape[0], device=codes.device) if rows is None else rows
+        layer = self.source
+        wanted = torch.arange(layer.weight_shape[0], device=layer.weight_codes.device) if rows is None else rows
         known = wanted.is_cpu and type(wanted) is Tensor and not wanted.is_floating_point()
         values = table.rows(wanted) if known and (table := self._table()) is not None else None
         if values is None:  # index_select refuses rows below zero, as a float embedding does
             scale, offset, flat = layer.weight_scale, layer.weight_offset, wanted.flatten()
-            codes, scale = codes.index_select(0, flat), scale[flat] if scale.dim() else scale
+            codes, scale = layer.weight_codes.index_select(0, flat), scale[flat] if scale.dim() else scale
             offset = offset[flat] if offset is not None and offset.dim() else offset
             fmt = layer.weight_format
             values = decode(unpack_codes(codes, layer.weight_shape[1], fmt), fmt, scale, offset)

@@ -63,7 +63,7 @@ inline Floats load_bytes(const uint8_t* from) {
   return Floats(vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))))));
 }
 
-// The low bytes of whole numbers from -128 to 127.
+// The lowest bytes of integers.
 inline void store_bytes(int8_t* to, const Ints& v) {
   const int16x4_t words = vmovn_s32(int32x4_t(v));
   const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));

@@ -28,13 +28,14 @@ struct CodeRows {
   size_t stride;
 };
 
-// What stands in the place of floats between products with static scales: codes of rows of all heads side by side. There
+// What stands in the place of floats between products: codes of rows of all heads side by side, with static scales. There
 // must be memory for 16 more rows. Null: there are floats.
 struct Coded {
   CodeRows query, key, value;
   int8_t* context;
   size_t context_stride;
   Format context_format;
+  float* factors;  // of each row of the map, which then holds exponentials; null: it holds probabilities
 };
 
 constexpr int kQueries = 32;  // rows of the map that are worked on at a time: they stay in the first cache
@@ -81,14 +82,14 @@ inline void panels_of_columns(const CodeRows& codes, int real, int rows, int col
     }
 }
 
-// Scores to their exponentials in place, of `width` values of which the largest is `most`. Returns the factor that makes
+// Scores to their exponentials, of `width` values of which the largest is `most`. Returns the factor that makes
 // probabilities of them, which is that of the largest score.
-inline float exponentials(float* x, float most, int width) {
+inline float exponentials(const float* x, float most, int width, float* to) {
   Floats sum = {};
   for (int i = 0; i < width; i += kLanes) {
     const Floats e = exp_negative(load(x + i) - most);
     sum += e;
-    store(x + i, e);
+    store(to + i, e);
   }
   return 1 / add_up(sum);
 }
@@ -201,8 +202,8 @@ struct Head {
   }
 
   // Probabilities of `count` queries, in rows of a multiple of 16, still to be multiplied by the factor of each row if
-  // they are not `kept`. Returns the largest.
-  float probabilities(const CodeRows& queries, int first, int count, float unit, bool kept, float* scores,
+  // they are not to be `whole`. Returns the largest.
+  float probabilities(const CodeRows& queries, int first, int count, float unit, bool whole, float* out,
                       float* factors) const {
     const int width = up(a.keys, kPanel);
     const float* mask = a.mask == nullptr ? nullptr : a.mask + batch * a.mask_strides[0] + head * a.mask_strides[1];
@@ -214,7 +215,7 @@ struct Head {
       for (int r = 0; r < count; ++r, sums += kPanel) {
         const int32_t zero = kZero * b.row_sums[first + r];
         const float* added = mask == nullptr ? nullptr : mask + (first + r) * a.mask_strides[2] + p * kPanel;
-        float* to = scores + size_t(r) * width + p * kPanel;
+        float* to = b.scores + size_t(r) * width + p * kPanel;
         float padded[kPanel] = {};
         if (real < kPanel) {  // beyond the last key
           for (int i = 0; i < kPanel; ++i) padded[i] = i >= real ? -INFINITY : added == nullptr ? 0 : added[i];
@@ -223,17 +224,17 @@ struct Head {
         for (int i = 0; i < kPanel; i += kLanes) {
           Floats score = __builtin_convertvector(load<Ints>(sums + i) - zero, Floats) * unit;
           if (added != nullptr) score += load(added + i);
-          most[r] = most[r] > score ? most[r] : score;
+          most[r] = larger(most[r], score);
           store(to + i, score);
         }
       }
     });
     float largest = 0;
     for (int r = 0; r < count; ++r) {
-      float* row = scores + size_t(r) * width;
-      const float found = factors[r] = exponentials(row, ::largest(most[r]), width);
+      float* row = out + size_t(r) * width;
+      const float found = factors[r] = exponentials(b.scores + size_t(r) * width, ::largest(most[r]), width, row);
       largest = found > largest || found != found ? found : largest;
-      for (int i = 0; i < width && kept; i += kLanes) store(row + i, load(row + i) * found);
+      for (int i = 0; i < width && whole; i += kLanes) store(row + i, load(row + i) * found);
     }
     return largest;
   }
@@ -245,7 +246,7 @@ struct Head {
       const float factor = factors == nullptr ? 1 : factors[r];
       const auto probability = [=](const Floats& v) { return rounded(v * factor); };
       const float* row = map + size_t(r) * up(a.keys, kPanel);
-      b.map_sums[r] = to_codes(row, a.keys, probability, round, coding.shift, b.map + size_t(r) * keys, keys);
+      b.map_sums[r] = to_codes(row, a.keys, probability, round, b.map + size_t(r) * keys, keys);
     }
     all_panels({b.map, size_t(keys)}, count, keys, b.values, a.value_dim, b.sums, [&](int p, const int32_t* sums) {
       const int real = a.value_dim - p * kPanel < kPanel ? a.value_dim - p * kPanel : kPanel;
@@ -258,7 +259,7 @@ struct Head {
         }
         const size_t row = size_t(batch) * size_t(a.queries) + size_t(first + r), at = size_t(head * a.value_dim + p * kPanel);
         if (coded.context != nullptr) {
-          to_codes(some, real, next, coded.context_format.shift, coded.context + row * coded.context_stride + at, real);
+          to_codes(some, real, next, coded.context + row * coded.context_stride + at, real);
           continue;
         }
         float* to = a.context + row * size_t(a.heads * a.value_dim) + at;
@@ -269,12 +270,12 @@ struct Head {
   }
 };
 
-inline Range range_of(const float* x, const int64_t* strides, int batch, int heads, int tokens, int dim, bool extremes_too,
+inline Range range_of(const float* x, const int64_t* strides, int batch, int heads, int tokens, int dim, const Format& f,
                       int threads) {
   if (strides[1] == dim)  // rows of all heads side by side
-    return find_range(batch * tokens, heads * dim, extremes_too, threads,
+    return find_range(batch * tokens, heads * dim, f, threads,
                       [=](int r) { return x + r / tokens * strides[0] + r % tokens * strides[2]; });
-  return find_range(batch * heads * tokens, dim, extremes_too, threads, [=](int r) {
+  return find_range(batch * heads * tokens, dim, f, threads, [=](int r) {
     return x + r / tokens / heads * strides[0] + r / tokens % heads * strides[1] + r % tokens * strides[2];
   });
 }
@@ -283,7 +284,7 @@ inline int attend(const Attention& a, const Coded& coded, int threads) {
   if (a.batch == 0 || a.queries == 0 || a.keys == 0) return kOk;
   const auto range = [&](const CodeRows& codes, const float* x, const int64_t* strides, int heads, int tokens, int dim,
                          const Format& f) {
-    return codes.codes != nullptr ? Range{} : range_of(x, strides, a.batch, heads, tokens, dim, f.scheme != 0, threads);
+    return codes.codes != nullptr ? Range{} : range_of(x, strides, a.batch, heads, tokens, dim, f, threads);
   };
   const Range query = range(coded.query, a.query, a.query_strides, a.heads, a.queries, a.dim, a.query_format);
   const Range key = range(coded.key, a.key, a.key_strides, a.key_heads, a.keys, a.dim, a.key_format);
@@ -311,8 +312,9 @@ inline int attend(const Attention& a, const Coded& coded, int threads) {
   };
   // With a static scale of the map each tile of queries goes all the way; else the largest probability must be known first.
   std::atomic<int32_t> most{0};
-  const bool at_once = a.map_format.mode == 0;
+  const bool at_once = a.map_format.mode == 0, whole = a.map != nullptr && coded.factors == nullptr;
   const size_t width = size_t(up(a.keys, kPanel));
+  const auto row_of = [&](int number, int first) { return size_t(number) * size_t(a.queries) + size_t(first); };
   if (at_once && too_large(coding(a.map_format, Range{}))) return kNotFinite;
   parallel(all, threads, [&](int number, int slot) {
     const Head head(a, coded, number, buffers(slot));
@@ -320,11 +322,11 @@ inline int attend(const Attention& a, const Coded& coded, int threads) {
     const CodeRows queries = head.read_scores(q, k);
     if (at_once) head.read_values(v, map);
     tiles([&](int first, int count) {
-      const bool kept = a.map != nullptr;
-      float factors[kQueries], *to = kept ? a.map + (size_t(number) * a.queries + first) * width : head.b.scores;
-      const int32_t mine = bits_of(head.probabilities(queries, first, count, score_unit, kept, to, factors)) & 0x7fffffff;
+      float on_stack[kQueries], *to = a.map != nullptr ? a.map + row_of(number, first) * width : head.b.scores;
+      float* factors = coded.factors != nullptr ? coded.factors + row_of(number, first) : on_stack;
+      const int32_t mine = bits_of(head.probabilities(queries, first, count, score_unit, whole, to, factors)) & 0x7fffffff;
       for (int32_t seen = most.load(); seen < mine && !most.compare_exchange_weak(seen, mine);) {}
-      if (at_once && mine < kInfinity) head.context(first, count, to, kept ? nullptr : factors, map, map.scale * v.scale);
+      if (at_once && mine < kInfinity) head.context(first, count, to, whole ? nullptr : factors, map, map.scale * v.scale);
     });
   });
   if (most.load() >= kInfinity) return kNotFinite;
@@ -335,7 +337,8 @@ inline int attend(const Attention& a, const Coded& coded, int threads) {
     const Head head(a, coded, number, buffers(slot));
     head.read_values(v, map);
     tiles([&](int first, int count) {
-      head.context(first, count, a.map + (size_t(number) * a.queries + first) * width, nullptr, map, map.scale * v.scale);
+      const float* factors = whole ? nullptr : coded.factors + row_of(number, first);
+      head.context(first, count, a.map + row_of(number, first) * width, factors, map, map.scale * v.scale);
     });
   });
   return kOk;

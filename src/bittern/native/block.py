@@ -32,6 +32,12 @@ class KernelLayer:
     def structure(self) -> c.Layer:
         return self.panels.structure(self.bias, self.coding)
 
+    def product(self, x: Tensor) -> Tensor | None:
+        """The outputs (…, outputs) for floats x (…, inputs). None if a value is not finite."""
+        data, rows = address(x, "x", (*x.shape[:-1], self.panels.inputs)), x.numel() // self.panels.inputs
+        out = buffer(*x.shape[:-1], self.panels.outputs)
+        return out if run("product", self.structure(), data, rows, torch.get_num_threads(), pointer(out)) else None
+
     def part(self, first: int, outputs: int) -> KernelLayer:
         """Some of the outputs, in the same memory. Raises ValueError if they are no whole panels of this layer."""
         if first % PANEL or outputs % PANEL or first + outputs > self.panels.outputs:
@@ -142,7 +148,7 @@ def run_blocks(blocks: Sequence[KernelBlock], x: Tensor, mask: Tensor | None) ->
     if batch * tokens * max(heads * tokens, *(block.widest for block in blocks)) >= 2**31 or tokens > 2**15:
         return None
     mask = strided_mask(mask, (batch, heads, tokens, tokens))
-    outs = [buffer(batch, tokens, hidden) for _ in blocks]
+    outs = [torch.empty_like(x) for _ in blocks]
     addresses = ctypes.c_void_p * len(blocks)
     done = run(
         *("blocks", addresses(*(block.address for block in blocks)), len(blocks)),

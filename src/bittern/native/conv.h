@@ -38,7 +38,7 @@ inline bool read_images(const float* x, const Convolution& v, const Coding& c, i
         for (int some, at = 0; at < values; at += some) {  // as many as are still in the first cache
           some = values - at < 4096 ? values - at : 4096;
           if (largest(from + at, some) >= kInfinity) finite.store(false);
-          to_codes(from + at, some, round, c.shift, inside + at, some);
+          to_codes(from + at, some, round, inside + at, some);
         }
       }
       int32_t* before = sums + size_t(i) * size_t(v.wide + 1);
@@ -81,7 +81,7 @@ inline int convolve(const float* x, const Convolution& v, const Layer& layer, in
   const auto line = [&](int i) { return x + size_t(i) * size_t(v.width) * size_t(v.channels); };
   Range whole;
   if (layer.input.mode != 0)
-    whole = find_range(v.batch * v.height, v.width * v.channels, layer.input.scheme != 0, threads, line);
+    whole = find_range(v.batch * v.height, v.width * v.channels, layer.input, threads, line);
   if (!whole.finite()) return kNotFinite;
   const Coding c = coding(layer.input, whole);
   const float zero = nearbyintf(-c.offset / c.scale), off = fabsf(zero * c.scale + c.offset);

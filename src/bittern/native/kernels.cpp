@@ -15,7 +15,7 @@
 extern "C" {
 
 // Counts changes of functions and structures below; library.py has the same number.
-int bittern_interface() { return 7; }
+int bittern_interface() { return 8; }
 
 // Asks the system for what this kind of CPU needs; 0 if it is granted or nothing is needed.
 int bittern_start() { return start() ? 0 : 1; }
@@ -60,6 +60,20 @@ int bittern_convolve(const float* x, const Convolution* convolution, const Layer
   return convolve(x, *convolution, *layer, threads, out);
 }
 
+// out (rows, outputs) from floats (rows, inputs), which become codes as the layer says.
+int bittern_product(const Layer* layer, const float* x, int rows, int threads, float* out) {
+  if (rows == 0) return kOk;
+  const size_t padded = size_t(up(rows, kPanel));
+  auto* numbers = static_cast<float*>(block_scratch.get(padded * (12 + size_t(up(layer->inputs, kAlign)))));
+  if (numbers == nullptr) return kNoMemory;
+  auto* sums = reinterpret_cast<int32_t*>(numbers + 2 * padded);
+  const Codes codes{reinterpret_cast<int8_t*>(sums + padded), numbers, numbers + padded, sums, rows};
+  int result = quantize_rows(x, layer->inputs, layer->input, threads, codes);
+  if (result == kOk) result = multiply(codes, *layer, kNone, kPastCaches, threads, out);
+  block_scratch.trim(64 << 20);
+  return result;
+}
+
 // out = (x - mean) / deviation of each row, times weight, plus bias.
 int bittern_norm(const float* x, int rows, int columns, const float* weight, const float* bias, float epsilon,
                  int threads, float* out) {
@@ -86,9 +100,7 @@ int bittern_attention(const Attention* attention, int threads) { return attend(*
 // in Attention. outs: where each block's output goes.
 int bittern_blocks(const Block* const* blocks, int count, const float* x, int batch, int tokens, const float* mask,
                    const int64_t* mask_strides, int threads, float* const* outs) {
-  int result = kOk;
-  for (int i = 0; i < count && result == kOk; ++i)
-    result = run_block(*blocks[i], i == 0 ? x : outs[i - 1], batch, tokens, mask, mask_strides, threads, outs[i]);
+  const int result = run_blocks(blocks, count, x, batch, tokens, mask, mask_strides, threads, outs);
   block_scratch.trim(64 << 20);
   return result;
 }
@@ -97,8 +109,8 @@ int bittern_blocks(const Block* const* blocks, int count, const float* x, int ba
 // the queries: (batch, tokens, heads, dim). The second reads queries as these, and keys and values (batch, heads, keys, dim).
 int bittern_project(const Block* block, const float* x, int batch, int tokens, int threads, float* query, float* key,
                     float* value) {
-  const BlockRun run(*block, batch, tokens, 1, threads);
-  return run.memory == nullptr ? kNoMemory : run.project(x, query, key, value);
+  BlockRun run(*block, batch, tokens, 1, threads);
+  return run.memory == nullptr ? kNoMemory : run.project(x, nullptr, query, key, value);
 }
 
 int bittern_finish(const Block* block, const float* x, int batch, int tokens, const float* query, const float* key,
@@ -109,7 +121,7 @@ int bittern_finish(const Block* block, const float* x, int batch, int tokens, co
   const int64_t value_strides[3] = {block->key_heads * keys * value_dim, keys * value_dim, value_dim};
   int result = kNoMemory;
   if (run.memory != nullptr)
-    result = run.finish(x, query, key, value, keys, key_strides, value_strides, mask, mask_strides, out);
+    result = run.finish(x, query, key, value, keys, key_strides, value_strides, mask, mask_strides, out, nullptr);
   block_scratch.trim(64 << 20);
   return result;
 }

@@ -24,7 +24,7 @@ from bittern.errors import InputError
 from bittern.native import structures as c
 
 SWITCH = "BITTERN_KERNELS"
-INTERFACE = 7  # see bittern_interface in kernels.cpp
+INTERFACE = 8  # see bittern_interface in kernels.cpp
 SWITCHED_OFF = "the kernels are switched off"  # by `disabled` or BITTERN_KERNELS=none
 
 # Best first: what it is called, and what the CPU must have.
@@ -140,6 +140,7 @@ def _load(file: Path) -> ctypes.CDLL | None:
         "round": (p, n, i, ctypes.POINTER(c.Format), i, p),
         "round_ternary": (p, n, n, f, f, i, p),
         "losses": (ctypes.POINTER(c.Losses), i),
+        "product": (ctypes.POINTER(c.Layer), p, i, i, p),
         "linear": (ctypes.POINTER(c.Codes), ctypes.POINTER(c.Layer), i, i, p),
         "convolve": (p, ctypes.POINTER(c.Convolution), ctypes.POINTER(c.Layer), i, p),
         "norm": (p, i, i, p, p, f, i, p),

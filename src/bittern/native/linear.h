@@ -37,6 +37,8 @@ struct Linear {
   Coding next = {};
   std::atomic<bool>* finite = nullptr;  // to be cleared if an output has no code
   const uint8_t* after = nullptr;  // panels of the next product
+  Found* found = nullptr;          // to be told the range of the output
+  Range* seen = nullptr;           // what one piece of work sees of it
 };
 
 constexpr size_t kStream = 2 << 20;  // bytes of an output beyond which no core's cache holds it
@@ -58,7 +60,7 @@ inline void write(const Linear& l, const PanelFloats* value, float* out, int rea
 // apart, and each visit costs a look-up of its page.
 template <int P, bool offsets>
 inline void finish(const Linear& l, int row0, int rows, int output, const int32_t* sums, size_t next_sums) {
-  const bool direct = l.activation == kNone && l.codes == nullptr;
+  const bool direct = l.activation == kNone && l.codes == nullptr && l.found == nullptr;
   const int width = P * kPanel, real = l.outputs - output < width ? l.outputs - output : width;
   PanelFloats weight_scale[P], bias[P], weight_sum[P];
   PanelInts shifted[P];
@@ -90,6 +92,10 @@ inline void finish(const Linear& l, int row0, int rows, int output, const int32_
   }
   if (direct) return;
   activate(together, rows * width, l.activation);
+  if (l.found != nullptr) {
+    const bool all = real == width;  // else zeros follow the outputs
+    for (int r = 0; r < (all ? 1 : rows); ++r) l.seen->see(together + r * width, all ? rows * width : real, l.found->extremes_too);
+  }
   if (l.codes == nullptr) {
     for (int r = 0; r < rows; ++r) {
       const auto* value = reinterpret_cast<const PanelFloats*>(together + r * width);
@@ -101,12 +107,18 @@ inline void finish(const Linear& l, int row0, int rows, int output, const int32_
   const Rounder round(l.next);
   const size_t stride = size_t(up(l.outputs, kAlign));
   int8_t* to = l.codes + size_t(row0) * stride + output;
-  for (int r = 0; r < rows; ++r, to += stride)
-    for (int i = 0; i < real; i += kLanes) {
-      const Ints code = round.integers(load(together + r * width + i)) - l.next.shift;
-      if (i + kLanes <= real) store_bytes(to + i, code);
-      else store_first_bytes(to + i, code, real - i);
+  constexpr int kRegisters = P * kPanel / kLanes;
+  for (int r = 0; r < rows; ++r, to += stride) {
+    if (real < width) {
+      to_codes(together + r * width, real, round, to, real);
+      continue;
     }
+    Floats value[kRegisters];
+    Ints bits[kRegisters];
+    memcpy(value, together + r * width, sizeof(value));
+    round.bits<kRegisters>(value, bits);
+    for (int i = 0; i < kRegisters; ++i) store_bytes(to + i * kLanes, bits[i]);
+  }
 }
 
 inline void finish(const Linear& l, int row0, int rows, int output, int count, const int32_t* sums, size_t next_sums) {
@@ -170,8 +182,12 @@ inline int multiply_all(Linear l, int threads) {
     const int row0 = chunk / steps * each, count = l.rows - row0 < each ? l.rows - row0 : each;
     uint8_t* mine = memory + all * size_t(slot);
     const Tiles tiles;
+    Linear part = l;
+    Range seen;
+    part.seen = &seen;
     for (int pair = chunk % steps * step; pair < pairs && pair < (chunk % steps + 1) * step && count > 0; ++pair)
-      multiply_panels(l, pair, row0, count, mine, reinterpret_cast<int32_t*>(mine + panel));
+      multiply_panels(part, pair, row0, count, mine, reinterpret_cast<int32_t*>(mine + panel));
+    if (l.found != nullptr) l.found->join(seen);
     if (l.stream) drain();
   });
   return kOk;

@@ -73,10 +73,11 @@ struct Coding {
 // Codes of values. The arithmetic is the quantizers': a division. A product with the inverse takes its place, except
 // where that comes near a tie and could round the other way.
 struct Rounder {
-  Floats least, clip, offset, scale, inverse, low, high, low_ratio, high_ratio;
+  Floats least, clip, offset, scale, inverse, low, high, low_ratio, high_ratio, nearest;
   explicit Rounder(const Coding& c)
       : least(Floats{} - c.clip), clip(Floats{} + c.clip), offset(Floats{} + c.offset), scale(Floats{} + c.scale),
-        inverse(Floats{} + 1 / c.scale), low(Floats{} + float(c.low)), high(Floats{} + float(c.high)) {
+        inverse(Floats{} + 1 / c.scale), low(Floats{} + float(c.low)), high(Floats{} + float(c.high)),
+        nearest(Floats{} + (kNearest - float(c.shift))) {
     const float from = (-c.clip - c.offset) * inverse[0], to = (c.clip - c.offset) * inverse[0];
     low_ratio = Floats{} + (from > low[0] ? from : low[0]), high_ratio = Floats{} + (to < high[0] ? to : high[0]);
   }
@@ -85,23 +86,30 @@ struct Rounder {
   Floats operator()(const Floats& x) const {
     const Floats v = larger(smaller(x, clip), least) - offset, ratio = rounded(v * inverse);
     Floats code = whole(ratio);
-    if (far(ratio, code)) code = whole(v / scale);
+    if (any_above(distance(ratio, code), kFar)) code = whole(v / scale);
     return smaller(larger(low, code), high);
   }
 
-  // As integers: the same in fewer steps. No step changes the order of values, so that they can be limited, also to what
-  // the clip leaves, just before the last: a sum whose low bits are the code.
-  Ints integers(const Floats& x) const {
-    Floats bits;
-    const Floats ratio = smaller(larger(low_ratio, rounded((x - offset) * inverse)), high_ratio);
-    if (far(ratio, nearest(ratio, &bits))) nearest((*this)(x), &bits);
-    return Ints(bits) - bits_of(kNearest);
+  // As bits: the same in fewer steps, for N registers at once. No step changes the order of values, so that they can be
+  // limited, also to what the clip leaves, just before the last: a sum whose bits are kBase more than the code less shift.
+  template <int N>
+  void bits(const Floats* x, Ints* out) const {
+    Floats worst = {};
+    for (int i = 0; i < N; ++i) {
+      const Floats ratio = smaller(larger(low_ratio, rounded((x[i] - offset) * inverse)), high_ratio);
+      const Floats sum = ratio + nearest;
+      worst = larger(worst, distance(ratio, sum - nearest));
+      out[i] = Ints(sum);
+    }
+    if (any_above(worst, kFar))
+      for (int i = 0; i < N; ++i) out[i] = Ints((*this)(x[i]) + nearest);
   }
 
+  static constexpr int32_t kBase = 0x4b400000;  // the bits of kNearest; the lowest byte is 0
+
  private:
-  static bool far(const Floats& ratio, const Floats& code) {
-    return any_above(Floats(Ints(ratio - code) & 0x7fffffff), 0.4999f);
-  }
+  static constexpr float kFar = 0.4999f;
+  static Floats distance(const Floats& ratio, const Floats& code) { return Floats(Ints(ratio - code) & 0x7fffffff); }
 };
 
 // body(first, values, count) for a register's width of n values at a time; beyond the last are zeros.
@@ -114,28 +122,38 @@ inline void registers(const float* x, int n, F body) {
 
 // Codes of n values, times a factor (padded with zeros to `width`) and their sum.
 template <typename F>
-inline int32_t to_codes(const float* x, int n, F factor, const Rounder& round, int shift, int8_t* out, int width) {
-  Ints sum = {};
-  registers(x, n, [&](int at, const Floats& values, int count) {
-    const Ints code = round.integers(factor(values)) - shift;
+inline int32_t to_codes(const float* x, int n, F factor, const Rounder& round, int8_t* out, int width) {
+  constexpr int kGroup = 4;
+  Floats values[kGroup];
+  Ints bits[kGroup];
+  Words sum = {};
+  int at = 0;
+  for (; at + kGroup * kLanes <= n; at += kGroup * kLanes) {
+    for (int i = 0; i < kGroup; ++i) values[i] = factor(load(x + at + i * kLanes));
+    round.bits<kGroup>(values, bits);
+    for (int i = 0; i < kGroup; ++i) sum += Words(bits[i]), store_bytes(out + at + i * kLanes, bits[i]);
+  }
+  registers(x + at, n - at, [&](int from, const Floats& some, int count) {
+    values[0] = factor(some);
+    round.bits<1>(values, bits);
     if (count == kLanes) {
-      sum += code;
-      store_bytes(out + at, code);
+      sum += Words(bits[0]);
+      store_bytes(out + at + from, bits[0]);
     } else {
-      sum += code & first(count);
-      store_first_bytes(out + at, code, count);
+      sum += Words(bits[0] & first(count));
+      store_first_bytes(out + at + from, bits[0], count);
     }
   });
   if (width > n) memset(out + n, 0, size_t(width - n));
-  return add_up(sum);
+  return int32_t(uint32_t(add_up(Ints(sum))) - uint32_t(n) * uint32_t(Rounder::kBase));
 }
 
-inline int32_t to_codes(const float* x, int n, const Rounder& round, int shift, int8_t* out, int width) {
-  return to_codes(x, n, [](const Floats& v) { return v; }, round, shift, out, width);
+inline int32_t to_codes(const float* x, int n, const Rounder& round, int8_t* out, int width) {
+  return to_codes(x, n, [](const Floats& v) { return v; }, round, out, width);
 }
 
 inline int32_t to_codes(const float* x, int n, const Coding& c, int8_t* out, int width) {
-  return to_codes(x, n, Rounder(c), c.shift, out, width);
+  return to_codes(x, n, Rounder(c), out, width);
 }
 
 inline int32_t sum_of(const int8_t* codes, int n) {

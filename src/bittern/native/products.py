@@ -123,8 +123,8 @@ class Table:
         )
 
     def rows(self, ids: Tensor) -> Tensor | None:
-        """Rows by their numbers, as float32 (ids, columns). None if one of them does not exist."""
-        out, ids = buffer(ids.numel(), self.structure.columns), ids.to(torch.int64).contiguous()
+        """Rows by their numbers, as float32 (…, columns). None if one of them does not exist."""
+        out, ids = buffer(*ids.shape, self.structure.columns), ids.to(torch.int64).contiguous()
         return out if run("rows", self.structure, ids.data_ptr(), ids.numel(), out.data_ptr()) else None
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:

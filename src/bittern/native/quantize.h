@@ -56,33 +56,48 @@ inline Coding coding(const Format& f, const Range& range) {
   return c;
 }
 
-// One range for rows of a tensor, found by several threads.
-template <typename Row>
-Range find_range(int rows, int columns, bool extremes_too, int threads, Row row) {
-  const int piece = columns < 1024 ? 16384 / (columns + 1) : 16;
-  Range all;
+// The range of a tensor that several threads make or read: each joins what it sees.
+struct Found {
+  const bool extremes_too;
+  Range range;
   std::mutex merge;
+
+  explicit Found(bool extremes_too) : extremes_too(extremes_too) {}
+  explicit Found(const Format& f) : Found(f.scheme != 0) {}
+  void join(const Range& part) {
+    std::lock_guard<std::mutex> lock(merge);
+    range.join(part);
+  }
+};
+
+// One range for rows of a tensor.
+template <typename Row>
+Range find_range(int rows, int columns, const Format& f, int threads, Row row) {
+  const int piece = columns < 1024 ? 16384 / (columns + 1) : 16;
+  Found all(f);
   parallel(up(rows, piece) / piece, worth(double(rows) * columns, threads), [&](int chunk, int) {
     Range mine;
-    for (int r = chunk * piece; r < rows && r < (chunk + 1) * piece; ++r) mine.see(row(r), columns, extremes_too);
-    std::lock_guard<std::mutex> lock(merge);
+    for (int r = chunk * piece; r < rows && r < (chunk + 1) * piece; ++r) mine.see(row(r), columns, all.extremes_too);
     all.join(mine);
   });
-  return all;
+  return all.range;
 }
 
+// known: the range of all of x, where it was found when x was made.
 inline int quantize_rows(const float* x, int rows, int columns, const Format& f, int threads, int8_t* out, float* scale,
-                         float* offset, int32_t* sums) {
+                         float* offset, int32_t* sums, const Range* known = nullptr) {
   const int width = up(columns, kAlign), piece = 16;
   const auto row = [&](int r) { return x + size_t(r) * size_t(columns); };
   Range whole;
-  if (f.mode == 1) whole = find_range(rows, columns, f.scheme != 0, threads, row);
+  if (known != nullptr) whole = *known;
+  else if (f.mode == 1) whole = find_range(rows, columns, f, threads, row);
   if (!whole.finite()) return kNotFinite;
+  const bool by_row = f.mode == 2 || (f.mode == 0 && known == nullptr);
   std::atomic<bool> finite{true};
   parallel(up(rows, piece) / piece, worth(double(rows) * columns, threads), [&](int chunk, int) {
     for (int r = chunk * piece; r < rows && r < (chunk + 1) * piece; ++r) {
-      Range range = whole;
-      if (f.mode != 1) range.see(row(r), columns, f.scheme != 0);
+      Range range = by_row ? Range{} : whole;
+      if (by_row) range.see(row(r), columns, f.scheme != 0);
       if (!range.finite()) finite.store(false);
       const Coding c = coding(f, range);
       sums[r] = to_codes(row(r), columns, c, out + size_t(r) * size_t(width), width);

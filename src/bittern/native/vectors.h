@@ -15,6 +15,7 @@ constexpr int kLanes = 4;
 #endif
 using Floats = float __attribute__((vector_size(kLanes * 4)));
 using Ints = int32_t __attribute__((vector_size(kLanes * 4)));
+using Words = uint32_t __attribute__((vector_size(kLanes * 4)));
 using Bytes = uint8_t __attribute__((vector_size(kLanes * 4)));
 using Sixteen = uint8_t __attribute__((vector_size(16)));
 

@@ -124,13 +124,14 @@ inline Floats load_bytes(const uint8_t* from) {
 #endif
 }
 
-// The low bytes of whole numbers from -128 to 127.
+// The lowest bytes of integers.
 inline void store_bytes(int8_t* to, const Ints& v) {
 #if defined(__AVX512F__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(__m512i(v)));
 #else
-  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(__m256i(v)), _mm256_extracti128_si256(__m256i(v), 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
+  const __m256i fours = _mm256_shuffle_epi8(__m256i(v), _mm256_set1_epi32(0x0c080400));
+  const __m128i low = _mm256_castsi256_si128(fours), high = _mm256_extracti128_si256(fours, 1);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi32(low, high));
 #endif
 }
 
