@@ -150,6 +150,21 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def course(path: Path) -> str:
+    """Metric and divergence as they were measured during each training of a file."""
+    known = read(path)
+    unit = 1 if known["metric"] in LOWER_IS_BETTER else 100
+    steps = sorted({step for row in known["rows"] for step, _ in row["curve"]})
+    lines = [f"| variant | seed | steps | {' | '.join(map(str, steps))} |", "|---|---|---|" + "---|" * len(steps)]
+    for row in known["rows"]:
+        values = {step: f"{unit * value:.2f}" for step, value in row["curve"]}
+        errors = {step: f"{value:.3f}" for step, value in row["divergence_curve"]}
+        for name, cells in ((known["metric"], values), ("divergence", errors)):
+            shown = " | ".join(cells.get(step, "") for step in steps)
+            lines.append(f"| {row['variant']} | {row['seed']} | {name} | {shown} |")
+    return "\n".join(lines)
+
+
 def parse(doc: str | None, variants: list[str], **more: dict[str, Any]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", nargs="?")

@@ -65,8 +65,9 @@ def table(path: Path) -> str:
             needed = length_for(curve, goal, better)
             ratio = "not reached" if needed is None else f"{of['plain'][-1][0] / needed:.2f} ×"
             rows.append(f"| {title} | {variant} | {' | '.join(values)} | {ratio} |")
-    before, after = (x for _, x in curves(known, "divergence")["plain"][-2:])
-    rows += ["", f"`plain`: its last lengthening took {1 - after / before:.0%} off the divergence."]
+    if len(lengths) > 1:
+        before, after = (x for _, x in curves(known, "divergence")["plain"][-2:])
+        rows += ["", f"`plain`: its last lengthening took {1 - after / before:.0%} off the divergence."]
     return "\n".join(rows)
 
 

@@ -122,6 +122,9 @@ def test_stopped_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [row] = json.loads(out.read_text())["rows"]
     assert [step for step, _ in row["curve"]] == [0, 2, 4, 6]
     assert not list((tmp_path / "kd").iterdir())
+    shown = kd.course(out).splitlines()
+    assert shown[0] == "| variant | seed | steps | 0 | 2 | 4 | 6 |"
+    assert [line.split(" | ")[2] for line in shown[2:]] == ["accuracy", "divergence"]
 
 
 def test_length_for() -> None:
