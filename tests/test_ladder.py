@@ -37,6 +37,7 @@ from bittern.layers import formats, simulate
 from bittern.recipe import keep_wide, load_recipe, with_bits
 from families import SUPPORTED, TEXT
 
+Z95 = 1.6448536  # 95 % of a normal distribution lie below
 SHORT = ((Rung("w8a8", "extremes", "w8a8"),), (Rung("w4a8", "extremes"),), (Rung("w2a8", "extremes", bits=2),))
 
 
@@ -63,7 +64,7 @@ def test_loss_of_pairs(digits: tuple[PreTrainedModel, Data]) -> None:
     loss = paired_loss("accuracy", model, data, output, reference)
     lost, won, n = 6.5, 2.5, 102.0  # half a sample more in each cell of the table
     error = math.sqrt(lost + won - (lost - won) ** 2 / n) / n
-    ends = {"at_most": 4 + 100 * 1.645 * error, "at_least": 4 - 100 * 1.645 * error}
+    ends = {"at_most": 4 + 100 * Z95 * error, "at_least": 4 - 100 * Z95 * error}
     assert loss == pytest.approx({"points": 4.0, "error": 100 * error, "samples": 100, **ends})
     same = paired_loss("accuracy", model, data, reference, reference)
     assert (same["points"], same["error"]) == (
@@ -201,7 +202,7 @@ def test_keep_makes_one_rung(tmp_path: Path) -> None:
         ({"ladder": [[Rung("../a", "search")]]}, "whose name is none of a folder"),
         ({"ladder": [[Rung("a", "train")]]}, "no rung without --train"),
         ({"ladder": [[Rung("a", "search", "w8a8", bits=3)]]}, "no weights of 4 bits that could have 3"),
-        ({"keep": "ternary"}, "no rung 'ternary' to keep; .*; with --train also"),
+        ({"keep": "ternary"}, "no rung 'ternary' to keep; .*; trained ones with --train only"),
         ({"max_loss": math.inf}, "--max-loss is inf"),
         ({"max_loss": -1.0}, "--max-loss is -1"),
         ({"train_minutes": math.inf}, "--train inf"),
@@ -212,6 +213,14 @@ def test_what_no_ladder_can_be(options: dict[str, Any], told: str, tmp_path: Pat
     with pytest.raises(BitternError, match=told):
         compress(DIGITS, tmp_path / "out", data="digits", **options)
     assert not list(tmp_path.glob("out.rungs/*/"))
+
+
+def test_foreign_rungs(tmp_path: Path) -> None:
+    """A folder of other files where rungs would be kept is refused before anything is read."""
+    (tmp_path / "out.rungs").mkdir()
+    (tmp_path / "out.rungs" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"out\.rungs holds files but no job\.json"):
+        compress(tmp_path / "no-model", tmp_path / "out", data="digits")
 
 
 def test_estimate_of_what_is_left(tmp_path: Path) -> None:
@@ -270,16 +279,31 @@ def test_limits_that_the_data_cannot_tell(tmp_path: Path) -> None:
 
 
 def test_choose() -> None:
-    """The goal decides between rungs within the limit; none within it is an error that names the nearest."""
+    """The goal decides between rungs within the limit on both halves; none is an error that names the nearest."""
     table = [("a", 100, 1.1, True), ("b", 40, 1.25, True), ("c", 35, 1.05, True), ("d", 10, 9.0, False)]
     rows = [{"rung": n, "file": f, "faster": t, "within": w, "points": 1.0, "error": 0.1} for n, f, t, w in table]
     for row, busy in zip(rows, (1.0, 4.0, 2.0, 1.0), strict=True):
         row["latency_ms"] = busy / row["faster"]  # it was measured while the machine had other work
-    assert [choose_rung(rows, goal, 1.0)[0]["rung"] for goal in ("size", "speed", "balanced")] == ["c", "b", "b"]
+    other = {"a": 1.0, "b": 1.2, "c": 0.9, "d": 0.0}
+
+    def again(row: dict[str, Any]) -> dict[str, Any]:
+        return interval(other[row["rung"]], 0.1, 50)
+
+    def chosen(limit: float) -> list[str]:
+        return [choose_rung(rows, goal, limit, again)[0]["rung"] for goal in ("size", "speed", "balanced")]
+
+    assert chosen(1.2) == ["c", "b", "b"]
+    assert chosen(1.0) == ["c", "a", "c"]  # b loses more on the other half
+    row, why, loss = choose_rung(rows, "speed", 1.0, again)
+    assert why.endswith("of 4 measured; on the other half b loses 1.20")
+    assert loss["at_most"] == pytest.approx(1.0 + 1.96 * 0.1, abs=1e-4)  # the second look
+    assert choose_rung(rows, "size", 1.0, again)[2]["at_most"] == pytest.approx(0.9 + Z95 * 0.1, abs=1e-4)
+    with pytest.raises(InputError, match=r"on both halves of the data \(on the other c loses 0\.90\)"):
+        choose_rung(rows[2:], "size", 0.8, again)
     with pytest.raises(InputError, match=r"nearest is d, 1\.00 ± 0\.10: raise --max-loss"):
-        choose_rung(rows[3:], "size", 0.5)
+        choose_rung(rows[3:], "size", 0.5, again)
     with pytest.raises(InputError, match=r"1\.00 ± 0\.10: give more labelled data, raise --max-loss"):
-        choose_rung(rows[3:], "size", 1.05)  # loses no more than that, but is not sure to
+        choose_rung(rows[3:], "size", 1.05, again)  # loses no more than that, but is not sure to
 
 
 def test_recipes(digits: tuple[PreTrainedModel, Data]) -> None:
@@ -329,7 +353,7 @@ def test_page_escapes(tmp_path: Path) -> None:
     """Names of models and rungs are text in the page, whatever they hold."""
     row = {"rung": "<b>", "within": True, "points": 0.5, "error": 0.1, "file": 10, "smaller": 2.0, "bits": 4.0}
     row |= {"accuracy": 0.9, "latency_ms": 1.0, "faster": 2.0}
-    fresh = {"samples": 10, "points": 0.5, "at_most": 2.0}
+    fresh = {"samples": 10, "points": 0.5, "at_most": 2.0, "at_least": -1.0}
     result = {"source": "<script>", "metric": "accuracy", "float": 0.9, "float_bytes": 20, "max_loss": 1.0, "why": ""}
     write_page(result | {"rows": [row], "chosen": "<b>", "fresh": fresh}, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
@@ -345,7 +369,7 @@ def test_page_of_far_losses(tmp_path: Path) -> None:
         | {"bits": 4.0, "accuracy": 0.9, "latency_ms": 1.0, "faster": 2.0}
         for i, (name, points) in enumerate({"a": 0.0, "b": 0.9, "far": 80.0, "none": math.nan}.items())
     ]
-    fresh = {"samples": 10, "points": 0.5, "at_most": 2.0}
+    fresh = {"samples": 10, "points": 0.5, "at_most": 2.0, "at_least": -1.0}
     result = {"source": "x", "metric": "accuracy", "float": 0.9, "float_bytes": 20, "max_loss": 1.0, "why": ""}
     write_page(result | {"rows": rows, "chosen": "a", "fresh": fresh}, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()

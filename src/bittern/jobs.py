@@ -283,7 +283,7 @@ class _Job:
             "calibration": calibration,
             "versions": {p: version(p) for p in ("bittern", "torch", "transformers")}
             | {"python": platform.python_version()},
-            "layers": simulation.to_dict()["layers"],
+            "layers": [asdict(layer) for layer in simulation.layers],
         }
         save(self.model, self.out, processors_from=self.source, report=result | provenance, force=self.force)
         summary = {"what": str(simulation)} if found else {}

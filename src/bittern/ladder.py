@@ -2,7 +2,7 @@
 
 `LADDER` goes from safe to small. Each rung is packed, written, loaded again as its users load it, and measured on one
 half of the test data, beside the float model. The rung that serves the goal best, among those whose loss is within the
-limit, is measured once more on the other half, by which nothing was chosen.
+limit, must be within it on the other half too, by which nothing was chosen; otherwise it is the next one's turn.
 """
 
 import copy
@@ -52,7 +52,6 @@ ROUNDS, DRAWS, DRAWN = 11, 400, 200_000  # of timing; of the bootstrap; samples 
 # The command that does the same; how many times a float model's forward of the calibration samples it takes, about.
 HOW = {"extremes": ("quantize", 4), "search": ("ptq", 90), "train": ("qat", 90)}
 PAGE = "compress.html"  # beside the model: all rungs, drawn
-Z95 = 1.645  # 95 % of a normal distribution lie below
 
 
 @dataclass(frozen=True)
@@ -81,19 +80,19 @@ LADDER: Ladder = (  # of each step the first rung within the limit is enough
 )
 
 
-def interval(points: float, error: float, samples: int) -> Row:
-    """Return a loss on so many samples with its standard error and the ends of its one-sided 95 % intervals."""
-    ends = {"at_most": points + Z95 * error, "at_least": points - Z95 * error}
-    return {"points": points, "error": error, "samples": samples, **ends}
+def interval(points: float, error: float, samples: int, looks: int = 1) -> Row:
+    """Return a loss with the ends of its one-sided 95 % intervals, wider (Bonferroni) after several `looks` at it."""
+    reach = statistics.NormalDist().inv_cdf(1 - 0.05 / looks) * error
+    return {"points": points, "error": error, "samples": samples, "at_most": points + reach, "at_least": points - reach}
 
 
 def paired_loss(metric: str, model: PreTrainedModel, data: Data, output: Tensor, reference: Tensor) -> Row:
     """Return how much worse a model is than the float one by its outputs for the same samples and a metric of
     `metrics`, in points (percent for perplexity), as an `interval`.
 
-    For the accuracy and the agreement of classes the standard error is that of Agresti and Min (2005): half a sample is
-    added to each cell of the table of pairs, so that even no difference at all, on few samples, leaves some doubt. For
-    other metrics it comes from a bootstrap over samples, with all of their tokens.
+    For the accuracy and the agreement of classes the standard error is that of Agresti and Min (2005): half a sample
+    more in each cell of the table of pairs, so that no difference at all leaves some doubt. For other metrics it comes
+    from a bootstrap over samples, with all of their tokens.
     """
     count = len(data)
     if metric in ("accuracy", "agreement") and task_of(model) == "classes":
@@ -176,21 +175,23 @@ class Workshop:
             ends.setdefault(step, time.perf_counter())
 
         def run(student: PreTrainedModel, steps: int) -> None:
-            size, metric = self.train.batch_size, self.metric
-            training = Training(
-                steps=steps, batch_size=size, learning_rate=rate, evaluations=1, metric=metric, seed=self.seed
-            )
+            size, metric, seed = self.train.batch_size, self.metric, self.seed
+            plan = Training(steps=steps, batch_size=size, learning_rate=rate, evaluations=1, metric=metric, seed=seed)
             measure, teacher = lambda: self.scores(student), copy.deepcopy(self.model)
-            train(student, teacher, self.train, measure, Distill(), training, work, on_step=note)
+            train(student, teacher, self.train, measure, Distill(), plan, work, on_step=note)
 
         run(copy.deepcopy(model), 8)
         run(model, max(8, int(60 * self.minutes * 7 / (ends[8] - ends[1]))))
 
-    def measure(self, rung: Rung) -> dict[str, Any]:
-        """Measure a rung as its users run it: the loaded file, with kernels, in turn with the float model."""
-        packed = load(self.folder / rung.name)
-        output = predict(packed, self.track(self.choice, f"{rung.name}: measuring"))
-        loss = paired_loss(self.metric, packed, self.choice, output, self.reference)
+    def lose(self, name: str, data: Data, reference: Tensor) -> tuple[PreTrainedModel, Tensor, Row]:
+        """Load a rung as its users do, with kernels; return it, its outputs and how much worse they are."""
+        packed = load(self.folder / name)
+        output = predict(packed, self.track(data, f"{name}: measuring"))
+        return packed, output, paired_loss(self.metric, packed, data, output, reference)
+
+    def measure(self, rung: Rung) -> Row:
+        """Measure what a rung loses, and its time in turn with the float model's."""
+        packed, output, loss = self.lose(rung.name, self.choice, self.reference)
         one = next(iter(replace(self.choice, batch_size=1)))
         with torch.no_grad():
             rounds = alternate({"packed": lambda: packed(**one), "float": lambda: self.model(**one)}, ROUNDS)
@@ -211,10 +212,10 @@ class Workshop:
 
 
 # What is to be small. A time is a share of the float model's in the same rounds: rungs are measured at other moments.
-GOALS: dict[Goal, Callable[[Row], float]] = {
-    "size": lambda row: float(row["file"]),
-    "speed": lambda row: 1 / float(row["faster"]),
-    "balanced": lambda row: float(row["file"] / row["faster"]),
+GOALS: dict[Goal, tuple[str, Callable[[Row], float]]] = {
+    "size": ("the smallest", lambda row: float(row["file"])),
+    "speed": ("the fastest", lambda row: 1 / float(row["faster"])),
+    "balanced": ("the least size × time", lambda row: float(row["file"] / row["faster"])),
 }
 
 
@@ -252,19 +253,28 @@ def climb(ladder: Ladder, workshop: Workshop, journal: Journal, limit: float, ke
         failed = failed or (bool(rows) and all(row["at_least"] > limit for row in rows))
 
 
-def choose_rung(rows: Sequence[Row], goal: Goal, max_loss: float) -> tuple[Row, str]:
-    """Return the row that serves the goal best among those within the limit, and why; InputError if there is none."""
-    within = [row for row in rows if row["within"]]
-    if not within:
-        nearest = min(rows, key=lambda row: float(row["points"]))
-        more = "give more labelled data, " if nearest["points"] <= max_loss else ""
-        raise InputError(
-            f"no rung is within the limit of {max_loss:g}; nearest is {nearest['rung']}, {nearest['points']:.2f} ± "
-            f"{nearest['error']:.2f}: {more}raise --max-loss, take it with --keep {nearest['rung']}, or allow --train"
-        )
-    best = min(within, key=GOALS[goal])
-    what = {"size": "the smallest", "speed": "the fastest", "balanced": "the least size × time"}[goal]
-    return best, f"{what} of {len(within)} rungs within the limit of {max_loss:g}, of {len(rows)} measured"
+def choose_rung(
+    rows: Sequence[Row], goal: Goal, limit: float, again: Callable[[Row], Row], keep: str | None = None
+) -> tuple[Row, str, Row]:
+    """Return the row that serves the goal best among those within the limit on both halves (or `keep`), why, and its
+    loss on the other half, by `again`, with bounds that allow for all looks at it. InputError if there is none."""
+    (best, value), refused = GOALS[goal], list[str]()
+    within = sorted((row for row in rows if (row["rung"] == keep if keep else row["within"])), key=value)
+    for row in within:
+        loss = again(row)
+        if keep or loss["points"] <= limit:
+            why = f"{best} of {len(within)} rungs within the limit of {limit:g}, of {len(rows)} measured"
+            why += f"; on the other half {', '.join(refused)}" if refused else ""
+            bounds = interval(loss["points"], loss["error"], loss["samples"], 1 + len(refused))
+            return row, "asked for by --keep" if keep else why, bounds
+        refused.append(f"{row['rung']} loses {loss['points']:.2f}")
+    nearest = min(rows, key=lambda row: float(row["points"]))
+    more = "give more labelled data, " if nearest["points"] <= limit else ""
+    both = f" on both halves of the data (on the other {', '.join(refused)})" if refused else ""
+    raise InputError(
+        f"no rung is within the limit of {limit:g}{both}; nearest is {nearest['rung']}, {nearest['points']:.2f} ± "
+        f"{nearest['error']:.2f}: {more}raise --max-loss, take it with --keep {nearest['rung']}, or allow --train"
+    )
 
 
 @holds_output
@@ -290,11 +300,11 @@ def compress(
 
     The metric is the task's own, or another (see `bittern.options.Reading`, whose fields `columns` are); without labels
     it is the agreement with the float model. A rung is within the limit if its loss on one half of the test data is, by
-    one standard error; the choice is measured again on the other half. goal: size, speed (of one sample) or balanced
-    (the product of both). train_minutes: how long distillation may take, which alone makes ternary weights useful.
-    All rungs are kept in the folder `out`.rungs: the same call after a crash, or with another limit or goal, measures
-    only what is missing there. keep: name of a rung to write whatever it lost. ladder: own steps, each of rungs of
-    which the first within the limit is enough. on_rung: told of each. Raises InputError if none is within the limit.
+    one standard error; one that loses more on the other half gives way to the next. goal: size, speed (of one sample)
+    or balanced (the product of both). train_minutes: how long distillation may take, which alone makes ternary weights
+    useful. All rungs are kept in the folder `out`.rungs: the same call after a crash, or with another limit or goal,
+    measures only what is missing there. keep: name of a rung to write whatever it lost. ladder: own steps, each of
+    rungs of which the first within the limit is enough. on_rung: told of each. Raises InputError if none is within.
     """
     if goal not in get_args(Goal):
         raise InputError(f"--for is {goal!r}; expected {', '.join(get_args(Goal))}")
@@ -303,13 +313,13 @@ def compress(
     ladder = [steps for step in ladder if (steps := [r for r in step if train_minutes or r.how != "train"])]
     rungs = {rung.name: rung for step in ladder for rung in step}
     if keep is not None and keep not in rungs:
-        train = "; with --train also those that are trained" if not train_minutes else ""
-        raise InputError(f"no rung {keep!r} to keep; there are {', '.join(rungs)}{train}")
+        raise InputError(f"no rung {keep!r} to keep; there are {', '.join(rungs)}; trained ones with --train only")
     if not rungs or any(Path(name).name != name for name in rungs) or len(rungs) < sum(map(len, ladder)):
         why = "two rungs of one name, or one whose name is none of a folder" if rungs else "no rung without --train"
         raise InputError(f"the ladder has {why}; give another one")
     check_output(out, force)
-    model, folder = load_float(source), Path(f"{Path(out)}.rungs")
+    Journal.check_ours(folder := Path(f"{Path(out)}.rungs"))
+    model = load_float(source)
     train_data, test = load_parts(data, model, source, seed, **columns)
     assert test is not None
     choice, fresh = test.split(len(test) // 2, seed)
@@ -347,10 +357,8 @@ def compress(
     for row in climb(ladder, workshop, journal, max_loss, keep):
         rows.append(row)
         on_rung(row)
-    kept = (row for row in rows if row["rung"] == keep)
-    chosen, why = (next(kept), "asked for by --keep") if keep else choose_rung(rows, goal, max_loss)
-    packed = load(folder / chosen["rung"])
-    loss = paired_loss(metric, packed, fresh, predict(packed, track(fresh, "fresh data")), predict(model, fresh))
+    again = partial(workshop.lose, data=fresh, reference=predict(model, track(fresh, "float, on the other half")))
+    chosen, why, loss = choose_rung(rows, goal, max_loss, lambda row: again(row["rung"])[2], keep)
     result = {
         "source": str(source),
         "data": data,

@@ -299,16 +299,12 @@ class Intervention:
         >>> [(p["name"], p["to"]) for p in Intervention("inverted", steps=60).phases(500)]
         [('map', 20), ('context', 40), ('output', 60), ('alone', 500)]
         """
-        found: list[dict[str, Any]] = []
-        for name, steps in groupby(range(total), self.phase):
-            first, *others = steps
-            found.append({"name": name, "from": first, "to": first + len(others) + 1})
-        return found
+        groups = [(name, [*steps]) for name, steps in groupby(range(total), self.phase)]
+        return [{"name": name, "from": steps[0], "to": steps[-1] + 1} for name, steps in groups]
 
     def phase(self, step: int) -> str:
         """Name what the teacher does in a step."""
-        act = self.act(step)
-        if act is None:
+        if (act := self.act(step)) is None:
             return "alone"
         return self.schedule if self.schedule in ("stochastic", "fade") else act.point
 

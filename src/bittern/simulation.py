@@ -1,7 +1,7 @@
 """The report of a simulated model: which modules got which formats, and what stayed float."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from bittern.anatomy import Anatomy
 from bittern.errors import listed
@@ -63,9 +63,6 @@ class Simulation:
             why = "of classes that Bittern does not know, or with weights that other code reads,"
             notes.append(f"layers {why} stay float: {listed(unknown, 3)}")
         return tuple(notes)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"recipe": self.recipe, "layers": [asdict(layer) for layer in self.layers]}
 
     def __str__(self) -> str:
         groups: dict[tuple[str, str], list[LayerReport]] = {}

@@ -44,10 +44,10 @@ def compress(result: Facts) -> None:
     print_table(("", "rung", result["metric"], "points lost", "size", "ms", "faster"), rows, title, left=("rung",))
     fresh = result["fresh"]
     say(
-        f"{result['chosen']}: {result['why']}. On {fresh['samples']:,} samples that had no part in the choice it loses "
+        f"{result['chosen']}: {result['why']}. On {fresh['samples']:,} other samples it loses "
         f"{fresh['points']:.2f} points, at most {fresh['at_most']:.2f} with 95 %."
     )
-    if fresh["at_most"] > result["max_loss"]:
+    if fresh["at_least"] <= result["max_loss"] < fresh["at_most"]:
         say(f"That is too little data to be sure of {result['max_loss']:g} points; more labelled samples would tell.")
     say(f"Drawn in {result['out']}/compress.html. All rungs are in {result['rungs']}, for --keep.")
     wrote(result["out"])

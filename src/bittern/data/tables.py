@@ -230,8 +230,7 @@ def _several(
 
 def read_tags(source: str, table: Any, words: str, model: PreTrainedModel, reading: Reading) -> list[list[int]] | None:
     """Read the class of each word in the column of words; None if there are none."""
-    column = label_column(source, table, reading, "tags")
-    if column is None:
+    if (column := label_column(source, table, reading, "tags")) is None:
         return None
     rows = list(table[column])
     for i, (own, row) in enumerate(zip(table[words], rows, strict=True)):
@@ -244,8 +243,7 @@ def read_tags(source: str, table: Any, words: str, model: PreTrainedModel, readi
 
 def read_answers(source: str, table: Any, reading: Reading) -> list[Any] | None:
     """Read the right answers, texts and where they start, as in SQuAD; None if there are none."""
-    column = label_column(source, table, reading, "answers")
-    if column is None:
+    if (column := label_column(source, table, reading, "answers")) is None:
         return None
     values = list(table[column])
     for i, value in enumerate(values):
