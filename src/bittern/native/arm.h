@@ -74,8 +74,6 @@ inline void store_first_bytes(int8_t* to, const Ints& v, int n) {
   for (int i = 0; i < n; ++i) to[i] = int8_t(v[i]);
 }
 
-inline int32_t sum_of_sixteen(const int8_t* codes) { return vaddlvq_s8(vld1q_s8(codes)); }
-
 // Four rows of 16 bytes, column by column.
 inline void columns_of(const Sixteen* rows, Sixteen* out) {
   const uint8x16_t a = uint8x16_t(rows[0]), b = uint8x16_t(rows[1]), c = uint8x16_t(rows[2]), d = uint8x16_t(rows[3]);

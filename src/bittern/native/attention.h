@@ -132,7 +132,7 @@ void all_panels(const CodeRows& rows, int count, int width, const uint8_t* panel
   const Tiles tiles;
   for (int p = 0; p < all; p += kPair) {
     const int pair = all - p < kPair ? all - p : kPair;
-    multiply(panels + p * next, next, pair, rows.codes, rows.stride, count, width / 4, 8, 255, sums, next_sums, false,
+    multiply(panels + p * next, next, pair, rows.codes, rows.stride, count, width / 4, 8, 8, 255, sums, next_sums, false,
              {panels, 0, 0});
     for (int i = 0; i < pair; ++i) each(p + i, sums + i * next_sums);
   }
@@ -241,7 +241,7 @@ struct Head {
 
   // What `count` queries get of the values. factors: null if the map holds probabilities.
   void context(int first, int count, const float* map, const float* factors, const Coding& coding, float unit) const {
-    const Rounder round(coding), next(::coding(coded.context_format, Range{}));
+    const Rounder round(coding);
     for (int r = 0; r < count; ++r) {
       const float factor = factors == nullptr ? 1 : factors[r];
       const auto probability = [=](const Floats& v) { return rounded(v * factor); };
@@ -249,22 +249,24 @@ struct Head {
       b.map_sums[r] = to_codes(row, a.keys, probability, round, b.map + size_t(r) * keys, keys);
     }
     all_panels({b.map, size_t(keys)}, count, keys, b.values, a.value_dim, b.sums, [&](int p, const int32_t* sums) {
-      const int real = a.value_dim - p * kPanel < kPanel ? a.value_dim - p * kPanel : kPanel;
+      constexpr int kRegisters = kPanel / kLanes;
+      const Rounder next(::coding(coded.context_format, Range{}));  // not in memory, which bytes that are written could be
       for (int r = 0; r < count; ++r, sums += kPanel) {
         const int32_t zero = kZero * b.map_sums[r];
-        float some[kPanel];
-        for (int i = 0; i < kPanel; i += kLanes) {
-          const Ints sum = load<Ints>(sums + i) - zero + load<Ints>(b.columns + p * kPanel + i);
-          store(some + i, __builtin_convertvector(sum, Floats) * unit);
+        Floats value[kRegisters];
+        Ints bits[kRegisters];
+        for (int i = 0; i < kRegisters; ++i) {
+          const Ints sum = load<Ints>(sums + i * kLanes) - zero + load<Ints>(b.columns + p * kPanel + i * kLanes);
+          value[i] = __builtin_convertvector(sum, Floats) * unit;
         }
         const size_t row = size_t(batch) * size_t(a.queries) + size_t(first + r), at = size_t(head * a.value_dim + p * kPanel);
-        if (coded.context != nullptr) {
-          to_codes(some, real, next, coded.context + row * coded.context_stride + at, real);
-          continue;
+        if (coded.context != nullptr) next.bits<kRegisters>(value, bits);
+        for (int i = 0; i < kRegisters; ++i) {
+          const int left = a.value_dim - p * kPanel - i * kLanes;
+          const size_t here = at + size_t(i * kLanes);
+          if (coded.context != nullptr) store_some(coded.context + row * coded.context_stride + here, bits[i], left);
+          else store_some(a.context + row * size_t(a.heads * a.value_dim) + here, value[i], left);
         }
-        float* to = a.context + row * size_t(a.heads * a.value_dim) + at;
-        if (real == kPanel) memcpy(to, some, sizeof(some));
-        else memcpy(to, some, sizeof(float) * size_t(real));
       }
     });
   }

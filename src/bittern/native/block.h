@@ -72,8 +72,9 @@ inline int multiply(const Codes& a, const Layer& layer, int activation, Output w
 inline int multiply_to_codes(const Codes& a, const Layer& layer, int activation, const Format& next, int threads, int8_t* to,
                              const Layer& then) {
   Linear l = product(a, layer, activation, kCached, nullptr);
+  const Rounder round(coding(next, Range{}));
   std::atomic<bool> finite{true};
-  l.after = then.panels, l.codes = to, l.next = coding(next, Range{}), l.finite = &finite;
+  l.after = then.panels, l.codes = to, l.next = &round, l.finite = &finite;
   if (const int failed = multiply_all(l, threads)) return failed;
   return finite.load() ? kOk : kNotFinite;
 }

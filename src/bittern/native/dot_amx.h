@@ -70,8 +70,8 @@ void rows_amx(const uint8_t* panel, size_t next, const int8_t* a, size_t stride,
 }
 
 inline void multiply(const uint8_t* panel, size_t next, int count, const int8_t* a, size_t stride, int rows, int groups,
-                     int, int, int32_t* sums, size_t next_sums, bool add, const Ahead& ahead) {
-  if (rows <= kVectors) return multiply_vectors(panel, next, count, a, stride, rows, groups, sums, next_sums, add, ahead);
+                     int field, int, int, int32_t* sums, size_t next_sums, bool add, const Ahead& ahead) {
+  if (rows <= kVectors) return multiply_vectors(panel, next, count, a, stride, rows, groups, field, sums, next_sums, add, ahead);
   if (count == 2) rows_amx<2>(panel, next, a, stride, rows, groups, sums, next_sums, add);
   else rows_amx<1>(panel, next, a, stride, rows, groups, sums, next_sums, add);
 }

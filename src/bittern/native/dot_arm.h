@@ -52,8 +52,8 @@ void rows_packed(const uint8_t* packed, size_t next, int, const int8_t* a, size_
   rows_arm<bits>(packed, a, stride, rows, int(next / (2 * bits) / 4), late_for(bits, top), sums, false);
 }
 
-inline void multiply(const uint8_t* panel, size_t, int, const int8_t* a, size_t stride, int rows, int groups, int bits,
-                     int top, int32_t* sums, size_t, bool add, const Ahead&) {
+inline void multiply(const uint8_t* panel, size_t, int, const int8_t* a, size_t stride, int rows, int groups, int,
+                     int bits, int top, int32_t* sums, size_t, bool add, const Ahead&) {
   rows_arm<8>(panel, a, stride, rows, groups, late_for(bits, top), sums, add);
 }
 

@@ -57,8 +57,8 @@ inline void rows_avx2(const uint8_t* panel, const int8_t* a, size_t stride, int 
 template <int bits>
 void rows_packed(const uint8_t*, size_t, int, const int8_t*, size_t, int, int, int32_t*, size_t) {}  // kFew is 0
 
-inline void multiply(const uint8_t* panel, size_t, int, const int8_t* a, size_t stride, int rows, int groups, int bits,
-                     int top, int32_t* sums, size_t, bool add, const Ahead&) {
+inline void multiply(const uint8_t* panel, size_t, int, const int8_t* a, size_t stride, int rows, int groups, int,
+                     int bits, int top, int32_t* sums, size_t, bool add, const Ahead&) {
   // 2 products of a code and -128 in each 16-bit sum; -32768 still fits
   const int late = 32768 / (2 * 128 * (bits == 8 ? 15 : top));
   rows_avx2(panel, a, stride, rows, groups, late, 1, sums, add);

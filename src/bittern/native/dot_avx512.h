@@ -21,9 +21,12 @@ inline __m512i dot(__m512i sum, __m512i w, __m512i x) {
 
 // R x P products for R broadcasts and P loads: 8 x 2 take 8 cycles where two can start in each, the other 10 + 3
 // instructions fit beside them, and 16 sums are more than the 2 x 5 products under way. Rows up to a multiple of 4 are read.
-template <int R, int P>
+// Fields of `bits` bits are unpacked in registers.
+template <int R, int P, int bits>
 inline void tile(const uint8_t* panel, size_t next, const int8_t* a, size_t stride, int groups, int32_t* sums,
                  size_t next_sums, bool add, const Ahead& ahead) {
+  constexpr int fields = 8 / bits;
+  const __m512i mask = _mm512_set1_epi8(char((1 << bits) - 1));
   __m512i sum[R][P];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -31,19 +34,23 @@ inline void tile(const uint8_t* panel, size_t next, const int8_t* a, size_t stri
     for (int p = 0; p < P; ++p)
       sum[r][p] = add ? _mm512_loadu_si512(sums + p * next_sums + r * kPanel) : _mm512_setzero_si512();
   const uint8_t* fetched = ahead.from;
-  for (int g = 0; g < groups; ++g, fetched += ahead.pace) {
-    __m512i w[P];
-    for (int p = 0; p < P; ++p) {
-      w[p] = _mm512_loadu_si512(panel + p * next + g * 64);
-      __builtin_prefetch(fetched + p * ahead.next);
-    }
+  for (int g = 0; g < groups; panel += 64) {
+    __m512i packed[P], w[P];
+    for (int p = 0; p < P; ++p) packed[p] = _mm512_loadu_si512(panel + p * next);
+#pragma GCC unroll 4
+    for (int f = 0; f < fields; ++f, ++g, fetched += ahead.pace) {
+      for (int p = 0; p < P; ++p) {
+        w[p] = bits == 8 ? packed[p] : _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, packed[p], unsigned(bits * f)), mask);
+        __builtin_prefetch(fetched + p * ahead.next);
+      }
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      int32_t four;
-      memcpy(&four, a + r * stride + g * 4, 4);
-      const __m512i x = _mm512_set1_epi32(four);
+      for (int r = 0; r < R; ++r) {
+        int32_t four;
+        memcpy(&four, a + r * stride + g * 4, 4);
+        const __m512i x = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) sum[r][p] = dot(sum[r][p], w[p], x);
+        for (int p = 0; p < P; ++p) sum[r][p] = dot(sum[r][p], w[p], x);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -52,15 +59,15 @@ inline void tile(const uint8_t* panel, size_t next, const int8_t* a, size_t stri
     for (int p = 0; p < P; ++p) _mm512_storeu_si512(sums + p * next_sums + r * kPanel, sum[r][p]);
 }
 
-template <int P>
+template <int P, int bits>
 void rows_vnni(const uint8_t* panel, size_t next, const int8_t* a, size_t stride, int rows, int groups, int32_t* sums,
                size_t next_sums, bool add, Ahead ahead) {
   int r = 0;
   for (; r + 4 < rows; r += 8, ahead.from += groups * ahead.pace)
-    tile<8, P>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add, ahead);
+    tile<8, P, bits>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add, ahead);
   for (; r + 1 < rows; r += 4)
-    tile<4, P>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add, ahead);
-  if (r < rows) tile<1, P>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add, ahead);
+    tile<4, P, bits>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add, ahead);
+  if (r < rows) tile<1, P, bits>(panel, next, a + r * stride, stride, groups, sums + r * kPanel, next_sums, add, ahead);
 }
 
 // Sums (R, 16) of packed panels, for so few rows that unpacking would cost more than the product: each field of the
@@ -109,15 +116,22 @@ void rows_packed(const uint8_t* packed, size_t next, int count, const int8_t* a,
 }
 
 inline void multiply_vectors(const uint8_t* panel, size_t next, int count, const int8_t* a, size_t stride, int rows,
-                             int groups, int32_t* sums, size_t next_sums, bool add, const Ahead& ahead) {
-  if (count == 2) rows_vnni<2>(panel, next, a, stride, rows, groups, sums, next_sums, add, ahead);
-  else rows_vnni<1>(panel, next, a, stride, rows, groups, sums, next_sums, add, ahead);
+                             int groups, int field, int32_t* sums, size_t next_sums, bool add, const Ahead& ahead) {
+  const auto with = [=](auto pair, auto one) {
+    (count == 2 ? pair : one)(panel, next, a, stride, rows, groups, sums, next_sums, add, ahead);
+  };
+  if (field == 2) with(rows_vnni<2, 2>, rows_vnni<1, 2>);
+  else if (field == 4) with(rows_vnni<2, 4>, rows_vnni<1, 4>);
+  else with(rows_vnni<2, 8>, rows_vnni<1, 8>);
 }
 
 #if !defined(__AMX_INT8__)
+// Beyond 8 rows Intel's pipes that multiply would have to unpack too often; AMD's others do that beside them.
+inline int packed_rows() { return __builtin_cpu_is("amd") ? kRows : 8; }
+
 inline void multiply(const uint8_t* panel, size_t next, int count, const int8_t* a, size_t stride, int rows, int groups,
-                     int, int, int32_t* sums, size_t next_sums, bool add, const Ahead& ahead) {
-  multiply_vectors(panel, next, count, a, stride, rows, groups, sums, next_sums, add, ahead);
+                     int field, int, int, int32_t* sums, size_t next_sums, bool add, const Ahead& ahead) {
+  multiply_vectors(panel, next, count, a, stride, rows, groups, field, sums, next_sums, add, ahead);
 }
 #endif
 

@@ -12,9 +12,10 @@
 //   kPair    panels that are multiplied together
 //   kDepth   what attention pads to what it sums over
 //   kFew     rows that multiply packed weights as they lie, by `rows_packed`
-// and has `multiply`: sums (rows, 16) for each of `count` <= kPair expanded panels, `next` bytes apart, whose sums are
-// `next_sums` apart; `add` goes on from what they hold; what is `ahead` may be fetched. `a` and sums must have memory for a
-// multiple of 16 rows; groups, of 4 inputs, are a multiple of kDepth / 4; `Tiles` must be there.
+// and has `multiply`: sums (rows, 16) for each of `count` <= kPair panels, `next` bytes apart, whose sums are `next_sums`
+// apart; `add` goes on from what they hold; what is `ahead` may be fetched. `a` and sums must have memory for a multiple of
+// 16 rows; groups, of 4 inputs, are a multiple of kDepth / 4; `Tiles` must be there. Panels are expanded, with a `field` of
+// 8 bits for each code of `bits` bits, or for up to `packed_rows` rows of all they may be as they lie in memory.
 #pragma once
 #include <cstdlib>
 
@@ -50,6 +51,10 @@ struct Ahead {
 #endif
 
 namespace {
+
+#if !defined(__AVX512VNNI__) || defined(__AMX_INT8__)
+inline int packed_rows() { return 0; }
+#endif
 
 #if !defined(__AMX_INT8__)
 struct Tiles {  // see dot_amx.h

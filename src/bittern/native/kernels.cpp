@@ -87,8 +87,7 @@ int bittern_activate(const float* x, int64_t count, int activation, int threads,
   parallel(chunks, worth(double(count) * 4, threads), [&](int chunk, int) {
     const int64_t first = int64_t(chunk) * piece;
     const int n = int(count - first < piece ? count - first : piece);
-    if (x != out) memcpy(out + first, x + first, sizeof(float) * size_t(n));
-    activate(out + first, n, activation);
+    activate(x + first, n, activation, out + first);
   });
   return kOk;
 }

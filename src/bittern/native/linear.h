@@ -7,20 +7,22 @@ namespace {
 
 enum Activation { kNone, kGelu, kGeluTanh, kSilu, kRelu };
 
-template <typename F>
-void in_place(float* x, int n, F f) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) x[i] = f(x[i]);
+// then(the activation, a function of a register).
+template <typename Then>
+inline void with_activation(int activation, Then then) {
+  switch (activation) {
+    case kGelu: return then([](const Floats& v) { return gelu(v); });
+    case kGeluTanh: return then([](const Floats& v) { return gelu_tanh(v); });
+    case kSilu: return then([](const Floats& v) { return v * sigmoid(v); });
+    case kRelu: return then([](const Floats& v) { return larger(Floats{}, v); });
+    default: return then([](const Floats& v) { return v; });
+  }
 }
 
-void activate(float* x, int n, int activation) {
-  switch (activation) {
-    case kGelu: return in_place(x, n, [](float v) { return gelu(v); });
-    case kGeluTanh: return in_place(x, n, [](float v) { return gelu_tanh(v); });
-    case kSilu: return in_place(x, n, [](float v) { return v * sigmoid(v); });
-    case kRelu: return in_place(x, n, [](float v) { return v > 0 ? v : 0.0f; });
-    default: return;
-  }
+void activate(const float* x, int n, int activation, float* to) {
+  with_activation(activation, [=](auto f) {
+    registers(x, n, [=](int at, const Floats& v, int count) { store_some(to + at, f(v), count); });
+  });
 }
 
 struct Linear {
@@ -33,8 +35,8 @@ struct Linear {
   float* out;
   int rows, columns, outputs, bits, top, zero, shift, activation;
   bool offsets, stream;  // stream: write past the caches, if the output is too large for them
-  int8_t* codes = nullptr;  // where codes of the output go in its place, of rows padded to kAlign, and by which rule
-  Coding next = {};
+  int8_t* codes = nullptr;  // where codes of the output go in its place, of rows padded to kAlign, and how they are made
+  const Rounder* next = nullptr;
   std::atomic<bool>* finite = nullptr;  // to be cleared if an output has no code
   const uint8_t* after = nullptr;  // panels of the next product
   Found* found = nullptr;          // to be told the range of the output
@@ -43,88 +45,73 @@ struct Linear {
 
 constexpr size_t kStream = 2 << 20;  // bytes of an output beyond which no core's cache holds it
 
-using PanelFloats = float __attribute__((vector_size(4 * kPanel)));
-using PanelInts = int32_t __attribute__((vector_size(4 * kPanel)));
-
-// The floats of a row and of P panels, of which the first `real` are outputs.
-template <int P>
-inline void write(const Linear& l, const PanelFloats* value, float* out, int real) {
-  if (real < P * kPanel) memcpy(out, value, sizeof(float) * size_t(real));
-  else if (l.stream)
-    for (int i = 0; i < P * kPanel; i += kLanes) stream(out + i, load(reinterpret_cast<const float*>(value) + i));
-  else memcpy(out, value, sizeof(PanelFloats) * P);
-}
-
-// Outputs of some rows and of P panels from their integer sums. Those that get an activation or become codes lie together
-// first: constants of a function are loaded once for all of them. A row of the output is written in one go: rows lie far
-// apart, and each visit costs a look-up of its page.
-template <int P, bool offsets>
-inline void finish(const Linear& l, int row0, int rows, int output, const int32_t* sums, size_t next_sums) {
-  const bool direct = l.activation == kNone && l.codes == nullptr && l.found == nullptr;
-  const int width = P * kPanel, real = l.outputs - output < width ? l.outputs - output : width;
-  PanelFloats weight_scale[P], bias[P], weight_sum[P];
-  PanelInts shifted[P];
-  for (int p = 0; p < P; ++p) {
-    memcpy(&weight_scale[p], l.weight_scale + output + p * kPanel, sizeof(PanelFloats));
-    memcpy(&bias[p], l.bias + output + p * kPanel, sizeof(PanelFloats));
-    memcpy(&shifted[p], l.weight_sums + output + p * kPanel, sizeof(PanelInts));
-    weight_sum[p] = __builtin_convertvector(shifted[p], PanelFloats);
-    shifted[p] *= l.shift;
+// Outputs of some rows and of P panels from their integer sums, whose place those that become codes take first. A row of the
+// output is written in one go: rows lie far apart, and each visit costs a look-up of its page.
+template <int P, bool offsets, typename F>
+void finish(const Linear& l, int row0, int rows, int output, int32_t* sums, size_t next_sums, F activation) {
+  constexpr int kWidth = P * kPanel, kRegisters = kWidth / kLanes;
+  const int real = l.outputs - output < kWidth ? l.outputs - output : kWidth;
+  const bool to_be_codes = l.codes != nullptr, watched = to_be_codes || l.found != nullptr;
+  const auto place = [=](int r, int i) { return sums + r * kPanel + i * kLanes / kPanel * next_sums + i * kLanes % kPanel; };
+  Floats weight_scale[kRegisters], bias[kRegisters], weight_sum[kRegisters];
+  Ints shifted[kRegisters], size[kRegisters], most = {};  // size: the bits of outputs that are their magnitudes
+  for (int i = 0; i < kRegisters; ++i) {
+    const int at = output + i * kLanes;
+    weight_scale[i] = load(l.weight_scale + at), bias[i] = load(l.bias + at);
+    shifted[i] = load<Ints>(l.weight_sums + at), weight_sum[i] = __builtin_convertvector(shifted[i], Floats);
+    shifted[i] *= l.shift, size[i] = first(real - i * kLanes) & 0x7fffffff;
   }
-  alignas(64) float together[kTile * P * kPanel];
-  for (int r = 0; r < rows; ++r, sums += kPanel) {
+  for (int r = 0; r < rows; ++r) {
     const float scale = l.scale[row0 + r], offset = l.offset[row0 + r];
     const int32_t zero = l.zero * l.sums[row0 + r];
-    PanelFloats value[P];
-    for (int p = 0; p < P; ++p) {
-      PanelInts sum;
-      memcpy(&sum, sums + p * next_sums, sizeof(sum));
-      sum -= zero;
+    Floats value[kRegisters];
+    for (int i = 0; i < kRegisters; ++i) {
+      const Ints sum = load<Ints>(place(r, i)) - zero;
       if (offsets) {
-        const PanelFloats exact = __builtin_convertvector(sum + shifted[p], PanelFloats);
-        value[p] = weight_scale[p] * (scale * exact + offset * weight_sum[p]) + bias[p];
+        const Floats exact = __builtin_convertvector(sum + shifted[i], Floats);
+        value[i] = weight_scale[i] * (scale * exact + offset * weight_sum[i]) + bias[i];
       } else {
-        value[p] = weight_scale[p] * scale * __builtin_convertvector(sum, PanelFloats) + bias[p];
+        value[i] = weight_scale[i] * scale * __builtin_convertvector(sum, Floats) + bias[i];
       }
     }
-    if (direct) write<P>(l, value, l.out + size_t(row0 + r) * l.outputs + output, real);
-    else memcpy(together + r * width, value, sizeof(value));
-  }
-  if (direct) return;
-  activate(together, rows * width, l.activation);
-  if (l.found != nullptr) {
-    const bool all = real == width;  // else zeros follow the outputs
-    for (int r = 0; r < (all ? 1 : rows); ++r) l.seen->see(together + r * width, all ? rows * width : real, l.found->extremes_too);
-  }
-  if (l.codes == nullptr) {
-    for (int r = 0; r < rows; ++r) {
-      const auto* value = reinterpret_cast<const PanelFloats*>(together + r * width);
-      write<P>(l, value, l.out + size_t(row0 + r) * l.outputs + output, real);
+    for (Floats& v : value) v = activation(v);
+    if (watched)
+      for (int i = 0; i < kRegisters; ++i) most = larger(most, Ints(value[i]) & size[i]);
+    float* to = to_be_codes ? nullptr : l.out + size_t(row0 + r) * l.outputs + output;
+    for (int i = 0; i < kRegisters; ++i) {
+      const int left = real - i * kLanes;
+      if (to_be_codes) store(place(r, i), value[i]);
+      else if (left >= kLanes && l.stream) stream(to + i * kLanes, value[i]);
+      else store_some(to + i * kLanes, value[i], left);
     }
-    return;
   }
-  if (largest(together, rows * width) >= kInfinity) l.finite->store(false);
-  const Rounder round(l.next);
-  const size_t stride = size_t(up(l.outputs, kAlign));
-  int8_t* to = l.codes + size_t(row0) * stride + output;
-  constexpr int kRegisters = P * kPanel / kLanes;
-  for (int r = 0; r < rows; ++r, to += stride) {
-    if (real < width) {
-      to_codes(together + r * width, real, round, to, real);
-      continue;
-    }
+  if (!watched) return;
+  Range seen;
+  seen.see(reinterpret_cast<const float*>(&most), kLanes, false);
+  if (l.found != nullptr && l.found->extremes_too)
+    for (int r = 0; r < rows; ++r) seen.see(l.out + size_t(row0 + r) * l.outputs + output, real, true);
+  if (l.found != nullptr) l.seen->join(seen);
+  if (!to_be_codes) return;
+  if (!seen.finite()) l.finite->store(false);
+  const Rounder round(*l.next);  // not in memory, which bytes that are written could be
+  const size_t width = size_t(up(l.outputs, kAlign));
+  int8_t* to = l.codes + size_t(row0) * width + output;
+  for (int r = 0; r < rows; ++r, to += width) {
     Floats value[kRegisters];
     Ints bits[kRegisters];
-    memcpy(value, together + r * width, sizeof(value));
+    for (int i = 0; i < kRegisters; ++i) value[i] = load(place(r, i));
     round.bits<kRegisters>(value, bits);
-    for (int i = 0; i < kRegisters; ++i) store_bytes(to + i * kLanes, bits[i]);
+    for (int i = 0; i < kRegisters; ++i) store_some(to + i * kLanes, bits[i], real - i * kLanes);
   }
 }
 
-inline void finish(const Linear& l, int row0, int rows, int output, int count, const int32_t* sums, size_t next_sums) {
-  const auto with = [&](auto one, auto pair) { (count == kPair ? pair : one)(l, row0, rows, output, sums, next_sums); };
-  if (l.offsets) with(finish<1, true>, finish<kPair, true>);
-  else with(finish<1, false>, finish<kPair, false>);
+inline void finish(const Linear& l, int row0, int rows, int output, int count, int32_t* sums, size_t next_sums) {
+  with_activation(l.activation, [&](auto f) {
+    using F = decltype(f);
+    const auto with = [&](auto one, auto pair) { (count == kPair ? pair : one)(l, row0, rows, output, sums, next_sums, f); };
+    if (l.offsets) with(finish<1, true, F>, finish<kPair, true, F>);
+    else with(finish<1, false, F>, finish<kPair, false, F>);
+  });
 }
 
 void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* panel, int32_t* sums) {
@@ -139,7 +126,7 @@ void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* pan
     finish(l, row0, rows, first * kPanel, count, sums, next_sums);
     return;
   }
-  const bool as_they_lie = l.bits == 8 && kPlanes == 1;
+  const bool as_they_lie = rows <= packed_rows() || (l.bits == 8 && kPlanes == 1);
   const size_t block = size_t(kBlock) * kPanel * l.bits / 8;  // bytes of a panel that are multiplied at a time
   for (int at = 0; at < width; at += kBlock) {
     const bool last = at + kBlock >= width;
@@ -158,7 +145,7 @@ void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* pan
           for (int p = first; p < first + count; ++p) __builtin_prefetch(l.out + size_t(row0 + i) * l.outputs + p * kPanel, 1);
       int32_t* mine = width <= kBlock ? sums : sums + size_t(r) * kPanel * kPair;
       multiply(as_they_lie ? lie : panel, as_they_lie ? packed : next, count, l.a + size_t(row0 + r) * width + at,
-               size_t(width), some, groups, l.bits, l.top, mine, next_sums, at > 0, ahead);
+               size_t(width), some, groups, as_they_lie ? l.bits : 8, l.bits, l.top, mine, next_sums, at > 0, ahead);
       if (last) finish(l, row0 + r, some, first * kPanel, count, mine, next_sums);
     }
   }

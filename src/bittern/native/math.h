@@ -21,6 +21,10 @@ inline float float_of(int32_t bits) {
 
 constexpr int32_t kInfinity = 0x7f800000;
 
+inline Ints smaller(const Ints& a, const Ints& b) { return a < b ? a : b; }
+inline Ints larger(const Ints& a, const Ints& b) { return a > b ? a : b; }
+inline Floats magnitude(const Floats& x) { return Floats(Ints(x) & 0x7fffffff); }
+
 // Sum of f of n values.
 template <typename F>
 inline float total(const float* x, int n, F f) {
@@ -53,15 +57,8 @@ inline void extremes(const float* x, int n, float* low, float* high) {
   *low = least, *high = most;
 }
 
-// Whole numbers next to x, and what adding 1.5 * 2**23 leaves in the low bits of a float: them, ready to be an exponent.
+// Added to a float, leaves the whole number next to it in the low bits, ready to be an exponent: 1.5 * 2**23.
 constexpr float kNearest = 12582912.0f;
-
-template <typename F>
-inline F nearest(F x, F* exponent) {
-  const F shifted = x + kNearest;
-  *exponent = shifted;
-  return shifted - kNearest;
-}
 
 // How values become codes: clipped, less the offset, by the scale, rounded half to even, limited to low .. high; the
 // stored byte is the code less `shift`.
@@ -73,13 +70,13 @@ struct Coding {
 // Codes of values. The arithmetic is the quantizers': a division. A product with the inverse takes its place, except
 // where that comes near a tie and could round the other way.
 struct Rounder {
-  Floats least, clip, offset, scale, inverse, low, high, low_ratio, high_ratio, nearest;
+  Floats least, clip, offset, scale, inverse, low, high, nearest;
+  Ints lowest, highest;  // as bits, also of what the clip leaves
   explicit Rounder(const Coding& c)
       : least(Floats{} - c.clip), clip(Floats{} + c.clip), offset(Floats{} + c.offset), scale(Floats{} + c.scale),
         inverse(Floats{} + 1 / c.scale), low(Floats{} + float(c.low)), high(Floats{} + float(c.high)),
         nearest(Floats{} + (kNearest - float(c.shift))) {
-    const float from = (-c.clip - c.offset) * inverse[0], to = (c.clip - c.offset) * inverse[0];
-    low_ratio = Floats{} + (from > low[0] ? from : low[0]), high_ratio = Floats{} + (to < high[0] ? to : high[0]);
+    lowest = Ints((*this)(least) + nearest), highest = Ints((*this)(clip) + nearest);
   }
 
   // As whole floats.
@@ -91,17 +88,16 @@ struct Rounder {
   }
 
   // As bits: the same in fewer steps, for N registers at once. No step changes the order of values, so that they can be
-  // limited, also to what the clip leaves, just before the last: a sum whose bits are kBase more than the code less shift.
+  // limited last, as integers: a sum whose bits are kBase more than the code less shift.
   template <int N>
   void bits(const Floats* x, Ints* out) const {
-    Floats worst = {};
+    Ints worst = {};
     for (int i = 0; i < N; ++i) {
-      const Floats ratio = smaller(larger(low_ratio, rounded((x[i] - offset) * inverse)), high_ratio);
-      const Floats sum = ratio + nearest;
-      worst = larger(worst, distance(ratio, sum - nearest));
-      out[i] = Ints(sum);
+      const Floats ratio = rounded((x[i] - offset) * inverse), sum = ratio + nearest;
+      worst = larger(worst, Ints(distance(ratio, sum - nearest)));
+      out[i] = smaller(larger(Ints(sum), lowest), highest);
     }
-    if (any_above(worst, kFar))
+    if (any_above(Floats(worst), kFar))
       for (int i = 0; i < N; ++i) out[i] = Ints((*this)(x[i]) + nearest);
   }
 
@@ -109,8 +105,19 @@ struct Rounder {
 
  private:
   static constexpr float kFar = 0.4999f;
-  static Floats distance(const Floats& ratio, const Floats& code) { return Floats(Ints(ratio - code) & 0x7fffffff); }
+  static Floats distance(const Floats& ratio, const Floats& code) { return magnitude(ratio - code); }
 };
+
+// The first n values of a register, n not above 0 for none, and the lowest bytes of integers.
+inline void store_some(float* to, const Floats& v, int n) {
+  if (n >= kLanes) store(to, v);
+  else if (n > 0) store_first(to, v, n);
+}
+
+inline void store_some(int8_t* to, const Ints& v, int n) {
+  if (n >= kLanes) store_bytes(to, v);
+  else if (n > 0) store_first_bytes(to, v, n);
+}
 
 // body(first, values, count) for a register's width of n values at a time; beyond the last are zeros.
 template <typename F>
@@ -136,13 +143,8 @@ inline int32_t to_codes(const float* x, int n, F factor, const Rounder& round, i
   registers(x + at, n - at, [&](int from, const Floats& some, int count) {
     values[0] = factor(some);
     round.bits<1>(values, bits);
-    if (count == kLanes) {
-      sum += Words(bits[0]);
-      store_bytes(out + at + from, bits[0]);
-    } else {
-      sum += Words(bits[0] & first(count));
-      store_first_bytes(out + at + from, bits[0], count);
-    }
+    sum += Words(bits[0] & first(count));
+    store_some(out + at + from, bits[0], count);
   });
   if (width > n) memset(out + n, 0, size_t(width - n));
   return int32_t(uint32_t(add_up(Ints(sum))) - uint32_t(n) * uint32_t(Rounder::kBase));
@@ -158,9 +160,8 @@ inline int32_t to_codes(const float* x, int n, const Coding& c, int8_t* out, int
 
 inline int32_t sum_of(const int8_t* codes, int n) {
   int32_t sum = 0;
-  int i = 0;
-  for (; i + 16 <= n; i += 16) sum += sum_of_sixteen(codes + i);
-  for (; i < n; ++i) sum += codes[i];
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) sum += codes[i];
   return sum;
 }
 
@@ -170,72 +171,56 @@ inline void to_values(const float* x, int n, const Coding& c, float* out) {
   registers(x, n, [&](int at, const Floats& values, int count) {
     Floats value = rounded(round(values) * round.scale);
     if (c.offset != 0) value += round.offset;
-    if (count == kLanes) store(out + at, value);
-    else store_first(out + at, value, count);
+    store_some(out + at, value, count);
   });
 }
 
-inline float power(float exponent) { return float_of(int32_t(uint32_t(bits_of(exponent)) << 23) + (127 << 23)); }
-inline Floats power(Floats exponent) { return Floats((Ints(exponent) << 23) + (127 << 23)); }
+// y x 2**n, n in the low bits of a float to which kNearest was added. What was no number may become one.
+inline Floats scaled(const Floats& y, const Floats& n) { return Floats(Words(y) + (Words(n) << 23)); }
 
-// e**x for x <= 0, to 1 or 2 units in the last place (Cephes' polynomial); exactly 0 below the smallest normal number.
-template <typename F>
-inline F exp_negative(F x) {
-  const F limited = x < -87.0f ? F{} - 87.0f : x;
-  F exponent;
-  const F n = nearest(limited * 1.44269504f, &exponent);
-  const F r = limited - n * 0.693359375f - n * -2.12194440e-4f;
-  F y = F{} + 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  const F value = y * power(exponent);
-  return x < -87.0f ? F{} : value;
-}
-
-// 2**x for -126 <= x <= 0, to 1 or 2 units in the last place.
-inline float power_of_2(float x) {
-  float exponent;
-  const float r = x - nearest(x, &exponent);
-  float y = 1.534581141e-4f;
+// e**x for x <= 0, to 1 or 2 units in the last place, by 2**r for the rest of the exponent; exactly 0 below the smallest
+// normal number.
+inline Floats exp_negative(const Floats& x) {
+  const Floats shifted = x * 1.44269504f + kNearest;
+  const Floats r = x * 1.44269504f - (shifted - kNearest) + x * 1.92596299e-08f;
+  Floats y = Floats{} + 1.534581141e-4f;
   y = y * r + 1.339993121e-3f;
   y = y * r + 9.618488959e-3f;
   y = y * r + 5.550328777e-2f;
   y = y * r + 2.402264689e-1f;
   y = y * r + 6.931472057e-1f;
   y = y * r + 1.0f;
-  return y * power(exponent);
+  return x < -87.0f ? Floats{} : y * scaled(Floats{} + 1.0f, shifted);
 }
 
-// 1 - erf(x) for x >= 0, to 1.1e-7: 2**-p(x) with p fitted so that the largest error is least; without a division.
-inline float complement(float x) {
-  const float t = x < 4.0f ? x : 4.0f;
-  float p = 4.535860593e-5f;
-  p = p * t - 4.455076941e-4f;
-  p = p * t + 1.489441749e-3f;
-  p = p * t + 7.746295147e-4f;
-  p = p * t - 2.825368099e-2f;
-  p = p * t + 1.484816150e-1f;
-  p = p * t + 9.184163933e-1f;
-  p = p * t + 1.627908593f;
-  const float value = power_of_2(-p * t);
-  return x < 4.0f ? value : 0.0f;
+// x times the normal distribution up to x, which is 2**-(p(-x) * -x + 1) for x < 0, with p fitted so that the largest error of
+// 1 - erf, 1.1e-7, is least, and the power of 2 to 1 or 2 units in the last place; without a division.
+inline Floats gelu(const Floats& x) {
+  const Floats size = magnitude(x), t = smaller(size, Floats{} + 9.5f);  // then there are 100 zeros behind the point
+  Floats p = Floats{} + 2.834912871e-6f;
+  p = p * t - 3.937768895e-5f;
+  p = p * t + 1.861802186e-4f;
+  p = p * t + 1.369364457e-4f;
+  p = p * t - 7.063420248e-3f;
+  p = p * t + 5.249617842e-2f;
+  p = p * t + 4.592081967e-1f;
+  p = p * t + 1.151105205f;
+  const Floats exponent = -1.0f - p * t, shifted = exponent + kNearest, r = exponent - (shifted - kNearest);
+  Floats y = Floats{} + 1.326472708e-3f;
+  y = y * r + 9.671512862e-3f;
+  y = y * r + 5.550733746e-2f;
+  y = y * r + 2.402224208e-1f;
+  y = y * r + 6.931469776e-1f;
+  y = y * r + 1.0f;
+  return larger(Floats{}, x) - size * scaled(y, shifted);
 }
 
-inline float gelu(float x) {
-  const float tail = 0.5f * complement(fabsf(x) * 0.70710678f);
-  return x * (x < 0 ? tail : 1 - tail);
-}
-
-inline float sigmoid(float x) {
-  const float e = exp_negative(-fabsf(x));
-  return (x < 0 ? e : 1.0f) / (1 + e);
+inline Floats sigmoid(const Floats& x) {
+  const Floats e = exp_negative(-magnitude(x));
+  return (x < 0 ? e : Floats{} + 1.0f) / (1 + e);
 }
 
 // GELU by tanh: x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)).
-inline float gelu_tanh(float x) { return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)); }
+inline Floats gelu_tanh(const Floats& x) { return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)); }
 
 }  // namespace

@@ -93,14 +93,17 @@ inline int quantize_rows(const float* x, int rows, int columns, const Format& f,
   else if (f.mode == 1) whole = find_range(rows, columns, f, threads, row);
   if (!whole.finite()) return kNotFinite;
   const bool by_row = f.mode == 2 || (f.mode == 0 && known == nullptr);
+  const Coding all = coding(f, whole);
+  const Rounder round(all);
   std::atomic<bool> finite{true};
   parallel(up(rows, piece) / piece, worth(double(rows) * columns, threads), [&](int chunk, int) {
     for (int r = chunk * piece; r < rows && r < (chunk + 1) * piece; ++r) {
       Range range = by_row ? Range{} : whole;
       if (by_row) range.see(row(r), columns, f.scheme != 0);
       if (!range.finite()) finite.store(false);
-      const Coding c = coding(f, range);
-      sums[r] = to_codes(row(r), columns, c, out + size_t(r) * size_t(width), width);
+      const Coding c = f.mode == 2 ? coding(f, range) : all;
+      int8_t* to = out + size_t(r) * size_t(width);
+      sums[r] = f.mode == 2 ? to_codes(row(r), columns, c, to, width) : to_codes(row(r), columns, round, to, width);
       scale[r] = c.scale, offset[r] = c.offset;
     }
   });

@@ -56,7 +56,7 @@ inline int32_t add_up(const Ints& v) {
 
 inline Floats smaller(const Floats& a, const Floats& b) {
 #if defined(__AVX512F__)
-  return Floats(_mm512_min_ps(__m512(a), __m512(b)));
+  return Floats(_mm512_maskz_min_ps(0xffff, __m512(a), __m512(b)));
 #else
   return Floats(_mm256_min_ps(__m256(a), __m256(b)));
 #endif
@@ -64,7 +64,7 @@ inline Floats smaller(const Floats& a, const Floats& b) {
 
 inline Floats larger(const Floats& a, const Floats& b) {
 #if defined(__AVX512F__)
-  return Floats(_mm512_max_ps(__m512(a), __m512(b)));
+  return Floats(_mm512_maskz_max_ps(0xffff, __m512(a), __m512(b)));
 #else
   return Floats(_mm256_max_ps(__m256(a), __m256(b)));
 #endif
@@ -74,7 +74,7 @@ inline Floats larger(const Floats& a, const Floats& b) {
 inline Floats whole(const Floats& v) {
   constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 #if defined(__AVX512F__)
-  return Floats(_mm512_roundscale_ps(__m512(v), nearest));
+  return Floats(_mm512_maskz_roundscale_ps(0xffff, __m512(v), nearest));
 #else
   return Floats(_mm256_round_ps(__m256(v), nearest));
 #endif
@@ -143,12 +143,6 @@ inline void store_first_bytes(int8_t* to, const Ints& v, int n) {
   store_bytes(bytes, v);
   memcpy(to, bytes, size_t(n));
 #endif
-}
-
-inline int32_t sum_of_sixteen(const int8_t* codes) {
-  const __m128i raised = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), _mm_set1_epi8(-128));
-  const __m128i halves = _mm_sad_epu8(raised, _mm_setzero_si128());
-  return _mm_cvtsi128_si32(halves) + _mm_extract_epi16(halves, 4) - 16 * 128;
 }
 
 // Four rows of 16 bytes, column by column.
