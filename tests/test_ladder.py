@@ -298,8 +298,9 @@ def test_choose() -> None:
     assert why.endswith("of 4 measured; on the other half b loses 1.20")
     assert loss["at_most"] == pytest.approx(1.0 + 1.96 * 0.1, abs=1e-4)  # the second look
     assert choose_rung(rows, "size", 1.0, again)[2]["at_most"] == pytest.approx(0.9 + Z95 * 0.1, abs=1e-4)
-    with pytest.raises(InputError, match=r"on both halves of the data \(on the other c loses 0\.90\)"):
-        choose_rung(rows[2:], "size", 0.8, again)
+    told = r"on both halves .* \(on the other c loses 0\.90, b loses 1\.20\); nearest is c, 0\.90 ± 0\.10: give more"
+    with pytest.raises(InputError, match=told):  # not d, whose loss is known on one half only
+        choose_rung(rows[1:], "size", 0.85, again)
     with pytest.raises(InputError, match=r"nearest is d, 1\.00 ± 0\.10: raise --max-loss"):
         choose_rung(rows[3:], "size", 0.5, again)
     with pytest.raises(InputError, match=r"1\.00 ± 0\.10: give more labelled data, raise --max-loss"):

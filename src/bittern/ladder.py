@@ -258,19 +258,20 @@ def choose_rung(
 ) -> tuple[Row, str, Row]:
     """Return the row that serves the goal best among those within the limit on both halves (or `keep`), why, and its
     loss on the other half, by `again`, with bounds that allow for all looks at it. InputError if there is none."""
-    (best, value), refused = GOALS[goal], list[str]()
+    (best, value), refused, lost = GOALS[goal], list[Row](), ""
     within = sorted((row for row in rows if (row["rung"] == keep if keep else row["within"])), key=value)
     for row in within:
         loss = again(row)
         if keep or loss["points"] <= limit:
             why = f"{best} of {len(within)} rungs within the limit of {limit:g}, of {len(rows)} measured"
-            why += f"; on the other half {', '.join(refused)}" if refused else ""
+            why += lost and f"; on the other half {lost}"
             bounds = interval(loss["points"], loss["error"], loss["samples"], 1 + len(refused))
             return row, "asked for by --keep" if keep else why, bounds
-        refused.append(f"{row['rung']} loses {loss['points']:.2f}")
-    nearest = min(rows, key=lambda row: float(row["points"]))
-    more = "give more labelled data, " if nearest["points"] <= limit else ""
-    both = f" on both halves of the data (on the other {', '.join(refused)})" if refused else ""
+        refused.append(row | loss)
+        lost += f"{lost and ', '}{row['rung']} loses {loss['points']:.2f}"
+    nearest = min(refused or rows, key=lambda row: float(row["points"]))
+    more = "give more labelled data, " if nearest["points"] - nearest["error"] <= limit else ""
+    both = lost and f" on both halves of the data (on the other {lost})"
     raise InputError(
         f"no rung is within the limit of {limit:g}{both}; nearest is {nearest['rung']}, {nearest['points']:.2f} ± "
         f"{nearest['error']:.2f}: {more}raise --max-loss, take it with --keep {nearest['rung']}, or allow --train"
