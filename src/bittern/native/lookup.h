@@ -77,40 +77,47 @@ inline void dots(const float* x, const float* w, size_t width, const float* bias
 constexpr int kFewRows = 4, kTableRows = 64;  // rows of x that codes unpacked in registers serve, and of weights in one piece of work
 
 // Few rows of x times codes of 1, 2, 4 or 8 bits, unpacked in registers: a step takes one field of each word, so that x
-// lies in that order, field by field of `kLanes` words. `kFewRows` sums hide the time that each takes.
+// lies in that order, field by field of `kLanes` words. `kFewRows` sums hide the time that each takes; they are of codes
+// around zero. totals: of x, which the rest of each value is multiplied by.
 template <int bits, int inputs>
-inline void few_dots(const Lookup& l, const float* x, int64_t row0, int64_t rows, const float* bias, int count, float* out) {
-  constexpr int kRows = kFewRows / inputs, kFields = 32 / bits, kBytes = 4 * kLanes;
-  const int64_t registers = (l.row_bytes + kBytes - 1) / kBytes, width = registers * kFields * kLanes;
+inline void few_dots(const Lookup& l, const float* x, const float* totals, int64_t row0, int64_t rows, const float* bias,
+                     int count, float* out) {
+  constexpr int kRows = kFewRows / inputs, kFields = 32 / bits, kBytes = 4 * kLanes, kHalf = 1 << (bits - 1);
+  const int64_t whole = l.row_bytes / kBytes, rest = l.row_bytes % kBytes, width = up(int(l.row_bytes), kBytes) * 8 / bits;
   for (int64_t row = row0; row < row0 + rows; row += kRows) {
     const int many = row0 + rows - row < kRows ? int(row0 + rows - row) : kRows;
-    Floats sums[inputs][kRows] = {}, scale[kRows] = {}, base[kRows] = {};
-    for (int j = 0; j < many; ++j) {  // code x scale + offset = number x (step x scale) + (low x scale + offset)
-      const int64_t unit = l.by_row ? row + j : 0;
-      scale[j] += float(l.step) * l.scale[unit];
-      base[j] += float(l.low) * l.scale[unit] + (l.offset == nullptr ? 0 : l.offset[unit]);
-    }
-    for (int64_t r = 0; r < registers; ++r) {
-      Ints words[kRows] = {};
-      const int64_t left = l.row_bytes - r * kBytes;
-      for (int j = 0; j < many; ++j) {
-        const uint8_t* from = l.codes + (row + j) * l.row_bytes + r * kBytes;
-        __builtin_prefetch(from + 4096);
-        if (left >= kBytes) words[j] = load<Ints>(from);
-        else memcpy(&words[j], from, size_t(left));
-      }
-      const float* part = x + r * kFields * kLanes;
+    Floats sums[inputs][kRows] = {};
+    const uint8_t* from[kRows];  // what is no row any more is the first again, for nothing
+    for (int j = 0; j < kRows; ++j) from[j] = l.codes + (j < many ? row + j : row) * l.row_bytes;
+    const auto step = [&](const Ints (&words)[kRows], const float* part) {
 #pragma GCC unroll 32
       for (int field = 0; field < kFields; ++field)
         for (int j = 0; j < kRows; ++j) {
-          const Ints number = words[j] >> (bits * field) & ((1 << bits) - 1);
-          const Floats weight = __builtin_convertvector(number, Floats) * scale[j] + base[j];
-          for (int i = 0; i < inputs; ++i) sums[i][j] += load(part + i * width + field * kLanes) * weight;
+          const Ints number = (words[j] >> (bits * field) & ((1 << bits) - 1)) | 0x4B000000;  // as floats, 2**23 more
+          const Floats code = Floats(number) - float((1 << 23) + kHalf);
+          for (int i = 0; i < inputs; ++i) sums[i][j] += load(part + i * width + field * kLanes) * code;
         }
+    };
+    for (int64_t r = 0; r < whole; ++r) {
+      Ints words[kRows];
+      for (int j = 0; j < kRows; ++j) {
+        words[j] = load<Ints>(from[j] + r * kBytes);
+        __builtin_prefetch(from[j] + r * kBytes + 4096);
+      }
+      step(words, x + r * kFields * kLanes);
     }
-    for (int i = 0; i < count; ++i)
-      for (int j = 0; j < many; ++j)
-        out[i * l.rows + row + j] = add_up(sums[i][j]) + (bias == nullptr ? 0 : bias[row + j]);
+    if (rest > 0) {
+      Ints words[kRows] = {};
+      for (int j = 0; j < kRows; ++j) memcpy(&words[j], from[j] + whole * kBytes, size_t(rest));
+      step(words, x + whole * kFields * kLanes);
+    }
+    for (int j = 0; j < kRows && j < many; ++j) {
+      const int64_t unit = l.by_row ? row + j : 0;
+      const float scale = float(l.step) * l.scale[unit], added = bias == nullptr ? 0 : bias[row + j];
+      const float base = float(l.low + kHalf * l.step) * l.scale[unit] + (l.offset == nullptr ? 0 : l.offset[unit]);
+      for (int i = 0; i < inputs && i < count; ++i)
+        out[i * l.rows + row + j] = add_up(sums[i][j]) * scale + totals[i] * base + added;
+    }
   }
 }
 
@@ -121,16 +128,21 @@ inline int few_products(const Lookup& l, const float* x, int count, const float*
   const int width = up(l.columns, kCodes), inputs = count == 3 ? 4 : count;
   auto* lying = static_cast<float*>(scratch.get(size_t(width) * size_t(inputs) * sizeof(float)));
   if (lying == nullptr) return kNoMemory;
-  for (int i = 0; i < inputs; ++i)
+  float totals[kFewRows];
+  for (int i = 0; i < inputs; ++i) {
+    double total = 0;
     for (int k = 0; k < width; ++k) {
       const int word = k / kFields, field = k % kFields;
       const float value = i < count && k < l.columns ? x[size_t(i) * size_t(l.columns) + size_t(k)] : 0;
       lying[i * width + word / kLanes * kCodes + field * kLanes + word % kLanes] = value;
+      total += double(value);
     }
+    totals[i] = float(total);
+  }
   const auto product = inputs == 1 ? few_dots<bits, 1> : inputs == 2 ? few_dots<bits, 2> : few_dots<bits, 4>;
   parallel(int((l.rows + kTableRows - 1) / kTableRows), threads, [&](int chunk, int) {
     const int64_t first = int64_t(chunk) * kTableRows;
-    product(l, lying, first, l.rows - first < kTableRows ? l.rows - first : kTableRows, bias, count, out);
+    product(l, lying, totals, first, l.rows - first < kTableRows ? l.rows - first : kTableRows, bias, count, out);
   });
   return kOk;
 }
