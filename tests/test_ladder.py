@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -290,11 +291,13 @@ def test_choose() -> None:
         return interval(other[row["rung"]], 0.1, 50)
 
     def chosen(limit: float) -> list[str]:
-        return [choose_rung(rows, goal, limit, again)[0]["rung"] for goal in ("size", "speed", "balanced")]
+        goals = "size", "speed", "balanced"
+        return [choose_rung(copy.deepcopy(rows), goal, limit, again)[0]["rung"] for goal in goals]
 
     assert chosen(1.2) == ["c", "b", "b"]
     assert chosen(1.0) == ["c", "a", "c"]  # b loses more on the other half
-    row, why, loss = choose_rung(rows, "speed", 1.0, again)
+    _, why, loss = choose_rung(tried := copy.deepcopy(rows), "speed", 1.0, again)
+    assert [row["rung"] for row in tried if not row["within"]] == ["b", "d"]
     assert why.endswith("of 4 measured; on the other half b loses 1.20")
     assert loss["at_most"] == pytest.approx(1.0 + 1.96 * 0.1, abs=1e-4)  # the second look
     assert choose_rung(rows, "size", 1.0, again)[2]["at_most"] == pytest.approx(0.9 + Z95 * 0.1, abs=1e-4)

@@ -256,17 +256,17 @@ def climb(ladder: Ladder, workshop: Workshop, journal: Journal, limit: float, ke
 def choose_rung(
     rows: Sequence[Row], goal: Goal, limit: float, again: Callable[[Row], Row], keep: str | None = None
 ) -> tuple[Row, str, Row]:
-    """Return the row that serves the goal best among those within the limit on both halves (or `keep`), why, and its
-    loss on the other half, by `again`, with bounds that allow for all looks at it. InputError if there is none."""
+    """Return the row that serves the goal best within the limit on both halves (or `keep`), why, and its loss on the
+    other half, with bounds for all looks at it; unmark rows `within` that lose more there. InputError if none holds."""
     (best, value), refused, lost = GOALS[goal], list[Row](), ""
     within = sorted((row for row in rows if (row["rung"] == keep if keep else row["within"])), key=value)
     for row in within:
         loss = again(row)
         if keep or loss["points"] <= limit:
             why = f"{best} of {len(within)} rungs within the limit of {limit:g}, of {len(rows)} measured"
-            why += lost and f"; on the other half {lost}"
-            bounds = interval(loss["points"], loss["error"], loss["samples"], 1 + len(refused))
-            return row, "asked for by --keep" if keep else why, bounds
+            why = "asked for by --keep" if keep else why + (lost and f"; on the other half {lost}")
+            return row, why, interval(loss["points"], loss["error"], loss["samples"], 1 + len(refused))
+        row["within"] = False
         refused.append(row | loss)
         lost += f"{lost and ', '}{row['rung']} loses {loss['points']:.2f}"
     nearest = min(refused or rows, key=lambda row: float(row["points"]))
