@@ -538,8 +538,8 @@ def test_inspect_packed(name: str, tmp_path: Path) -> None:
     norms = {n for n, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm)}
     save(pack(model), tmp_path)
     found = inspect(tmp_path)
-    assert (found["model"], found["state"], found["recipe"]) == (type(model).__name__, "packed", "ternary-2-2-8")
-    assert (found["path"], found["format_version"], found["tensors"]) == (str(tmp_path), 1, len(header(tmp_path)))
+    assert (found["architecture"], found["state"], found["recipe"]) == (type(model).__name__, "packed", "ternary-2-2-8")
+    assert (found["model"], found["format_version"], found["tensors"]) == (str(tmp_path), 1, len(header(tmp_path)))
     assert {key: found[key] for key in ("file", "float32", "bits")} == vars(measure(model, tmp_path))
     listed = {m["name"].removesuffix(".bittern"): m for m in found["modules"]}
     assert listed.keys() == {layer.name for layer in simulation.quantized}

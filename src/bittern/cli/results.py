@@ -184,7 +184,7 @@ def evaluate(result: Facts) -> None:
 def inspect(result: Facts) -> None:
     recipe = f" by {result['recipe']}" if result["recipe"] else ""
     say(
-        f"{result['model']}, {result['state']}{recipe}: {megabytes(result['file'])} on disk "
+        f"{result['architecture']}, {result['state']}{recipe}: {megabytes(result['file'])} on disk "
         f"({megabytes(result['float32'])} in float32), {result['bits']:.2f} bits per quantized weight, "
         f"{result['tensors']} tensors"
     )

@@ -208,8 +208,8 @@ def inspect(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     config: BitternConfig | None = getattr(model.config, "quantization_config", None)
     size = measure(model, path)
     return {
-        "path": str(path),
-        "model": type(model).__name__,
+        "model": str(path),
+        "architecture": type(model).__name__,
         "state": config.state if config else "float",
         "recipe": config.recipe if config else "",
         "format_version": config.format_version if config else None,

@@ -93,7 +93,7 @@ def export(
         as_bytes = [name for name, known in chosen.items() if known.kind in ("static", "dynamic")]
         result = {
             "source": str(source),
-            "model": type(model).__name__,
+            "architecture": type(model).__name__,
             "form": form,
             "inputs": onnx_graph.shapes(graph.graph.inputs),
             "outputs": onnx_graph.shapes(graph.graph.outputs),
@@ -126,7 +126,7 @@ def _export_own(source: str | Path, out: Path, to: str, force: bool, **unused: A
         write(model, folder)
         copy_companions(source, folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return {"source": str(source), "model": type(model).__name__, "to": to, "bytes": size, "out": str(out)}
+    return {"source": str(source), "architecture": type(model).__name__, "to": to, "bytes": size, "out": str(out)}
 
 
 def _kept_float(model: nn.Module, chosen: Mapping[str, forms.LayerForm]) -> Iterator[dict[str, str]]:
