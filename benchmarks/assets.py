@@ -11,6 +11,7 @@ import io
 import os
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -89,18 +90,18 @@ def scene(
     return canvas, np.array(boxes), labels[chosen].astype(np.int64)
 
 
-def photographs(first: int = 0, last: int = 20, crops: int = 5, size: int = 224) -> torch.Tensor:
+def photographs(pictures: Iterable[int] = range(20), crops: int = 5, size: int = 224) -> torch.Tensor:
     """Random crops of the 20 ImageNet pictures of package foolbox, normalised: (n, 3, size, size), the same every time.
 
-    first, last: which pictures, so that a test can have others than a calibration.
+    pictures: which, so that a test can have others than a calibration.
     """
     package = zipfile.ZipFile(next((ASSETS / "pypi").glob("foolbox-*.whl")))
-    names = sorted(n for n in package.namelist() if re.search(r"/data/imagenet_\d+_\d+\.", n))[first:last]
+    names = sorted(n for n in package.namelist() if re.search(r"/data/imagenet_\d+_\d+\.", n))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     random = np.random.default_rng(0)
     images = []
-    for name in names:
-        picture = Image.open(io.BytesIO(package.read(name))).convert("RGB")
+    for number in pictures:
+        picture = Image.open(io.BytesIO(package.read(names[number]))).convert("RGB")
         for _ in range(crops):
             side = int(min(picture.size) * random.uniform(0.5, 1))
             left, top = (int(random.integers(0, full - side + 1)) for full in picture.size)

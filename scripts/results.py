@@ -50,10 +50,18 @@ def recipes(name: str) -> str:
 
 
 def fidelity(name: str) -> str:
-    """Relative error and cosine of the last hidden states, by method and recipe."""
-    cells = {(r["method"], r["recipe"]): f"{r['relative_error']:.3f} ({r['cosine']:.3f})" for r in load(name)["rows"]}
+    """Relative error and cosine of the last hidden states, by method and recipe: means, ± half the range over draws."""
+    cells: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for r in load(name)["rows"]:
+        cells.setdefault((r["method"], r["recipe"]), []).append((r["relative_error"], r["cosine"]))
+
+    def shown(draws: list[tuple[float, float]]) -> str:
+        errors, cosines = zip(*draws, strict=True)
+        spread = f" ± {(max(errors) - min(errors)) / 2:.3f}" if len(draws) > 1 else ""
+        return f"{sum(errors) / len(draws):.3f}{spread} ({sum(cosines) / len(draws):.3f})"
+
     methods, formats = (list(dict.fromkeys(key)) for key in zip(*cells, strict=True))
-    body = [[m, *(cells[m, f] for f in formats)] for m in methods]
+    body = [[m, *(shown(cells[m, f]) for f in formats)] for m in methods]
     return rows(["relative error (cosine)", *formats], sorted(body, key=lambda row: row[2]))
 
 
