@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer
 
 import bittern
 from bittern import jobs
 from bittern.data import load_data
 from bittern.data.evaluate import predict
 from bittern.data.pooling import Pooling, embed, read_pooling
-from bittern.errors import InputError
+from bittern.errors import CheckpointError, InputError
 from families import SUPPORTED
 from helpers import refused
 from material import TEXTS, save_text_model, write_tables
@@ -25,14 +26,14 @@ MASK = torch.tensor([[1, 1, 0], [0, 1, 1]])  # padded on the right, and on the l
 def sentence_model(folder: Path, *kinds: str, pooling: dict[str, Any] | None = None, **own: Any) -> Path:
     """An encoder with the files of sentence-transformers: these modules after the model itself."""
     save_text_model(folder, head=False)
-    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
-    modules += [
-        {"path": f"{i}_{kind}", "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds, 1)
+    modules = [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+        for i, kind in enumerate(["Transformer", *kinds])
     ]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "config_sentence_transformers.json").write_text(json.dumps(own))
     for module in modules[1:]:
-        (folder / module["path"]).mkdir()
+        (folder / str(module["path"])).mkdir()
     if pooling:
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     return folder
@@ -82,6 +83,23 @@ def test_dense(tmp_path: Path) -> None:
         json.dumps({"activation_function": "torch.nn.modules.activation.ReLU"})
     )
     assert embed(bittern.load(folder), HIDDEN, MASK).tolist() == [[0.0], [4.5]]
+
+
+def test_head_that_was_not_kept(tmp_path: Path) -> None:
+    """config.json may name a head that no file holds, as all-mpnet-base-v2's does: sentence-transformers load none."""
+    settings = {"pooling_mode": "mean", "embedding_dimension": 32}
+    folder = sentence_model(tmp_path / "m", "Pooling", pooling=settings)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    encoder, bare = SentenceTransformer(str(folder), device="cpu"), bittern.load(folder)
+    batch = encoder.tokenizer(TEXTS[:4], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(bare(**batch).last_hidden_state, encoder[0].auto_model(**batch).last_hidden_state)
+    assert jobs.quantize(folder, "w8a8", tmp_path / "packed", data="sentences")["packed"]["similarity"] > 0.9
+    assert SentenceTransformer(str(tmp_path / "packed"), device="cpu").encode(TEXTS[:4]).shape == (4, 32)
+    (folder / "modules.json").unlink()
+    with refused(CheckpointError, "holds no weights cls.predictions", "would be random"):
+        bittern.load(folder)
 
 
 def test_unknown_module(tmp_path: Path) -> None:

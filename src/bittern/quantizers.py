@@ -162,8 +162,7 @@ def _encode(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None, own: b
 
 def _decode(codes: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None) -> Tensor:
     """Values of codes, in place."""
-    codes = codes.mul_(scale)
-    return codes if offset is None else codes.add_(offset)
+    return codes.mul_(scale) if offset is None else codes.mul_(scale).add_(offset)
 
 
 def encode(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None = None) -> Tensor:

@@ -13,8 +13,7 @@ from bittern.qat.losses import TINY
 
 def ranks(x: Tensor, seen: Tensor) -> Tensor:
     """Return the position of each key in its row from 0, the largest first; equal ones in their order, unseen last."""
-    order = x.masked_fill(~seen, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    return order.argsort(-1)
+    return x.masked_fill(~seen, -torch.inf).sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
 
 
 def cover_length_ratio(student: Tensor, teacher: Tensor, seen: Tensor, top: int = 5) -> Tensor:

@@ -304,7 +304,5 @@ def headline(source: str, found: Mapping[str, float], asked: str | None = None) 
     last name of the source, else the first one found. Raises InputError if what is asked for was not found."""
     if asked is not None and asked not in found:
         raise InputError(f"no metric {asked!r} to choose by; there are {', '.join(found)}")
-    if asked is not None:
-        return asked
-    own = HEADLINES.get(Path(source).stem.lower().replace("-", ""), "")
+    own = asked or HEADLINES.get(Path(source).stem.lower().replace("-", ""), "")
     return own if own in found else next(iter(found))

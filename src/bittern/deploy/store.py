@@ -35,8 +35,8 @@ from bittern.quantizers import FakeQuant
 def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """A float, simulated or packed model from a folder (or a float one from the hub) in float32 and eval mode.
 
-    The class is the one named in config.json. Raises InputError (path), ModelError (not a Transformer, NaN weights) or
-    CheckpointError (damaged, foreign or newer file), in one line.
+    The class is that of config.json, or its body where sentence-transformers kept no head. Raises InputError (path),
+    ModelError (not a Transformer, NaN weights) or CheckpointError (damaged, foreign or newer file), in one line.
     """
     if os.path.isfile(path):
         raise InputError(f"{path} is a file; expected the folder that holds its config.json")
@@ -51,7 +51,10 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMode
         options |= {"use_safetensors": True, "output_loading_info": True}
         with bounded:
             found = cls.from_pretrained(path, dtype=torch.float32, **options)
-        model, report = found if isinstance(found, tuple) else (found, {})  # a class that is none of a model
+            model, report = found if isinstance(found, tuple) else (found, {})  # a class that is none of a model
+            there = folder_of(path, ["modules.json"]) if report.get("missing_keys") else None
+            if there and (there / "modules.json").exists():  # sentence-transformers load no head, and may keep none
+                model, report = transformers.AutoModel.from_pretrained(path, dtype=torch.float32, **options)
     check_model(model)
     missing = sorted(report["missing_keys"])
     if any("pooler" not in name for name in missing):  # which many models do without
