@@ -213,13 +213,13 @@ def attention_forward(
     return context.transpose(1, 2).contiguous(), probabilities  # (batch, queries, heads, dim)
 
 
-def collects_maps() -> bool:
-    """True if transformers collects attention maps in this forward, for `output_attentions`."""
-    return any("attentions" in key for key in active_collector.get() or ())
+def collects(part: str) -> bool:
+    """True if transformers collects in this forward what has this in its name: `attentions`, or any for no name."""
+    return any(part in key for key in active_collector.get() or ())
 
 
 def only_watches(hook: Any) -> bool:
-    """True if a forward hook does nothing but when `Site.integer` or `collects_maps` says so."""
+    """True if a forward hook does nothing but when `Site.integer` or `collects` says so."""
     owner = getattr(hook.func if isinstance(hook, partial) else hook, "__self__", None)
     return isinstance(owner, Site) or getattr(hook, "__name__", "") == "output_capturing_hook"
 

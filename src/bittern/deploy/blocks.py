@@ -7,9 +7,9 @@ runs as it is written whenever something watches or changes its inside: hooks, r
 maps that are asked for, gradients. A decoder's block takes two calls: in between its cache, of any kind, is given the
 new keys and values.
 
-Blocks that were seen to run one after the other, each on what the one before gave and all with one mask, run in one
-call as far as their outputs fit the caches. The model still calls each: those after the first find their output ready,
-if their plan holds and nothing touched what they are given.
+A module that holds such blocks and no other parameters, as most encoders of texts do, is served alike: if in its first
+call the blocks ran one after the other, each on what the one before gave and all with one mask, then they run in one
+call, with one look at all that their plan takes for granted.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import chain, pairwise
+from itertools import chain
 from operator import attrgetter
-from typing import Any, NamedTuple
-from weakref import ref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, PreTrainedConfig, StaticCache
+from transformers.utils import ModelOutput
 
 from bittern import attention, kernels, native
 from bittern.deploy.packed import PackedLayer
@@ -67,8 +66,12 @@ def use_kernels(model: nn.Module) -> None:
             while module.hooks:  # each call would pass by them; `attach` hooks again
                 module.hooks.popitem()[1].remove()
     for module in list(model.modules()):
-        if not hasattr(module, "runs_whole") and Parts.of(module) and not any(map(Parts.of, module.children())):
+        if not hasattr(module, "hides") and Parts.of(module) and not any(map(Parts.of, module.children())):
             module.__class__ = _fused(type(module))  # type: ignore[arg-type]
+    for module in list(model.modules()):
+        if not hasattr(module, "hides") and type(module).forward is not nn.Module.forward and _is_stack(module):
+            module.__class__ = _fused(type(module))  # type: ignore[arg-type]
+            module.hides = ""  # type: ignore[assignment]  # everything: hidden states are outputs of its blocks
 
 
 def _kind(module: nn.Module) -> str:
@@ -101,6 +104,13 @@ class Parts:
         return Parts(steps, sites[0], *layers[:1] or [0]) if all(id(p) in known for p in block.parameters()) else None
 
 
+def _is_stack(module: nn.Module) -> bool:
+    """True if a module holds several blocks that run whole, and no other parameters."""
+    blocks = [m for m in module.modules() if getattr(m, "hides", "") and Parts.of(m)]
+    known = {id(p) for block in blocks for p in block.parameters()}
+    return len(blocks) > 1 and all(id(p) in known for p in module.parameters())
+
+
 # Attributes that decide how our modules run; of others, such as dropout, it is whether they train.
 ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
     FakeQuant: ("format", "bypass", "observed"),
@@ -116,7 +126,7 @@ class Guard:
     trainable), all that they hold, their hooks, and changes of tensors."""
 
     def __init__(self, block: nn.Module):
-        every, attributes = list(block.modules()), [(block.__dict__, "training")]
+        every, attributes = list(block.modules()), list[tuple[dict[str, Any], str]]()
         inner = every[1:]
         for module in inner:
             names = next(names for kind, names in ATTRIBUTES.items() if isinstance(module, kind))
@@ -125,7 +135,8 @@ class Guard:
         tables = [(m._modules, m._parameters, {} if isinstance(m, PackedLayer) else m._buffers) for m in every]
         hooks = [table for m in inner for table in (m._forward_hooks, m._forward_pre_hooks)]
         # of hooks their numbers, of which none comes twice
-        filled: list[Any] = [table for table in chain(*tables, hooks) if table]
+        own = [vars(block), *(vars(value) for value in vars(block).values() if isinstance(value, PreTrainedConfig))]
+        filled: list[Any] = [table for table in chain(*tables, hooks, own) if table]
         self.objects = native.Objects(filled, hooks, attributes, inner)
         held = [t for t in self.objects.held if isinstance(t, Tensor) and not isinstance(t, PackedWeight)]
         self.tensors = [tensor for tensor in held if not tensor.is_inference()]  # PyTorch counts no changes of those
@@ -140,53 +151,34 @@ class Guard:
         return self.objects.unchanged() and self._changes() == self.changes
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class FusedCall:
-    """The plan of a block: it on the kernels, when it is called in one way. `x`, `mask` and `cache` name arguments."""
+    """The plan of a block, or of a stack of them, called in one way. `x`, `mask` and `cache` name arguments."""
 
-    whole: KernelBlock
+    whole: list[KernelBlock]
     x: Any
     mask: Any
-    cache: Any
-    layer: int  # of the cache
-    following: FusedCall | None = None  # of the block that was last seen to run on what this one gave
+    cache: Any = None
+    layer: int = 0  # of the cache
+    give: Callable[[Tensor], Any] = lambda out: out  # what is returned of the last block's output
 
     def run(self, call: Arguments, written: Callable[[], Any]) -> Any:
-        """The block's output, made now or ready before; None where the kernels do not serve."""
+        """What the module returns; None where the kernels do not serve."""
         x, mask = call[self.x], call.get(self.mask)
         if not native.serves(x, mask):
             return None
         if self.cache is not None:
             return self._run_with_cache(x, mask, call[self.cache], written)
-        if _thread.ahead:
-            ready = _thread.ahead.pop(0)
-            if ready.plan is self and ready.state == _state(x, mask):
-                return ready.out
-            ready.before.following, _thread.ahead = None, []
-        if (last := _thread.last) is not None and last[1]() is x and last[2] == id(mask) and (before := last[0]()):
-            before.following = self if before.whole.shape == self.whole.shape else None
-        plans = [self]
-        while (plan := plans[-1].following) and plan not in plans and len(plans) * x.nbytes < AHEAD_BYTES:
-            plans.append(plan)
-        # in inference mode they would have no `_version`
-        with torch.inference_mode(False) if len(plans) > 1 and torch.is_inference_mode_enabled() else nullcontext():
-            outs = run_blocks([plan.whole for plan in plans], x.contiguous(), mask) if x.dim() == 3 else None
-        if outs is None:
-            return None
-        _thread.ahead = [
-            _Ready(*pair, (given, mask), _state(given, mask), out)
-            for pair, (given, out) in zip(pairwise(plans), pairwise(outs), strict=True)
-        ]
-        _thread.last = ref(plans[-1]), ref(outs[-1]), id(mask)
-        return outs[0]
+        out = run_blocks(self.whole, x.contiguous(), mask) if x.dim() == 3 else None
+        return out if out is None else self.give(out)
 
     def _run_with_cache(self, x: Tensor, mask: Tensor | None, cache: Any, written: Callable[[], Any]) -> Any:
-        made = self.whole.project(x := x.contiguous()) if x.dim() == 3 and x.numel() else None
+        made = self.whole[0].project(x := x.contiguous()) if x.dim() == 3 and x.numel() else None
         if made is None:
             return None
         query, key, value = made
         kept = key, value = cache.update(key, value, self.layer)
-        out = self.whole.finish(x, query, key, value, mask) if native.serves(key, value) else None
+        out = self.whole[0].finish(x, query, key, value, mask) if native.serves(key, value) else None
         if out is None:  # as where earlier keys are infinite: by the parts, which must not change the cache again
             cache.update = lambda *_: kept
             try:
@@ -208,32 +200,6 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# of outputs that wait for their blocks; where they are larger, a call costs little beside its work
-AHEAD_BYTES = 2 << 20
-
-
-class _Ready(NamedTuple):
-    """An output that waits for its block to be called, and what the block must then be given, unchanged."""
-
-    before: FusedCall
-    plan: FusedCall
-    given: tuple[Tensor, Tensor | None]  # held, so that their numbers are not given again
-    state: tuple[Any, ...]
-    out: Tensor
-
-
-def _state(x: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
-    """Which tensors these are, and their states; of a mask whose changes PyTorch does not count, its bytes."""
-    state = None if mask is None else mask.numpy().tobytes() if mask.is_inference() else mask._version
-    return id(x), x._version, id(mask), state
-
-
-class _Thread(threading.local):
-    ahead: list[_Ready] = []
-    last: tuple[ref[FusedCall], ref[Tensor], int] | None = None  # what ran last, what it gave, and with which mask
-
-
-_thread = _Thread()
 _making = threading.RLock()  # one thread at a time hooks the parts of a block, and makes its plan
 Arguments = Mapping[Any, Any]  # of a call of a block, by place or name
 
@@ -247,7 +213,8 @@ class _FusedCalls(dict[Any, tuple[Guard, FusedCall | None]]):
 
 @cache
 def _fused(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class for blocks of this kind in packed models, of the same name."""
+    """A class for blocks or stacks of this kind in packed models, of the same name. `hides`: what transformers does not
+    find to collect where it runs whole, by a part of its name."""
 
     @kernels.outside_graphs
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -255,12 +222,12 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
         found = None if _watched(self) else _run(self, call, written)
         return written() if found is None else found
 
-    return derive(_fused, kind, forward=forward, runs_whole=True)
+    return derive(_fused, kind, forward=forward, hides="attentions")
 
 
 def _watched(block: nn.Module) -> bool:
     """True if a block trains, or somebody looks into it."""
-    return block.training or _has_any_global_hook() or attention.collects_maps()
+    return block.training or _has_any_global_hook() or attention.collects(block.hides)  # type: ignore[arg-type]
 
 
 def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
@@ -273,20 +240,24 @@ def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
     if torch.is_grad_enabled() and any(p.requires_grad for p in (guard.parameters if guard else block.parameters())):
         return None
     if guard:
-        return plan and plan.run(call, written)
-    kinds = [kind for _, kind in way]
-    tensors = [value for value, kind in zip(call.values(), kinds, strict=True) if kind is Tensor]
-    usual = len(tensors) in (1, 2) and sum(map(kinds.count, CACHES)) < 2 and object not in kinds
-    if not usual or not native.serves(*tensors):
-        return None
-    parts = Parts.of(block)
-    if parts is None or len(plans) > 8:  # somebody put other modules in, or an argument is another number each time
-        plans.clear()
-    if parts is None:
-        return None
-    with _making:
-        out, plan = _try(block, parts, call, written)
-        plans[way] = Guard(block), plan
+        out = plan and plan.run(call, written)
+    else:
+        kinds = [kind for _, kind in way]
+        tensors = [value for value, kind in zip(call.values(), kinds, strict=True) if kind is Tensor]
+        usual = len(tensors) in (1, 2) and sum(map(kinds.count, CACHES)) < 2 and object not in kinds
+        if not usual or not native.serves(*tensors):
+            return None
+        parts = Parts.of(block)
+        known = parts is not None or _is_stack(block)  # nobody put other modules in
+        if not known or len(plans) > 8:  # or an argument is another number each time
+            plans.clear()
+        if not known:
+            return None
+        with _making:
+            out, plan = _try(block, parts, call, written)
+            plans[way] = Guard(block), plan
+    if plan and (watch := kernels.watcher.get()) is not None:
+        watch(plan, call, out)
     return out
 
 
@@ -308,18 +279,23 @@ def _twin(cache: Any) -> Any:
     return twin
 
 
-def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], Any]) -> tuple[Any, FusedCall | None]:
-    """Run the block as it is written; return its output, and how the kernels may run it instead, to the same bits."""
+def _try(
+    block: nn.Module, parts: Parts | None, call: Arguments, written: Callable[[], Any]
+) -> tuple[Any, FusedCall | None]:
+    """Run the block as it is written; return its output, and how the kernels may run it instead, to the same bits.
+
+    parts: None for a stack of blocks.
+    """
     hooked = [table for m in list(block.modules())[1:] for table in (m._forward_hooks, m._forward_pre_hooks)]
     hooks = list(chain.from_iterable(table.values() for table in hooked))
-    ran: list[tuple[str, Any]] = []  # kind and module, or what attention was given
+    ran: list[tuple[str, Any]] = []  # kind and module, or what attention was given, or what was told of a whole block
     before = {name: _twin(value) if type(value) in CACHES else value for name, value in call.items()}
     reads = _Reads([value for value in call.values() if _way_of(value) is int])
 
     def told(*given: Any) -> None:
         if len(given) > 1:
-            ran.append(("a", given))
-        elif given[0] in parts.steps:
+            ran.append(("b" if isinstance(given[0], FusedCall) else "a", given))
+        elif parts and given[0] in parts.steps:
             ran.append((parts.steps[given[0]], given[0]))
 
     token = kernels.watcher.set(told)
@@ -328,18 +304,45 @@ def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], 
             out = written()
     finally:
         kernels.watcher.reset(token)
-    if not all(map(attention.only_watches, hooks)) or not isinstance(out, Tensor) or reads.found:
+    name = next(iter(out)) if isinstance(out, ModelOutput) and len(out) == 1 else None
+    made = out if name is None else out[name]
+    if not all(map(attention.only_watches, hooks)) or not isinstance(made, Tensor) or reads.found:
         return out, None
     try:
-        plan = _plan(parts, ran, call)
+        plan = _plan(parts, ran, call) if parts else _stack(ran, call, made)
         found = plan.run(before, lambda: None)
-    except (ValueError, IndexError):  # parts that do not fit together so, or a cache that is not used
+    except (ValueError, LookupError):  # parts that do not fit together so, or a cache that is not used
         return out, None
-    pairs = [(found, out)]
+    pairs = [(found, made)]
     if plan.cache is not None:  # what both keep
         own, other = (cache.layers[plan.layer] for cache in (before[plan.cache], call[plan.cache]))
         pairs += [(own.keys, other.keys), (own.values, other.values)]
-    return out, plan if found is not None and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs) else None
+    if found is None or not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+        return out, None
+    kind = type(out)
+    return out, plan if name is None else replace(plan, give=lambda made: kind(**{name: made}))
+
+
+def _arguments(call: Arguments, mask: Tensor | None) -> tuple[Any, Any]:
+    """The names of input and mask. Raises ValueError if there are other tensors, or not these."""
+    tensors = [name for name, value in call.items() if _way_of(value) is Tensor]
+    masks = [name for name in tensors if call[name] is mask]
+    inputs = [name for name in tensors if name not in masks[:1]]
+    if len(inputs) != 1 or (mask is not None and not masks):
+        raise ValueError("the mask is none of the arguments, or an argument is neither input nor mask")
+    return inputs[0], masks[0] if masks else None
+
+
+def _stack(ran: list[tuple[str, Any]], call: Arguments, made: Tensor) -> FusedCall:
+    """Blocks in one piece, of which each ran on what the one before gave. Raises ValueError if that is not all."""
+    told = [what for kind, what in ran if kind == "b"]
+    x, mask = _arguments(call, told[0][1].get(told[0][0].mask))
+    flow = [call[x], *(out for *_, out in told)], [*(of[plan.x] for plan, of, _ in told), made]
+    masks = [of.get(plan.mask) for plan, of, _ in told], [call.get(mask)] * len(told)
+    pairs = [*zip(*flow, strict=True), *zip(*masks, strict=True)]
+    if len(told) < len(ran) or any(a is not b for a, b in pairs) or any(plan.cache is not None for plan, *_ in told):
+        raise ValueError("the blocks are not all that runs")
+    return FusedCall([block for plan, *_ in told for block in plan.whole], x, mask)
 
 
 def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> FusedCall:
@@ -349,12 +352,8 @@ def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> FusedCal
         raise ValueError(f"no block runs as {order}")
     norms, modules, activation, attended = ([what for kind, what in ran if kind == wanted] for wanted in "nlfa")
     query, key, value, mask, scaling = attended[0]
-    tensors = [name for name, value in call.items() if _way_of(value) is Tensor]
     cache, layer = next((name for name, value in call.items() if type(value) in CACHES), None), parts.layer
-    masks = [name for name in tensors if call[name] is mask]
-    inputs = [name for name in tensors if name not in masks[:1]]
-    if len(inputs) != 1 or (mask is not None and not masks):
-        raise ValueError("the mask is none of the arguments, or an argument is neither input nor mask")
+    names = _arguments(call, mask)
     layers = [module.kernel_layer() for module in modules]
     if None in layers:
         raise ValueError("the kernels do not serve the formats of a layer")
@@ -375,4 +374,4 @@ def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> FusedCal
         kept = call[cache].layers[layer]
         if kept.keys is not key or kept.values is not value:
             raise ValueError("attention reads other keys and values than the cache keeps")
-    return FusedCall(block, inputs[0], masks[0] if masks else None, cache, layer)
+    return FusedCall([block], *names, cache, layer)

@@ -135,8 +135,8 @@ class KernelBlock:
         return out if run("finish", self.address, *given, *rest) else None
 
 
-def run_blocks(blocks: Sequence[KernelBlock], x: Tensor, mask: Tensor | None) -> list[Tensor] | None:
-    """Run blocks one after the other on x (batch, tokens, hidden), with an additive mask: the output of each.
+def run_blocks(blocks: Sequence[KernelBlock], x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Run blocks one after the other on x (batch, tokens, hidden), with an additive mask: the output of the last.
 
     None if a value is not finite, or x so large that the parts of a block should run one by one.
     """
@@ -148,12 +148,12 @@ def run_blocks(blocks: Sequence[KernelBlock], x: Tensor, mask: Tensor | None) ->
     if batch * tokens * max(heads * tokens, *(block.widest for block in blocks)) >= 2**31 or tokens > 2**15:
         return None
     mask = strided_mask(mask, (batch, heads, tokens, tokens))
-    outs = [torch.empty_like(x) for _ in blocks]
+    made = [torch.empty_like(x) for _ in blocks[:3]]  # the last output, and two in turn for those before
+    outs = [pointer(made[1 + i % 2]) for i in range(len(blocks) - 1)] + [pointer(made[0])]
     addresses = ctypes.c_void_p * len(blocks)
     done = run(
         *("blocks", addresses(*(block.address for block in blocks)), len(blocks)),
         *(address(x, "x", (batch, tokens, hidden)), batch, tokens),
-        *(pointer(mask), strides(mask), torch.get_num_threads()),
-        addresses(*map(pointer, outs)),
+        *(pointer(mask), strides(mask), torch.get_num_threads(), addresses(*outs)),
     )
-    return outs if done else None
+    return made[0] if done else None
