@@ -77,46 +77,40 @@ inline void dots(const float* x, const float* w, size_t width, const float* bias
 constexpr int kFewRows = 4, kTableRows = 64;  // rows of x that codes unpacked in registers serve, and of weights in one piece of work
 
 // Few rows of x times codes of 1, 2, 4 or 8 bits, unpacked in registers: a step takes one field of each word, so that x
-// lies in that order, field by field of `kLanes` words. `kFewRows` sums hide the time that each takes; they are of codes
-// around zero. totals: of x, which the rest of each value is multiplied by.
+// lies in that order, field by field of `kLanes` words. Rows of codes come one after the other, as memory is fetched best;
+// `kFewRows` sums hide the time that each takes. They are of codes around zero. totals: of x, which the rest of each value
+// is multiplied by.
 template <int bits, int inputs>
 inline void few_dots(const Lookup& l, const float* x, const float* totals, int64_t row0, int64_t rows, const float* bias,
                      int count, float* out) {
-  constexpr int kRows = kFewRows / inputs, kFields = 32 / bits, kBytes = 4 * kLanes, kHalf = 1 << (bits - 1);
+  constexpr int kSums = kFewRows / inputs, kFields = 32 / bits, kBytes = 4 * kLanes, kHalf = 1 << (bits - 1);
   const int64_t whole = l.row_bytes / kBytes, rest = l.row_bytes % kBytes, width = up(int(l.row_bytes), kBytes) * 8 / bits;
-  for (int64_t row = row0; row < row0 + rows; row += kRows) {
-    const int many = row0 + rows - row < kRows ? int(row0 + rows - row) : kRows;
-    Floats sums[inputs][kRows] = {};
-    const uint8_t* from[kRows];  // what is no row any more is the first again, for nothing
-    for (int j = 0; j < kRows; ++j) from[j] = l.codes + (j < many ? row + j : row) * l.row_bytes;
-    const auto step = [&](const Ints (&words)[kRows], const float* part) {
+  for (int64_t row = row0; row < row0 + rows; ++row) {
+    Floats sums[inputs][kSums] = {};
+    const uint8_t* from = l.codes + row * l.row_bytes;
+    const auto step = [&](Ints words, const float* part) {
 #pragma GCC unroll 32
-      for (int field = 0; field < kFields; ++field)
-        for (int j = 0; j < kRows; ++j) {
-          const Ints number = (words[j] >> (bits * field) & ((1 << bits) - 1)) | 0x4B000000;  // as floats, 2**23 more
-          const Floats code = Floats(number) - float((1 << 23) + kHalf);
-          for (int i = 0; i < inputs; ++i) sums[i][j] += load(part + i * width + field * kLanes) * code;
-        }
+      for (int field = 0; field < kFields; ++field) {
+        const Ints number = (words >> (bits * field) & ((1 << bits) - 1)) | 0x4B000000;  // as floats, 2**23 more
+        const Floats code = Floats(number) - float((1 << 23) + kHalf);
+        for (int i = 0; i < inputs; ++i) sums[i][field % kSums] += load(part + i * width + field * kLanes) * code;
+      }
     };
     for (int64_t r = 0; r < whole; ++r) {
-      Ints words[kRows];
-      for (int j = 0; j < kRows; ++j) {
-        words[j] = load<Ints>(from[j] + r * kBytes);
-        __builtin_prefetch(from[j] + r * kBytes + 4096);
-      }
-      step(words, x + r * kFields * kLanes);
+      if (inputs == kFewRows) __builtin_prefetch(from + r * kBytes + 4096);  // fewer inputs read so fast that it is in the way
+      step(load<Ints>(from + r * kBytes), x + r * kFields * kLanes);
     }
     if (rest > 0) {
-      Ints words[kRows] = {};
-      for (int j = 0; j < kRows; ++j) memcpy(&words[j], from[j] + whole * kBytes, size_t(rest));
+      Ints words = {};
+      memcpy(&words, from + whole * kBytes, size_t(rest));
       step(words, x + whole * kFields * kLanes);
     }
-    for (int j = 0; j < kRows && j < many; ++j) {
-      const int64_t unit = l.by_row ? row + j : 0;
-      const float scale = float(l.step) * l.scale[unit], added = bias == nullptr ? 0 : bias[row + j];
-      const float base = float(l.low + kHalf * l.step) * l.scale[unit] + (l.offset == nullptr ? 0 : l.offset[unit]);
-      for (int i = 0; i < inputs && i < count; ++i)
-        out[i * l.rows + row + j] = add_up(sums[i][j]) * scale + totals[i] * base + added;
+    const int64_t unit = l.by_row ? row : 0;
+    const float scale = float(l.step) * l.scale[unit], added = bias == nullptr ? 0 : bias[row];
+    const float base = float(l.low + kHalf * l.step) * l.scale[unit] + (l.offset == nullptr ? 0 : l.offset[unit]);
+    for (int i = 0; i < inputs && i < count; ++i) {
+      for (int j = 1; j < kSums; ++j) sums[i][0] += sums[i][j];
+      out[i * l.rows + row] = add_up(sums[i][0]) * scale + totals[i] * base + added;
     }
   }
 }
