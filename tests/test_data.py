@@ -4,7 +4,7 @@ import gzip
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -286,13 +286,14 @@ def test_name_of_a_data_set(
         (["text", "sentence"], (), ["sentence"]),
         (["text", "title"], (), ["text"]),
         (["text", "title"], ("title",), ["title"]),
+        (["text", "title"], "title", ["title"]),
         (["text", "title"], ("title", "text"), ["title", "text"]),
     ],
     ids=str,
 )
 def test_columns(
     columns: list[str],
-    asked: tuple[str, ...],
+    asked: Sequence[str],
     expected: list[str],
     bert: hf.PreTrainedModel,
     folders: Path,

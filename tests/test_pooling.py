@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
+from transformers import BertForSequenceClassification
 
 import bittern
 from bittern import jobs
@@ -100,6 +101,8 @@ def test_head_that_was_not_kept(tmp_path: Path) -> None:
     (folder / "modules.json").unlink()
     with refused(CheckpointError, "holds no weights cls.predictions", "would be random"):
         bittern.load(folder)
+    (save_text_model(folder) / "modules.json").write_text("[]")
+    assert type(bittern.load(folder)) is BertForSequenceClassification  # whose head is there
 
 
 def test_unknown_module(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def pick_columns(
     source: str, table: Any, asked: Sequence[str], known: Sequence[Sequence[str]], most: int
 ) -> Sequence[str]:
     """Return the columns of inputs: those asked for, else the first of the known ones that are there."""
-    have = table.column_names
+    have, asked = table.column_names, (asked,) if isinstance(asked, str) else asked
     if len(asked) > most:
         raise InputError(f"{source}: the model takes at most {most} columns of inputs, got {', '.join(asked)}")
     options = [asked] if asked else known

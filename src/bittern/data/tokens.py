@@ -121,10 +121,8 @@ def tag_scores(rows: Sequence[Tokenized], logits: Tensor, names: Mapping[int, st
         same += [n == label for n, label in pairs]
         chosen, right = (entities([names[n] for n in numbers]) for numbers in ([*zip(*pairs, strict=True)] or [(), ()]))
         hits, total = hits + len(chosen & right), total + len(chosen) + len(right)
-    found = {"accuracy": sum(same) / max(len(same), 1)}
-    if any(name.startswith("B-") for name in names.values()):
-        found = {"f1": 2 * hits / total if total else 1.0} | found
-    return found
+    f1 = {"f1": 2 * hits / total if total else 1.0} if any(name.startswith("B-") for name in names.values()) else {}
+    return f1 | {"accuracy": sum(same) / max(len(same), 1)}
 
 
 def best_spans(rows: Sequence[Tokenized], logits: Tensor) -> list[tuple[int, int]]:

@@ -47,22 +47,25 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMode
     with one_line(*((CheckpointError, f"cannot load {path}") if local else foreign)):
         config = AutoConfig.from_pretrained(path, **options)
         name = (config.architectures or ["AutoModel"])[0]
-        cls = getattr(transformers, name, None) or transformers.AutoModel
+        classes = [getattr(transformers, name, None) or transformers.AutoModel]
+        headed = "For" in name and not hasattr(config, "quantization_config")
+        there = folder_of(path, ["modules.json"]) if headed else None
+        if there and (there / "modules.json").exists():
+            classes.insert(0, transformers.AutoModel)  # as sentence-transformers do, which may keep no head
         options |= {"use_safetensors": True, "output_loading_info": True}
         with bounded:
-            found = cls.from_pretrained(path, dtype=torch.float32, **options)
-            model, report = found if isinstance(found, tuple) else (found, {})  # a class that is none of a model
-            there = folder_of(path, ["modules.json"]) if report.get("missing_keys") else None
-            if there and (there / "modules.json").exists():  # sentence-transformers load no head, and may keep none
-                model, report = transformers.AutoModel.from_pretrained(path, dtype=torch.float32, **options)
+            for cls in classes:
+                found = cls.from_pretrained(path, dtype=torch.float32, **options)
+                model, report = found if isinstance(found, tuple) else (found, {})  # a class that is none of a model
+                if not report.get("missing_keys") and not report.get("unexpected_keys"):
+                    break
     check_model(model)
     missing = sorted(report["missing_keys"])
     if any("pooler" not in name for name in missing):  # which many models do without
         raise CheckpointError(f"{path} holds no weights {listed(missing)}: they would be random; save the model again")
     if missing:
         warnings.warn(f"{path} holds no weights {listed(missing)}: they are random", stacklevel=2)
-    model.eval()
-    return model
+    return model.eval()
 
 
 def _is_only_cached(name: str) -> bool:
