@@ -44,7 +44,7 @@ def in_parts(model: nn.Module, batch: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_families(name: str, calls: list[Any]) -> None:
     """Blocks of these families run whole, others stay as they are, and outputs are the same bits in both cases."""
-    for recipe in ("ternary-2-2-8", "w8a8"):
+    for recipe in ("ternary-2-2-8", "w8a8", "w8a8-token"):
         model, batch = quantized(name, recipe)
         expected = in_parts(model, batch)
         assert not calls

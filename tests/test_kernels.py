@@ -81,7 +81,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], Counter[s
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_families(name: str, compared: Callable[[nn.Module], Counter[str]]) -> None:
     """In every family each part gives on the kernels what it gives without, but for rounding."""
-    for recipe in RECIPES:
+    for recipe in [*RECIPES, "w8a8-token"]:
         model, batch = quantized(name, recipe)
         ran = compared(model)
         outputs(model, batch)

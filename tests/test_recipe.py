@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from bittern.errors import RecipeError
 from bittern.recipe import Format, Recipe, Role, Rule, load_recipe, recipe_names
 
-READY_MADE = ["ternary", "ternary-2-2-8", "vt-w4a4", "vt-w6a6", "vt-w8a8", "w4a4", "w4a8", "w6a6", "w8a8"]
+READY_MADE = ["ternary", "ternary-2-2-8", "vt-w4a4", "vt-w6a6", "vt-w8a8", "w4a4", "w4a8", "w6a6", "w8a8", "w8a8-token"]
 property_test = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 TERNARY = Format(kind="ternary")

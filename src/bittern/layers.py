@@ -297,12 +297,9 @@ def as_float(module: nn.Module) -> AbstractContextManager[None]:
 def tied_layers(model: nn.Module, roles: Mapping[str, Role]) -> dict[str, str]:
     """Layers that share another's weight → the layer that decides its format: the embedding, else the first."""
     owners: dict[object, str] = {}
-    tied = {}
-    for name in sorted(roles, key=lambda n: roles[n] != "embedding"):
-        owner = owners.setdefault(model.get_submodule(name).weight, name)
-        if owner != name:
-            tied[name] = owner
-    return tied
+    first = sorted(roles, key=lambda n: roles[n] != "embedding")
+    found = {name: owners.setdefault(model.get_submodule(name).weight, name) for name in first}
+    return {name: owner for name, owner in found.items() if owner != name}
 
 
 def _check_layer(name: str, layer: nn.Module, anatomy: Anatomy, rule: Rule) -> None:

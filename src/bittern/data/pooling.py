@@ -33,14 +33,13 @@ def read_pooling(model: PreTrainedModel) -> Pooling:
     if modules is None:
         return Pooling()
     kinds = {module["path"]: module["type"].rpartition(".")[2] for module in modules}
-    unknown = set(kinds.values()) - {"Transformer", "Pooling", "Dense", "Normalize", "Dropout"}
     ways: set[str] = set()
     for folder in (path for path, kind in kinds.items() if kind == "Pooling"):
         settings = _read(model, f"{folder}/config.json") or {}
         on = [f"{key}_{value}" for key, value in settings.items() if key == "pooling_mode"]
         on = on or [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
         ways = {re.sub("^pooling_mode_|_tokens?$", "", key) for key in on}
-    if unknown := unknown | (ways - {*WAYS}):
+    if unknown := ({*kinds.values()} - {"Transformer", "Pooling", "Dense", "Normalize", "Dropout"}) | (ways - {*WAYS}):
         raise InputError(f"{model.name_or_path} makes embeddings by {', '.join(sorted(unknown))}, which is not served")
     own = _read(model, "config_sentence_transformers.json") or {}
     return Pooling(

@@ -280,9 +280,7 @@ def allocate(
     choices = {"mixed": choose_bits(points, weights, mixed.target).bits, f"{width} bits": dict.fromkeys(weights, width)}
 
     def put(bits: Mapping[str, int]) -> list[Solved]:
-        solved = []
-        for name, (part, widths) in owners.items():
-            solved += widths[bits[name]].put(model, part)
+        solved = [s for name, (part, widths) in owners.items() for s in widths[bits[name]].put(model, part)]
         calibrate(model, batches)
         return solved
 
