@@ -65,13 +65,12 @@ def use_kernels(model: nn.Module) -> None:
             module.on_kernels = True
             while module.hooks:  # each call would pass by them; `attach` hooks again
                 module.hooks.popitem()[1].remove()
-    for module in list(model.modules()):
-        if not hasattr(module, "hides") and Parts.of(module) and not any(map(Parts.of, module.children())):
-            module.__class__ = _fused(type(module))  # type: ignore[arg-type]
-    for module in list(model.modules()):
-        if not hasattr(module, "hides") and type(module).forward is not nn.Module.forward and _is_stack(module):
-            module.__class__ = _fused(type(module))  # type: ignore[arg-type]
-            module.hides = ""  # type: ignore[assignment]  # everything: hidden states are outputs of its blocks
+    # What transformers then finds nothing of to collect, by a part of its name: of a stack nothing at all.
+    for runs_whole, hides in ((Parts.of, "attentions"), (_is_stack, "")):
+        for module in list(model.modules()):
+            if "hides" not in vars(module) and runs_whole(module):
+                module.__class__ = _fused(type(module))  # type: ignore[arg-type]
+                vars(module)["hides"] = hides
 
 
 def _kind(module: nn.Module) -> str:
@@ -92,12 +91,14 @@ class Parts:
 
     @staticmethod
     def of(block: nn.Module) -> Parts | None:
-        """None if the module holds other parts than those of one block, or other parameters."""
+        """None if the module holds other parts than those of one block, or other parameters, or only wraps a block."""
         steps = {module: kind for module in block.modules() if (kind := _kind(module))}
         sites = [module for module in block.modules() if isinstance(module, attention.Site)]
         if len(sites) != 1 or sorted(["a", *steps.values()]) not in map(sorted, ORDERS):
             return None
         if any("forward" in vars(module) for module in block.modules()):  # of the instance, as accelerate puts it there
+            return None
+        if any(map(Parts.of, block.children())):
             return None
         known = {id(p) for module in steps for p in module.parameters(recurse=False)}
         layers = [vars(module)["layer_idx"] for module in block.modules() if "layer_idx" in vars(module)]
@@ -105,10 +106,11 @@ class Parts:
 
 
 def _is_stack(module: nn.Module) -> bool:
-    """True if a module holds several blocks that run whole, and no other parameters."""
-    blocks = [m for m in module.modules() if getattr(m, "hides", "") and Parts.of(m)]
+    """True if a module that can be called holds several blocks that run whole, and no other parameters."""
+    blocks = [m for m in module.modules() if vars(m).get("hides") and Parts.of(m)]
     known = {id(p) for block in blocks for p in block.parameters()}
-    return len(blocks) > 1 and all(id(p) in known for p in module.parameters())
+    called = type(module).forward is not nn.Module.forward  # a list of modules is not
+    return called and len(blocks) > 1 and all(id(p) in known for p in module.parameters())
 
 
 # Attributes that decide how our modules run; of others, such as dropout, it is whether they train.
@@ -213,8 +215,7 @@ class _FusedCalls(dict[Any, tuple[Guard, FusedCall | None]]):
 
 @cache
 def _fused(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class for blocks or stacks of this kind in packed models, of the same name. `hides`: what transformers does not
-    find to collect where it runs whole, by a part of its name."""
+    """A class for blocks or stacks of this kind in packed models, of the same name."""
 
     @kernels.outside_graphs
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -222,12 +223,12 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
         found = None if _watched(self) else _run(self, call, written)
         return written() if found is None else found
 
-    return derive(_fused, kind, forward=forward, hides="attentions")
+    return derive(_fused, kind, forward=forward)
 
 
 def _watched(block: nn.Module) -> bool:
     """True if a block trains, or somebody looks into it."""
-    return block.training or _has_any_global_hook() or attention.collects(block.hides)  # type: ignore[arg-type]
+    return block.training or _has_any_global_hook() or attention.collects(vars(block)["hides"])
 
 
 def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
