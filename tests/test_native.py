@@ -522,6 +522,36 @@ def test_disabled() -> None:
     assert native.available()
 
 
+THREADS = """
+import os, sys, torch
+from bittern.native import Coding, Panels, linear, quantize_rows
+
+def count():
+    return len(os.listdir("/proc/self/task"))
+
+def product():
+    return linear(quantize_rows(x, Coding(-128, 127, scale=0.02)), panels, torch.zeros(1024))
+
+torch.set_num_threads(1)
+x, panels = torch.randn(16, 1024), Panels(torch.randint(-1, 2, (1024, 1024)), torch.ones(()), 2, 1)
+alone, before = product(), count()
+torch.set_num_threads(3)
+assert torch.equal(product(), alone)
+assert count() == before + 2
+torch.randn(1000, 1000) @ torch.randn(1000, 1000) + 1
+assert count() == before + 2, "PyTorch has others"
+if (child := os.fork()) == 0:
+    os._exit(0 if torch.equal(product(), alone) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads that Linux lists")
+def test_threads_are_those_of_pytorch() -> None:
+    """No threads beside PyTorch's own, which would take turns with them; a forked child, which has none, works alone."""
+    subprocess.run([sys.executable, "-c", THREADS], check=True, timeout=300)
+
+
 @pytest.mark.parametrize(
     ("sanitizers", "rounds"), [("address,undefined", 150), ("thread", 10)], ids=["memory", "threads"]
 )

@@ -1,6 +1,7 @@
 // The kernels against the cases of cases.py, which stand for the simulated model: every integer is compared. Needs no
 // Python, so that it runs on any CPU or under an emulator. Arguments: the file of cases and the number of threads.
 #include "kernels.cpp"
+#include "openmp.h"
 
 #include <cstdio>
 #include <string>
@@ -219,7 +220,10 @@ int main(int, char** arguments) {
   require(file != nullptr, "no file of cases");
   const int threads = std::stoi(arguments[2]);
   constexpr void (*sorts[])(const Case&, int) = {quantize, linear, ternary, attention, norm, activation, losses, convolution};
-  for (Case c; read(file, &c); ++number) sorts[name](c, threads);
+  with_team(threads, [&] {
+    for (Case c; read(file, &c); ++number) sorts[name](c, threads);
+  });
   std::fclose(file);
+  require(threads == 1 || borrowed > 0, "no threads were borrowed");
   std::printf("%d cases\n", number);
 }

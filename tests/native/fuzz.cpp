@@ -1,6 +1,7 @@
 // The kernels against plain loops on random shapes, in buffers of exactly the size that they may touch: built with
 // sanitizers, a read or write beyond one ends the run. Arguments: a seed and how many rounds.
 #include "kernels.cpp"
+#include "openmp.h"
 
 #include <sys/wait.h>
 
@@ -358,7 +359,8 @@ int main(int, char** arguments) {
   generator.seed(unsigned(std::stoi(arguments[1])));
   if (bittern_start()) fail("the system does not grant AMX");
   linear(0, 5, 7, 1), linear(1, 1, 1, 1), linear(300, 800, 40, 2), linear(600, 70, 1024, 3);
-  for (int i = 0; i < std::stoi(arguments[2]); ++i) everything();
+  for (int i = 0; i < std::stoi(arguments[2]); ++i) with_team(pick(1, 3), everything);
+  if (borrowed == 0) fail("no threads were borrowed");
   std::vector<std::thread> callers;  // several at once
   for (int i = 0; i < 4; ++i)
     callers.emplace_back([i, rounds = std::stoi(arguments[2]) / 10] {

@@ -1,10 +1,11 @@
-// A pool of threads that take small chunks of a job from a counter.
+// Threads that take small chunks of a job from a counter.
 //
-// There is no barrier: the caller works too, and when it finds no chunk left it waits only for threads that are inside
-// one. A thread that the system has taken off its core delays a job by at most the chunk it holds.
+// They are PyTorch's own, those of OpenMP: after each operation of PyTorch these spin for some milliseconds, and threads
+// beside them would only take turns with them. A caller with many jobs borrows them once for all. Within there is no
+// barrier: the caller works too, and when it finds no chunk left it waits only for threads that are inside one.
 #pragma once
+#include <dlfcn.h>
 #include <pthread.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -16,95 +17,107 @@
 namespace {
 
 // What a job calls: chunk counts from 0, slot tells threads of one job apart (0 is the caller).
-using Work = void (*)(void* context, int chunk, int slot);
+using Work = void (*)(const void* context, int chunk, int slot);
+using Clock = std::chrono::steady_clock;
 
-class Pool {
+// The caller of some jobs, one after the other, and those who help it until they are over.
+class Team {
  public:
-  static constexpr int kMost = 64;
-
-  // Runs all chunks on up to `threads` threads. A second caller at the same time does its own job alone.
-  void run(int chunks, int threads, Work work, void* context) {
-    threads = threads < kMost ? threads : kMost;
-    if (threads < 2 || chunks < 2 || busy_.exchange(true)) {
-      for (int chunk = 0; chunk < chunks; ++chunk) work(context, chunk, 0);
-      return;
-    }
-    grow(threads - 1);
-    work_ = work, context_ = context, chunks_ = chunks, helpers_ = threads - 1;
+  void run(int chunks, Work work, const void* context) {
+    work_ = work, context_ = context, chunks_ = chunks;
     next_.store(0);
     open_.store(true);
     job_.fetch_add(1);
-    if (sleeping_.load() > 0) {
-      std::lock_guard<std::mutex> lock(sleep_);
-      pthread_cond_broadcast(&wake_);
-    }
     take(0);
     open_.store(false);
-    for (int spins = 0; inside_.load() > 0; ++spins) {
-      if (spins < 4000) pause();
-      else std::this_thread::yield();
-    }
-    busy_.store(false);
+    for (int spins = 0; inside_.load() > 0;) rest(&spins);
   }
 
- private:
-  void take(int slot) {
-    for (int chunk; (chunk = next_.fetch_add(1)) < chunks_;) work_(context_, chunk, slot);
-  }
+  void end() { over_.store(true); }
 
-  void grow(int helpers) {
-    for (; started_ < helpers; ++started_) {
-      try {
-        std::thread(&Pool::help, this, started_ + 1).detach();
-      } catch (...) {  // no more threads to be had: the job goes on with those there are
-        return;
-      }
-    }
-  }
-
-  void help(int slot) {
-    unsigned seen = 0;
-    for (;;) {
-      const auto start = std::chrono::steady_clock::now();
-      while (job_.load() == seen) {
-        for (int i = 0; i < 32 && job_.load() == seen; ++i) pause();
-        if (std::chrono::steady_clock::now() - start > std::chrono::microseconds(100)) {
-          std::unique_lock<std::mutex> lock(sleep_);
-          sleeping_.fetch_add(1);
-          while (job_.load() == seen) pthread_cond_wait(&wake_, sleep_.native_handle());
-          sleeping_.fetch_sub(1);
-        }
-      }
-      seen = job_.load();
+  void help() {
+    const int slot = ++helpers_;
+    for (unsigned seen = 0; !over_.load(); seen = job_.load()) {
+      for (int spins = 0; job_.load() == seen && !over_.load();) rest(&spins);
       inside_.fetch_add(1);  // before the look at open_: the caller sees it, or this thread sees that the job is over
-      if (open_.load() && slot <= helpers_) take(slot);
+      if (open_.load()) take(slot);
       inside_.fetch_sub(1);
     }
   }
 
-  // std::condition_variable and try_lock would need a newer C++ and C library than wheels for all Linux systems may.
-  std::mutex sleep_;
-  pthread_cond_t wake_ = PTHREAD_COND_INITIALIZER;
+ private:
+  static void rest(int* spins) {
+    if (++*spins < 4000) pause();
+    else std::this_thread::yield();
+  }
+
+  void take(int slot) {
+    for (int chunk; (chunk = next_.fetch_add(1)) < chunks_;) work_(context_, chunk, slot);
+  }
+
   std::atomic<unsigned> job_{0};
-  std::atomic<int> next_{0}, inside_{0}, sleeping_{0};
-  std::atomic<bool> busy_{false}, open_{false};
-  int started_ = 0, chunks_ = 0, helpers_ = 0;
+  std::atomic<int> next_{0}, inside_{0}, helpers_{0};
+  std::atomic<bool> open_{false}, over_{false};
+  int chunks_ = 0;
   Work work_ = nullptr;
-  void* context_ = nullptr;
+  const void* context_ = nullptr;
 };
 
-// Never destroyed, as its threads never end; a child of fork() gets a new one, since it has none of the threads.
-inline Pool*& pool() {
-  static Pool* instance = [] {
-    pthread_atfork(nullptr, nullptr, [] { pool() = new Pool; });
-    return new Pool;
-  }();
-  return instance;
+// OpenMP's threads, as far as there are any: PyTorch has loaded it. A child of fork() has none of them.
+struct Lender {
+  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  const Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  std::atomic<bool> taken{parallel == nullptr};
+  std::atomic<int> most{0};  // threads, until then
+  std::atomic<Clock::time_point> until{Clock::time_point{}};
+};
+
+inline Lender& lender() {
+  static Lender instance;
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { lender().taken.store(true); });
+  return (void)registered, instance;
 }
 
+thread_local Team* team = nullptr;  // that of this thread, while it has one
+
+// Calls body with a team of up to `threads`. A second caller at the same time works alone. All must come back in the end:
+// where one was off its core, others want these cores, and for a while there is one less.
 template <typename F>
-void parallel(int chunks, int threads, F&& body) {
-  pool()->run(chunks, threads, [](void* f, int chunk, int slot) { (*static_cast<F*>(f))(chunk, slot); }, &body);
+void with_team(int threads, F&& body) {
+  if (threads < 2 || team != nullptr) return body();
+  Lender& from = lender();
+  if (from.most.load() < threads && Clock::now() < from.until.load()) threads = from.most.load();
+  if (threads < 2 || from.taken.exchange(true)) return body();
+  struct All {
+    F& body;
+    Team team = {};
+    const pthread_t caller = pthread_self();
+    Clock::time_point end = {};
+  } all{body};
+  const auto each = [](void* data) {
+    All& all = *static_cast<All*>(data);
+    if (!pthread_equal(pthread_self(), all.caller)) return all.team.help();
+    team = &all.team;
+    all.body();
+    team = nullptr;
+    all.team.end(), all.end = Clock::now();
+  };
+  from.parallel(each, &all, unsigned(threads), 0);
+  const auto now = Clock::now();
+  if (now - all.end > std::chrono::microseconds(500))
+    from.most.store(threads - 1), from.until.store(now + std::chrono::milliseconds(100));
+  from.taken.store(false);
+}
+
+// All chunks, on up to `threads` threads.
+template <typename F>
+void parallel(int chunks, int threads, const F& body) {
+  if (chunks < 2) threads = 1;
+  with_team(threads, [&] {
+    if (threads > 1 && team != nullptr)
+      return team->run(chunks, [](const void* f, int chunk, int slot) { (*static_cast<const F*>(f))(chunk, slot); }, &body);
+    for (int chunk = 0; chunk < chunks; ++chunk) body(chunk, 0);
+  });
 }
 
 // Memory that a calling thread keeps for its next call, aligned to cache lines. Null if there is none to be had.

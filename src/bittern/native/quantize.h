@@ -23,8 +23,8 @@ thread_local Scratch scratch;  // for the threads of one job
 
 constexpr int kOk = 0, kNotFinite = 1, kNoMemory = 2;
 
-// Threads that are worth their hand-over for `work` simple steps.
-inline int worth(double work, int threads) { return work < 100e3 ? 1 : threads; }
+// Threads that are worth their hand-over for `work` simple steps: if they may sleep, that of many more.
+inline int worth(double work, int threads) { return work < (team != nullptr ? 5e3 : 100e3) ? 1 : threads; }
 
 inline float clipped(float x, float clip) { return x < -clip ? -clip : x > clip ? clip : x; }
 
