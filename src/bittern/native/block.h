@@ -259,13 +259,6 @@ inline int run_block(const Block& b, const float* x, const Range* known, int bat
   return run.finish(x, nullptr, nullptr, nullptr, tokens, nullptr, nullptr, mask, mask_strides, out, found);
 }
 
-// Simple steps of all its products, in a block.
-inline double work_of(const Block& b, int rows) {
-  double work = 0;
-  for (const Layer* l : {&b.query, &b.key, &b.value, &b.output, &b.up, &b.down}) work += double(rows) * l->inputs * l->outputs / 64;
-  return work;
-}
-
 // Blocks of which each reads what the one before gave.
 inline int run_blocks(const Block* const* blocks, int count, const float* x, int batch, int tokens, const float* mask,
                       const int64_t* mask_strides, int threads, float* const* outs) {

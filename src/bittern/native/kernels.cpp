@@ -99,8 +99,7 @@ int bittern_attention(const Attention* attention, int threads) { return attend(*
 // in Attention. outs: where each block's output goes.
 int bittern_blocks(const Block* const* blocks, int count, const float* x, int batch, int tokens, const float* mask,
                    const int64_t* mask_strides, int threads, float* const* outs) {
-  double work = 0;
-  for (int i = 0; i < count; ++i) work += work_of(*blocks[i], batch * tokens);
+  const double work = double(batch) * tokens * count * blocks[0]->up.inputs * blocks[0]->up.outputs / 32;  // about
   int result = kOk;
   with_team(worth(work, threads), [&] {
     result = run_blocks(blocks, count, x, batch, tokens, mask, mask_strides, threads, outs);

@@ -6,9 +6,9 @@
 #pragma once
 #include <dlfcn.h>
 #include <pthread.h>
+#include <time.h>
 
 #include <atomic>
-#include <chrono>
 #include <mutex>
 #include <thread>
 
@@ -18,7 +18,6 @@ namespace {
 
 // What a job calls: chunk counts from 0, slot tells threads of one job apart (0 is the caller).
 using Work = void (*)(const void* context, int chunk, int slot);
-using Clock = std::chrono::steady_clock;
 
 // The caller of some jobs, one after the other, and those who help it until they are over.
 class Team {
@@ -68,8 +67,8 @@ struct Lender {
   using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
   const Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   std::atomic<bool> taken{parallel == nullptr};
-  std::atomic<int> most{0};  // threads, until then
-  std::atomic<Clock::time_point> until{Clock::time_point{}};
+  std::atomic<int> most{0};      // threads,
+  std::atomic<double> until{0};  // until then
 };
 
 inline Lender& lender() {
@@ -80,32 +79,39 @@ inline Lender& lender() {
 
 thread_local Team* team = nullptr;  // that of this thread, while it has one
 
+inline double seconds(clockid_t clock) {
+  timespec time;
+  clock_gettime(clock, &time);
+  return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
+}
+
+// Seconds that this thread was off its core, since some time.
+inline double off_core() { return seconds(CLOCK_MONOTONIC) - seconds(CLOCK_THREAD_CPUTIME_ID); }
+
 // Calls body with a team of up to `threads`. A second caller at the same time works alone. All must come back in the end:
-// where one was off its core, others want these cores, and for a while there is one less.
+// where one was off its core for long, others want these cores, and for a while there is one thread less.
 template <typename F>
 void with_team(int threads, F&& body) {
   if (threads < 2 || team != nullptr) return body();
   Lender& from = lender();
-  if (from.most.load() < threads && Clock::now() < from.until.load()) threads = from.most.load();
+  if (from.most.load() < threads && seconds(CLOCK_MONOTONIC) < from.until.load()) threads = from.most.load();
   if (threads < 2 || from.taken.exchange(true)) return body();
   struct All {
     F& body;
     Team team = {};
-    const pthread_t caller = pthread_self();
-    Clock::time_point end = {};
+    std::atomic<bool> late{false};
   } all{body};
   const auto each = [](void* data) {
     All& all = *static_cast<All*>(data);
-    if (!pthread_equal(pthread_self(), all.caller)) return all.team.help();
-    team = &all.team;
-    all.body();
-    team = nullptr;
-    all.team.end(), all.end = Clock::now();
+    const double before = off_core();
+    if (team == &all.team) all.body(), all.team.end();
+    else all.team.help();
+    if (off_core() - before > 500e-6) all.late.store(true);
   };
+  team = &all.team;
   from.parallel(each, &all, unsigned(threads), 0);
-  const auto now = Clock::now();
-  if (now - all.end > std::chrono::microseconds(500))
-    from.most.store(threads - 1), from.until.store(now + std::chrono::milliseconds(100));
+  team = nullptr;
+  if (all.late.load()) from.most.store(threads - 1), from.until.store(seconds(CLOCK_MONOTONIC) + 0.25);
   from.taken.store(false);
 }
 
