@@ -36,8 +36,9 @@ class Team {
 
   void help() {
     const int slot = ++helpers_;
-    for (unsigned seen = 0; !over_.load(); seen = job_.load()) {
+    for (unsigned seen = 0; !over_.load();) {
       for (int spins = 0; job_.load() == seen && !over_.load();) rest(&spins);
+      seen = job_.load();
       inside_.fetch_add(1);  // before the look at open_: the caller sees it, or this thread sees that the job is over
       if (open_.load()) take(slot);
       inside_.fetch_sub(1);
@@ -67,8 +68,8 @@ struct Lender {
   using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
   const Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   std::atomic<bool> taken{parallel == nullptr};
-  std::atomic<int> most{0};      // threads,
-  std::atomic<double> until{0};  // until then
+  std::atomic<int> most{0}, late{0};  // threads until then; teams in succession that came late
+  std::atomic<double> until{0};
 };
 
 inline Lender& lender() {
@@ -89,7 +90,7 @@ inline double seconds(clockid_t clock) {
 inline double off_core() { return seconds(CLOCK_MONOTONIC) - seconds(CLOCK_THREAD_CPUTIME_ID); }
 
 // Calls body with a team of up to `threads`. A second caller at the same time works alone. All must come back in the end:
-// where one was off its core for long, others want these cores, and for a while there is one thread less.
+// where one is off its core for long, time and again, others want these cores, and for a while there is one thread less.
 template <typename F>
 void with_team(int threads, F&& body) {
   if (threads < 2 || team != nullptr) return body();
@@ -103,15 +104,17 @@ void with_team(int threads, F&& body) {
   } all{body};
   const auto each = [](void* data) {
     All& all = *static_cast<All*>(data);
-    const double before = off_core();
+    const double before = off_core(), start = seconds(CLOCK_MONOTONIC);
     if (team == &all.team) all.body(), all.team.end();
     else all.team.help();
-    if (off_core() - before > 500e-6) all.late.store(true);
+    const double off = off_core() - before, took = seconds(CLOCK_MONOTONIC) - start;
+    if (off > 500e-6 && off > took / 8) all.late.store(true);
   };
   team = &all.team;
   from.parallel(each, &all, unsigned(threads), 0);
   team = nullptr;
-  if (all.late.load()) from.most.store(threads - 1), from.until.store(seconds(CLOCK_MONOTONIC) + 0.25);
+  from.late.store(all.late.load() ? from.late.load() + 1 : 0);
+  if (from.late.load() > 2) from.most.store(threads - 1), from.until.store(seconds(CLOCK_MONOTONIC) + 0.25);
   from.taken.store(false);
 }
 
