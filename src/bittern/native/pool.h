@@ -6,7 +6,7 @@
 #pragma once
 #include <dlfcn.h>
 #include <pthread.h>
-#include <time.h>
+#include <sched.h>
 
 #include <atomic>
 #include <mutex>
@@ -18,6 +18,22 @@ namespace {
 
 // What a job calls: chunk counts from 0, slot tells threads of one job apart (0 is the caller).
 using Work = void (*)(const void* context, int chunk, int slot);
+
+#if defined(__linux__)
+inline int core() { return sched_getcpu(); }
+
+// Linux often wakes a thread on the core of the one that calls it, and leaves both there for milliseconds.
+inline void leave(int core) {
+  cpu_set_t all;
+  if (sched_getcpu() != core || sched_getaffinity(0, sizeof(all), &all) != 0) return;
+  cpu_set_t others = all;
+  CPU_CLR(core, &others);
+  if (sched_setaffinity(0, sizeof(others), &others) == 0) sched_setaffinity(0, sizeof(all), &all);
+}
+#else
+inline int core() { return 0; }
+inline void leave(int) {}
+#endif
 
 // The caller of some jobs, one after the other, and those who help it until they are over.
 class Team {
@@ -34,8 +50,15 @@ class Team {
 
   void end() { over_.store(true); }
 
-  void help() {
+  // Lets helpers that wait for this core pass.
+  void gather(int helpers) {
+    for (int i = 0; i < 1000 && helpers_.load() < helpers; ++i) pause();
+    if (helpers_.load() < helpers) std::this_thread::yield();
+  }
+
+  void help(int core) {
     const int slot = ++helpers_;
+    leave(core);
     for (unsigned seen = 0; !over_.load();) {
       for (int spins = 0; job_.load() == seen && !over_.load();) rest(&spins);
       seen = job_.load();
@@ -63,59 +86,32 @@ class Team {
   const void* context_ = nullptr;
 };
 
-// OpenMP's threads, as far as there are any: PyTorch has loaded it. A child of fork() has none of them.
-struct Lender {
-  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-  const Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  std::atomic<bool> taken{parallel == nullptr};
-  std::atomic<int> most{0}, late{0};  // threads until then; teams in succession that came late
-  std::atomic<double> until{0};
-};
-
-inline Lender& lender() {
-  static Lender instance;
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { lender().taken.store(true); });
-  return (void)registered, instance;
-}
+// How OpenMP calls its threads, if PyTorch has loaded it, and whether they are taken. A child of fork() has none of them.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+const auto borrow = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+std::atomic<bool> taken{borrow == nullptr};
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { taken.store(true); });
 
 thread_local Team* team = nullptr;  // that of this thread, while it has one
 
-inline double seconds(clockid_t clock) {
-  timespec time;
-  clock_gettime(clock, &time);
-  return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
-}
-
-// Seconds that this thread was off its core, since some time.
-inline double off_core() { return seconds(CLOCK_MONOTONIC) - seconds(CLOCK_THREAD_CPUTIME_ID); }
-
-// Calls body with a team of up to `threads`. A second caller at the same time works alone. All must come back in the end:
-// where one is off its core for long, time and again, others want these cores, and for a while there is one thread less.
+// Calls body with a team of up to `threads`, who must all come back in the end. A second caller at the same time works alone.
 template <typename F>
 void with_team(int threads, F&& body) {
-  if (threads < 2 || team != nullptr) return body();
-  Lender& from = lender();
-  if (from.most.load() < threads && seconds(CLOCK_MONOTONIC) < from.until.load()) threads = from.most.load();
-  if (threads < 2 || from.taken.exchange(true)) return body();
+  if (threads < 2 || team != nullptr || taken.exchange(true)) return body();
   struct All {
     F& body;
+    const int threads, from = core();
     Team team = {};
-    std::atomic<bool> late{false};
-  } all{body};
+  } all{body, threads};
   const auto each = [](void* data) {
     All& all = *static_cast<All*>(data);
-    const double before = off_core(), start = seconds(CLOCK_MONOTONIC);
-    if (team == &all.team) all.body(), all.team.end();
-    else all.team.help();
-    const double off = off_core() - before, took = seconds(CLOCK_MONOTONIC) - start;
-    if (off > 500e-6 && off > took / 8) all.late.store(true);
+    if (team == &all.team) all.team.gather(all.threads - 1), all.body(), all.team.end();
+    else all.team.help(all.from);
   };
   team = &all.team;
-  from.parallel(each, &all, unsigned(threads), 0);
+  borrow(each, &all, unsigned(threads), 0);
   team = nullptr;
-  from.late.store(all.late.load() ? from.late.load() + 1 : 0);
-  if (from.late.load() > 2) from.most.store(threads - 1), from.until.store(seconds(CLOCK_MONOTONIC) + 0.25);
-  from.taken.store(false);
+  taken.store(false);
 }
 
 // All chunks, on up to `threads` threads.
