@@ -548,7 +548,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads that Linux lists")
 def test_threads_are_those_of_pytorch() -> None:
-    """No threads beside PyTorch's own, which would take turns with them; a forked child, which has none, works alone."""
+    """No threads beside PyTorch's own, which would take turns with them; a forked child has none, and works alone."""
     subprocess.run([sys.executable, "-c", THREADS], check=True, timeout=300)
 
 

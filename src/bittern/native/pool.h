@@ -114,15 +114,18 @@ void with_team(int threads, F&& body) {
   taken.store(false);
 }
 
+// A function of its own: where work is inlined here, loops inside are compiled less well.
+__attribute__((noinline)) void run(int chunks, int threads, Work work, const void* context) {
+  with_team(chunks < 2 ? 1 : threads, [=] {
+    if (chunks > 1 && threads > 1 && team != nullptr) return team->run(chunks, work, context);
+    for (int chunk = 0; chunk < chunks; ++chunk) work(context, chunk, 0);
+  });
+}
+
 // All chunks, on up to `threads` threads.
 template <typename F>
 void parallel(int chunks, int threads, const F& body) {
-  if (chunks < 2) threads = 1;
-  with_team(threads, [&] {
-    if (threads > 1 && team != nullptr)
-      return team->run(chunks, [](const void* f, int chunk, int slot) { (*static_cast<const F*>(f))(chunk, slot); }, &body);
-    for (int chunk = 0; chunk < chunks; ++chunk) body(chunk, 0);
-  });
+  run(chunks, threads, [](const void* f, int chunk, int slot) { (*static_cast<const F*>(f))(chunk, slot); }, &body);
 }
 
 // Memory that a calling thread keeps for its next call, aligned to cache lines. Null if there is none to be had.
