@@ -16,11 +16,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 NATIVE = "src/bittern/native"
 SLOWER = "no kernels were compiled, and packed models will take the slower path"
-# Programs of the tests lend the kernels threads: hence -rdynamic.
 # GCC 12 takes undefined registers in its own AVX-512 header for mistakes; Clang says which loops it leaves as they are.
 FLAGS = (
     "-std=c++17 -O3 -Wall -Wextra -Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-pass-failed "
-    "-fopenmp-simd -fno-math-errno -fno-trapping-math -pthread -rdynamic"
+    "-fopenmp-simd -fno-math-errno -fno-trapping-math -pthread"
 )
 AVX512 = "-march=x86-64-v4 -mavx512vnni -mprefer-vector-width=512"
 X86 = {"avx2": "-march=x86-64-v3", "avx512": AVX512, "amx": f"{AVX512} -mamx-tile -mamx-int8"}
@@ -65,7 +64,7 @@ def compile_kernels(folder: Path) -> tuple[list[Path], str]:
         library = folder / f"libbittern-{kind}{target.suffix}"
         part = library.with_suffix(f".{os.getpid()}{target.suffix}")
         flags = f"{FLAGS} {flags} {target.flags} -shared -fPIC"
-        command = [*compiler, *flags.split(), str(folder / "kernels.cpp"), "-o", str(part), "-ldl"]
+        command = [*compiler, *flags.split(), str(folder / "kernels.cpp"), "-o", str(part)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:

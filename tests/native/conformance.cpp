@@ -214,7 +214,7 @@ void extremes() {
 }  // namespace
 
 int main(int, char** arguments) {
-  require(bittern_start() == 0, "the system does not grant AMX");
+  require(bittern_start(GOMP_parallel) == 0, "the system does not grant AMX");
   extremes();
   FILE* file = std::fopen(arguments[1], "rb");
   require(file != nullptr, "no file of cases");

@@ -357,7 +357,7 @@ void everything() {
 
 int main(int, char** arguments) {
   generator.seed(unsigned(std::stoi(arguments[1])));
-  if (bittern_start()) fail("the system does not grant AMX");
+  if (bittern_start(GOMP_parallel)) fail("the system does not grant AMX");
   linear(0, 5, 7, 1), linear(1, 1, 1, 1), linear(300, 800, 40, 2), linear(600, 70, 1024, 3);
   for (int i = 0; i < std::stoi(arguments[2]); ++i) with_team(pick(1, 3), everything);
   if (borrowed == 0) fail("no threads were borrowed");

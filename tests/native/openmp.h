@@ -1,4 +1,4 @@
-// What the kernels borrow threads of, for programs without PyTorch. Built with -rdynamic, they find it.
+// What the kernels borrow threads of, for programs without PyTorch.
 #pragma once
 #include <atomic>
 #include <thread>
@@ -6,7 +6,7 @@
 
 static std::atomic<int> borrowed{0};
 
-extern "C" __attribute__((visibility("default"))) void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned) {
+static void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned) {
   borrowed += int(threads) - 1;
   std::vector<std::thread> others;
   for (unsigned i = 1; i < threads; ++i) others.emplace_back(work, data);

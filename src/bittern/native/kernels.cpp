@@ -15,10 +15,10 @@
 extern "C" {
 
 // Counts changes of functions and structures below; library.py has the same number.
-int bittern_interface() { return 8; }
+int bittern_interface() { return 9; }
 
-// Asks the system for what this kind of CPU needs; 0 if it is granted or nothing is needed.
-int bittern_start() { return start() ? 0 : 1; }
+// Asks the system for what this kind of CPU needs; 0 if it is granted or nothing is needed. openmp: see pool.h; may be null.
+int bittern_start(Parallel openmp) { return lend(openmp), start() ? 0 : 1; }
 
 int64_t bittern_panel_bytes(int rows, int columns, int bits) {
   return int64_t(up(rows, kPanel)) * up(columns, kAlign) * bits / 8;
@@ -101,9 +101,8 @@ int bittern_blocks(const Block* const* blocks, int count, const float* x, int ba
                    const int64_t* mask_strides, int threads, float* const* outs) {
   const double work = double(batch) * tokens * count * blocks[0]->up.inputs * blocks[0]->up.outputs / 32;  // about
   int result = kOk;
-  with_team(worth(work, threads), [&] {
-    result = run_blocks(blocks, count, x, batch, tokens, mask, mask_strides, threads, outs);
-  });
+  const auto all = [&] { result = run_blocks(blocks, count, x, batch, tokens, mask, mask_strides, threads, outs); };
+  with_team(worth(work, threads), all);
   block_scratch.trim(64 << 20);
   return result;
 }

@@ -8,6 +8,7 @@ import ctypes
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -24,7 +25,7 @@ from bittern.errors import InputError
 from bittern.native import structures as c
 
 SWITCH = "BITTERN_KERNELS"
-INTERFACE = 8  # see bittern_interface in kernels.cpp
+INTERFACE = 9  # see bittern_interface in kernels.cpp
 SWITCHED_OFF = "the kernels are switched off"  # by `disabled` or BITTERN_KERNELS=none
 
 # Best first: what it is called, and what the CPU must have.
@@ -56,7 +57,8 @@ class _Engine(NamedTuple):
 
 
 _engine: _Engine | None = None  # what was loaded, once somebody asked
-_allowed = True
+_allowed, _forked = True, False  # forked: a child of fork(), without OpenMP's threads
+os.register_at_fork(after_in_child=lambda: globals().update(_forked=True))
 
 
 @cache
@@ -77,10 +79,8 @@ def _cpu_flags() -> frozenset[str]:
 def _sysctl(name: str) -> bool:
     """True if macOS knows the name and its number is not 0."""
     value, size = ctypes.c_int64(0), ctypes.c_size_t(8)
-    read = ctypes.CDLL(None).sysctlbyname(
-        name.encode(), ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0)
-    )
-    return read == 0 and value.value != 0
+    out = ctypes.byref(value), ctypes.byref(size)
+    return ctypes.CDLL(None).sysctlbyname(name.encode(), *out, None, ctypes.c_size_t(0)) == 0 and value.value != 0
 
 
 def kinds() -> list[str]:
@@ -116,8 +116,7 @@ def use(kind: str | None = None) -> None:
         raise ValueError(f"no library {kind!r} for this machine; {runs}")
     built = [name for name in _KINDS if _file(name).exists()]
     if not built:
-        platforms = "Linux or macOS on x86-64 or arm64"
-        why = f"the kernels were not compiled when Bittern was installed (no C++ compiler, or not {platforms})"
+        why = "no kernels were compiled here: no C++ compiler, or neither Linux nor macOS on x86-64 or arm64"
     elif options:
         why = "the kernels were compiled from other sources than these; install Bittern again"
     else:
@@ -128,10 +127,11 @@ def use(kind: str | None = None) -> None:
 def _load(file: Path) -> ctypes.CDLL | None:
     """None if the system grants no AMX, or the library is not of these sources, as after a `git pull`."""
     library = ctypes.CDLL(str(file))
-    if not hasattr(library, "bittern_interface") or library.bittern_interface() != INTERFACE:
+    openmp = None if _forked else getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+    if getattr(library, "bittern_interface", int)() != INTERFACE or library.bittern_start(openmp) != 0:
         return None
-    if library.bittern_start() != 0:
-        return None
+    if openmp is None and not _forked:
+        warnings.warn("the kernels use one thread: this PyTorch was built without OpenMP", stacklevel=2)
     p, i, f, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
     for name, arguments in {
         "pack": (p, i, i, i, p),

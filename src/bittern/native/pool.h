@@ -4,12 +4,10 @@
 // beside them would only take turns with them. A caller with many jobs borrows them once for all. Within there is no
 // barrier: the caller works too, and when it finds no chunk left it waits only for threads that are inside one.
 #pragma once
-#include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
 
 #include <atomic>
-#include <mutex>
 #include <thread>
 
 #include "vectors.h"
@@ -38,8 +36,8 @@ inline void leave(int) {}
 // The caller of some jobs, one after the other, and those who help it until they are over.
 class Team {
  public:
-  void run(int chunks, Work work, const void* context) {
-    work_ = work, context_ = context, chunks_ = chunks;
+  void run(int chunks, int threads, Work work, const void* context) {
+    work_ = work, context_ = context, chunks_ = chunks, threads_ = threads;
     next_.store(0);
     open_.store(true);
     job_.fetch_add(1);
@@ -49,21 +47,21 @@ class Team {
   }
 
   void end() { over_.store(true); }
-
-  // Lets helpers that wait for this core pass.
+  // Waits a little for helpers, and gives way once to those that Linux woke on this core.
   void gather(int helpers) {
-    for (int i = 0; i < 1000 && helpers_.load() < helpers; ++i) pause();
+    for (int i = 0; i < 100 && helpers_.load() < helpers; ++i) pause();
     if (helpers_.load() < helpers) std::this_thread::yield();
   }
 
   void help(int core) {
     const int slot = ++helpers_;
+    if (slot >= 64) return;  // so many would only wait for each other
     leave(core);
-    for (unsigned seen = 0; !over_.load();) {
+    for (int seen = 0; !over_.load();) {
       for (int spins = 0; job_.load() == seen && !over_.load();) rest(&spins);
       seen = job_.load();
       inside_.fetch_add(1);  // before the look at open_: the caller sees it, or this thread sees that the job is over
-      if (open_.load()) take(slot);
+      if (open_.load() && slot < threads_) take(slot);
       inside_.fetch_sub(1);
     }
   }
@@ -78,23 +76,27 @@ class Team {
     for (int chunk; (chunk = next_.fetch_add(1)) < chunks_;) work_(context_, chunk, slot);
   }
 
-  std::atomic<unsigned> job_{0};
-  std::atomic<int> next_{0}, inside_{0}, helpers_{0};
+  std::atomic<int> job_{0}, next_{0}, inside_{0}, helpers_{0};
   std::atomic<bool> open_{false}, over_{false};
-  int chunks_ = 0;
+  int chunks_ = 0, threads_ = 0;
   Work work_ = nullptr;
   const void* context_ = nullptr;
 };
 
-// How OpenMP calls its threads, if PyTorch has loaded it, and whether they are taken. A child of fork() has none of them.
+// How OpenMP calls its threads, GOMP_parallel, and whether they are taken: for good where there are none, as after fork().
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-const auto borrow = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-std::atomic<bool> taken{borrow == nullptr};
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { taken.store(true); });
+Parallel borrow = nullptr;
+std::atomic<bool> taken{true};
+
+inline void lend(Parallel openmp) {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { taken.store(true); });
+  if (borrow == nullptr && openmp != nullptr && registered == 0) borrow = openmp, taken.store(false);
+}
 
 thread_local Team* team = nullptr;  // that of this thread, while it has one
 
-// Calls body with a team of up to `threads`, who must all come back in the end. A second caller at the same time works alone.
+// Calls body with a team of up to `threads`, as many as PyTorch uses (OpenMP ends those above), who must all come back in the
+// end. A second caller at the same time works alone, and asks again at its next job. Work must not call `parallel`.
 template <typename F>
 void with_team(int threads, F&& body) {
   if (threads < 2 || team != nullptr || taken.exchange(true)) return body();
@@ -117,7 +119,7 @@ void with_team(int threads, F&& body) {
 // A function of its own: where work is inlined here, loops inside are compiled less well.
 __attribute__((noinline)) void run(int chunks, int threads, Work work, const void* context) {
   with_team(chunks < 2 ? 1 : threads, [=] {
-    if (chunks > 1 && threads > 1 && team != nullptr) return team->run(chunks, work, context);
+    if (chunks > 1 && threads > 1 && team != nullptr) return team->run(chunks, threads, work, context);
     for (int chunk = 0; chunk < chunks; ++chunk) work(context, chunk, 0);
   });
 }

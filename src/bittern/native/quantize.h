@@ -23,7 +23,7 @@ thread_local Scratch scratch;  // for the threads of one job
 
 constexpr int kOk = 0, kNotFinite = 1, kNoMemory = 2;
 
-// Threads that are worth their hand-over for `work` simple steps: if they may sleep, that of many more.
+// Threads that are worth their hand-over for `work` simple steps. Those that are yet to be borrowed may sleep.
 inline int worth(double work, int threads) { return work < (team != nullptr ? 5e3 : 100e3) ? 1 : threads; }
 
 inline float clipped(float x, float clip) { return x < -clip ? -clip : x > clip ? clip : x; }
