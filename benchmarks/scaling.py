@@ -1,6 +1,6 @@
 """Whole packed models on several threads, alone in their process: call after call, and after pauses.
 
-    python benchmarks/threads.py --json benchmarks/results/threads.json
+    python benchmarks/scaling.py --json benchmarks/results/scaling.json
 
 In turns of three calls with a pause before each turn: milliseconds of the first, second and third call, least tenth and
 median over the turns. Threads fall asleep in a pause, and what a call needs leaves the caches.
