@@ -178,39 +178,28 @@ def _written(folder: Path) -> dict[str, int]:
         return {}
 
 
-def _foreign(folder: Path) -> str | None:
-    """Name a file that no run of ours wrote to the folder, or that was changed since; None if there is none."""
-    sizes = _written(folder)
-    for file in sorted(folder.rglob("*")):
-        name = str(file.relative_to(folder))
-        if name != WRITTEN and (file.is_symlink() or (file.is_file() and file.stat().st_size != sizes.get(name))):
-            return name
-    return None
-
-
 def check_output(out: str | Path, force: bool, *sources: str | Path | None) -> None:
     """Refuse an output that exists (unless forced) or cannot be written, before long work starts.
 
-    Forced, only what runs of ours wrote is overwritten, and never one of the `sources`, which are read.
+    Forced, only what runs of ours wrote, and nobody changed since, is overwritten, and never one of the `sources`,
+    which are read, nor a folder that holds one.
     """
-    check_kept(out, *sources)
     out = Path(out)
+    folder, work = out.resolve(), Path(f"{out}.work").resolve()
+    for source in sources:
+        if source and os.path.exists(source) and any(Path(source).resolve().is_relative_to(p) for p in (folder, work)):
+            raise InputError(f"{out} would overwrite {source}, which is read; choose another output")
     if os.path.isfile(out):
         raise InputError(f"{out} is a file; give a folder to write to")
     if os.path.exists(out) and any(out.iterdir()):
         if not force:
             raise InputError(f"{out} exists; choose another output or overwrite it with --force")
-        if foreign := _foreign(out.resolve()):
-            raise InputError(f"{out} holds {foreign}, which no run of Bittern wrote; choose another output")
+        sizes = _written(folder)
+        for file in sorted(folder.rglob("*")):
+            name = str(file.relative_to(folder))
+            if name != WRITTEN and (file.is_symlink() or (file.is_file() and file.stat().st_size != sizes.get(name))):
+                raise InputError(f"{out} holds {name}, which no run of Bittern wrote; choose another output")
     check_parent(out)
-
-
-def check_kept(out: str | Path, *sources: str | Path | None) -> None:
-    """Refuse an output that is, or holds, a folder that is read."""
-    places = Path(out).resolve(), Path(f"{Path(out)}.work").resolve()
-    for source in sources:
-        if source and os.path.exists(source) and any(Path(source).resolve().is_relative_to(p) for p in places):
-            raise InputError(f"{out} would overwrite {source}, which is read; choose another output")
 
 
 def check_parent(out: Path) -> None:
@@ -225,19 +214,30 @@ _held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())  #
 
 @contextmanager
 def reserved(out: str | Path) -> Iterator[None]:
-    """Hold an output for one run. Raises InputError that names the process, if another one writes to it."""
+    """Hold an output for one run, by a locked file. Raises InputError that names the process, if another one writes to
+    it."""
     place = Path(out).resolve()
     if place in _held.get():  # by whoever called
         yield
         return
     name = sha256(str(place).encode()).hexdigest()[:16]
     path = Path(tempfile.gettempdir()) / f"bittern-{name}.lock"
-    held = _held.set(_held.get() | {place})
-    try:
-        with _lock(path, out):
-            yield
-    finally:
-        _held.reset(held)
+    with ExitStack() as stack:
+        stack.callback(_held.reset, _held.set(_held.get() | {place}))
+        try:
+            lock = stack.enter_context(path.open("a+"))
+            stack.enter_context(_hold(path))
+        except BlockingIOError:
+            lock.seek(0)
+            raise InputError(f"{out} is being written by {lock.read()}; wait, or choose another output") from None
+        except (ImportError, OSError):  # Windows; the file of another user: go on without
+            pass
+        else:
+            stack.callback(path.unlink, missing_ok=True)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()}, since {time.strftime('%H:%M')}")
+            lock.flush()
+        yield
 
 
 def holds_output(job: Callable[P, T]) -> Callable[P, T]:
@@ -249,26 +249,6 @@ def holds_output(job: Callable[P, T]) -> Callable[P, T]:
             return job(*args, **options)
 
     return held
-
-
-@contextmanager
-def _lock(path: Path, out: str | Path) -> Iterator[None]:
-    """Lock a file, as long as this process lives; go on without where that cannot be."""
-    with ExitStack() as stack:
-        try:
-            lock = stack.enter_context(path.open("a+"))
-            stack.enter_context(_hold(path))
-        except BlockingIOError:
-            lock.seek(0)
-            raise InputError(f"{out} is being written by {lock.read()}; wait, or choose another output") from None
-        except (ImportError, OSError):  # Windows; the file of another user
-            yield
-            return
-        stack.callback(path.unlink, missing_ok=True)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()}, since {time.strftime('%H:%M')}")
-        lock.flush()
-        yield
 
 
 def _hold(path: Path) -> ExitStack:
