@@ -8,6 +8,7 @@ and only what a unit needs is kept: the inputs of one unit for all batches.
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -48,45 +49,39 @@ class _Worker:
     """The forward of one batch in a thread of its own; it runs only while `advance` waits for it."""
 
     def __init__(self, index: int, model: nn.Module, batch: Mapping[str, Any]):
-        self.index, self.stopping = index, False
-        self.call: Call | None = None
-        self.error: BaseException | None = None
-        self.go, self.ready = threading.Semaphore(0), threading.Semaphore(0)
+        self.index = index
+        self.going: SimpleQueue[bool] = SimpleQueue()  # whether the thread goes on
+        self.shown: SimpleQueue[Call | BaseException | None] = SimpleQueue()  # where it is now, or what it ended with
         self.thread = threading.Thread(target=self._run, args=(model, batch), daemon=True)
-        self.thread.start()
 
     def _run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        self.go.acquire()
         try:
-            if not self.stopping:
-                with torch.no_grad():
-                    model(**batch)
+            with torch.no_grad():
+                model(**batch)
+            self.shown.put(None)
         except BaseException as error:  # told in the thread that waits, if one does
-            self.error = error
-        self.call = None
-        self.ready.release()
+            self.shown.put(error)
 
     def exchange(self, call: Call) -> Any:
         """Show a call, in the thread, and go on with the output that it gets."""
-        self.call = call
-        self.ready.release()
-        self.go.acquire()
-        if self.stopping:
+        self.shown.put(call)
+        if not self.going.get():
             raise SystemExit  # which no model catches; nobody wants the rest of the forward
         output, call.output = call.output, None
         return output
 
     def advance(self) -> Call | None:
         """Run up to the next unit; None at the end."""
-        self.go.release()
-        self.ready.acquire()
-        if self.error is not None:
-            raise self.error
-        return self.call
+        if self.thread.ident is None:
+            self.thread.start()
+        else:
+            self.going.put(True)
+        if isinstance(found := self.shown.get(), BaseException):
+            raise found
+        return found
 
     def stop(self) -> None:
-        self.stopping = True
-        self.go.release()
+        self.going.put(False)
         self.thread.join()
 
 
