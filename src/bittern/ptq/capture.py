@@ -92,10 +92,13 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
 
         def on_read(name: str, x: Tensor) -> None:
             keep.append(x)
-            key = *_address(x), *_unfolding(layers[name])
+            layer = layers[name]
+            key = _address(x)
+            if isinstance(layer, QuantConv2d):
+                key += layer.kernel_size, layer.stride, layer.padding, layer.dilation
             if key not in seen:
                 seen[key] = None
-                if (found := _rows(layers[name], x, batch, size)) is not None:
+                if (found := _rows(layer, x, batch, size)) is not None:
                     kept = _part(len(found[0]), MAX_ROWS // len(calls), generator, x.device)
                     rows, sample = found[0][kept].detach().float().clone(), found[1][kept] + first
                     seen[key] = Inputs([], rows, sample, made.get(_address(x)))
@@ -158,30 +161,20 @@ def _part(count: int, wanted: int, generator: torch.Generator, device: torch.dev
 def _alone(module: nn.Module, group: Inputs, layers: Mapping[str, QuantLayer], call: Call) -> bool:
     """True if a group is all that reads its norm: half the norm's output and twice the weights change nothing then."""
     norm = module.get_submodule(group.norm or "")
-    halved = [p.detach() for p in norm.parameters(recurse=False)]
-    doubled = [p.detach() for p in {id(w): w for w in (layers[name].weight for name in group.layers)}.values()]  # type: ignore[operator]
-    if len(doubled) < len(group.layers):
+    weights: set[Any] = {layers[name].weight for name in group.layers}
+    if len(weights) < len(group.layers):
         return False
+    scaled = [(p.detach(), 0.5) for p in norm.parameters(recurse=False)] + [(w.detach(), 2.0) for w in weights]
     try:
-        for t in halved:
-            t.div_(2)
-        for t in doubled:
-            t.mul_(2)
+        for t, factor in scaled:
+            t.mul_(factor)
         with as_float(module):
             out = call.run()
     finally:
-        for t in halved:
-            t.mul_(2)
-        for t in doubled:
-            t.div_(2)
+        for t, factor in scaled:
+            t.div_(factor)
     first, was = (tree_leaves(o)[0] for o in (out, call.output))
     return bool((first - was).norm() <= 1e-4 * was.norm())
-
-
-def _unfolding(layer: QuantLayer) -> tuple[Any, ...]:
-    if not isinstance(layer, QuantConv2d):
-        return ()
-    return layer.kernel_size, layer.stride, layer.padding, layer.dilation
 
 
 def _rows(layer: QuantLayer, x: Tensor, batch: Mapping[str, Any], size: int) -> tuple[Tensor, Tensor] | None:

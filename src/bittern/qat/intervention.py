@@ -5,6 +5,8 @@ that resuming needs no state; an `Intervener` binds one to a student.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,17 +110,11 @@ def _gates(student: PreTrainedModel, anatomy: Anatomy, chosen: Mapping[str, str]
     attentions = [a for a in anatomy.attentions if a.name in chosen]
     outputs: dict[str, Tensor] = {}
     # Of a layer that runs again (ALBERT) the first output stands for those after it: the last value depends on that.
-    hooks = [
-        student.get_submodule(name).register_forward_hook(lambda _, args, out, name=name: outputs.setdefault(name, out))
-        for a in attentions
-        for name in a.inputs
-    ]
-    try:
-        with torch.enable_grad(), evaluating(student), recording(student, "value") as taps:
-            student(**dummy_batch(student))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.enable_grad(), evaluating(student), recording(student, "value") as taps, ExitStack() as hooks:
+        for layer in (name for a in attentions for name in a.inputs):
+            keep = partial(lambda name, _, __, out: outputs.setdefault(name, out), layer)
+            hooks.enter_context(student.get_submodule(layer).register_forward_hook(keep))
+        student(**dummy_batch(student))
     values = dict(zip(taps.names["value"], taps["value"], strict=True))
     for a in attentions:
         value = values[a.name]
