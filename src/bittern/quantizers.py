@@ -336,13 +336,7 @@ class FakeQuant(nn.Module):
         return str(self.format)
 
 
-class _LastInput(threading.local):
-    """The last input that `quantize_once` quantized in this thread: the tensor, how, and the result."""
-
-    kept: tuple[weakref.ref[Tensor], tuple[int, object], Any] | None = None
-
-
-_last_input = _LastInput()
+_last_input = threading.local()  # `kept`: what `quantize_once` quantized last in this thread, how, and the result
 
 
 def quantize_once(x: Tensor, how: object, quantize: Callable[[Tensor], T]) -> T:
@@ -353,7 +347,7 @@ def quantize_once(x: Tensor, how: object, quantize: Callable[[Tensor], T]) -> T:
     """
     if x.is_inference():  # PyTorch does not count changes of such tensors
         return quantize(x)
-    kept, key = _last_input.kept, (x._version, how)
+    kept, key = getattr(_last_input, "kept", None), (x._version, how)
     if kept is not None and kept[0]() is x and kept[1] == key:
         return kept[2]  # type: ignore[no-any-return]
     made = quantize(x)

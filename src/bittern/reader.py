@@ -153,7 +153,8 @@ class Reader:
             at = i - offset
             before = [e.name for e in span[previous:at] if e.kind == "layer"]
             output = next((n for n in self._layers_after(i) if _inside(n, name)), None)
-            norm = self._norm_after(span[at:], output)
+            ends = (j for j in range(at, len(span)) if span[j].name == output)
+            norm = next((e.name for e in span[next(ends, len(span)) :] if e.kind == "norm"), None)
             reads = norm is not None and self._reads_residual(norm, output, name)
             outputs = {a.output for a in attentions}
             inputs = tuple(n for n in before if n not in outputs and not isinstance(self.modules[n], nn.Embedding))
@@ -164,13 +165,6 @@ class Reader:
         ffn = [e.name for e in span[last - offset :] if e.kind == "layer"][1:]
         norms = tuple(dict.fromkeys(e.name for e in span if e.kind == "norm"))
         return Block(name, tuple(attentions), tuple(ffn[:-1]), ffn[-1] if ffn else None, norms)
-
-    @staticmethod
-    def _norm_after(span: list[Event], output: str | None) -> str | None:
-        names = iter(span)
-        if not any(e.name == output for e in names):
-            return None
-        return next((e.name for e in names if e.kind == "norm"), None)
 
     def _reads_residual(self, norm: str, output: str | None, block: str) -> bool:
         """A norm may also read W_O alone (sandwich norms) or the block's input (parallel residuals)."""

@@ -255,12 +255,8 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
     def integer_convolution(self, x: Tensor) -> Tensor | None:
         """Convolve by the integer kernels, which read and give channels last; None where they do not serve."""
         quantizer, fits = self.input_quantizer, x.dim() == 4 and x.shape[1] == self.in_channels
-        if (
-            quantizer is None
-            or not fits
-            or not convolves(self, quantizer.format)
-            or (layer := self.layer_for(x)) is None
-        ):
+        served = quantizer is not None and fits and convolves(self, quantizer.format)
+        if not served or (layer := self.layer_for(x)) is None:
             return None
         left, right, top, bottom = self._reversed_padding_repeated_twice
         kernel = self.kernel_size, self.stride, self.dilation, ((top, bottom), (left, right))

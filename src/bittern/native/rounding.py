@@ -59,13 +59,9 @@ def losses(
 
 def _dense(x: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
     """x and a tensor like it, both without gaps in memory; its rows in order if that matters."""
-    if by_row:
-        x = x.contiguous()
+    x = x.contiguous() if by_row else x
     out = torch.empty_like(x)
-    if out.stride() != x.stride():
-        x = x.contiguous()
-        out = torch.empty_like(x)
-    return x, out
+    return x if out.stride() == x.stride() else x.clone(), out
 
 
 def _address(x: Tensor) -> int:
