@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from bittern import native
 from bittern.data import load_any_split
-from bittern.data.tokens import TARGETS
 from bittern.deploy.checkpoint import is_packed, pack, packed_layers
 from bittern.deploy.companions import REPORT, copy_companions
 from bittern.deploy.files import atomic_folder, check_output, check_parent, folder_beside, holds_output, sync
@@ -148,8 +147,7 @@ def _batches(
         lengths = [max(4, min(32, longest // 2) - 3 * i) for i in range(samples // size)]
         return [made_up(model, size, length, seed + i) for i, length in enumerate(lengths)]
     loaded = load_any_split(data, model, source, **columns)
-    inputs = ({k: v for k, v in batch.items() if k not in TARGETS} for batch in loaded.subset(samples, seed))
-    return [complete(model, batch) for batch in inputs]
+    return [complete(model, batch) for batch in loaded.subset(samples, seed)]
 
 
 def _check_output(out: Path, force: bool, source: str | Path) -> None:

@@ -8,8 +8,8 @@ import inspect
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def use_operators(layers: Mapping[str, PackedLayer], forms: Mapping[str, LayerFo
             layer.register_buffer(part, tensor)
         layer.weight = nn.Parameter(torch.zeros(1, dtype=layer.weight.dtype), False)  # no value that a trace may keep
         # on the instance: other models of this process keep their methods
-        vars(layer)["unpacked"] = partial(_weight, layer, known)
+        vars(layer)["unpacked"] = partial(_rows if known.kind == "rows" else _weight, layer, known)
         if known.input is not None:
             vars(layer)["integer_product"] = partial(_product, layer, known)
 
@@ -116,9 +116,6 @@ def _product(layer: Any, known: LayerForm, x: Tensor) -> Tensor:
 
 def _weight(layer: Any, known: LayerForm, ids: Tensor | None = None) -> Tensor:
     """A weight (rows, columns) that is computed with in float, or the given rows of an embedding (…, columns)."""
-    if known.kind == "rows":
-        assert ids is not None
-        return _rows(layer, known, ids)
     coded = known.kind != "float"
     weight = _op("DequantizeLinear", (layer.codes, layer.scale), layer.weight_shape, axis=0) if coded else layer.values
     return weight if ids is None else F.embedding(ids, weight)
@@ -157,18 +154,6 @@ class _Positional(nn.Module):
         return tuple(out[name] for name in self.outputs)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's warnings, which tell of much that is no fault, inside the block."""
-    was = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(was)
-
-
 @torch.no_grad()
 def trace_graph(model: PreTrainedModel, batch: Mapping[str, Tensor], outputs: Sequence[str]) -> ir.Model:
     """Turn a model into an ONNX graph with these outputs, whose batch and lengths may vary."""
@@ -181,7 +166,9 @@ def trace_graph(model: PreTrainedModel, batch: Mapping[str, Tensor], outputs: Se
         {i: size for i, size in enumerate(("batch", *sizes.get(name, ("length",) * (values.dim() == 2)))) if size}
         for name, values in batch.items()
     )
-    with _quiet():
+    with warnings.catch_warnings(action="ignore"), ExitStack() as quiet:  # the exporter warns of much that is no fault
+        quiet.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
         program = torch.onnx.export(
             _Positional(model, list(batch), outputs).eval(),
             tuple(batch.values()),
@@ -216,33 +203,19 @@ def finish(model: ir.Model, forms: Mapping[str, LayerForm]) -> None:
     used = {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in graph) else {}
     graph.opset_imports.clear()
     graph.opset_imports.update({"": OPSET_INT2 if ternary else OPSET} | used)
-    _keep_norms_apart(graph)
-    _forget_shapes(graph)
-    common.ClearMetadataAndDocStringPass()(model)
-    model.producer_name, model.ir_version = "bittern", 13 if ternary else 10
-
-
-def _keep_norms_apart(graph: ir.Graph) -> None:
-    """Write the sum before a norm as Sum, not Add.
-
-    onnxruntime fuses Add and LayerNormalization to a SkipLayerNormalization that is six times slower than both.
-    """
     for node in graph:
+        # The sum before a norm is a Sum: of Add and LayerNormalization onnxruntime makes a SkipLayerNormalization, six
+        # times slower than both.
         before = node.inputs[0].producer() if node.op_type == "LayerNormalization" and node.inputs[0] else None
         if before is not None and before.op_type == "Add":
             before.op_type = "Sum"
-
-
-def _forget_shapes(graph: ir.Graph) -> None:
-    """Drop the shapes of all values between inputs and outputs.
-
-    Where onnxruntime knows from the file that two values are equally large it shares their memory in another way, and
-    the same operators take 7 to 10 % longer.
-    """
-    for node in graph:
+        # Where onnxruntime knows from the file that two values between inputs and outputs are equally large it shares
+        # their memory in another way, and the same operators take 7 to 10 % longer.
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = None
+    common.ClearMetadataAndDocStringPass()(model)
+    model.producer_name, model.ir_version = "bittern", 13 if ternary else 10
 
 
 # ---- the file
