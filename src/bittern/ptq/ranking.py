@@ -26,23 +26,17 @@ def ranking_loss(scores: Tensor, changed: Tensor, margin: float, valid: Tensor |
     moved = changed.gather(-1, order)
     columns = scores.shape[-1]
     reach = margin + 2 * (moved - ordered).abs().max()
-    total, pairs = torch.zeros((), dtype=torch.float64, device=scores.device), 0
-    ties = torch.zeros((), dtype=torch.int64, device=scores.device)
-    open_ties = True
+    total = torch.zeros((), dtype=torch.float64, device=scores.device)
     for offset in range(1, columns):
         gap = ordered[:, offset:] - ordered[:, :-offset]
-        pairs += gap.numel()
-        if open_ties:
-            tied = (gap == 0).sum()
-            ties += tied
-            open_ties = bool(tied)
-        if gap.min() < reach:
-            short = (margin - (moved[:, offset:] - moved[:, :-offset])).clamp_(min=0)
-            total += (short * (gap > 0)).sum()
-        elif not open_ties:
-            pairs += scores.shape[0] * ((columns - offset - 1) * (columns - offset)) // 2
+        if not gap.min() < reach:
             break
-    return total / (pairs - ties - absent).clamp(min=1)
+        short = (margin - (moved[:, offset:] - moved[:, :-offset])).clamp_(min=0)
+        total += (short * (gap > 0)).sum()
+    place = torch.arange(columns, device=scores.device)
+    is_first = ordered != ordered.roll(1, -1)  # of equal ones; a row's first place is 0 anyway
+    ties = (place - torch.where(is_first, place, 0).cummax(-1).values).sum()
+    return total / (len(scores) * columns * (columns - 1) // 2 - ties - absent).clamp(min=1)
 
 
 def ranking_penalty(
