@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DataCollatorForTokenClassification
 
 from bittern.data.texts import Collate
 
@@ -81,18 +82,10 @@ def _rows(found: Any) -> list[Tokenized]:
 
 
 def token_collate(tokenizer: Any) -> Collate:
-    """Return a function that makes padded batches of rows, with their labels."""
-
-    def collate(rows: Sequence[Tokenized]) -> dict[str, Tensor]:
-        inputs = [{name: row[name] for name in tokenizer.model_input_names if name in row} for row in rows]
-        batch = dict(tokenizer.pad(inputs, padding_side="right", return_tensors="pt"))
-        width = batch["input_ids"].shape[1]
-        for name in (name for name in TARGETS if name in rows[0]):
-            values = [row[name] + [-100] * (width - len(row[name])) if name == "labels" else row[name] for row in rows]
-            batch[name] = torch.tensor(values)
-        return batch
-
-    return collate
+    """Return a function that makes batches of rows, padded at the right, with their labels."""
+    tokenizer.padding_side = "right"
+    names, pad = (*tokenizer.model_input_names, *TARGETS), DataCollatorForTokenClassification(tokenizer)
+    return lambda rows: dict(pad([{name: row[name] for name in names if name in row} for row in rows]))
 
 
 def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:

@@ -13,9 +13,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerControl, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from bittern.data import Data, task_of
 from bittern.data.evaluate import LOWER_IS_BETTER
@@ -166,22 +165,20 @@ def collator(data: Data, model: PreTrainedModel) -> Callable[[Sequence[int]], di
     return collate
 
 
-class ByLength(Sampler[int]):
+class ByLength(LengthGroupedSampler):
     """Puts texts of about the same length in the same batch, for less padding, in an order that only seed and epoch
     decide: resuming needs no state."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        self.generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        return super().__iter__()  # type: ignore[no-any-return]
 
 
 class _MeasuredTrainer(QATTrainer):
@@ -315,7 +312,6 @@ def _arguments(training: Training, folder: Path) -> TrainingArguments:
         "load_best_model_at_end": True,
         "metric_for_best_model": f"eval_{training.metric}",
         "greater_is_better": training.metric not in LOWER_IS_BETTER,
-        "eval_on_start": True,
         "report_to": [],
         "disable_tqdm": True,
         "remove_unused_columns": False,
