@@ -139,31 +139,26 @@ class Reader:
         return items[0] if items else None
 
     def _block(self, name: str, calls: list[tuple[int, str]], plans: Mapping[str, Plan]) -> Block:
-        first, last = calls[0][0], calls[-1][0]
-        start = next(i for i in range(first, -1, -1) if self.events[i] == Event("enter", name))
-        span = []  # the events of the block's first run
-        for event in self.events[start + 1 :]:
-            if not _inside(event.name, name) or event == Event("enter", name):
-                break
-            span.append(event)
-        offset = start + 1
+        first, last, enter = calls[0][0], calls[-1][0], Event("enter", name)
+        start = next(i for i in range(first, -1, -1) if self.events[i] == enter)
+        others = (i for i, e in enumerate(self.events) if i > start and (e == enter or not _inside(e.name, name)))
+        events = self.events[: next(others, None)]  # up to the end of the block's first run
         attentions: list[Attention] = []
-        previous = 0
+        previous = start
         for i, attention in calls:
-            at = i - offset
-            before = [e.name for e in span[previous:at] if e.kind == "layer"]
+            before = [e.name for e in events[previous:i] if e.kind == "layer"]
             output = next((n for n in self._layers_after(i) if _inside(n, name)), None)
-            ends = (j for j in range(at, len(span)) if span[j].name == output)
-            norm = next((e.name for e in span[next(ends, len(span)) :] if e.kind == "norm"), None)
+            ends = (j for j in range(i, len(events)) if events[j].name == output)
+            norm = next((e.name for e in events[next(ends, len(events)) :] if e.kind == "norm"), None)
             reads = norm is not None and self._reads_residual(norm, output, name)
             outputs = {a.output for a in attentions}
             inputs = tuple(n for n in before if n not in outputs and not isinstance(self.modules[n], nn.Embedding))
             # Source and target may have the same length; there the second attention of a block is the cross one.
             cross = self.events[i].cross or (bool(attentions) and self.model.config.is_encoder_decoder)
             attentions.append(Attention(attention, cross, inputs, output, norm, reads, plans.get(attention)))
-            previous = at
-        ffn = [e.name for e in span[last - offset :] if e.kind == "layer"][1:]
-        norms = tuple(dict.fromkeys(e.name for e in span if e.kind == "norm"))
+            previous = i
+        ffn = [e.name for e in events[last:] if e.kind == "layer"][1:]
+        norms = tuple(dict.fromkeys(e.name for e in events[start:] if e.kind == "norm"))
         return Block(name, tuple(attentions), tuple(ffn[:-1]), ffn[-1] if ffn else None, norms)
 
     def _reads_residual(self, norm: str, output: str | None, block: str) -> bool:
