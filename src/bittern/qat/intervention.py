@@ -34,17 +34,13 @@ class _Gate:
         layer.register_forward_pre_hook(self.before)
         layer.register_forward_hook(self.after)
 
-    @property
-    def _keeps_value(self) -> bool:
-        return self.act is not None and self.act.point == "map" and self.gives_value
-
     def before(self, layer: nn.Module, args: Any) -> Any:
-        if self.act is None or self._keeps_value:
+        if self.act is None or (self.act.point == "map" and self.gives_value):
             return None
         return (stand_in(args[0], args[0].detach(), self.act.share), *args[1:])
 
     def after(self, layer: nn.Module, args: Any, out: Tensor) -> Tensor | None:
-        if self.act is None or not self._keeps_value or self.only_value:
+        if self.act is None or self.act.point != "map" or not self.gives_value or self.only_value:
             return None
         x = stand_in(args[0], args[0].detach(), self.act.share)
         return torch.where(self.columns.to(out.device), out, layer.forward(x))  # one layer for Q, K and V
@@ -119,10 +115,7 @@ def _gates(student: PreTrainedModel, anatomy: Anatomy, chosen: Mapping[str, str]
     for a in attentions:
         value = values[a.name]
         draw = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
-        found = torch.autograd.grad(value, [outputs[n] for n in a.inputs], draw, retain_graph=True, allow_unused=True)
+        given = [outputs[name] for name in a.inputs]
+        found = torch.autograd.grad(value, given, draw, retain_graph=True, materialize_grads=True)
         for name, grad in zip(a.inputs, found, strict=True):
-            width = outputs[name].shape[-1]
-            reached = torch.zeros(width, dtype=torch.bool, device=value.device)
-            if grad is not None:
-                reached = (grad != 0).reshape(-1, width).any(0)
-            yield name, _Gate(student.get_submodule(name), reached)
+            yield name, _Gate(student.get_submodule(name), (grad != 0).flatten(0, -2).any(0))
