@@ -1,8 +1,4 @@
-"""Distillation: what a student learns from its teacher, how much of each term, at which layers.
-
-A `Distill` is data (see `bittern.options`); `Distiller` binds one to a teacher and a student, and gives the terms of a
-batch.
-"""
+"""Distillation: what a student learns from its teacher, how much of each term, at which layers."""
 
 from collections.abc import Iterator, Mapping
 from itertools import groupby
@@ -22,11 +18,9 @@ from bittern.qat import losses
 from bittern.qat.intervention import Intervener
 from bittern.recorded import TokenMasks, attention_output, by_place, check_shapes, out_tokens, real_tokens, token_masks
 
-ALL_LAYERS = ("hidden",)  # terms that `layers` does not narrow down
-
 
 class Distiller:
-    """Binds a Distill to a teacher and a student: records both, and gives the terms of a batch.
+    """Binds a `bittern.options.Distill` to a teacher and a student: records both, and gives the terms of a batch.
 
     teacher: None if only the labels teach. Both models get Bittern's attention; the teacher is frozen, and no part of
     the student. Raises ModelError or InputError, at the latest on the first batch, if the two do not fit.
@@ -157,16 +151,13 @@ class Distiller:
 
     def _of_layers(self, term: str, point: Point, taught: Taps, shown: Taps, masks: TokenMasks) -> Iterator[Tensor]:
         mine, theirs = by_place(taught, self.anatomy, point), by_place(shown, self.teacher_anatomy, point)
-        mapping, chosen = self.distill.mapping, self.distill.layers
+        mapping, chosen = self.distill.mapping, None if term == "hidden" else self.distill.layers
         depth = 1 + max((block for block, _ in mine), default=-1)
-        if chosen is not None and term not in ALL_LAYERS:
-            if outside := [layer for layer in chosen if not -depth <= layer < depth]:
-                raise InputError(f"layers names block {outside[0]}; the student has blocks 0 to {depth - 1}")
-            chosen_blocks = {layer % depth for layer in chosen}
-        else:
-            chosen_blocks = {block for block, _ in mine}
+        if outside := [layer for layer in chosen or () if not -depth <= layer < depth]:
+            raise InputError(f"layers names block {outside[0]}; the student has blocks 0 to {depth - 1}")
+        blocks = {block for block, _ in mine} if chosen is None else {layer % depth for layer in chosen}
         for (block, attention), (name, x) in mine.items():
-            if block not in chosen_blocks or (mapping is not None and block >= 0 and block not in mapping):
+            if block not in blocks or (mapping is not None and block >= 0 and block not in mapping):
                 continue
             other = block if mapping is None or block < 0 else mapping[block]
             y = theirs[other, attention][1]
