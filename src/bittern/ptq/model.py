@@ -57,15 +57,12 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         own = {name: value for name, value in vars(self).items() if name not in ("simulation", "method")}
-        return (
-            {"method": self.method.name, "inputs": self.method.inputs}
-            | own
-            | {
-                "solved": [asdict(s) for s in self.solved],
-                "frontier": [asdict(point) for point in self.frontier],
-                "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
-            }
-        )
+        own |= {
+            "solved": [asdict(s) for s in self.solved],
+            "frontier": [asdict(point) for point in self.frontier],
+            "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
+        }
+        return {"method": self.method.name, "inputs": self.method.inputs} | own
 
 
 @dataclass

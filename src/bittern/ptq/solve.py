@@ -319,9 +319,8 @@ def _solve_product(
 ) -> tuple[Solved, dict[str, Side]]:
     """Solve a part of the heads of Q·Kᵀ or of map·V; return what to report, and both sides by name."""
     scores = names[0] == "query"
-    left, right = (
-        getattr(heads, name)[:, part] for name in names
-    )  # (items, heads, rows, inner), (items, heads, keys, ·)
+    # (items, heads, rows, inner), (items, heads, keys, ·)
+    left, right = (getattr(heads, name)[:, part] for name in names)
     count, right = left.shape[1], right.mT if scores else right  # K (…, keys, head dim) → (…, head dim, keys)
     a, b = (Side(x.flatten(0, 1), site.quantizer(n), method) for x, n in zip((left, right), names, strict=True))
     rows = heads.valid_rows.repeat_interleave(count, 0)  # (items · heads, rows)
@@ -329,8 +328,7 @@ def _solve_product(
     columns = keys.sum(-1, keepdim=True) if scores else torch.full_like(rows[:, :1], right.shape[-1], dtype=torch.long)
     sample = torch.unique(heads.sample, return_inverse=True)[1].repeat_interleave(count)
     sample = sample.unsqueeze(-1).expand_as(rows)  # (items · heads, rows)
-    space = method.space or Space()
-    b.product = product = Product(a.x, b.x, sample, space.objective, columns * rows, slack=space.slack)
+    b.product = product = Product(a.x, b.x, sample, b.space.objective, columns * rows, slack=b.space.slack)
     penalty = None
     if scores and method.ranking:
         penalty = ranking_penalty(product, rows, keys, method.ranking, method.margin)

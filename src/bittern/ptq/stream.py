@@ -8,6 +8,7 @@ and only what a unit needs is kept: the inputs of one unit for all batches.
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -95,19 +96,17 @@ def stream(
     """
     workers: list[_Worker] = []
 
-    def hold(name: str, module: nn.Module) -> None:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            worker = next(w for w in workers if w.thread is threading.current_thread())
-            return worker.exchange(Call(worker.index, name, module, args, kwargs))
-
-        module.forward = forward
+    def forward(name: str, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        worker = next(w for w in workers if w.thread is threading.current_thread())
+        return worker.exchange(Call(worker.index, name, module, args, kwargs))
 
     # A unit may run more than once on a call, and a cache of keys and values would grow each time.
     caching = [c for c in attention_configs(model) if getattr(c, "use_cache", False)]
     with holding(caching, "use_cache", False):
         try:
             for name in units:
-                hold(name, model.get_submodule(name))
+                module = model.get_submodule(name)
+                module.forward = partial(forward, name, module)
             workers += [_Worker(i, model, batch) for i, batch in enumerate(batches)]
             while True:
                 calls = [worker.advance() for worker in workers]
