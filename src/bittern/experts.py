@@ -50,10 +50,8 @@ class _Operand:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in MULTIPLY or len(args) != 2 or kwargs or not isinstance(args[1], _Operand):
-            advice = "give simulate a batch like those that come"
-            raise ModelError(
-                f"weights of experts are used in another way than in the dry run, {func.__name__}; {advice}"
-            )
+            used = f"weights of experts are used in another way than in the dry run, {func.__name__}"
+            raise ModelError(f"{used}; give simulate a batch like those that come")
         return args[1](args[0])  # type: ignore[operator]
 
 

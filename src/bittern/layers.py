@@ -1,7 +1,4 @@
-"""Layers that hold weights, simulated: the same parameters, names and ties, quantized on the way through.
-
-`simulate(model, recipe)` turns a loaded float model into a simulated one in place; `restore(model)` turns it back.
-"""
+"""Layers that hold weights, simulated: the same parameters, names and ties, quantized on the way through."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -143,12 +140,6 @@ SIMULATED: dict[type[nn.Module], type[QuantLayer]] = {
 }
 
 
-def simulated_type(layer: nn.Module) -> type[QuantLayer]:
-    """The class that simulates a float layer, if it is known."""
-    is_scaled = type(layer).__name__.endswith("ScaledWordEmbedding")
-    return QuantScaledEmbedding if is_scaled else next(SIMULATED[t] for t in SIMULATED if isinstance(layer, t))
-
-
 def is_known(layer: nn.Module, name: str, anatomy: Anatomy) -> bool:
     """True unless the forward of a subclass may differ from all that are known."""
     if type(layer).__name__.endswith("ScaledWordEmbedding"):
@@ -257,8 +248,7 @@ def _choose_formats(model: PreTrainedModel, recipe: Recipe, anatomy: Anatomy) ->
     unknown = {owners[name] for name in anatomy.read | (strange - by_name)}  # asked for by name, they are refused
     for name, role in anatomy.roles.items():
         owner = owners[name]
-        reads = name not in anatomy.idle  # if not, it is tied to one that does
-        fmt_input = recipe.rule_for(name, role).input if reads else None
+        fmt_input = recipe.rule_for(name, role).input if name not in anatomy.idle else None  # tied to one that ran
         rule = Rule(weight=recipe.rule_for(owner, anatomy.roles[owner]).weight, input=fmt_input)
         if owner in ran - unknown and not rule.is_float:
             _check_layer(name, model.get_submodule(name), anatomy, rule)
@@ -271,8 +261,7 @@ def restore(model: PreTrainedModel) -> None:
     for layer in model.modules():
         if isinstance(layer, QuantLayer):
             layer.__class__ = layer.__dict__.pop("_float_type")
-            for extra in ("weight_quantizer", "input_quantizer"):
-                delattr(layer, extra)
+            del layer.weight_quantizer, layer.input_quantizer
             layer.__dict__.pop("_kept", None)
     attention.detach(model)
     close_experts(model)
@@ -324,6 +313,7 @@ def _check_layer(name: str, layer: nn.Module, anatomy: Anatomy, rule: Rule) -> N
 def swap(layer: nn.Module, name: str, weight: Format | None, fmt_input: Format | None) -> None:
     """Make a float layer a simulated one: same parameter objects, same names, hooks and ties."""
     layer._float_type = type(layer)  # type: ignore[assignment]
-    layer.__class__ = simulated_type(layer)
+    known = next(simulated for kind, simulated in SIMULATED.items() if isinstance(layer, kind))
+    layer.__class__ = QuantScaledEmbedding if type(layer).__name__.endswith("ScaledWordEmbedding") else known
     layer.weight_quantizer = None if weight is None else FakeQuant(weight, f"{name}.weight")  # type: ignore[assignment]
     layer.input_quantizer = None if fmt_input is None else FakeQuant(fmt_input, f"{name}.input")  # type: ignore[assignment]

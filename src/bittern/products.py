@@ -318,9 +318,8 @@ class Trace(TorchFunctionMode):
             return
         frame = _shared(score, softmax, context)[-1]
         plan = Plan(score.at[frame], softmax.at[frame], context.at[frame], 0, 0)
-        keys = context.shapes[1][-2]
-        cross = context.shapes[0][-2] != keys
-        self.on_attention(Found(plan, frame, out, cross))
+        queries, keys = (shape[-2] for shape in context.shapes)
+        self.on_attention(Found(plan, frame, out, cross=queries != keys))
 
 
 def _shared(*calls: _Seen) -> list[Frame]:

@@ -182,14 +182,11 @@ class BitternQuantizer(HfQuantizer):
     """Rebuilds quantized modules from what the checkpoint itself holds; no module names in config.json."""
 
     requires_calibration = True
+    is_trainable = True  # adapters can be trained on a packed model: gradients pass its layers, whose codes stay
     keys_in_file: Iterable[str] = ()  # while a model is loaded
 
     def is_serializable(self) -> bool:
         return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True  # adapters can be trained on a packed model: gradients pass its layers, whose codes stay
 
     @property
     def is_qat_trainable(self) -> bool:
@@ -252,8 +249,7 @@ class BitternQuantizer(HfQuantizer):
             raise CheckpointError("a Bittern checkpoint loads from safetensors files; got none")
         handles = verify([Path(file) for file in checkpoint_files])
         self.keys_in_file = tuple(handles)
-        stored = _quantized_modules(model, handles)
-        _rebuild(model, self.quantization_config, stored)
+        _rebuild(model, self.quantization_config, _quantized_modules(model, handles))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:

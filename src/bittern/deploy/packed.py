@@ -33,7 +33,7 @@ from bittern.kernels import convolves, has_kernel, input_coding, outside_graphs,
 from bittern.layers import QuantizedLayer, QuantLayer, ScaledEmbedding, fake_quants, weight_matrix
 from bittern.native.block import KernelLayer
 from bittern.native.products import convolve
-from bittern.quantizers import code_range, decode, encode, find_scale, quantize_once, stamp
+from bittern.quantizers import FakeQuant, code_range, decode, encode, find_scale, quantize_once, stamp
 from bittern.recipe import Format
 
 _exchange = threading.RLock()  # held while codes and panels change places
@@ -323,20 +323,17 @@ def pack_layers(model: PreTrainedModel) -> None:
     for layer in list(model.modules()):
         if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:
             weight: nn.Parameter = layer.weight  # type: ignore[assignment]
-            tensors, owner = _codes_and_scale(layer), owners.get(weight)
+            matrix = weight_matrix(layer).contiguous()
+            tensors, owner = _codes_and_scale(layer.weight_quantizer, matrix), owners.get(weight)
             if owner and not all(torch.equal(t, getattr(owner, name)) for name, t in tensors.items()):
                 owner = None  # their scales were found apart
-            packed = make_packed(layer, {} if owner else tensors, owner)
-            owners.setdefault(weight, packed)
+            owners.setdefault(weight, make_packed(layer, {} if owner else tensors, owner))
 
 
-def _codes_and_scale(layer: QuantLayer) -> dict[str, Tensor]:
-    quantizer, matrix = layer.weight_quantizer, weight_matrix(layer).contiguous()
-    assert quantizer is not None
-    fmt = quantizer.format
-    scale, offset = (quantizer.scale, quantizer.offset) if quantizer.scale is not None else find_scale(matrix, fmt)
-    tensors = {
-        "weight_codes": pack_codes(encode(matrix, fmt, scale, offset), fmt),
-        "weight_scale": scale.detach().clone(),
-    }
+def _codes_and_scale(quantizer: FakeQuant, matrix: Tensor) -> dict[str, Tensor]:
+    fmt, scale, offset = quantizer.format, quantizer.scale, quantizer.offset
+    if scale is None:
+        scale, offset = find_scale(matrix, fmt)
+    codes = pack_codes(encode(matrix, fmt, scale, offset), fmt)
+    tensors = {"weight_codes": codes, "weight_scale": scale.detach().clone()}
     return tensors if offset is None else tensors | {"weight_offset": offset.detach().clone()}

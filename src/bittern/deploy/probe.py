@@ -18,14 +18,15 @@ from bittern.errors import CheckpointError
 from bittern.layers import as_float, fake_quants
 
 KEPT, MOST_SCALES = 32, 1000  # numbers of each output, and of static scales, as logarithms, and offsets in steps
-TOLERANCE = {torch.float32: 1e-3}  # of a number or of the output's root mean square, whichever is larger
-COARSE = 0.1  # in 16 bits
+TOLERANCE, COARSE = 1e-3, 0.1  # of a number or of the output's root mean square, whichever is larger; in 16 bits
 
 
 def make(model: PreTrainedModel) -> dict[str, Any] | None:
     """Run the model on made-up inputs; return them and some of its outputs as JSON. None if none can be made up."""
     try:
-        batch = {name: _to_json(tensor) for name, tensor in dummy_batch(model).items()}
+        # Whole numbers as they are; of others the shape, since they always run from -1 to 1.
+        made = dummy_batch(model).items()
+        batch = {n: {"shape": list(t.shape)} if t.is_floating_point() else t.tolist() for n, t in made}
         return {"class": type(model).__name__, "inputs": batch, "outputs": _run(model, batch)}
     except Exception:  # whatever the model's own code raises for inputs that it does not take
         return None
@@ -44,18 +45,13 @@ def check(model: PreTrainedModel, probe: Mapping[str, Any]) -> float:
         saved, now = (torch.tensor(x["values"], dtype=torch.float64) for x in (expected, given))
         size = saved.abs().clamp(min=max(expected["rms"], 1e-12))
         apart = max(((now - saved).abs() / size).max().item(), abs(given["rms"] / max(expected["rms"], 1e-12) - 1))
-        if not apart <= TOLERANCE.get(model.dtype, COARSE):
+        if not apart <= (TOLERANCE if model.dtype == torch.float32 else COARSE):
             raise CheckpointError(
                 f"the loaded model is not the one that was saved: {name} differs by {apart:.1e}, relative; "
                 "please report this with the versions of bittern, torch and transformers"
             )
         worst = max(worst, apart)
     return worst
-
-
-def _to_json(tensor: Tensor) -> Any:
-    """Whole numbers as they are; of others the shape, since they always run from -1 to 1."""
-    return {"shape": list(tensor.shape)} if tensor.is_floating_point() else tensor.tolist()
 
 
 def _from_json(value: Any, model: PreTrainedModel) -> Tensor:
