@@ -265,9 +265,9 @@ class _Job:
             "float_bytes": self.float_bytes,
             **found,
         }
-        if self.test is not None and simulated is not None:
+        if self.test is not None and self.reference is not None and simulated is not None:
             result |= {"samples": len(self.test), "origin": self.test.origin}
-            result |= self._compare(simulated)
+            result |= self._compare(self.test, self.reference, simulated)
             how, learned = next((h for h in ("qat", "ptq") if h in found), "quantize"), found.get("distill", {})
             result["verdict"] = verdict(
                 result["float"], result["packed"], formats(self.model).values(), how, learned=learned.get("terms", ())
@@ -289,19 +289,17 @@ class _Job:
         summary = {"what": str(simulation)} if found else {}
         return result | summary | {"out": str(self.out), **asdict(measure(self.model, self.out))}
 
-    def _compare(self, simulated: Tensor) -> dict[str, Any]:
+    def _compare(self, test: Data, reference: Tensor, simulated: Tensor) -> dict[str, Any]:
         """Return metrics of the float and of the packed model as its users run it, which kernels those are, and the
         largest difference between simulated and packed without kernels: 0, or the codes are wrong."""
-        assert self.test is not None
-        assert self.reference is not None
         with native.disabled():
-            packed = exact = predict(self.model, self.track(self.test, "checking"))
+            packed = exact = predict(self.model, self.track(test, "checking"))
         kernels = native.engine()[0] if self.model.device.type == "cpu" else ""
         if kernels:
-            packed = predict(self.model, self.track(self.test, "packed"))
+            packed = predict(self.model, self.track(test, "packed"))
         return {
-            "float": metrics(self.float_model, self.test, self.reference, self.reference),
-            "packed": metrics(self.model, self.test, packed, self.reference),
+            "float": metrics(self.float_model, test, reference, reference),
+            "packed": metrics(self.model, test, packed, reference),
             "kernels": kernels or "none",
             "max_error_simulated_packed": (exact - simulated).abs().max().item(),
         }

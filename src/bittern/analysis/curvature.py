@@ -63,13 +63,11 @@ def prediction_loss_of(model: PreTrainedModel, teacher: PreTrainedModel, batch: 
     with torch.no_grad():
         out = teacher(**given)
     key = "last_hidden_state" if out.get("logits") is None else "logits"
-    expected = out[key].float()
+    expected, rows = out[key].float(), out_tokens(batch, out[key])
     compare = squared_loss if key != "logits" or expected.shape[-1] == 1 else prediction_loss
 
     def loss(parameters: Parameters) -> Tensor:
-        return compare(
-            functional_call(model, dict(parameters), (), given)[key], expected, rows=out_tokens(batch, expected)
-        )
+        return compare(functional_call(model, dict(parameters), (), given)[key], expected, rows=rows)
 
     return loss
 

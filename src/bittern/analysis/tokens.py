@@ -1,7 +1,4 @@
-"""Classes of tokens, by which distances are told apart: [CLS], [SEP], punctuation and other; of images CLS and patches.
-
-`Kinds.of(batch, keys)` gives the class of each key (samples, keys), or None where the keys are no such tokens.
-"""
+"""Classes of tokens, by which distances are told apart: [CLS], [SEP], punctuation, other; of images CLS and patches."""
 
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -18,7 +15,7 @@ MOST_EXTRA = 16  # tokens of a ViT that are no patches: CLS, distillation, regis
 
 
 class Kinds(NamedTuple):
-    """names: of the classes; of: the class of each key of a batch."""
+    """names: of the classes; of(batch, keys): that of each key (samples, keys), or None if they are no such tokens."""
 
     names: tuple[str, ...]
     of: Callable[[Mapping[str, Any], int], Tensor | None]

@@ -55,8 +55,7 @@ def _run(told: list[signal.Signals]) -> int:
     except Exception as error:
         if told:  # of which the code of others, as of torch.onnx, may make an error of its own
             raise KeyboardInterrupt from None
-        if isinstance(error, BitternError) or out_of_memory(error):
-            text = str(error) if isinstance(error, BitternError) else out_of_memory(error)
+        if text := str(error) if isinstance(error, BitternError) else out_of_memory(error):
             show.say(("error:", "red"), f" {' '.join(text.split())}", console=show.err_console)
             return 1
         if not hasattr(error, "show"):  # how typer tells of a command that is typed wrongly
