@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,17 +60,9 @@ def percentile_scale(x: Tensor, fmt: Format, p: float = 0.99999) -> Scale:
     if not 0.5 < p <= 1:
         raise RecipeError(f"p must be above 0.5 and at most 1, got {p:g}; 0.99999 is usual")
     rows, row, shape = _as_rows(x, fmt)
-    return _shaped(_clip(_quantile(rows, 1 - p), _quantile(rows, p), row), shape)
-
-
-def _quantile(rows: Tensor, p: float) -> Tensor:
-    """(units, 1), interpolated; of any number of values, near either end."""
-    top = p > 0.5
-    place = (p if top else 1 - p) * (rows.shape[1] - 1)
-    within = math.floor(place)
-    sorted_tail = rows.topk(rows.shape[1] - within, largest=top).values  # ends with the neighbour inside
-    inner, outer = sorted_tail[:, -1:].double(), sorted_tail[:, -2:][:, :1].double()
-    return (inner + (outer - inner) * (place - within)).float()
+    ends = np.quantile(rows.double().cpu().numpy(), (1 - p, p), axis=1, keepdims=True)  # torch's has a limit of values
+    low, high = torch.from_numpy(ends).to(rows)  # (units, 1) each
+    return _shaped(_clip(low, high, row), shape)
 
 
 # OMSE
