@@ -46,7 +46,7 @@ def test_tables_of_texts_fit(capsys: pytest.CaptureFixture[str], monkeypatch: py
 def test_lines_of_a_cell_fold_by_themselves() -> None:
     """A line of a cell is broken where it is too long itself, whatever the line before it was."""
     assert show.fold("key: uniform 8-bit per tensor, static\nvalue: uniform 8-bit", 24).split("\n") == [
-        "key: uniform 8-bit per ",
+        "key: uniform 8-bit per",
         "tensor, static",
         "value: uniform 8-bit",
     ]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from io import TextIOWrapper
+from textwrap import TextWrapper
 from typing import Any
 
 from rich.console import Console
@@ -69,14 +70,9 @@ def fold(text: str, width: int) -> str:
     >>> fold("encoder.layer.*.attention.output", 20).split("\\n")
     ['encoder.layer.*.', 'attention.output']
     """
-    lines: list[str] = []
-    for line in text.split("\n"):
-        lines.append("")
-        for part in re.findall(r"[^\s._]*[\s._]*", line):
-            if len(lines[-1] + part.rstrip()) > width and lines[-1]:
-                lines.append("")
-            lines[-1] += part
-    return "\n".join(line for line in lines if line)
+    wrapper = TextWrapper(width, break_long_words=False)
+    wrapper.wordsep_re = re.compile(r"(\s+|[^\s._]*[._]+)")
+    return "\n".join(line for part in text.split("\n") for line in wrapper.wrap(part))
 
 
 def duration(seconds: float) -> str:
