@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from hashlib import file_digest, sha256
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Journal:
 
     def __init__(self, folder: str | Path, job: Mapping[str, Any]):
         self.folder = Path(folder)
-        self.job = job = json.loads(json.dumps(job))
+        self.job = job = json.loads(json.dumps(job, default=attrgetter("__qualname__")))  # functions by their names
         with telling(f"to {folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.check_ours(self.folder)

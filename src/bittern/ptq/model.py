@@ -26,7 +26,6 @@ from bittern.ptq.capture import Captured, capture, size_of, unit_layers
 from bittern.ptq.clips import omse_scale
 from bittern.ptq.methods import Method, find_method
 from bittern.ptq.mixed import Choice, Solution, allocate, block_parts, check_mixed, model_outputs, sensitivities
-from bittern.ptq.search import Space
 from bittern.ptq.solve import Solved, searchable, solve_attention, solve_layers
 from bittern.ptq.stream import Call, stream
 from bittern.quantizers import find_scale
@@ -171,12 +170,9 @@ def _job(
         "data": digest((name, tensor) for name, tensor in named if isinstance(tensor, Tensor)),
         "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
         "method": method.name,
-        "method options": {
-            name: getattr(value, "__qualname__", None) or (asdict(value) if isinstance(value, Space) else value)
-            for name, value in vars(method).items()
-        },
+        "method options": asdict(method),
         "inputs": method.inputs,
-        "mixed precision": None if mixed is None else asdict(mixed),
+        "mixed precision": mixed and asdict(mixed),
         "seed": seed,
     }
 
