@@ -140,13 +140,12 @@ def qat(
         assert job.test is not None
         teacher = job.float_model if student else copy.deepcopy(job.model)
         simulation, measured = job.simulate(), job.measure()
-        options = replace(training, metric=training.metric or headline(data, measured, job.test.metric))
+        metric = headline(data, measured | {"loss": 0.0}, training.metric or job.test.metric)
+        options = replace(training, metric=metric)
         if baseline and baseline["metric"] != options.metric:
             raise InputError(
                 f"{baseline_run} was chosen by {baseline['metric']}, this run by {options.metric}; set --metric"
             )
-        if options.metric not in (*measured, "loss"):
-            raise InputError(f"no metric {options.metric!r} to choose by; there are {', '.join(measured)}, loss")
         found: dict[str, Any] = {"distill": asdict(distill), "training": asdict(options)}
         found |= {"intervention": asdict(intervention)} if intervention else {}
         if is_main:
