@@ -18,7 +18,7 @@ import transformers as hf
 from transformers import PreTrainedModel
 
 import bittern
-from bittern.analysis.pareto import write_page
+from bittern.analysis.report import write_page
 from bittern.data import Data, evaluate, load_splits
 from bittern.data.evaluate import metrics, predict
 from bittern.demo import DIGITS

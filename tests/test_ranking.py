@@ -11,8 +11,7 @@ from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bittern.ptq.product import Product
-from bittern.ptq.ranking import ranking_loss, ranking_penalty
+from bittern.ptq.product import Product, ranking_loss, ranking_penalty
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "golden.safetensors")
 

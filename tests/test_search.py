@@ -20,8 +20,7 @@ from bittern.demo import minilm_folder
 from bittern.layers import as_float
 from bittern.ptq import search
 from bittern.ptq.capture import Captured, Heads, capture
-from bittern.ptq.product import Objective, Product, loss
-from bittern.ptq.ranking import ranking_penalty
+from bittern.ptq.product import Objective, Product, loss, ranking_penalty
 from bittern.ptq.search import Space, candidate_scales, choose, search_left, search_right, search_weight
 from bittern.ptq.stream import stream
 from bittern.quantizers import fake_quantize, find_scale

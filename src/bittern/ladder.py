@@ -26,7 +26,7 @@ from bittern import native
 from bittern.analysis.ablation import block_errors
 from bittern.analysis.findings import OF_THE_TEACHER
 from bittern.analysis.pair import Pair
-from bittern.analysis.pareto import write_page
+from bittern.analysis.report import write_page
 from bittern.data import Data, task_of
 from bittern.data.evaluate import LOWER_IS_BETTER, check_classes, check_metric, headline, metrics, predict, resampled
 from bittern.deploy.bench import alternate

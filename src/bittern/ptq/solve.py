@@ -19,8 +19,7 @@ from bittern.ptq import search
 from bittern.ptq.capture import Heads
 from bittern.ptq.clips import Scale
 from bittern.ptq.methods import Method
-from bittern.ptq.product import Product, random_rows
-from bittern.ptq.ranking import ranking_penalty
+from bittern.ptq.product import Product, random_rows, ranking_penalty
 from bittern.ptq.search import Penalty, Space, candidate_scales
 from bittern.quantizers import FakeQuant, fake_quantize, find_scale
 
