@@ -1,5 +1,5 @@
-"""Pages, HTML files that need nothing else: the report of an analysis, with the JSON that it was drawn from and an SVG of
-each plot; the rungs of `compress`, drawn by what each lost, where a point is a link to its row of the table.
+"""Pages that need nothing else, drawn from JSON: that of an analysis, with an SVG file of each plot, and what each rung
+of `compress` lost, its size and its time, in plots whose points are links to rows of a table: without a script.
 
 Everything that comes from a model, a tokenizer or data is escaped: by jinja2 in the page, by `charts` in the plots.
 """
