@@ -143,9 +143,8 @@ def qat(
         metric = headline(data, measured | {"loss": 0.0}, training.metric or job.test.metric)
         options = replace(training, metric=metric)
         if baseline and baseline["metric"] != options.metric:
-            raise InputError(
-                f"{baseline_run} was chosen by {baseline['metric']}, this run by {options.metric}; set --metric"
-            )
+            other = f"{baseline_run} was chosen by {baseline['metric']}"
+            raise InputError(f"{other}, this run by {options.metric}; set --metric")
         found: dict[str, Any] = {"distill": asdict(distill), "training": asdict(options)}
         found |= {"intervention": asdict(intervention)} if intervention else {}
         if is_main:

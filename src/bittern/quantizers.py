@@ -45,10 +45,8 @@ def _units(x: Tensor, fmt: Format) -> Tensor:
     if fmt.group_size is None:
         return x
     if x.shape[-1] % fmt.group_size:
-        raise ModelError(
-            f"group_size {fmt.group_size} does not divide the {x.shape[-1]} inputs of a row; "
-            "use a divisor or granularity: row"
-        )
+        what = f"group_size {fmt.group_size} does not divide the {x.shape[-1]} inputs of a row"
+        raise ModelError(f"{what}; use a divisor or granularity: row")
     groups: Tensor = x.unflatten(-1, (-1, fmt.group_size))
     return groups
 

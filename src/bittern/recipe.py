@@ -94,12 +94,9 @@ class Format(_Strict):
         name = self.kind if self.kind in FIXED_BITS else f"{self.kind} {self.bits}-bit"
         scheme = "" if self.scheme == "symmetric" else f" {self.scheme}"
         unit = f"group of {self.group_size}" if self.group_size else self.granularity
-        details = [
-            *(["static"] if self.range == "static" else []),
-            *([f"clip {self.clip:g}"] if self.clip is not None else []),
-            *(["base 3"] if self.storage == "base3" else []),
-        ]
-        return ", ".join([f"{name}{scheme} per {unit}", *details])
+        static, base = ", static" if self.range == "static" else "", ", base 3" if self.storage == "base3" else ""
+        clip = "" if self.clip is None else f", clip {self.clip:g}"
+        return f"{name}{scheme} per {unit}{static}{clip}{base}"
 
 
 class Rule(_Strict):

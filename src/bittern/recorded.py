@@ -89,10 +89,8 @@ def attention_output(anatomy: Anatomy) -> Point:
     """Return the point of Y: the norm of X + AO if a block's first norm gives that (post-norm), else the sum itself."""
     for attention in anatomy.attentions:
         if not attention.norm_reads_residual:
-            raise ModelError(
-                f"{attention.name} has no sum of its output and its input before a norm, so there is no term output; "
-                "use self_output"
-            )
+            lacks = "has no sum of its output and its input before a norm, so there is no term output"
+            raise ModelError(f"{attention.name} {lacks}; use self_output")
     post_norm = all(b.norms and b.norms[0] == b.attentions[0].norm for b in anatomy.blocks if b.attentions)
     return "norm" if post_norm else "residual"
 

@@ -57,10 +57,9 @@ def print_table(
     share = min(1.0, room / sum(widths[i] for i in texts))
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i in texts else "right", overflow="fold")
+    most = {i: max(12, int(share * widths[i])) for i in texts}
     for row in rows:
-        table.add_row(
-            *(fold(cell, max(12, int(share * widths[i]))) if i in texts else cell for i, cell in enumerate(row))
-        )
+        table.add_row(*(fold(cell, most[i]) if i in most else cell for i, cell in enumerate(row)))
     out_console.print(table)
 
 

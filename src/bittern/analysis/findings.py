@@ -167,21 +167,17 @@ def worst_blocks(
     typical = median(d for a in attentions for d in a["divergence"])
     depth, found = len(student["blocks"]) - 2, []
     for block in sorted(blocks, key=lambda b: -b["error"])[:count]:
-        heads = [
-            (d, i, j)
-            for i, a in enumerate(attentions)
-            if a["block"] % depth == block["block"]
-            for j, d in enumerate(a["divergence"])
-        ]
+        own = [(i, a["divergence"]) for i, a in enumerate(attentions) if a["block"] % depth == block["block"]]
+        heads = ((d, i, j) for i, of_heads in own for j, d in enumerate(of_heads))
         divergence, layer, head = max(heads, default=(0.0, 0, 0))
         times = divergence / typical if typical > 0 else 0.0
         name, text = block["name"], f"alone it changes the output by {short(100 * block['error'])} % (squared error)"
         if block["error"] < NEGLIGIBLE:
             what = "nothing: that is too little to matter."
         else:
-            own = [rule for module, rule in formats.items() if module.startswith(f"{name}.")]
+            rules = [rule for module, rule in formats.items() if module.startswith(f"{name}.")]
             how, learned, by_attention = student["how"], student["learned"], times > STANDS_OUT
-            what = advice(own, how, learned, blamed=blamed, block=name, by_attention=by_attention)
+            what = advice(rules, how, learned, blamed=blamed, block=name, by_attention=by_attention)
         if times > STANDS_OUT:
             text += f"; head {head} is furthest from the teacher's, {times:.1f} × the median divergence"
         else:

@@ -47,9 +47,8 @@ def parse_labels(text: str, name: str) -> dict[str, str] | str:
     """The word order, or pairs such as good=positive,bad=0."""
     pairs = [part.partition("=") for part in split(text)]
     if text != "order" and not all(own and target for own, _, target in pairs):
-        raise InputError(
-            f"{name} is {text!r}; expected order, or DATA=MODEL pairs of labels, such as good=positive,bad=0"
-        )
+        expected = "order, or DATA=MODEL pairs of labels, such as good=positive,bad=0"
+        raise InputError(f"{name} is {text!r}; expected {expected}")
     return text if text == "order" else {own.strip(): target.strip() for own, _, target in pairs}
 
 

@@ -58,17 +58,12 @@ def demo(result: Facts) -> None:
 
     for name, rows in result.items():
         accuracies = [] if rows[0]["accuracy"] is None else ["accuracy"]
-        cells = [
-            (
-                row["format"],
-                f"{row['bits']:.2f}",
-                f"{row['bytes'] / 1e3:,.0f}",
-                f"{rows[0]['bytes'] / row['bytes']:.1f}",
-                *(f"{row[metric]:.4f}" for metric in (*accuracies, "agreement")),
-                "" if row["max_error"] is None else f"{row['max_error']:g}",
-            )
-            for row in rows
-        ]
+        cells = []
+        for row in rows:
+            sizes = f"{row['bits']:.2f}", f"{row['bytes'] / 1e3:,.0f}", f"{rows[0]['bytes'] / row['bytes']:.1f}"
+            values = (f"{row[metric]:.4f}" for metric in (*accuracies, "agreement"))
+            error = "" if row["max_error"] is None else f"{row['max_error']:g}"
+            cells.append((row["format"], *sizes, *values, error))
         print_table(("format", "bits", "kB", "×", *accuracies, "agreement", "max error"), cells, DEMOS[name].title)
     say(
         "bits: per quantized weight, with scales · kB: whole file · agreement: with float · max error: "
@@ -254,16 +249,11 @@ def export(result: Facts) -> None:
 
 
 def bench(result: Facts) -> None:
-    rows = [
-        (
-            name,
-            f"{engine['latency_ms']:.2f}",
-            f"{engine['samples_per_second']:.1f}",
-            f"{engine['times_ours']:.2f}",
-            *("" if engine[size] is None else megabytes(engine[size]) for size in ("weights_in_memory", "file")),
-        )
-        for name, engine in result["engines"].items()
-    ]
+    rows = []
+    for name, engine in result["engines"].items():
+        times = f"{engine['latency_ms']:.2f}", f"{engine['samples_per_second']:.1f}", f"{engine['times_ours']:.2f}"
+        sizes = ("" if engine[size] is None else megabytes(engine[size]) for size in ("weights_in_memory", "file"))
+        rows.append((name, *times, *sizes))
     inputs = ", ".join(f"{name} {' × '.join(map(str, shape))}" for name, shape in result["inputs"].items())
     title = f"{inputs}; {result['threads']} threads, kernels: {result['kernels'] or 'none'}"
     print_table(("engine", "ms", "samples/s", "time / ours", "weights in memory", "file"), rows, title)

@@ -106,10 +106,8 @@ def check_comparable(
     except Exception as error:  # a model raises whatever its code meets in inputs of another
         raise InputError(f"{other_path} cannot read {data.name} as {path} does: {first_line(error)}") from error
     if task_of(model) != task_of(other) or shapes[0] != shapes[1]:
-        raise InputError(
-            f"{other_path}, a {type(other).__name__}, gives outputs {shapes[1]} for each sample, {path}, a "
-            f"{type(model).__name__}, {shapes[0]}; give a model of the same task"
-        )
+        theirs = f"{other_path}, a {type(other).__name__}, gives outputs {shapes[1]} for each sample"
+        raise InputError(f"{theirs}, {path}, a {type(model).__name__}, {shapes[0]}; give a model of the same task")
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

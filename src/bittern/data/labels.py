@@ -72,10 +72,8 @@ def label_numbers(
     keys = [names.get(v) or _key(v) if isinstance(v, int) else _key(v) for v in values]
     if None in keys:
         i = keys.index(None)
-        known = listed([*class_names(model).values()])
-        raise InputError(
-            f"{source}: row {i} of {column} is {values[i]!r}; expected a class of the model by number or name: {known}"
-        )
+        expected = f"a class of the model by number or name: {listed([*class_names(model).values()])}"
+        raise InputError(f"{source}: row {i} of {column} is {values[i]!r}; expected {expected}")
     index = match_classes(source, names, list(dict.fromkeys(map(str, keys))), model, labels)
     if not labels and any(index.get(name, i) != i for i, name in names.items()):
         warnings.warn(f"{source} numbers its classes otherwise than the model; they are matched by name", stacklevel=2)

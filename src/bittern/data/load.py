@@ -36,10 +36,8 @@ BLOCK_TOKENS = 512  # tokens of a language model's block, by default
 def digits(split: Split) -> tuple[Tensor, Tensor]:
     """Load scikit-learn's handwritten digits: images (n, 1, 8, 8) in [0, 1] and labels; 1,437 to train, 360 to test."""
     images, labels = need("sklearn.datasets").load_digits(return_X_y=True)
-    parts = need("sklearn.model_selection").train_test_split(
-        images, labels, test_size=360, stratify=labels, random_state=0
-    )
-    x, y = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
+    cut = need("sklearn.model_selection").train_test_split
+    x, y = cut(images, labels, test_size=360, stratify=labels, random_state=0)[split == "test" :: 2]
     return torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(y)
 
 
@@ -199,10 +197,8 @@ def _image_folder(ask: _Request) -> Data | None:
     path = Path(ask.source)
     files = visible_files(path, IMAGE_TYPES)
     if not files:
-        raise InputError(
-            f"{path} holds no images ({', '.join(IMAGE_TYPES)}) and no table named train, validation or test; "
-            "expected a folder per class"
-        )
+        neither = f"no images ({', '.join(IMAGE_TYPES)}) and no table named train, validation or test"
+        raise InputError(f"{path} holds {neither}; expected a folder per class")
     roots = {path / file: path / (split_folder(file) or "") for file in files}  # where the folders of classes are
     parts = split_files(path, (file for file in files if split_folder(file))) or {"train": list(roots)}
     others = {file.parts[0] for file in files if len(file.parts) > 1 and not split_folder(file)}

@@ -80,10 +80,8 @@ def check_same_inputs(model: PreTrainedModel, path: str | Path, other: PreTraine
         words, others = (load_tokenizer(p).get_vocab() for p in (path, other_path))
         if words != others:
             word = next(w for w in sorted(words | others) if words.get(w) != others.get(w))
-            raise InputError(
-                f"{path} and {other_path} have different tokenizers: {word!r} is token {words.get(word)} of one and "
-                f"{others.get(word)} of the other"
-            )
+            numbers = f"{words.get(word)} of one and {others.get(word)} of the other"
+            raise InputError(f"{path} and {other_path} have different tokenizers: {word!r} is token {numbers}")
         if task_of(model) == "embedding" and read_pooling(model) != read_pooling(other):
             raise InputError(f"{path} and {other_path} pool tokens differently; copy modules.json and what it names")
         share_padding(model, other)

@@ -38,9 +38,8 @@ def answer_rows(
     texts: Sequence[tuple[str, ...]], answers: Sequence[Any] | None, tokenizer: Any, limit: int
 ) -> list[Tokenized]:
     """Tokenize questions and their contexts. answers: of SQuAD, `text` and `answer_start`; none has the span (0, 0)."""
-    found = tokenizer(
-        *map(list, zip(*texts, strict=True)), truncation=True, max_length=limit, return_offsets_mapping=True
-    )
+    columns = map(list, zip(*texts, strict=True))
+    found = tokenizer(*columns, truncation=True, max_length=limit, return_offsets_mapping=True)
     spans = found.pop("offset_mapping")
     rows = _rows(found)
     for i, row in enumerate(rows):
@@ -62,9 +61,8 @@ def answer_rows(
 
 def masked_rows(texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, share: float = 0.15) -> list[Tokenized]:
     """Tokenize texts and mask a share of the tokens, at least one, always the same; texts without any are left out."""
-    found = tokenizer(
-        *map(list, zip(*texts, strict=True)), truncation=True, max_length=limit, return_special_tokens_mask=True
-    )
+    columns = map(list, zip(*texts, strict=True))
+    found = tokenizer(*columns, truncation=True, max_length=limit, return_special_tokens_mask=True)
     special, generator = found.pop("special_tokens_mask"), torch.Generator().manual_seed(0)
     rows = _rows(found)
     for row, marks in zip(rows, special, strict=True):

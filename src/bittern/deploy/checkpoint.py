@@ -78,10 +78,8 @@ def check_format_version(given: Any, written_by: Any) -> None:
     if not isinstance(given, int) or isinstance(given, bool) or given < 1:
         raise CheckpointError(f"config.json: format_version {given!r} is no version; the file is damaged or foreign")
     if given > FORMAT_VERSION:
-        raise CheckpointError(
-            f"the checkpoint has format version {given} (written by Bittern {written_by}); this Bittern reads up to "
-            f"{FORMAT_VERSION}: pip install -U bittern"
-        )
+        reads = f"this Bittern reads up to {FORMAT_VERSION}: pip install -U bittern"
+        raise CheckpointError(f"the checkpoint has format version {given} (written by Bittern {written_by}); {reads}")
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -110,10 +108,8 @@ def open_checked(files: list[Path]) -> tuple[dict[str, Any], dict[str, Any]]:
             raise CheckpointError(f"{file.name} has damaged checksums") from None
     path = files[0].parent / "config.json"
     if config_digest(read_json(path)) != config:
-        raise CheckpointError(
-            f"{path} was changed since the weights were packed; restore it, or load with the "
-            "original, change model.config and save again"
-        )
+        advice = "restore it, or load with the original, change model.config and save again"
+        raise CheckpointError(f"{path} was changed since the weights were packed; {advice}")
     return handles, checks
 
 
@@ -292,9 +288,8 @@ def _quantized_modules(model: PreTrainedModel, handles: Mapping[str, Any]) -> di
     owners = [key.removesuffix(f".{INDEX}") for key in handles if key.endswith(f".{INDEX}")]
     names = {owner: name for owner in owners if (name := module_name(owner))}
     if not names:
-        raise CheckpointError(
-            f"the checkpoint holds no quantized module of {type(model).__name__}; it belongs to another model"
-        )
+        kind = type(model).__name__
+        raise CheckpointError(f"the checkpoint holds no quantized module of {kind}; it belongs to another model")
     stored: dict[str, dict[str, Tensor]] = {name: {} for name in names.values()}
     for key, handle in handles.items():
         for depth in (1, 2):  # a tensor of the module, or of a quantizer in it

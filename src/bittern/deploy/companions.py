@@ -74,14 +74,10 @@ def write_card(model: PreTrainedModel, source: str | Path, folder: Path, report:
         warnings.warn(f"{source}: its {CARD} cannot be read: {first_line(error)}", stacklevel=3)
     config = model.config.quantization_config
     on_hub = there is not None and not os.path.isdir(source)
-    kept = {key: value for key in ("license", "license_name", "license_link", "language") if (value := given.get(key))}
-    data = ModelCardData(
-        library_name="transformers",
-        tags=["bittern", config.recipe or "quantized"],
-        base_model=str(source) if on_hub else given.get("base_model"),
-        pipeline_tag=given.get("pipeline_tag"),
-        **kept,
-    )
+    copied = ("license", "license_name", "license_link", "language", "pipeline_tag")
+    kept = {key: value for key in copied if (value := given.get(key))}
+    tags, base = ["bittern", config.recipe or "quantized"], str(source) if on_hub else given.get("base_model")
+    data = ModelCardData(library_name="transformers", tags=tags, base_model=base, **kept)
     metrics = [(kind, report.get(kind)) for kind in ("float", "packed")] if report else []
     text = CARD_TEXT.read_text(encoding="utf-8").format(
         name=Path(source).name or type(model).__name__,

@@ -219,7 +219,7 @@ def _heads(
     tensors: list[Tensor], batch: Mapping[str, Any], size: int, first: int, calls: int, generator: torch.Generator
 ) -> Heads | None:
     """Return what one call reads; None if there is nothing, or samples cannot be told apart."""
-    query, key, value, map_ = tensors
+    query, key, _, map_ = tensors
     items, device = len(query), query.device
     if items % size or not map_.numel():
         return None
@@ -235,16 +235,9 @@ def _heads(
         x = x.reshape(items, key.shape[1], -1, x.shape[-1])  # (items, key heads, rows, ·): grouped queries become rows
         return (x * valid[:, None, :, None])[kept].detach().float()  # (kept items, key heads, rows, ·)
 
-    return Heads(
-        chosen(query, valid_rows),
-        chosen(key, valid_keys),
-        chosen(value, valid_keys),
-        chosen(map_, valid_rows),
-        _samples(items, size, device)[kept] + first,
-        valid_rows[kept],
-        valid_keys[kept],
-        groups=groups,
-    )
+    sample = _samples(items, size, device)[kept] + first
+    read = map(chosen, tensors, (valid_rows, valid_keys, valid_keys, valid_rows))
+    return Heads(*read, sample, valid_rows[kept], valid_keys[kept], groups=groups)
 
 
 def _joined(*parts: Heads) -> Heads:

@@ -34,10 +34,8 @@ MAX_OUTPUT = 1 << 22  # entries of each output of a batch by which widths are co
 def check_mixed(method: Method) -> None:
     """Raise InputError if the method cannot serve mixed precision."""
     if method.inputs == "sequential":
-        raise InputError(
-            f"method {method.name} calibrates each block on the quantized ones before it, whose widths mixed precision "
-            "chooses only in the end; use a method with parallel inputs"
-        )
+        why = "whose widths mixed precision chooses only in the end; use a method with parallel inputs"
+        raise InputError(f"method {method.name} calibrates each block on the quantized ones before it, {why}")
 
 
 # Parts of a block
@@ -192,11 +190,9 @@ class Solution:
         for name, quantizer in fake_quants(module):
             if is_own(f"{self.unit}.{name}"):
                 quantizer.format = Format.model_validate(self.formats[name])
-                scale, offset = (self.tensors.get(f"{name}.{kind}") for kind in ("scale", "offset"))
-                if scale is None:
-                    quantizer.scale = quantizer.offset = None
-                else:
-                    quantizer.set_scale(scale.to(device), None if offset is None else offset.to(device))
+                for kind in ("scale", "offset"):
+                    tensor = self.tensors.get(f"{name}.{kind}")
+                    setattr(quantizer, kind, None if tensor is None else tensor.to(device, copy=True))
         for name, parameter in module.named_parameters():
             if name in self.tensors and is_own(f"{self.unit}.{name}"):
                 parameter.detach().copy_(self.tensors[name])
@@ -246,9 +242,8 @@ def choose_bits(points: Sequence[Choice], weights: Mapping[str, int], target: fl
     total = sum(weights.values())
     fitting = [point for point in points if point.size <= target * total]
     if not fitting:
-        raise InputError(
-            f"no choice of bits has {target:g} bits a weight or fewer; the smallest has {points[0].size / total:.2f}"
-        )
+        least = f"the smallest has {points[0].size / total:.2f}"
+        raise InputError(f"no choice of bits has {target:g} bits a weight or fewer; {least}")
     return fitting[-1]
 
 

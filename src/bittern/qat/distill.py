@@ -64,10 +64,8 @@ class Distiller:
         mapping = self.distill.mapping
         if mapping is None and depths[0] != depths[1] and (self.distill.layerwise or self.intervention):
             mine, theirs = (" + ".join(map(str, d)) for d in depths)
-            raise ModelError(
-                f"the student has {mine} blocks, the teacher {theirs}; say which block learns from which: "
-                "mapping={student block: teacher block}"
-            )
+            advice = "say which block learns from which: mapping={student block: teacher block}"
+            raise ModelError(f"the student has {mine} blocks, the teacher {theirs}; {advice}")
         for pair in (mapping or {}).items():
             for block, depth, whose in zip(pair, map(sum, depths), ("student", "teacher"), strict=True):
                 if not 0 <= block < depth:
@@ -101,10 +99,8 @@ class Distiller:
         if "prediction" in self.distill.terms:
             heads = [name for name in ("logits", "start_logits", "end_logits") if out.get(name) is not None]
             if not heads:
-                name = type(self.student).__name__
-                raise InputError(
-                    f"{name} has no logits for the term prediction; choose others, such as hidden,map,output"
-                )
+                lacks = f"{type(self.student).__name__} has no logits for the term prediction"
+                raise InputError(f"{lacks}; choose others, such as hidden,map,output")
             found = [self._prediction(name, out[name], expected[name], batch) for name in heads]
             terms["prediction"] = torch.stack(found).mean()
         for name in (name for name in self.distill.terms if point_of(name) == "logits"):

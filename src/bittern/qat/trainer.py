@@ -64,9 +64,8 @@ class QATTrainer(Trainer):
             return super().create_scheduler(num_training_steps, optimizer)
         steps = intervention.steps
         if not steps < num_training_steps:
-            raise InputError(
-                f"the intervention takes {steps} steps of {num_training_steps}; give it fewer, or train for longer"
-            )
+            share = f"{steps} steps of {num_training_steps}"
+            raise InputError(f"the intervention takes {share}; give it fewer, or train for longer")
         factors = []
         for length in (steps, num_training_steps - steps):
             self.lr_scheduler = None

@@ -76,17 +76,11 @@ def train(
         raise InputError(f"{data.name} has no labels, which the term truth needs; choose other terms with --distill")
     arguments, checkpoint = _arguments(training, Path(folder)), last_checkpoint(folder) if resume else None
     arguments.eval_on_start = checkpoint is None  # it is told already
-    parts: dict[str, Any] = {
-        "data": data,
-        "test": test or data,
-        "measure": measure,
-        "teacher": teacher,
-        "distill": distill,
-    }
-    own: dict[str, Any] = {"callbacks": [_Schedule(training.evaluations, training.patience, on_step)]}
+    own: dict[str, Any] = {"teacher": teacher, "distill": distill, "intervention": intervention}
+    own["callbacks"] = [_Schedule(training.evaluations, training.patience, on_step)]
     if training.optimizer == "bertadam":
         own["optimizer_cls_and_kwargs"] = BertAdam, {"lr": arguments.learning_rate}
-    trainer = _MeasuredTrainer(student, arguments, intervention=intervention, **parts, **own)
+    trainer = _MeasuredTrainer(student, arguments, data=data, test=test or data, measure=measure, **own)
     floors = trainer.check_first_batch()
     if floors:
         told = {f"{kind}_{name}": value for name, term in floors.items() for kind, value in term.items()}

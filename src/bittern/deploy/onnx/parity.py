@@ -129,12 +129,11 @@ def measure_parity(file: Outputs, simulated: Outputs, exact: Outputs, reference:
     own, explained = max(off, key=lambda pair: (isnan(pair[0]), pair[0] - slack * pair[1]))
     pairs = list(zip(file["logits"], simulated["logits"], strict=True)) if "logits" in file else []
     chosen = [(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in pairs if a.shape[-1] > 1]
+    gaps = ((a - b).abs().max().item() for n in simulated for a, b in zip(file[n], simulated[n], strict=True))
     return {
         "samples": samples,
         "error": max(apart(file, simulated, name) for name in simulated),
-        "largest": max(
-            (a - b).abs().max().item() for n in simulated for a, b in zip(file[n], simulated[n], strict=True)
-        ),
+        "largest": max(gaps),
         "agreement": torch.cat(chosen).float().mean().item() if chosen else None,
         "drift": max(apart(file, reference, name) for name in simulated),
         "simulated": max(apart(simulated, exact, name) for name in simulated),
