@@ -1,6 +1,6 @@
 """Anatomy of a Transformer, as a dry run finds it (see `dry_run`), and the record of it that a model carries."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,8 @@ from torch import nn
 from bittern.experts import Layout
 from bittern.products import Plan
 from bittern.recipe import Recipe, Role
+
+Batch = Mapping[str, Any]  # inputs of a model by name
 
 
 @dataclass(frozen=True)

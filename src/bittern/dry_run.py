@@ -7,7 +7,6 @@ Attention is where transformers' AttentionInterface is called, or where a model'
 import inspect
 import math
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
 from functools import partial
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from bittern.anatomy import Anatomy, holding
+from bittern.anatomy import Anatomy, Batch, holding
 from bittern.attention import Site, attach, attention_configs, attention_forward, detach
 from bittern.compat import eager_mask
 from bittern.errors import ModelError, one_line
@@ -29,7 +28,7 @@ _DRY_RUN = "bittern_dry_run"
 
 
 @torch.no_grad()
-def read_anatomy(model: PreTrainedModel, batch: Mapping[str, Any] | None = None) -> Anatomy:
+def read_anatomy(model: PreTrainedModel, batch: Batch | None = None) -> Anatomy:
     """Run the model once on two samples, of `batch` or made up, and read its structure off the order of execution.
 
     The same run compares our attention with the family's own eager function, call by call; a model whose attention is
@@ -51,7 +50,7 @@ def read_anatomy(model: PreTrainedModel, batch: Mapping[str, Any] | None = None)
     return anatomy
 
 
-def _holds(model: PreTrainedModel, anatomy: Anatomy, batch: Mapping[str, Any], expected: Any) -> bool:
+def _holds(model: PreTrainedModel, anatomy: Anatomy, batch: Batch, expected: Any) -> bool:
     """True if the model gives the same while its own attention code is watched, in modules that a load builds too."""
     if any(isinstance(m, Site) for m in model.modules()):
         return True  # has been watched before
@@ -128,7 +127,7 @@ def dummy_batch(model: PreTrainedModel, samples: int = 2, length: int = 9) -> di
     return batch
 
 
-def _two_samples(batch: Mapping[str, Any]) -> dict[str, Any]:
+def _two_samples(batch: Batch) -> dict[str, Any]:
     """The first two, since the dry run keeps what all modules read; the whole batch where it is not plain samples."""
     sizes = {len(v) if isinstance(v, Tensor) and v.dim() else -1 for v in batch.values()}
     return {k: v[:2] for k, v in batch.items()} if len(sizes) == 1 and -1 not in sizes else dict(batch)

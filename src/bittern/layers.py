@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bittern import attention
-from bittern.anatomy import Anatomy, holding, record_of
+from bittern.anatomy import Anatomy, Batch, holding, record_of
 from bittern.dry_run import check_model, read_anatomy
 from bittern.errors import ModelError
 from bittern.experts import ExpertsLinear, close_experts, open_experts
@@ -147,7 +147,7 @@ def is_known(layer: nn.Module, name: str, anatomy: Anatomy) -> bool:
     return type(layer) in SIMULATED or name in anatomy.like_base
 
 
-def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, Any] | None = None) -> Simulation:
+def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Batch | None = None) -> Simulation:
     """Quantize a loaded model in simulation, in place.
 
     recipe: a name (`w8a8`), a path to YAML, or a Recipe. batch: inputs of one dry run, made up if not given.
@@ -190,7 +190,7 @@ def simulate(model: PreTrainedModel, recipe: str | Recipe, batch: Mapping[str, A
     return describe(model)
 
 
-def anatomy_of(model: PreTrainedModel, batch: Mapping[str, Any] | None = None) -> Anatomy:
+def anatomy_of(model: PreTrainedModel, batch: Batch | None = None) -> Anatomy:
     """Return the anatomy kept with the model; read it, in float, if there is none or it no longer holds.
 
     It holds while the model has the same layers, and for batches with the inputs that it was read with: others may

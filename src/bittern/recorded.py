@@ -2,12 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bittern.anatomy import Anatomy
+from bittern.anatomy import Anatomy, Batch
 from bittern.attention import Point, Taps
 from bittern.errors import ModelError
 
@@ -73,7 +72,7 @@ def real_tokens(masks: TokenMasks, name: str, samples: int, tokens: int, side: s
     return real.expand(samples, -1)
 
 
-def out_tokens(batch: Mapping[str, Any], out: Tensor) -> Tensor | None:
+def out_tokens(batch: Batch, out: Tensor) -> Tensor | None:
     """Return which of the tokens (samples, tokens) of a model's output (samples, tokens, …) count: those with a label,
     else those that are not padding, of an encoder-decoder its decoder's. None where the batch does not tell."""
     labels, mask, read = (batch.get(name) for name in ("labels", "attention_mask", "decoder_input_ids"))

@@ -313,9 +313,7 @@ def _range_of(ys: Sequence[float], log: bool, zero: bool) -> tuple[float, float]
     return low - (pad if low < 0 or not zero else 0.0), high + pad
 
 
-def bars(
-    series: Mapping[str, Sequence[float]], name: str, *, labels: Sequence[str], layers: Sequence[int] = ()
-) -> Plot:
+def bars(series: Mapping[str, Sequence[float]], name: str, labels: Sequence[str], layers: Sequence[int] = ()) -> Plot:
     """Horizontal bars, one for each series under each label. layers: those that the first labels are linked by."""
     left = 10 + LETTER * max(map(len, labels))
     top = max((v for values in series.values() for v in values), default=0.0) or 1.0

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from bittern.analysis import recovery
 from bittern.analysis.pair import AttentionRun, Pair, output_weight
 from bittern.analysis.tokens import Kinds
-from bittern.anatomy import Anatomy
+from bittern.anatomy import Anatomy, Batch
 from bittern.attention import NAME, Point, Site, Taps, recording, replace
 from bittern.errors import InputError
 from bittern.layers import anatomy_of
@@ -45,7 +45,7 @@ def numbers(x: Tensor) -> Any:
 
 @torch.no_grad()
 def compare(
-    pair: Pair, batches: Iterable[Mapping[str, Any]], kinds: Kinds | None = None, *, top: int = 5, track: Track = silent
+    pair: Pair, batches: Iterable[Batch], kinds: Kinds | None = None, *, top: int = 5, track: Track = silent
 ) -> dict[str, Any]:
     """Measure all of attention recovery, as JSON can hold it; means over samples.
 
@@ -159,7 +159,7 @@ def _add_errors(found: Values, how: str, pair: Pair, own: Taps, shown: Taps, mas
         found[f"depth/{how}/{label}"].append(recovery.relative_error(x, y, real))
 
 
-def _intervened(pair: Pair, batch: Mapping[str, Any], point: Point, given: Mapping[str, Sequence[Tensor]]) -> Taps:
+def _intervened(pair: Pair, batch: Batch, point: Point, given: Mapping[str, Sequence[Tensor]]) -> Taps:
     """Record the student with the teacher's map, context or attention output in place of its own [TI]."""
     replace(pair.student, {(name, point): tensors for name, tensors in given.items()})
     try:
@@ -192,7 +192,7 @@ def nuclear_norm_of_scores(query: Tensor, key: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def nuclear_norms(pair: Pair, batches: Sequence[Mapping[str, Any]], track: Track = silent) -> dict[str, Any]:
+def nuclear_norms(pair: Pair, batches: Sequence[Batch], track: Track = silent) -> dict[str, Any]:
     """Nuclear norms [VT] of the map and of QKᵀ (sums over heads) of each attention module, and of the FFN's output by
     block, of student and teacher; padding adds nothing. Means over samples."""
     found = Values(list)

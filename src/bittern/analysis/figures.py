@@ -37,9 +37,7 @@ def figure(name: str, data: Any, student: str = "", values: Mapping[str, str] = 
     return Figure(name + suffix, title + more, look, plot)
 
 
-def paired(
-    name: str, data: Mapping[str, Any], each: Sequence[Mapping[str, Any]] = (), **options: Any
-) -> Iterator[Figure]:
+def paired(name: str, data: Facts, each: Sequence[Facts] = (), **options: Any) -> Iterator[Figure]:
     """Draw a figure for each student that has data for it, all on the same scale. each: options of each student."""
     for (student, own), more in zip(data.items(), each or [{}] * len(data), strict=True):
         if own:

@@ -25,6 +25,7 @@ CLASSES = {  # of tensors: the fields of a rule that give their formats
     "map and value": ("map", "value"),
 }
 STANDS_OUT = 2.0  # times the median divergence of heads
+MOST_BLOCKS = 3  # that are named
 NEGLIGIBLE = 1e-3  # relative squared error of the output
 WIDE, NARROW = 8, 2  # bits that rarely cost anything; bits of weights that need training
 
@@ -154,9 +155,7 @@ def place_of_loss(student: Mapping[str, Any]) -> tuple[str, str]:
     return f"{where}, mostly from {blamed}", blamed
 
 
-def worst_blocks(
-    student: Mapping[str, Any], formats: Mapping[str, Rule], blamed: str = "", count: int = 3
-) -> list[dict[str, Any]]:
+def worst_blocks(student: Mapping[str, Any], formats: Mapping[str, Rule], blamed: str = "") -> list[dict[str, Any]]:
     """List the blocks that alone do most harm.
 
     Of each `name`, `block`, `error`, its `head` of largest divergence and the `layer` (attention module) of that, how
@@ -166,7 +165,7 @@ def worst_blocks(
     attentions = student["compare"]["attentions"]
     typical = median(d for a in attentions for d in a["divergence"])
     depth, found = len(student["blocks"]) - 2, []
-    for block in sorted(blocks, key=lambda b: -b["error"])[:count]:
+    for block in sorted(blocks, key=lambda b: -b["error"])[:MOST_BLOCKS]:
         own = [(i, a["divergence"]) for i, a in enumerate(attentions) if a["block"] % depth == block["block"]]
         heads = ((d, i, j) for i, of_heads in own for j, d in enumerate(of_heads))
         divergence, layer, head = max(heads, default=(0.0, 0, 0))

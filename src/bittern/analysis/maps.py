@@ -1,7 +1,7 @@
 """Attention maps of a few samples, teacher and students side by side, small enough to be shown in a page."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from bittern.analysis.compare import numbers, output_point
 from bittern.analysis.pair import Pair
+from bittern.anatomy import Batch
 from bittern.attention import Point, Taps
 from bittern.data import Data
 from bittern.data.texts import load_tokenizer
@@ -56,9 +57,7 @@ def shown_samples(
     return found
 
 
-def _text(
-    taps: Sequence[Taps], maps: Sequence[Tensor], point: Point, batch: Mapping[str, Any], tokenizer: Any
-) -> dict[str, Any]:
+def _text(taps: Sequence[Taps], maps: Sequence[Tensor], point: Point, batch: Batch, tokenizer: Any) -> dict[str, Any]:
     tokens = tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())[:TOKENS]
     maps = [m[..., : len(tokens), : len(tokens)] for m in maps]
     return {
@@ -70,7 +69,7 @@ def _text(
     }
 
 
-def _image(maps: Sequence[Tensor], batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any] | None:
+def _image(maps: Sequence[Tensor], batch: Batch, model: PreTrainedModel) -> dict[str, Any] | None:
     size = getattr(model.config, "patch_size", None)
     if not isinstance(size, int):
         return None
@@ -105,7 +104,7 @@ def _data_uri(pixels: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _predictions(models: Sequence[PreTrainedModel], batch: Mapping[str, Any]) -> list[str]:
+def _predictions(models: Sequence[PreTrainedModel], batch: Batch) -> list[str]:
     """Return what each model says of a sample, if it is a classifier: the class and its probability."""
     found = []
     for model in models:

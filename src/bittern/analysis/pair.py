@@ -1,14 +1,12 @@
 """Two models side by side: the float teacher and its quantized student, run on the same batches and recorded."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bittern.anatomy import Anatomy
+from bittern.anatomy import Anatomy, Batch
 from bittern.attention import Point, Taps, attach, recording
 from bittern.deploy.packed import PackedLayer
 from bittern.errors import ModelError
@@ -48,7 +46,7 @@ class Pair:
         """The student's structure."""
         return anatomy_of(self.student)
 
-    def record(self, batch: Mapping[str, Any], *points: Point) -> tuple[Taps, Taps]:
+    def record(self, batch: Batch, *points: Point) -> tuple[Taps, Taps]:
         """Run both on a batch; return what the student and what the teacher has at the points."""
         with recording(self.student, *points) as own:
             self.student(**batch)

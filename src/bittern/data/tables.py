@@ -23,6 +23,7 @@ from bittern.data.tasks import task_of
 from bittern.errors import InputError, listed, need, one_line
 from bittern.options import Labels, Reading
 
+Columns = Sequence[str]  # their names
 TEXT_COLUMNS = (
     *(("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence")),
     *(("sentence",), ("text", "text_pair"), ("text1", "text2"), ("text",)),
@@ -128,9 +129,7 @@ def _cache_folder() -> str | None:
     return folder
 
 
-def pick_columns(
-    source: str, table: Any, asked: Sequence[str], known: Sequence[Sequence[str]], most: int
-) -> Sequence[str]:
+def pick_columns(source: str, table: Any, asked: Columns, known: Sequence[Columns], most: int) -> Columns:
     """Return the columns of inputs: those asked for, else the first of the known ones that are there."""
     have, asked = table.column_names, (asked,) if isinstance(asked, str) else asked
     if len(asked) > most:
@@ -154,7 +153,7 @@ def usable(source: str, bad: Mapping[int, str], count: int, skip_bad: bool) -> l
     return [i for i in range(count) if i not in bad]
 
 
-def bad_texts(table: Any, columns: Sequence[str], words: bool) -> dict[int, str]:
+def bad_texts(table: Any, columns: Columns, words: bool) -> dict[int, str]:
     """Return what is wrong with rows that hold no text, by row. words: lists of words are texts too."""
     bad: dict[int, str] = {}
     for i, row in enumerate(zip(*(table[c] for c in columns), strict=True)):

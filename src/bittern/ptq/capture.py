@@ -235,9 +235,9 @@ def _heads(
         x = x.reshape(items, key.shape[1], -1, x.shape[-1])  # (items, key heads, rows, ·): grouped queries become rows
         return (x * valid[:, None, :, None])[kept].detach().float()  # (kept items, key heads, rows, ·)
 
-    sample = _samples(items, size, device)[kept] + first
     read = map(chosen, tensors, (valid_rows, valid_keys, valid_keys, valid_rows))
-    return Heads(*read, sample, valid_rows[kept], valid_keys[kept], groups=groups)
+    parts = [*read, _samples(items, size, device)[kept] + first, valid_rows[kept], valid_keys[kept]]
+    return Heads(*parts, groups=groups)
 
 
 def _joined(*parts: Heads) -> Heads:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bittern.anatomy import Block
+from bittern.anatomy import Batch, Block
 from bittern.attention import Site, Taps, recording
 from bittern.errors import InputError, ModelError
 from bittern.layers import QuantLayer, as_float, fake_quants, weight_matrix
@@ -27,6 +27,7 @@ from bittern.quantizers import find_scale
 from bittern.recipe import Format
 
 Part = Literal["attention", "ffn"]
+PartOf = Mapping[str, Part]  # of a block, by names of modules
 SAMPLES = 32  # at least, as far as there are
 MAX_OUTPUT = 1 << 22  # entries of each output of a batch by which widths are compared
 
@@ -50,14 +51,14 @@ def block_parts(block: Block) -> dict[str, Part]:
     return parts | dict.fromkeys((*block.ffn_in, *((block.ffn_out,) if block.ffn_out else ())), "ffn")
 
 
-def part_of(name: str, parts: Mapping[str, Part]) -> Part | None:
+def part_of(name: str, parts: PartOf) -> Part | None:
     """The part that a module or parameter belongs to, by its full name."""
     while name and name not in parts:
         name = name.rpartition(".")[0]
     return parts.get(name)
 
 
-def widen(module: nn.Module, unit: str, parts: Mapping[str, Part], bits: int) -> None:
+def widen(module: nn.Module, unit: str, parts: PartOf, bits: int) -> None:
     """Give every uniform format of a block's parts this width, and weights the scales of their extremes at it."""
     for name, quantizer in fake_quants(module):
         if quantizer.format.kind == "uniform" and part_of(f"{unit}.{name}", parts) is not None:
@@ -67,7 +68,7 @@ def widen(module: nn.Module, unit: str, parts: Mapping[str, Part], bits: int) ->
                 quantizer.set_scale(*find_scale(weight_matrix(owner), quantizer.format, quantizer.name))
 
 
-def weights_of(module: nn.Module, unit: str, parts: Mapping[str, Part], part: Part) -> int:
+def weights_of(module: nn.Module, unit: str, parts: PartOf, part: Part) -> int:
     """Count the weights of a part."""
     return sum(
         p.numel()
@@ -79,9 +80,7 @@ def weights_of(module: nn.Module, unit: str, parts: Mapping[str, Part], part: Pa
 # Sensitivity: how much a part suffers from its own quantization, the rest being float
 
 
-def sensitivities(
-    calls: Sequence[Call], sizes: Sequence[int], parts: Mapping[str, Part], measure: Sensitivity
-) -> dict[Part, float]:
+def sensitivities(calls: list[Call], sizes: Sequence[int], parts: PartOf, measure: Sensitivity) -> dict[Part, float]:
     """Return Ω of each part at its present formats [VT eq. 18], or the relative error that it leaves in the output."""
     totals, seen = dict[Part, float].fromkeys(parts.values(), 0.0), 0
     for call in calls:
@@ -100,7 +99,7 @@ def sensitivities(
     return {part: total / seen for part, total in totals.items()}
 
 
-def _run(call: Call, parts: Mapping[str, Part], part: Part | None) -> tuple[Tensor, Taps]:
+def _run(call: Call, parts: PartOf, part: Part | None) -> tuple[Tensor, Taps]:
     """Run a block with one part quantized and the rest, or all of it, in float: its output, maps and FFN output."""
     sites = [m for m in call.module.modules() if isinstance(m, Site)]
     with as_float(call.module), recording(sites, "map", "ffn") as taps:
@@ -134,7 +133,7 @@ def relative_sensitivity(out: Tensor, changed: Tensor) -> float:
     return float(((changed - out).double().square().flatten(1).sum(1) / power).mean())
 
 
-def model_outputs(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+def model_outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
     """Return each float output of a model on each batch as (rows, columns), without padding; of very many rows a part.
 
     Raises ModelError if there is none.
@@ -248,11 +247,7 @@ def choose_bits(points: Sequence[Choice], weights: Mapping[str, int], target: fl
 
 
 def allocate(
-    model: nn.Module,
-    batches: Sequence[Mapping[str, Any]],
-    blocks: Sequence[dict[int, Solution]],
-    mixed: Mixed,
-    reference: list[Tensor],
+    model: nn.Module, batches: Sequence[Batch], blocks: list[dict[int, Solution]], mixed: Mixed, reference: list[Tensor]
 ) -> tuple[list[Solved], dict[str, int], list[Choice], dict[str, float]]:
     """Choose the bits of each part for the target, and put what was found with them into the model.
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bittern import layers
-from bittern.anatomy import Anatomy
+from bittern.anatomy import Anatomy, Batch
 from bittern.attention import Site
 from bittern.deploy.files import digest
 from bittern.deploy.journal import Journal
@@ -98,7 +98,7 @@ class _State:
 def quantize(
     model: PreTrainedModel,
     recipe: str | Recipe,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Batch],
     *,
     method: str | Method = "bittern",
     mixed: Mixed | None = None,
@@ -156,12 +156,7 @@ def quantize(
 
 
 def _job(
-    model: nn.Module,
-    recipe: Recipe,
-    batches: Sequence[Mapping[str, Any]],
-    method: Method,
-    mixed: Mixed | None,
-    seed: int,
+    model: nn.Module, recipe: Recipe, batches: Sequence[Batch], method: Method, mixed: Mixed | None, seed: int
 ) -> dict[str, Any]:
     """Return the facts that a run depends on: another of these gives other bits."""
     named = ((f"{i} {k}", batch[k]) for i, batch in enumerate(batches) for k in sorted(batch))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 Objective = Literal["pearson", "cosine", "mse"]
+Penalty = Callable[[Tensor], float]  # of an output error, added to the exact loss (the ranking loss)
 RANKED_ROWS = 1024  # on which the search looks at the order
 CHUNK_ENTRIES = 1 << 19  # entries of an error that are looked at at once: they stay in the cache
 
@@ -75,9 +76,7 @@ class Product:
         out = torch.matmul(left, right if right.dim() == 2 else right[part]).sub_(self.out[part])
         return out if self.shift is None else out.sub_(self.shift)
 
-    def loss(
-        self, left: Callable[[slice], Tensor], right: Tensor, penalty: Callable[[Tensor], float] | None = None
-    ) -> float:
+    def loss(self, left: Callable[[slice], Tensor], right: Tensor, penalty: Penalty | None = None) -> float:
         """Return the mean over samples of the loss of left·right, plus a penalty of its error, if there is one."""
         p, q, total = (torch.empty(self.sample.shape, device=self.out.device) for _ in range(3))
         errors = []
@@ -138,9 +137,7 @@ def ranking_loss(scores: Tensor, changed: Tensor, margin: float, valid: Tensor |
     return total / (len(scores) * columns * (columns - 1) // 2 - ties - absent).clamp(min=1)
 
 
-def ranking_penalty(
-    product: Product, rows: Tensor, keys: Tensor, weight: float, margin: float
-) -> Callable[[Tensor], float]:
+def ranking_penalty(product: Product, rows: Tensor, keys: Tensor, weight: float, margin: float) -> Penalty:
     """γ·L_rank of an error of the scores, on at most `RANKED_ROWS` of their rows.
 
     rows, keys: (groups, rows) and (groups, columns), False where there is padding.

@@ -23,13 +23,12 @@ from torch import Tensor
 from bittern import native
 from bittern.native import rounding
 from bittern.ptq.clips import Scale
-from bittern.ptq.product import Objective, Product, random_rows
+from bittern.ptq.product import Objective, Penalty, Product, random_rows
 from bittern.quantizers import code_range, fake_quantize, find_scale
 from bittern.recipe import Format
 
 CrossTerms = Callable[[Sequence[Scale]], Tensor]  # of each of some scales
 Search = Callable[[Sequence[Scale], int | None], int]  # index of the best of some scales, given that of the present
-Penalty = Callable[[Tensor], float]  # of an output error, added to the exact loss (the ranking loss)
 
 BINS = 1 << 14  # 32 or more to a step of 8 bits
 ESTIMATE_ROWS = 2048  # with slack: rows from which first-order terms and Gram matrices of estimates come

@@ -19,11 +19,12 @@ from bittern.ptq import search
 from bittern.ptq.capture import Heads
 from bittern.ptq.clips import Scale
 from bittern.ptq.methods import Method
-from bittern.ptq.product import Product, random_rows, ranking_penalty
-from bittern.ptq.search import Penalty, Space, candidate_scales
+from bittern.ptq.product import Penalty, Product, random_rows, ranking_penalty
+from bittern.ptq.search import Space, candidate_scales
 from bittern.quantizers import FakeQuant, fake_quantize, find_scale
 
 FOLD_ROWS = 1024  # on which folds are compared
+Layers = Mapping[str, QuantLayer]
 Fold = tuple[Tensor, Tensor] | None  # r and t of (x + t)/r, for each channel
 
 
@@ -176,12 +177,7 @@ def _alternate(left: Side, rights: Sequence[Side], method: Method, penalty: Pena
 
 
 def solve_layers(
-    layers: Mapping[str, QuantLayer],
-    x: Tensor,
-    sample: Tensor,
-    method: Method,
-    tied: Collection[str] = (),
-    norm: nn.Module | None = None,
+    layers: Layers, x: Tensor, sample: Tensor, method: Method, tied: Collection[str] = (), norm: nn.Module | None = None
 ) -> list[Solved]:
     """Solve the layers that read x (rows, in), each its weight and all of them one input scale; set what was found.
 
@@ -209,7 +205,7 @@ def solve_layers(
     return solved
 
 
-def _folds(x: Tensor, norm: nn.Module, layers: Mapping[str, QuantLayer], exponents: Sequence[float]) -> list[Fold]:
+def _folds(x: Tensor, norm: nn.Module, layers: Layers, exponents: Sequence[float]) -> list[Fold]:
     """Channels of the same range (at exponent 1), and of the same centre where norm and layers have biases (RepQ-ViT).
 
     Only for static inputs of one scale; channels that are constant stay as they are.
@@ -228,7 +224,7 @@ def _folds(x: Tensor, norm: nn.Module, layers: Mapping[str, QuantLayer], exponen
 
 
 def _solve_group(
-    layers: Mapping[str, QuantLayer], x: Tensor, sample: Tensor, method: Method, tied: Collection[str], fold: Fold
+    layers: Layers, x: Tensor, sample: Tensor, method: Method, tied: Collection[str], fold: Fold
 ) -> tuple[list[Solved], list[Side], Side]:
     """Solve layers that read x, or (x + t)/r; return what to report, their weights, and their input.
 

@@ -6,7 +6,7 @@ and only what a unit needs is kept: the inputs of one unit for all batches.
 """
 
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bittern.anatomy import holding
+from bittern.anatomy import Batch, holding
 from bittern.attention import attention_configs
 from bittern.errors import ModelError
 from bittern.quantizers import stamp
@@ -49,13 +49,13 @@ class Call:
 class _Worker:
     """The forward of one batch in a thread of its own; it runs only while `advance` waits for it."""
 
-    def __init__(self, index: int, model: nn.Module, batch: Mapping[str, Any]):
+    def __init__(self, index: int, model: nn.Module, batch: Batch):
         self.index = index
         self.going: SimpleQueue[bool] = SimpleQueue()  # whether the thread goes on
         self.shown: SimpleQueue[Call | BaseException | None] = SimpleQueue()  # where it is now, or what it ended with
         self.thread = threading.Thread(target=self._run, args=(model, batch), daemon=True)
 
-    def _run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+    def _run(self, model: nn.Module, batch: Batch) -> None:
         try:
             with torch.no_grad():
                 model(**batch)
@@ -86,9 +86,7 @@ class _Worker:
         self.thread.join()
 
 
-def stream(
-    model: PreTrainedModel, units: Sequence[str], batches: Sequence[Mapping[str, Any]]
-) -> Generator[tuple[str, list[Call]]]:
+def stream(model: PreTrainedModel, units: Sequence[str], batches: Sequence[Batch]) -> Generator[tuple[str, list[Call]]]:
     """Yield (unit, its call for every batch) in order of execution; set the `output` of each call before going on.
 
     units: names of modules, none inside another. Leaving the loop early ends all forwards.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bittern.anatomy import Anatomy
+from bittern.anatomy import Anatomy, Batch
 from bittern.attention import Point, Taps, attach, recording
 from bittern.dry_run import evaluating
 from bittern.errors import InputError, ModelError
@@ -71,9 +71,7 @@ class Distiller:
                 if not 0 <= block < depth:
                     raise InputError(f"mapping names block {block} of the {whose}, which has blocks 0 to {depth - 1}")
 
-    def forward(
-        self, model: nn.Module, batch: Mapping[str, Any], step: int | None = 0
-    ) -> tuple[Any, dict[str, Tensor]]:
+    def forward(self, model: nn.Module, batch: Batch, step: int | None = 0) -> tuple[Any, dict[str, Tensor]]:
         """Return the student's output and the terms of the batch. model: the student, or what wraps it.
 
         step: of the optimizer, which decides whether the teacher intervenes; if so, it does until `release`. None: an
@@ -118,7 +116,7 @@ class Distiller:
             self.intervener.end()
 
     @torch.no_grad()
-    def floors(self, batch: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    def floors(self, batch: Batch) -> dict[str, dict[str, float]]:
         """Return of each term its `floor`, and its value as the student is now, at the `start`.
 
         The floor is what the teacher's own weights, in float, lose by quantized activations alone: what no training of
@@ -134,7 +132,7 @@ class Distiller:
                 _, least = self.forward(self.student, batch, None)
         return {name: {"floor": float(least[name]), "start": float(value)} for name, value in now.items()}
 
-    def _prediction(self, name: str, logits: Tensor, expected: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    def _prediction(self, name: str, logits: Tensor, expected: Tensor, batch: Batch) -> Tensor:
         check_shapes("prediction", name, logits, expected)
         kind, mask = self.student.config.problem_type, batch.get("attention_mask")
         if logits.shape[-1] == 1 or kind == "regression":

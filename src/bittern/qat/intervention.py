@@ -53,9 +53,7 @@ class Intervener:
     Raises ModelError if the two do not fit.
     """
 
-    def __init__(
-        self, student: PreTrainedModel, anatomy: Anatomy, teacher: Anatomy, mapping: Mapping[int, int] | None = None
-    ):
+    def __init__(self, student: PreTrainedModel, anatomy: Anatomy, teacher: Anatomy, mapping: Mapping[int, int] | None):
         self.student = student
         self.source: dict[str, str] = {}  # attention of the student → of the teacher
         for i, block in enumerate(anatomy.blocks):

@@ -82,9 +82,7 @@ def map_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Te
     return _mean_of_samples(divergence.mean(1), rows)  # (batch, heads, queries) → (batch, queries)
 
 
-def map_loss_of_scores(
-    student: Tensor, teacher: Tensor, temperature: float = 1.0, rows: Tensor | None = None
-) -> Tensor:
+def map_loss_of_scores(student: Tensor, teacher: Tensor, temperature: float, rows: Tensor | None = None) -> Tensor:
     """τ² · `map_loss` of softmax(AS/τ); for large τ half the variance over keys of what scores differ [KD, table 1]."""
     student, teacher = (F.softmax(scores.float() / temperature, -1) for scores in (student, teacher))
     return map_loss(student, teacher, rows) * temperature**2
