@@ -352,14 +352,10 @@ def compress(
     workshop = Workshop(
         source, folder, model, train_data, calibration, choice, reference, metric, train_minutes, seed, track
     )
-    on_estimate(
-        {
-            rung.name: seconds * (HOW[rung.how][1] * len(calibration) + 2 * len(choice))
-            + 60 * train_minutes * (rung.how == "train")
-            for rung in rungs.values()
-            if keep in (None, rung.name) and not journal.kept(*journal_entry(rung, train_minutes))
-        }
-    )
+    wanted = [rung for rung in rungs.values() if keep in (None, rung.name)]
+    missing = [rung for rung in wanted if not journal.kept(*journal_entry(rung, train_minutes))]
+    forwards = {rung: HOW[rung.how][1] * len(calibration) + 2 * len(choice) for rung in missing}
+    on_estimate({r.name: seconds * n + 60 * train_minutes * (r.how == "train") for r, n in forwards.items()})
     rows = []
     for row in climb(ladder, workshop, journal, max_loss, keep):
         rows.append(row)
@@ -385,10 +381,9 @@ def compress(
     with atomic_folder(out, force=force) as place:
         shutil.copytree(folder / chosen["rung"], place, dirs_exist_ok=True)
         with (place / CARD).open("a", encoding="utf-8") as card:
-            card.write(
-                f"* Measured: {metric} {chosen[metric]:.4f}, of the float model {result['float']:.4f}; on "
-                f"{loss['samples']} other samples it loses {loss['points']:.2f}, at most {loss['at_most']:.2f}\n"
-            )
+            found = f"{metric} {chosen[metric]:.4f}, of the float model {measured[metric]:.4f}"
+            lost = f"on {loss['samples']} other samples it loses {loss['points']:.2f}, at most {loss['at_most']:.2f}"
+            card.write(f"* Measured: {found}; {lost}\n")
         (place / REPORT).write_text(json.dumps(result, indent=2) + "\n")
         write_page(result, place / PAGE)
     return result | {"out": str(out)}

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+Texts = Sequence[str]
 PAUSE = 30.0  # seconds between two lines of progress where there is no terminal
 PLAIN = {"–": "-", "×": "x", "→": "->", "·": "-", "…": "...", "’": "'", "τ": "tau"}
 
@@ -42,12 +43,7 @@ def warn(text: str) -> None:
 
 
 def print_table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    title: str | None = None,
-    *,
-    left: Sequence[str] = (),
-    show_lines: bool = False,
+    columns: Texts, rows: Iterable[Texts], title: str | None = None, *, left: Texts = (), show_lines: bool = False
 ) -> None:
     """Print a table; the first column stands left, and those named in `left`: they share what room the others leave."""
     table, rows = Table(title=title, title_justify="left", show_lines=show_lines), list(rows)
@@ -103,10 +99,8 @@ def print_estimate(seconds: Mapping[str, float]) -> None:
 
 def print_rung(row: Mapping[str, Any]) -> None:
     """Tell of a rung of the ladder as soon as it is measured."""
-    warn(
-        f"{row['rung']:14} loses {row['points']:.2f} ± {row['error']:.2f} points, {row['smaller']:.1f}× smaller, "
-        f"{row['faster']:.2f}× as fast ({duration(row['seconds'])})"
-    )
+    gain = f"{row['smaller']:.1f}× smaller, {row['faster']:.2f}× as fast ({duration(row['seconds'])})"
+    warn(f"{row['rung']:14} loses {row['points']:.2f} ± {row['error']:.2f} points, {gain}")
 
 
 def _progress(disable: bool = False) -> Progress:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from itertools import zip_longest
+from itertools import product, zip_longest
 from typing import Any
 
 import numpy as np
@@ -345,11 +345,10 @@ def surface(loss: Grid, name: str, *, steps: Sequence[float], beside: Iterable[G
     at_x = Axis(0, n - 1, left + cell / 2, left + side - cell / 2)  # where the middles of cells lie, by number
     at_y = Axis(0, n - 1, above + side - cell / 2, above + cell / 2)
     parts = []
-    for i, row in enumerate(logs):
-        for j, value in enumerate(row):
-            tip = f"({short(steps[j])}, {short(steps[i])}): loss {short(loss[i][j])}"
-            x, y = at_x(j) - cell / 2, at_y(i) - cell / 2
-            parts.append(box(x, y, cell + 0.3, cell + 0.3, colour(share(value)), data_tip=tip))
+    for i, j in product(range(n), repeat=2):
+        tip = f"({short(steps[j])}, {short(steps[i])}): loss {short(loss[i][j])}"
+        x, y = at_x(j) - cell / 2, at_y(i) - cell / 2
+        parts.append(box(x, y, cell + 0.3, cell + 0.3, colour(share(logs[i][j])), data_tip=tip))
     for k in range(1, 9):
         pieces = (
             f"M{at_x(a):.1f},{at_y(b):.1f}L{at_x(c):.1f},{at_y(d):.1f}"
@@ -366,13 +365,12 @@ def surface(loss: Grid, name: str, *, steps: Sequence[float], beside: Iterable[G
 
 def contour(values: Grid, level: float) -> Iterator[tuple[XY, XY]]:
     """Pieces of the line where a grid has this value, as pairs of (column, row): marching squares."""
-    for i in range(len(values) - 1):
-        for j in range(len(values[0]) - 1):
-            corners = [(j, i), (j + 1, i), (j + 1, i + 1), (j, i + 1)]
-            crossings = []
-            for (a, b), (c, d) in zip(corners, corners[1:] + corners[:1], strict=True):
-                v, w = values[b][a] - level, values[d][c] - level
-                if (v < 0) != (w < 0):
-                    share = v / (v - w)
-                    crossings.append((a + share * (c - a), b + share * (d - b)))
-            yield from zip(crossings[::2], crossings[1::2], strict=True)
+    for i, j in product(range(len(values) - 1), range(len(values[0]) - 1)):
+        corners = [(j, i), (j + 1, i), (j + 1, i + 1), (j, i + 1)]
+        crossings = []
+        for (a, b), (c, d) in zip(corners, corners[1:] + corners[:1], strict=True):
+            v, w = values[b][a] - level, values[d][c] - level
+            if (v < 0) != (w < 0):
+                share = v / (v - w)
+                crossings.append((a + share * (c - a), b + share * (d - b)))
+        yield from zip(crossings[::2], crossings[1::2], strict=True)

@@ -22,6 +22,13 @@ OutArg = Annotated[Path, Option("Folder for the packed model.", ("--out", "-o"))
 SamplesArg = Annotated[int, Option("Calibration samples, drawn at random.", least=1)]
 SeedArg = Annotated[int, Option("Seed of the draw.")]
 ForceArg = Annotated[bool, Option("Overwrite the output if it exists.")]
+TrainArg = Annotated[float, Option("Minutes that training may take; without, nothing is trained.", ("--train",))]
+MethodArg = Annotated[str, Option("How scales and weights are found; module:name of your own.", ("--method", "-m"))]
+BASELINE_HELP = "Folder of a finished run without intervention, to count the steps saved."
+BaselineArg = Annotated[str, Option(BASELINE_HELP, ("--plain",))]
+KernelsArg = Annotated[bool, Option("Multiply in integers; without, a packed model gives the simulated one's bits.")]
+VerifyArg = Annotated[bool, Option("Run the model too, and compare with outputs that were kept when it was saved.")]
+FormArg = Annotated[str, Option("Of the weights: int8 (fast), nbits (small, for onnxruntime) or portable (small).")]
 
 
 @command("demo:demo", results.demo)
@@ -40,9 +47,7 @@ def compress(
     out: OutArg,
     max_loss: Annotated[float, Option("The most that may be lost, in points of the task's metric.")] = 1.0,
     goal: Annotated[str, Option("What the choice serves: size, speed or balanced.", ("--for",))] = "balanced",
-    train_minutes: Annotated[
-        float, Option("Minutes that training may take; without, nothing is trained.", ("--train",))
-    ] = 0.0,
+    train_minutes: TrainArg = 0.0,
     keep: Annotated[str, Option("Write this rung of the ladder, whatever it lost.")] | None = None,
     samples: SamplesArg = 128,
     seed: Annotated[int, Option("Seed of all draws.")] = 0,
@@ -75,9 +80,7 @@ def ptq(
     data: DataArg,
     recipe: RecipeArg,
     out: OutArg,
-    method: Annotated[
-        str, Option("How scales and weights are found; module:name of your own.", ("--method", "-m"))
-    ] = "bittern",
+    method: MethodArg = "bittern",
     mixed: Mixed | None = None,
     samples: SamplesArg = 128,
     seed: SeedArg = 0,
@@ -99,10 +102,7 @@ def qat(
     distill: Distill,
     training: Training,
     intervention: Intervention | None = None,
-    baseline_run: Annotated[
-        str, Option("Folder of a finished run without intervention, to count the steps saved.", ("--plain",))
-    ]
-    | None = None,
+    baseline_run: BaselineArg | None = None,
     student: Annotated[str, Option("Float model that the student starts from.")] | None = None,
     samples: Annotated[int, Option("Samples for static scales of activations.", least=1)] = 128,
     resume: Annotated[bool, Option("Go on from the last checkpoint of the same run.")] = False,
@@ -120,9 +120,7 @@ def evaluate(
     source: ModelArg,
     data: DataArg,
     against: Annotated[str, Option("Another model to compare outputs with.")] | None = None,
-    kernels: Annotated[
-        bool, Option("Multiply in integers; without, a packed model gives the simulated one's bits.")
-    ] = True,
+    kernels: KernelsArg = True,
     **reading: Reading,
 ) -> None:
     """Measure a float, simulated or packed model on data."""
@@ -131,9 +129,7 @@ def evaluate(
 @command("deploy.store:inspect", results.inspect)
 def inspect(
     path: ModelArg,
-    verify: Annotated[
-        bool, Option("Run the model too, and compare with outputs that were kept when it was saved.")
-    ] = False,
+    verify: VerifyArg = False,
 ) -> None:
     """Show what a model folder holds: sizes, which module has which format, and what stayed float."""
 
@@ -163,9 +159,7 @@ def export(
     source: ModelArg,
     out: Annotated[Path, Option("A folder, or a file that ends in .onnx.", ("--out", "-o"))],
     to: Annotated[str, Option("The format to write: onnx, or module:name of a function that writes one.")] = "onnx",
-    form: Annotated[
-        str, Option("Of the weights: int8 (fast), nbits (small, for onnxruntime) or portable (small).")
-    ] = "int8",
+    form: FormArg = "int8",
     dynamic: Annotated[bool, Option("Find ranges of inputs at run time, not before.")] = False,
     safe: Annotated[bool, Option("Full 8-bit weights that cannot saturate on x86 without VNNI.")] = False,
     data: Annotated[str, Option(f"To check the file on. {DATA_HELP} Made up by default.")] | None = None,

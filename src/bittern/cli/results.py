@@ -36,17 +36,15 @@ def compress(result: Facts) -> None:
     rows = [("", "float", f"{result['float']:.4f}", "", megabytes(result["float_bytes"]), "", "")]
     for row in result["rows"]:
         mark = "→" if row["rung"] == result["chosen"] else "" if row["within"] else "✗"
-        loss, size = f"{row['points']:.2f} ± {row['error']:.2f}", f"{megabytes(row['file'])} ({row['smaller']:.1f}×)"
+        points, size = f"{row['points']:.2f} ± {row['error']:.2f}", f"{megabytes(row['file'])} ({row['smaller']:.1f}×)"
         value, speed = f"{row[result['metric']]:.4f}", (f"{row['latency_ms']:.1f}", f"{row['faster']:.2f}×")
-        rows.append((mark, row["rung"], value, loss, size, *speed))
+        rows.append((mark, row["rung"], value, points, size, *speed))
     say(f"{result['source']} on {result['rows'][0]['samples']:,} samples of {result['data']}, {result['origin']}")
     title = "→ chosen, ✗ may lose too much"
     print_table(("", "rung", result["metric"], "points lost", "size", "ms", "faster"), rows, title, left=("rung",))
     fresh = result["fresh"]
-    say(
-        f"{result['chosen']}: {result['why']}. On {fresh['samples']:,} other samples it loses "
-        f"{fresh['points']:.2f} points, at most {fresh['at_most']:.2f} with 95 %."
-    )
+    loss = f"it loses {fresh['points']:.2f} points, at most {fresh['at_most']:.2f} with 95 %"
+    say(f"{result['chosen']}: {result['why']}. On {fresh['samples']:,} other samples {loss}.")
     if fresh["at_least"] <= result["max_loss"] < fresh["at_most"]:
         say(f"That is too little data to be sure of {result['max_loss']:g} points; more labelled samples would tell.")
     say(f"Drawn in {result['out']}/compress.html. All rungs are in {result['rungs']}, for --keep.")
@@ -141,10 +139,8 @@ def losses(solved: list[Facts]) -> None:
 def qat(result: Facts) -> None:
     run = result["qat"]
     kept_step = f"step {run['best_step']}" if run["best_step"] else "the last step"
-    say(
-        f"{run['steps']} steps in {run['seconds'] / 60:.1f} minutes; {kept_step} is kept: {run['metric']} "
-        f"{run['best']:.4f}; peak memory {megabytes(result['peak_memory'])}"
-    )
+    best, memory = f"{run['metric']} {run['best']:.4f}", f"peak memory {megabytes(result['peak_memory'])}"
+    say(f"{run['steps']} steps in {run['seconds'] / 60:.1f} minutes; {kept_step} is kept: {best}; {memory}")
     if run["phases"]:
         say(intervened(run["phases"], result.get("plain")))
     sizes_and_metrics(result, f", learned from {', '.join(result['distill']['terms'])}")
@@ -178,11 +174,9 @@ def evaluate(result: Facts) -> None:
 
 def inspect(result: Facts) -> None:
     recipe = f" by {result['recipe']}" if result["recipe"] else ""
-    say(
-        f"{result['architecture']}, {result['state']}{recipe}: {megabytes(result['file'])} on disk "
-        f"({megabytes(result['float32'])} in float32), {result['bits']:.2f} bits per quantized weight, "
-        f"{result['tensors']} tensors"
-    )
+    size = f"{megabytes(result['file'])} on disk ({megabytes(result['float32'])} in float32)"
+    held = f"{result['bits']:.2f} bits per quantized weight, {result['tensors']} tensors"
+    say(f"{result['architecture']}, {result['state']}{recipe}: {size}, {held}")
     if result["state"] == "packed":
         kernels = result["kernels"] or "none: weights are unpacked in each forward, which is slow"
         say(f"integer kernels on this machine: {kernels}")
@@ -231,20 +225,15 @@ def export(result: Facts) -> None:
     nodes = ", ".join(f"{count} {kind}" for kind, count in result["float_nodes"].items())
     say(f"in float: {kept(result['kept_float'])}; of all operators {nodes}")
     if result["may_saturate"]:
-        say(
-            f"{len(result['may_saturate'])} layers have 8-bit weights that may saturate on x86 without VNNI: there "
-            "set session.x64quantprecision=1, or export with --safe"
-        )
+        may = f"{len(result['may_saturate'])} layers have 8-bit weights that may saturate on x86 without VNNI"
+        say(f"{may}: there set session.x64quantprecision=1, or export with --safe")
     parity = result["parity"]
     same = "" if parity["agreement"] is None else f"agreement {parity['agreement']:.4f}, "
-    say(
-        f"against the simulated model on {parity['samples']} samples ({result['data']}): {same}relative error "
-        f"{parity['error']:.2e}, largest {parity['largest']:.2e}"
-    )
-    say(
-        f"against the exact model: the file {parity['file']:.2e}, its arithmetic in PyTorch {parity['twin']:.2e} "
-        f"(limit {parity['limit']:.2e}; {parity['drift']:.2e} apart), the simulated model {parity['simulated']:.2e}"
-    )
+    error = f"relative error {parity['error']:.2e}, largest {parity['largest']:.2e}"
+    say(f"against the simulated model on {parity['samples']} samples ({result['data']}): {same}{error}")
+    twin = f"{parity['twin']:.2e} (limit {parity['limit']:.2e}; {parity['drift']:.2e} apart)"
+    others = f"its arithmetic in PyTorch {twin}, the simulated model {parity['simulated']:.2e}"
+    say(f"against the exact model: the file {parity['file']:.2e}, {others}")
     say(f"Wrote {result['out']}, {megabytes(result['bytes'])}")
 
 

@@ -11,14 +11,13 @@ from typing import Any, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from bittern.data import Data, task_of
 from bittern.data.evaluate import LOWER_IS_BETTER
-from bittern.deploy.files import read_json
+from bittern.deploy.files import read_json, telling
 from bittern.deploy.journal import is_sealed
 from bittern.errors import CheckpointError, InputError, first_line, need
 from bittern.options import Distill, Intervention, Training
@@ -95,14 +94,13 @@ def train(
         )
     start = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(n in str(error) for n in ("inline_container", "iostream")):
+        with telling(f"to {folder}"):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except RuntimeError as error:
+        if not any(name in str(error) for name in ("inline_container", "iostream")):
             raise  # all but what torch.save says
         why = "a file could not be written whole; the disk may be full"
-        raise InputError(
-            f"cannot write to {folder}: {why if isinstance(error, RuntimeError) else first_line(error)}"
-        ) from error
+        raise InputError(f"cannot write to {folder}: {why}") from error
     student.eval()
     state, key = trainer.state, str(trainer.args.metric_for_best_model)
     last = next((entry[key] for entry in reversed(state.log_history) if key in entry), math.nan)
