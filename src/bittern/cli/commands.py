@@ -127,10 +127,7 @@ def evaluate(
 
 
 @command("deploy.store:inspect", results.inspect)
-def inspect(
-    path: ModelArg,
-    verify: VerifyArg = False,
-) -> None:
+def inspect(path: ModelArg, verify: VerifyArg = False) -> None:
     """Show what a model folder holds: sizes, which module has which format, and what stayed float."""
 
 

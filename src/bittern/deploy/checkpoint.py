@@ -347,9 +347,8 @@ def _rebuild_packed(model: PreTrainedModel, stored: Mapping[str, Mapping[str, Te
             wanted = {"weight_codes", "weight_scale", *(("weight_offset",) if fmt.scheme == "asymmetric" else ())}
             size = (rows, bytes_per_row(columns, fmt))
             if not wanted <= stored[name].keys() or stored[name]["weight_codes"].shape != size:
-                raise CheckpointError(
-                    f"{name}: the checkpoint's codes and scales are not those of {rows} × {columns} weights, {fmt}"
-                )
+                expected = f"those of {rows} × {columns} weights, {fmt}"
+                raise CheckpointError(f"{name}: the checkpoint's codes and scales are not {expected}")
             owners.setdefault(source(name), make_packed(layer, stored[name]))
     for name, layer in modules.items():
         owner = owners.get(source(name))

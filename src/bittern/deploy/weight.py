@@ -55,9 +55,8 @@ class PackedWeight(nn.Parameter):
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         if isinstance(next(iter((*args, *kwargs.values()))), cls):
             if name in ("__set__", "__setitem__", "set_data") or (name[-1] == "_" and name[-2] != "_"):
-                raise ModelError(
-                    "the weight of a packed layer cannot be changed; change the float model and pack it again"
-                )
+                advice = "change the float model and pack it again"
+                raise ModelError(f"the weight of a packed layer cannot be changed; {advice}")
             if func in _SAME:
                 return args[0]
         args, kwargs = tree_map_only(cls, cls.values, (args, kwargs))
