@@ -18,7 +18,8 @@ from families import FLOAT_ATTENTION, SUPPORTED
 from noise import Noise
 from test_budget import summary
 
-torch.set_num_threads(int(os.environ.get("BITTERN_TEST_THREADS", "1")))
+torch.set_num_threads(int(os.environ.setdefault("BITTERN_TEST_THREADS", "1")))
+os.environ["OMP_NUM_THREADS"] = os.environ["BITTERN_TEST_THREADS"]  # so that processes give the same bits
 # What `make quick` leaves out: whole jobs, processes, a browser, long searches and training; and all families but BERT.
 SLOW_FILES = {
     f"test_{name}"
