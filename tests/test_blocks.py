@@ -37,7 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def in_parts(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     """What the model gives if no block is run whole."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "_watched", lambda _: True)
+        patch.setattr(blocks, "watched", lambda *_: True)
         return outputs(model, batch)
 
 
@@ -152,9 +152,10 @@ def test_what_is_watched_runs_in_parts(calls: list[Any]) -> None:
     outputs(model, batch)
     assert not calls
     model.eval()
-    for _ in range(2):
+    for _ in range(4):
+        calls.clear()
         assert same(outputs(model, batch), expected)
-    assert len(calls) == 3 * count  # the stack was tried again, with hooks of transformers on its blocks
+    assert len(calls) == count
 
 
 @torch.no_grad()
@@ -191,17 +192,18 @@ def test_other_modules_are_seen(calls: list[Any]) -> None:
     attending = model.bert.encoder.layer[0].attention.self
     width = model.config.hidden_size
     attending.query = nn.Linear(width, width).eval()
-    calls.clear()
-    found = outputs(model, batch)
+    for _ in range(3):
+        calls.clear()
+        found = outputs(model, batch)
+        assert not same(found, before)
+        assert same(found, in_parts(model, batch))
     assert len(calls) == model.config.num_hidden_layers - 1
-    assert not same(found, before)
-    assert same(found, in_parts(model, batch))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_stack_in_one_call(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks in a module of their own run in one call from the second forward on, to the same bits, unless the output
-    of each is asked for; elsewhere each block is one call. No output shares its memory with another."""
+    """Blocks that follow each other run in one call from the third forward on, to the same bits, unless the output of
+    each is asked for. No output shares its memory with another."""
     counts: list[int] = []
     run = blocks.run_blocks
     monkeypatch.setattr(blocks, "run_blocks", lambda whole, *args: counts.append(len(whole)) or run(whole, *args))
@@ -210,13 +212,13 @@ def test_stack_in_one_call(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = batch | {"output_hidden_states": True}
         expected = in_parts(model, batch)
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(blocks, "_watched", lambda _: True)
+            patch.setattr(blocks, "watched", lambda *_: True)
             alone = states(model(**asked))
         with mode():
-            for count in ([2] if "bert" in name and name != "albert" else [1, 1], [1, 1]):
+            for given, count in ((batch, [1, 1] if name == "bart" else [2]), (asked, [1, 1])):
                 for _ in range(3):
                     counts.clear()
-                    found = model(**(batch if count == [2] else asked))
+                    found = model(**given)
                 assert counts == count, name
                 assert same({key: value for key, value in found.items() if isinstance(value, Tensor)}, expected)
             last = [*states(found), *states(model(**asked))]
@@ -226,26 +228,6 @@ def test_stack_in_one_call(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def states(found: Any) -> list[Tensor]:
     return list(found.get("hidden_states") or found["encoder_hidden_states"])
-
-
-@torch.no_grad()
-def test_what_changes_a_stack_is_seen(calls: list[Any]) -> None:
-    """A stack that lost a block, or whose configuration says something else, runs by what it then is."""
-    model, batch = quantized("bert", "w8a8")
-    encoder = model.bert.encoder
-    for _ in range(2):
-        before = outputs(model, batch)
-    guard, _ = encoder._plans[next(iter(encoder._plans))]
-    assert guard.holds()
-    encoder.config.num_hidden_layers = 1
-    assert not guard.holds()
-    encoder.layer = encoder.layer[:1]
-    for _ in range(2):
-        calls.clear()
-        found = outputs(model, batch)
-        assert not same(found, before)
-        assert same(found, in_parts(model, batch))
-    assert len(calls) == 1
 
 
 @torch.no_grad()
@@ -304,9 +286,10 @@ def test_forward_of_an_instance(calls: list[Any]) -> None:
         if not before:
             outputs(model, batch)
         norm.forward = torch.zeros_like
-        calls.clear()
-        found = outputs(model, batch)
-        assert same(found, in_parts(model, batch))
+        for _ in range(3):
+            calls.clear()
+            found = outputs(model, batch)
+            assert same(found, in_parts(model, batch))
         assert len(calls) == model.config.num_hidden_layers - 1
         del norm.forward
         assert not same(outputs(model, batch), found)
@@ -351,7 +334,7 @@ def test_generation(way: str, recipe: str, cache: str, calls: list[Any]) -> None
     try:
         torch.set_num_threads(3 if way == "threads" else 1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(blocks, "_watched", lambda _: True)
+            patch.setattr(blocks, "watched", lambda *_: True)
             expected = model.generate(**given, **options)
         assert not calls
         for _ in range(2):
@@ -372,7 +355,7 @@ def test_caches_of_all_kinds_hold_what_the_parts_keep(calls: list[Any]) -> None:
         found: list[Tensor] = []
         with pytest.MonkeyPatch.context() as patch:
             if not whole:
-                patch.setattr(blocks, "_watched", lambda _: True)
+                patch.setattr(blocks, "watched", lambda *_: True)
             cache = hf.DynamicCache(config=model.config)
             for step, change in enumerate(
                 (

@@ -132,8 +132,11 @@ class Site(nn.Module):
 
     def integer(self, mask: Tensor | None) -> bool:
         """True if kernels may compute this attention, of which nothing is recorded or replaced."""
-        watched = self.taps is not None or bool(self.replacements)
-        return self.on_kernels and not watched and (mask is None or mask.dtype != torch.bool)
+        return self.on_kernels and not self.watched() and (mask is None or mask.dtype != torch.bool)
+
+    def watched(self) -> bool:
+        """True if something is recorded or replaced here."""
+        return self.taps is not None or bool(self.replacements)
 
     def quantizer(self, point: str) -> FakeQuant | None:
         return self._modules.get(f"quantize_{point}")  # type: ignore[return-value]

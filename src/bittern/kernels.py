@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import cache, wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 
 from bittern import native
 from bittern.derived import derive
+from bittern.native.library import Function
 from bittern.quantizers import FakeQuant, has_kernel_coding, kernel_coding, stamp
 from bittern.recipe import OPERANDS, Format
 
@@ -26,12 +27,12 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)  # what is computed in them goes 
 # compute, what they are given. Hooks would be seen by other threads, and by those that copy the modules.
 watcher: ContextVar[Callable[..., None] | None] = ContextVar("watcher", default=None)
 
-F = TypeVar("F", bound=Callable[..., Any])
 NO_GRAPH = "packed layers compute in calls that no graph of PyTorch can hold; export the model to ONNX by bittern"
 
 
-def outside_graphs(forward: F) -> F:
-    """Let torch.compile leave its graph for each call of a function."""
+def outside_graphs(forward: Function) -> Function:
+    """Let torch.compile leave its graph for each call of a function, and a tape hold that."""
+    forward = native.one_step(forward)
     left = torch.compiler.disable(forward, reason=NO_GRAPH)  # slower to call than a look whether it is needed
 
     @wraps(forward)

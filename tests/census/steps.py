@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from batches import candidates
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import bittern
 from bittern import native
+from bittern.deploy import blocks
 from bittern.deploy.packed import PackedLayer
 from bittern.errors import BitternError
 from bittern.ptq import quantize
@@ -87,6 +89,16 @@ def examine(kind: str, say: Say, ptq: bool = True, head: str | None = None) -> N
                 if not error <= 3 * (rounding := distance(plain, shaken(model, batch))):
                     raise WrongError(f"kernels differ by {error:.1e}, quantization by {noise:.1e}")
                 say({"remark": f"hard choices: kernels differ by {error:.1e}, and so do last bits, by {rounding:.1e}"})
+        for given in (batch, {k: v.flip(0) if isinstance(v, Tensor) else v for k, v in batch.items()}, batch):
+            try:
+                with mock.patch.object(blocks, "watched", return_value=True):
+                    written = run(model, given)
+            except Exception:  # a batch that the model does not take the other way round
+                continue
+            for _ in range(3):
+                equal(written, run(model, given), "from a tape differs from as it is written")
+        tapes = [tape for known in vars(model).get("_tapes", {}).values() for tape in known]
+        say({"remark": f"tapes: {sum(map(bool, tapes))} of {len(tapes)}"})
         return plain
 
     def saved() -> None:

@@ -110,7 +110,7 @@ class _Study:
             raise ModelError(f"the teacher {self.teacher_path} is quantized{swapped}; give the float model: --teacher")
         if not formats(model):
             raise ModelError(f"{path} is not quantized; give a folder that bittern quantize, ptq or qat wrote")
-        if type(model) is not type(teacher):
+        if type(model).__name__ != type(teacher).__name__:
             own, other = type(model).__name__, type(teacher).__name__
             raise ModelError(f"{path} is a {own}, its teacher {self.teacher_path} a {other}; they must be the same")
         check_same_inputs(model, path, teacher, self.teacher_path)

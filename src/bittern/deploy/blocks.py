@@ -5,11 +5,7 @@ and an activation. The first time that it is called in some way it runs as it is
 order. What the kernels then give for the same input must be the same, bit for bit, or the block stays as it is. It also
 runs as it is written whenever something watches or changes its inside: hooks, recorded or replaced signals, attention
 maps that are asked for, gradients. A decoder's block takes two calls: in between its cache, of any kind, is given the
-new keys and values.
-
-A module that holds such blocks and no other parameters, as most encoders of texts do, is served alike: if in its first
-call the blocks ran one after the other, each on what the one before gave and all with one mask, then they run in one
-call, with one look at all that their plan takes for granted.
+new keys and values. Blocks that follow each other become one call where a whole model runs from a tape.
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
 from operator import attrgetter
@@ -26,11 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
-from transformers.utils import ModelOutput
 
 from bittern import attention, kernels, native
 from bittern.deploy.packed import PackedLayer
@@ -65,12 +61,10 @@ def use_kernels(model: nn.Module) -> None:
             module.on_kernels = True
             while module.hooks:  # each call would pass by them; `attach` hooks again
                 module.hooks.popitem()[1].remove()
-    # What transformers then finds nothing of to collect, by a part of its name: of a stack nothing at all.
-    for runs_whole, hides in ((Parts.of, "attentions"), (_is_stack, "")):
-        for module in list(model.modules()):
-            if "hides" not in vars(module) and runs_whole(module):
-                module.__class__ = _fused(type(module))  # type: ignore[arg-type]
-                vars(module)["hides"] = hides
+    for module in list(model.modules()):
+        if "_plans" not in vars(module) and Parts.of(module):
+            module.__class__ = _fused(type(module))  # type: ignore[arg-type]
+            vars(module)["_plans"] = Plans()
 
 
 def _kind(module: nn.Module) -> str:
@@ -105,21 +99,12 @@ class Parts:
         return Parts(steps, sites[0], *layers[:1] or [0]) if all(id(p) in known for p in block.parameters()) else None
 
 
-def _is_stack(module: nn.Module) -> bool:
-    """True if a module that can be called holds several blocks that run whole, and no other parameters."""
-    blocks = [m for m in module.modules() if vars(m).get("hides") and Parts.of(m)]
-    known = {id(p) for block in blocks for p in block.parameters()}
-    called = type(module).forward is not nn.Module.forward  # a list of modules is not
-    return called and len(blocks) > 1 and all(id(p) in known for p in module.parameters())
-
-
-# Attributes that decide how our modules run; of others, such as dropout, it is whether they train.
+# Attributes that decide how our modules run; of others it is all that they have.
 ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
     FakeQuant: ("format", "bypass", "observed"),
     PackedLayer: ("_panels",),
     kernels.LayerNorm: ("eps",),
     attention.Site: ("on_kernels", "taps", "replacements"),
-    nn.Module: ("training",),
 }
 
 
@@ -128,26 +113,40 @@ class Guard:
     trainable), all that they hold, their hooks, and changes of tensors."""
 
     def __init__(self, block: nn.Module):
-        every, attributes = list(block.modules()), list[tuple[dict[str, Any], str]]()
-        inner = every[1:]
+        self.modules, attributes, own = list(block.modules()), list[tuple[dict[str, Any], str]](), [vars(block)]
+        inner = self.modules[1:]
         for module in inner:
-            names = next(names for kind, names in ATTRIBUTES.items() if isinstance(module, kind))
-            attributes += [(module.__dict__, name) for name in ("forward", *names)]
+            names = next((names for kind, names in ATTRIBUTES.items() if isinstance(module, kind)), None)
+            if names is None:
+                own.append(vars(module))
+            else:
+                attributes += [(vars(module), name) for name in ("forward", *names)]
         # A module that holds nothing of some sort has no use for it; a packed layer's own buffers became its panels.
-        tables = [(m._modules, m._parameters, {} if isinstance(m, PackedLayer) else m._buffers) for m in every]
+        tables = [(m._modules, m._parameters, {} if vars(m).get("_panels") else m._buffers) for m in self.modules]
         hooks = [table for m in inner for table in (m._forward_hooks, m._forward_pre_hooks)]
         # of hooks their numbers, of which none comes twice
-        own = [vars(block), *(vars(value) for value in vars(block).values() if isinstance(value, PreTrainedConfig))]
-        filled: list[Any] = [table for table in chain(*tables, hooks, own) if table]
-        self.objects = native.Objects(filled, hooks, attributes, inner)
+        for table in own:  # which grow by the configurations and dictionaries that they hold
+            found = [vars(value) if isinstance(value, PreTrainedConfig) else value for value in table.values()]
+            own += [value for value in found if type(value) is dict and not any(value is other for other in own)]
+        self.lists = [value for table in own for value in table.values() if type(value) is list]
+        every: list[Any] = list({id(table): table for table in chain(*tables, hooks, own)}.values())
+        filled, empty = [table for table in every if table], [table for table in every if not table]
+        self.objects = native.Objects(filled, hooks + empty, attributes, inner)
         held = [t for t in self.objects.held if isinstance(t, Tensor) and not isinstance(t, PackedWeight)]
         self.tensors = [tensor for tensor in held if not tensor.is_inference()]  # PyTorch counts no changes of those
         self.parameters = [t for t in held if isinstance(t, nn.Parameter)]
+        self.placed = [t for t in self.tensors if t.layout is torch.strided and not is_functorch_wrapped_tensor(t)]
         self.changes = self._changes()
+        watching = chain.from_iterable(table.values() for table in hooks)
+        sites = [module for module in self.modules if isinstance(module, attention.Site)]
+        patched = any("forward" in vars(m) or vars(m).get("_compiled_call_impl") for m in inner)
+        self.watched = (
+            patched or any(map(attention.Site.watched, sites)) or not all(map(attention.only_watches, watching))
+        )
 
-    def _changes(self) -> list[int]:
-        pointers = map(Tensor.data_ptr, self.parameters)  # `module.to` exchanges their memory, but other tensors
-        return [*map(attrgetter("_version"), self.tensors), *pointers]
+    def _changes(self) -> list[Any]:
+        lists = [(*map(id, held),) for held in self.lists]
+        return [*map(attrgetter("_version"), self.tensors), *map(Tensor.data_ptr, self.placed), *lists]
 
     def holds(self) -> bool:
         return self.objects.unchanged() and self._changes() == self.changes
@@ -155,32 +154,28 @@ class Guard:
 
 @dataclass(frozen=True)
 class FusedCall:
-    """The plan of a block, or of a stack of them, called in one way. `x`, `mask` and `cache` name arguments."""
+    """The plan of a block called in one way. `x`, `mask` and `cache` name arguments."""
 
-    whole: list[KernelBlock]
+    whole: KernelBlock
     x: Any
     mask: Any
     cache: Any = None
     layer: int = 0  # of the cache
-    give: Callable[[Tensor], Any] = lambda out: out  # what is returned of the last block's output
 
     def run(self, call: Arguments, written: Callable[[], Any]) -> Any:
         """What the module returns; None where the kernels do not serve."""
         x, mask = call[self.x], call.get(self.mask)
-        if not native.serves(x, mask):
-            return None
-        if self.cache is not None:
-            return self._run_with_cache(x, mask, call[self.cache], written)
-        out = run_blocks(self.whole, x.contiguous(), mask) if x.dim() == 3 else None
-        return out if out is None else self.give(out)
+        if self.cache is None:
+            return run_whole((self.whole,), x, mask)
+        return self._run_with_cache(x, mask, call[self.cache], written) if native.serves(x, mask) else None
 
     def _run_with_cache(self, x: Tensor, mask: Tensor | None, cache: Any, written: Callable[[], Any]) -> Any:
-        made = self.whole[0].project(x := x.contiguous()) if x.dim() == 3 and x.numel() else None
+        made = self.whole.project(x := x.contiguous()) if x.dim() == 3 and x.numel() else None
         if made is None:
             return None
         query, key, value = made
         kept = key, value = cache.update(key, value, self.layer)
-        out = self.whole[0].finish(x, query, key, value, mask) if native.serves(key, value) else None
+        out = self.whole.finish(x, query, key, value, mask) if native.serves(key, value) else None
         if out is None:  # as where earlier keys are infinite: by the parts, which must not change the cache again
             cache.update = lambda *_: kept
             try:
@@ -188,6 +183,11 @@ class FusedCall:
             finally:
                 del cache.update
         return out
+
+
+def run_whole(whole: tuple[KernelBlock, ...], x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The output of blocks that follow each other; None where the kernels do not serve."""
+    return run_blocks(whole, x.contiguous(), mask) if native.serves(x, mask) and x.dim() == 3 else None
 
 
 class _Reads(TorchFunctionMode):
@@ -206,34 +206,34 @@ _making = threading.RLock()  # one thread at a time hooks the parts of a block, 
 Arguments = Mapping[Any, Any]  # of a call of a block, by place or name
 
 
-class _FusedCalls(dict[Any, tuple[Guard, FusedCall | None]]):
-    """The plans of a block by the way it is called, and when each holds. Copies are empty: plans hold addresses."""
+class Plans(dict[Any, Any]):
+    """The plans of a module by the way it is called, and when each holds. Copies are empty: plans hold addresses."""
 
-    def __reduce__(self) -> tuple[type[_FusedCalls], tuple[()]]:
-        return _FusedCalls, ()
+    def __reduce__(self) -> tuple[type[Plans], tuple[()]]:
+        return type(self), ()
 
 
 @cache
 def _fused(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class for blocks or stacks of this kind in packed models, of the same name."""
+    """A class for blocks of this kind in packed models, of the same name."""
 
     @kernels.outside_graphs
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call, written = dict(enumerate(args)) | kwargs, partial(kind.forward, self, *args, **kwargs)
-        found = None if _watched(self) else _run(self, call, written)
+        found = None if watched(self, "attentions") else _run(self, call, written)
         return written() if found is None else found
 
     return derive(_fused, kind, forward=forward)
 
 
-def _watched(block: nn.Module) -> bool:
-    """True if a block trains, or somebody looks into it."""
-    return block.training or _has_any_global_hook() or attention.collects(vars(block)["hides"])
+def watched(module: nn.Module, part: str) -> bool:
+    """True if a module trains, or somebody looks into it; part: as in `attention.collects`."""
+    return module.training or _has_any_global_hook() or attention.collects(part)
 
 
 def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
     """The block's output by its plan, or as it is written if that is still to be made; None if there is none."""
-    plans: _FusedCalls = vars(block).get("_plans") or vars(block).setdefault("_plans", _FusedCalls())
+    plans: Plans = vars(block).setdefault("_plans", Plans())
     way = tuple([(key, _way_of(value)) for key, value in call.items()])
     guard, plan = plans.get(way, (None, None))
     if guard is not None and not guard.holds():
@@ -249,10 +249,9 @@ def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
         if not usual or not native.serves(*tensors):
             return None
         parts = Parts.of(block)
-        known = parts is not None or _is_stack(block)  # nobody put other modules in
-        if not known or len(plans) > 8:  # or an argument is another number each time
+        if parts is None or len(plans) > 8:  # somebody put other modules in; an argument is another number each time
             plans.clear()
-        if not known:
+        if parts is None:
             return None
         with _making:
             out, plan = _try(block, parts, call, written)
@@ -280,23 +279,18 @@ def _twin(cache: Any) -> Any:
     return twin
 
 
-def _try(
-    block: nn.Module, parts: Parts | None, call: Arguments, written: Callable[[], Any]
-) -> tuple[Any, FusedCall | None]:
-    """Run the block as it is written; return its output, and how the kernels may run it instead, to the same bits.
-
-    parts: None for a stack of blocks.
-    """
+def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], Any]) -> tuple[Any, FusedCall | None]:
+    """Run the block as it is written; return its output, and how the kernels may run it instead, to the same bits."""
     hooked = [table for m in list(block.modules())[1:] for table in (m._forward_hooks, m._forward_pre_hooks)]
     hooks = list(chain.from_iterable(table.values() for table in hooked))
-    ran: list[tuple[str, Any]] = []  # kind and module, or what attention was given, or what was told of a whole block
+    ran: list[tuple[str, Any]] = []  # kind and module, or what attention was given
     before = {name: _twin(value) if type(value) in CACHES else value for name, value in call.items()}
     reads = _Reads([value for value in call.values() if _way_of(value) is int])
 
     def told(*given: Any) -> None:
         if len(given) > 1:
-            ran.append(("b" if isinstance(given[0], FusedCall) else "a", given))
-        elif parts and given[0] in parts.steps:
+            ran.append(("a", given))
+        elif given[0] in parts.steps:
             ran.append((parts.steps[given[0]], given[0]))
 
     token = kernels.watcher.set(told)
@@ -305,23 +299,20 @@ def _try(
             out = written()
     finally:
         kernels.watcher.reset(token)
-    name = next(iter(out)) if isinstance(out, ModelOutput) and len(out) == 1 else None
-    made = out if name is None else out[name]
-    if not all(map(attention.only_watches, hooks)) or not isinstance(made, Tensor) or reads.found:
+    if not all(map(attention.only_watches, hooks)) or not isinstance(out, Tensor) or reads.found:
         return out, None
     try:
-        plan = _plan(parts, ran, call) if parts else _stack(ran, call, made)
+        plan = _plan(parts, ran, call)
         found = plan.run(before, lambda: None)
     except (ValueError, LookupError):  # parts that do not fit together so, or a cache that is not used
         return out, None
-    pairs = [(found, made)]
+    pairs = [(found, out)]
     if plan.cache is not None:  # what both keep
         own, other = (cache.layers[plan.layer] for cache in (before[plan.cache], call[plan.cache]))
         pairs += [(own.keys, other.keys), (own.values, other.values)]
     if found is None or not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
         return out, None
-    kind = type(out)
-    return out, plan if name is None else replace(plan, give=lambda made: kind(**{name: made}))
+    return out, plan
 
 
 def _arguments(call: Arguments, mask: Tensor | None) -> tuple[Any, Any]:
@@ -332,18 +323,6 @@ def _arguments(call: Arguments, mask: Tensor | None) -> tuple[Any, Any]:
     if len(inputs) != 1 or (mask is not None and not masks):
         raise ValueError("the mask is none of the arguments, or an argument is neither input nor mask")
     return inputs[0], masks[0] if masks else None
-
-
-def _stack(ran: list[tuple[str, Any]], call: Arguments, made: Tensor) -> FusedCall:
-    """Blocks in one piece, of which each ran on what the one before gave. Raises ValueError if that is not all."""
-    told = [what for kind, what in ran if kind == "b"]
-    x, mask = _arguments(call, told[0][1].get(told[0][0].mask))
-    flow = [call[x], *(out for *_, out in told)], [*(of[plan.x] for plan, of, _ in told), made]
-    masks = [of.get(plan.mask) for plan, of, _ in told], [call.get(mask)] * len(told)
-    pairs = [*zip(*flow, strict=True), *zip(*masks, strict=True)]
-    if len(told) < len(ran) or any(a is not b for a, b in pairs) or any(plan.cache is not None for plan, *_ in told):
-        raise ValueError("the blocks are not all that runs")
-    return FusedCall([block for plan, *_ in told for block in plan.whole], x, mask)
 
 
 def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> FusedCall:
@@ -375,4 +354,4 @@ def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> FusedCal
         kept = call[cache].layers[layer]
         if kept.keys is not key or kept.values is not value:
             raise ValueError("attention reads other keys and values than the cache keeps")
-    return FusedCall([block], *names, cache, layer)
+    return FusedCall(block, *names, cache, layer)

@@ -31,6 +31,7 @@ from bittern.deploy.blocks import use_kernels
 from bittern.deploy.companions import push_to_hub
 from bittern.deploy.files import digest, open_tensors, read_json
 from bittern.deploy.packed import PackedLayer, make_packed, pack_layers, weight_bytes
+from bittern.deploy.tape import use_tapes
 from bittern.errors import CheckpointError, ModelError
 from bittern.experts import Layout, open_experts
 from bittern.layers import QuantizedLayer, QuantLayer, fake_quants, formats, is_simulated, swap, weight_matrix
@@ -139,6 +140,7 @@ def pack(model: PreTrainedModel) -> PreTrainedModel:
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
     """Make a model with packed layers what its users get: on the kernels, frozen, with a true size in memory."""
     use_kernels(model)
+    use_tapes(model)
     model.get_memory_footprint = partial(weight_bytes, model)
     model.push_to_hub = partial(push_to_hub, model)
     return model.requires_grad_(False)

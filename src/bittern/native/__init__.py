@@ -6,11 +6,11 @@ contiguity of all they pass on, and raise ValueError; tensors stay referenced wh
 """
 
 from bittern.native.codes import MOST_INPUTS, Coding, Quantized, quantize_rows
-from bittern.native.library import SWITCHED_OFF, available, disabled, engine, kinds, serves, use
+from bittern.native.library import SWITCHED_OFF, available, disabled, engine, kinds, one_step, recorder, serves, use
 from bittern.native.objects import Objects
 from bittern.native.products import SCHEMES, Activation, Panels, Table, activate, attention, linear, norm, padded_bias
 
 __all__ = ["MOST_INPUTS", "Coding", "Quantized", "quantize_rows"]
-__all__ += ["SWITCHED_OFF", "available", "disabled", "engine", "kinds", "serves", "use"]
+__all__ += ["SWITCHED_OFF", "available", "disabled", "engine", "kinds", "one_step", "recorder", "serves", "use"]
 __all__ += ["SCHEMES", "Activation", "Objects", "Panels", "Table"]
 __all__ += ["activate", "attention", "linear", "norm", "padded_bias"]

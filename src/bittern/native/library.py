@@ -9,11 +9,12 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from contextvars import ContextVar
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch.compiler import is_compiling
 from bittern.errors import InputError
 from bittern.native import structures as c
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 SWITCH = "BITTERN_KERNELS"
 INTERFACE = 9  # see bittern_interface in kernels.cpp
 SWITCHED_OFF = "the kernels are switched off"  # by `disabled` or BITTERN_KERNELS=none
@@ -190,6 +192,21 @@ def run(name: str, *arguments: Any) -> bool:
     if result == 2:
         raise MemoryError("no memory for the kernels' buffers")
     return result == 0
+
+
+# Takes, in this context, the calls of functions whose inside no record of operations can show: see `deploy.tape`.
+recorder: ContextVar[Any] = ContextVar("recorder", default=None)
+
+
+def one_step(function: Function) -> Function:
+    """Let a record hold the call of a function instead of what the function does."""
+
+    @wraps(function)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        recording = recorder.get()
+        return function(*args, **kwargs) if recording is None else recording.whole(function, args, kwargs)
+
+    return either  # type: ignore[return-value]
 
 
 @contextmanager

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from bittern.native import structures as c
 from bittern.native.codes import Coding
-from bittern.native.library import address, required, run
+from bittern.native.library import address, one_step, required, run
 
 
+@one_step
 def uniform(x: Tensor, coding: Coding) -> Tensor | None:
     """Round x to what its codes stand for, in its shape. None if x holds NaN or infinity."""
     x, out = _dense(x, coding.by_row)
@@ -16,6 +17,7 @@ def uniform(x: Tensor, coding: Coding) -> Tensor | None:
     return out if run("round", _address(x), x.numel(), columns, coding.structure, threads, out.data_ptr()) else None
 
 
+@one_step
 def ternary(x: Tensor, factor: float, clip: float | None, by_row: bool) -> Tensor | None:
     """-scale, 0 or scale for each value, with one scale or one for each row. None if x, clipped, is not finite."""
     x, out = _dense(x, by_row)
