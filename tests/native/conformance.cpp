@@ -87,7 +87,7 @@ void linear(const Case& c, int threads) {
   const int32_t* h = c.at<int32_t>(0);
   const int rows = h[0], inputs = h[1], outputs = h[2], bits = h[3], top = h[4], zero = h[5], wide = up(outputs, 16);
   const auto* codes = c.at<uint8_t>(3);
-  std::vector<uint8_t> panels(size_t(bittern_panel_bytes(outputs, inputs, bits))), again(size_t(outputs) * inputs);
+  std::vector<uint8_t> panels(panel_bytes(outputs, inputs, bits)), again(size_t(outputs) * inputs);
   bittern_pack(codes, outputs, inputs, bits, panels.data());
   bittern_unpack(panels.data(), outputs, inputs, bits, again.data());
   require(memcmp(again.data(), codes, again.size()) == 0, "unpacked codes");
@@ -174,7 +174,7 @@ void convolution(const Case& c, int threads) {
   Convolution v;
   memcpy(&v, c.at<int32_t>(2), sizeof(v));
   const auto* codes = c.at<uint8_t>(5);
-  std::vector<uint8_t> panels(size_t(bittern_panel_bytes(outputs, inputs, bits)));
+  std::vector<uint8_t> panels(panel_bytes(outputs, inputs, bits));
   bittern_pack(codes, outputs, inputs, bits, panels.data());
   std::vector<int32_t> sums(size_t(wide), 0);
   for (int n = 0; n < outputs; ++n)
@@ -194,7 +194,7 @@ void extremes() {
       for (const float value : {-128.0f, 127.0f}) {
         const int zero = 1 << (bits - 1);
         const std::vector<uint8_t> codes(size_t(outputs) * inputs, uint8_t(weight + zero));
-        std::vector<uint8_t> panels(size_t(bittern_panel_bytes(outputs, inputs, bits)));
+        std::vector<uint8_t> panels(panel_bytes(outputs, inputs, bits));
         bittern_pack(codes.data(), outputs, inputs, bits, panels.data());
         const std::vector<float> ones(32, 1.0f), none(32, 0.0f), x(size_t(rows) * inputs, value);
         const std::vector<int32_t> sums(32, weight * inputs);

@@ -44,7 +44,7 @@ void linear(int rows, int columns, int outputs, int threads) {
   const int bits = 1 << pick(1, 3), top = bits == 2 ? pick(1, 3) : (1 << bits) - 1, zero = pick(0, top);
   std::vector<uint8_t> codes(size_t(outputs) * columns), again(codes.size());
   for (uint8_t& c : codes) c = uint8_t(pick(0, 3) ? pick(0, top) : top);
-  std::vector<uint8_t> panels(size_t(bittern_panel_bytes(outputs, columns, bits)));
+  std::vector<uint8_t> panels(panel_bytes(outputs, columns, bits));
   bittern_pack(codes.data(), outputs, columns, bits, panels.data());
   bittern_unpack(panels.data(), outputs, columns, bits, again.data());
   if (codes != again) fail("unpack is not the inverse of pack");
@@ -207,7 +207,7 @@ struct Weights {
     for (uint8_t& c : codes) c = uint8_t(pick(0, top));
     for (int n = 0; n < outputs; ++n)
       for (int k = 0; k < inputs; ++k) sums[n] += int(codes[size_t(n) * inputs + k]) - zero;
-    panels.resize(size_t(bittern_panel_bytes(outputs, inputs, bits)));
+    panels.resize(panel_bytes(outputs, inputs, bits));
     bittern_pack(codes.data(), outputs, inputs, bits, panels.data());
     layer = Layer{panels.data(), scale.data(), bias.data(), sums.data(), inputs, outputs, bits, top, zero,
                   any_format(false, false)};
@@ -342,7 +342,21 @@ void convolution(int threads) {
   if (!bittern_convolve(broken.data(), &v, &weights.layer, threads, out.data())) fail("what is not finite was convolved");
 }
 
+// Each chunk once, by a thread of the job.
+void chunks(int threads) {
+  const int count = pick(0, 40);
+  std::vector<std::atomic<int>> times(size_t(count) + 1);
+  parallel(count, threads, [&](int chunk, int slot) {
+    if (slot < 0 || slot >= threads) fail("a thread that has no memory");
+    if (chunk % 3 == slot) std::this_thread::yield();
+    times[size_t(chunk)]++;
+  });
+  for (int i = 0; i < count; ++i)
+    if (times[size_t(i)] != 1) fail("a chunk that was not taken once");
+}
+
 void everything() {
+  chunks(pick(1, 4));
   convolution(pick(1, 4));
   linear(pick(1, pick(0, 3) ? 20 : 300), pick(1, pick(0, 3) ? 150 : 1700), pick(1, 80), pick(1, 4));
   attention(pick(1, 4));

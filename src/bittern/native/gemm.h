@@ -27,6 +27,7 @@ constexpr int kPanel = 16;    // outputs of a panel
 constexpr int kAlign = 64;    // rows of inputs are padded with zeros to a multiple of this
 constexpr int kBlock = 384;   // inputs of a panel that are unpacked at a time: the rows' own should stay in the first cache
 constexpr int kRows = 256;    // rows of inputs in one piece of work
+constexpr int kShare = 48;    // rows for which a thread reads all weights itself, and not all rows
 constexpr int kTile = 32;     // rows whose sums are made together, and still in the first cache when they are finished
 
 inline int up(int n, int to) { return (n + to - 1) / to * to; }

@@ -20,10 +20,6 @@ int bittern_interface() { return 9; }
 // Asks the system for what this kind of CPU needs; 0 if it is granted or nothing is needed. openmp: see pool.h; may be null.
 int bittern_start(Parallel openmp) { return lend(openmp), start() ? 0 : 1; }
 
-int64_t bittern_panel_bytes(int rows, int columns, int bits) {
-  return int64_t(up(rows, kPanel)) * up(columns, kAlign) * bits / 8;
-}
-
 void bittern_pack(const uint8_t* codes, int rows, int columns, int bits, uint8_t* panels) {
   pack(codes, rows, columns, bits, panels);
 }

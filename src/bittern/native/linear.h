@@ -158,8 +158,10 @@ inline int multiply_all(Linear l, int threads) {
   l.zero -= flip(l.bits);
   l.stream = l.stream && lines && size_t(l.rows) * size_t(l.outputs) * sizeof(float) > kStream;
   const int pairs = up(up(l.outputs, kPanel) / kPanel, kPair) / kPair;
-  const int pieces = up(l.rows, kRows) / kRows, each = up(up(l.rows, pieces) / pieces, 16);
   threads = worth(double(l.rows) * l.columns * l.outputs / 64, threads);
+  // enough rows for all threads: each has its own, from one product to the next
+  const int least = up(l.rows, kRows) / kRows, pieces = l.rows < kShare * threads ? least : up(least, threads);
+  const int each = up(up(l.rows, pieces) / pieces, 16);
   const size_t panel = size_t(kBlock) * kPanel * kPlanes * kPair, all = panel + size_t(kRows) * kPanel * kPair * 4;
   auto* memory = static_cast<uint8_t*>(scratch.get(all * size_t(threads)));
   if (memory == nullptr) return kNoMemory;

@@ -29,10 +29,8 @@ inline float errors(const float* x, const Losses& l, float scale, float offset, 
     e[i] = code * scale + offset - x[i];
     sum += rest[i] * e[i] * e[i];
   }
-  if (linear != nullptr) {
 #pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < l.columns; ++i) sum += linear[i] * e[i];
-  }
+  for (int i = 0; i < (linear == nullptr ? 0 : l.columns); ++i) sum += linear[i] * e[i];
   return sum;
 }
 

@@ -72,7 +72,7 @@ struct Coding {
 struct Rounder {
   Floats least, clip, offset, scale, inverse, low, high, nearest;
   Ints lowest, highest;  // as bits, also of what the clip leaves
-  explicit Rounder(const Coding& c)
+  Rounder(const Coding& c)
       : least(Floats{} - c.clip), clip(Floats{} + c.clip), offset(Floats{} + c.offset), scale(Floats{} + c.scale),
         inverse(Floats{} + 1 / c.scale), low(Floats{} + float(c.low)), high(Floats{} + float(c.high)),
         nearest(Floats{} + (kNearest - float(c.shift))) {
@@ -154,10 +154,6 @@ inline int32_t to_codes(const float* x, int n, const Rounder& round, int8_t* out
   return to_codes(x, n, [](const Floats& v) { return v; }, round, out, width);
 }
 
-inline int32_t to_codes(const float* x, int n, const Coding& c, int8_t* out, int width) {
-  return to_codes(x, n, Rounder(c), out, width);
-}
-
 inline int32_t sum_of(const int8_t* codes, int n) {
   int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -175,6 +171,14 @@ inline void to_values(const float* x, int n, const Coding& c, float* out) {
   });
 }
 
+// The polynomial of x with these factors, that of the highest power first.
+template <typename... More>
+inline Floats polynomial(const Floats& x, float highest, More... more) {
+  Floats y = Floats{} + highest;
+  ((y = y * x + more), ...);
+  return y;
+}
+
 // y x 2**n, n in the low bits of a float to which kNearest was added. What was no number may become one.
 inline Floats scaled(const Floats& y, const Floats& n) { return Floats(Words(y) + (Words(n) << 23)); }
 
@@ -183,13 +187,8 @@ inline Floats scaled(const Floats& y, const Floats& n) { return Floats(Words(y) 
 inline Floats exp_negative(const Floats& x) {
   const Floats shifted = x * 1.44269504f + kNearest;
   const Floats r = x * 1.44269504f - (shifted - kNearest) + x * 1.92596299e-08f;
-  Floats y = Floats{} + 1.534581141e-4f;
-  y = y * r + 1.339993121e-3f;
-  y = y * r + 9.618488959e-3f;
-  y = y * r + 5.550328777e-2f;
-  y = y * r + 2.402264689e-1f;
-  y = y * r + 6.931472057e-1f;
-  y = y * r + 1.0f;
+  const Floats y = polynomial(r, 1.534581141e-4f, 1.339993121e-3f, 9.618488959e-3f, 5.550328777e-2f, 2.402264689e-1f,
+                              6.931472057e-1f, 1.0f);
   return x < -87.0f ? Floats{} : y * scaled(Floats{} + 1.0f, shifted);
 }
 
@@ -197,21 +196,10 @@ inline Floats exp_negative(const Floats& x) {
 // 1 - erf, 1.1e-7, is least, and the power of 2 to 1 or 2 units in the last place; without a division.
 inline Floats gelu(const Floats& x) {
   const Floats size = magnitude(x), t = smaller(size, Floats{} + 9.5f);  // then there are 100 zeros behind the point
-  Floats p = Floats{} + 2.834912871e-6f;
-  p = p * t - 3.937768895e-5f;
-  p = p * t + 1.861802186e-4f;
-  p = p * t + 1.369364457e-4f;
-  p = p * t - 7.063420248e-3f;
-  p = p * t + 5.249617842e-2f;
-  p = p * t + 4.592081967e-1f;
-  p = p * t + 1.151105205f;
+  const Floats p = polynomial(t, 2.834912871e-6f, -3.937768895e-5f, 1.861802186e-4f, 1.369364457e-4f, -7.063420248e-3f,
+                              5.249617842e-2f, 4.592081967e-1f, 1.151105205f);
   const Floats exponent = -1.0f - p * t, shifted = exponent + kNearest, r = exponent - (shifted - kNearest);
-  Floats y = Floats{} + 1.326472708e-3f;
-  y = y * r + 9.671512862e-3f;
-  y = y * r + 5.550733746e-2f;
-  y = y * r + 2.402224208e-1f;
-  y = y * r + 6.931469776e-1f;
-  y = y * r + 1.0f;
+  const Floats y = polynomial(r, 1.326472708e-3f, 9.671512862e-3f, 5.550733746e-2f, 2.402224208e-1f, 6.931469776e-1f, 1.0f);
   return larger(Floats{}, x) - size * scaled(y, shifted);
 }
 
