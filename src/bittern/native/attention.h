@@ -142,13 +142,15 @@ void all_panels(const CodeRows& rows, int count, int width, const uint8_t* panel
 struct Head {
   const Attention& a;
   const Coded& coded;
-  const Buffers b;
+  Buffers b;
   const int batch, head, group, depth, keys, values;
 
-  Head(const Attention& all, const Coded& coded, int number, const Buffers& buffers)
-      : a(all), coded(coded), b(buffers), batch(number / a.heads), head(number % a.heads),
+  Head(const Attention& all, const Coded& coded, int number, uint8_t* memory)
+      : a(all), coded(coded), batch(number / a.heads), head(number % a.heads),
         group(head / (a.heads / a.key_heads)), depth(up(a.dim, kDepth)), keys(up(a.keys, kDepth)),
-        values(up(a.value_dim, kPanel)) {}
+        values(up(a.value_dim, kPanel)) {
+    lay_out(a, memory, &b);
+  }
 
   // This head's part of rows of all heads.
   CodeRows part(const CodeRows& all, int tokens, int number, int dim) const {
@@ -274,6 +276,7 @@ struct Head {
 
 inline Range range_of(const float* x, const int64_t* strides, int batch, int heads, int tokens, int dim, const Format& f,
                       int threads) {
+  if (x == nullptr) return {};  // there are codes
   if (strides[1] == dim)  // rows of all heads side by side
     return find_range(batch * tokens, heads * dim, f, threads,
                       [=](int r) { return x + r / tokens * strides[0] + r % tokens * strides[2]; });
@@ -284,13 +287,9 @@ inline Range range_of(const float* x, const int64_t* strides, int batch, int hea
 
 inline int attend(const Attention& a, const Coded& coded, int threads) {
   if (a.batch == 0 || a.queries == 0 || a.keys == 0) return kOk;
-  const auto range = [&](const CodeRows& codes, const float* x, const int64_t* strides, int heads, int tokens, int dim,
-                         const Format& f) {
-    return codes.codes != nullptr ? Range{} : range_of(x, strides, a.batch, heads, tokens, dim, f, threads);
-  };
-  const Range query = range(coded.query, a.query, a.query_strides, a.heads, a.queries, a.dim, a.query_format);
-  const Range key = range(coded.key, a.key, a.key_strides, a.key_heads, a.keys, a.dim, a.key_format);
-  const Range value = range(coded.value, a.value, a.value_strides, a.key_heads, a.keys, a.value_dim, a.value_format);
+  const Range query = range_of(a.query, a.query_strides, a.batch, a.heads, a.queries, a.dim, a.query_format, threads);
+  const Range key = range_of(a.key, a.key_strides, a.batch, a.key_heads, a.keys, a.dim, a.key_format, threads);
+  const Range value = range_of(a.value, a.value_strides, a.batch, a.key_heads, a.keys, a.value_dim, a.value_format, threads);
   if (!query.finite() || !key.finite() || !value.finite()) return kNotFinite;
   const Coding q = coding(a.query_format, query), k = coding(a.key_format, key), v = coding(a.value_format, value);
   const int all = a.batch * a.heads;
@@ -299,11 +298,6 @@ inline int attend(const Attention& a, const Coded& coded, int threads) {
   const size_t each = lay_out(a, nullptr, &none);
   auto* memory = static_cast<uint8_t*>(scratch.get(each * size_t(threads)));
   if (memory == nullptr) return kNoMemory;
-  const auto buffers = [&](int slot) {
-    Buffers b;
-    lay_out(a, memory + each * size_t(slot), &b);
-    return b;
-  };
   const float score_unit = q.scale * k.scale * a.scaling;
   const auto too_large = [&](const Coding& map) {  // for codes: a sum of integers could be infinite
     return coded.context != nullptr && !(map.scale * v.scale <= FLT_MAX / 0x1p31f);
@@ -319,7 +313,7 @@ inline int attend(const Attention& a, const Coded& coded, int threads) {
   const auto row_of = [&](int number, int first) { return size_t(number) * size_t(a.queries) + size_t(first); };
   if (at_once && too_large(coding(a.map_format, Range{}))) return kNotFinite;
   parallel(all, threads, [&](int number, int slot) {
-    const Head head(a, coded, number, buffers(slot));
+    const Head head(a, coded, number, memory + each * size_t(slot));
     const Coding map = coding(a.map_format, Range{});
     const CodeRows queries = head.read_scores(q, k);
     if (at_once) head.read_values(v, map);
@@ -336,7 +330,7 @@ inline int attend(const Attention& a, const Coded& coded, int threads) {
   const Coding map = coding(a.map_format, Range{0, float_of(most.load()), most.load()});
   if (too_large(map)) return kNotFinite;
   parallel(all, threads, [&](int number, int slot) {
-    const Head head(a, coded, number, buffers(slot));
+    const Head head(a, coded, number, memory + each * size_t(slot));
     head.read_values(v, map);
     tiles([&](int first, int count) {
       const float* factors = whole ? nullptr : coded.factors + row_of(number, first);

@@ -47,6 +47,8 @@ namespace {
 // Where a large output goes. What the next layer reads at once, twice if it has to find a range, stays in the caches.
 enum Output { kCached, kPastCaches };
 
+inline double steps(int rows, const Layer& layer) { return steps(rows, layer.inputs, layer.outputs); }
+
 inline int quantize_rows(const float* x, int columns, const Format& format, int threads, const Codes& to,
                          const Range* known = nullptr) {
   return quantize_rows(x, to.rows, columns, format, threads, to.codes, to.scale, to.offset, to.sums, known);
@@ -93,6 +95,15 @@ inline void add_numbers(const Codes& to, int columns, const Format& format, int 
 
 thread_local Scratch block_scratch;
 
+// What body returns, with the threads that are worth their hand-over for it.
+template <typename F>
+int in_team(double work, int threads, F body) {
+  int result = kOk;
+  with_team(worth(work, threads), [&] { result = body(); });
+  block_scratch.trim(64 << 20);
+  return result;
+}
+
 // sum = x + y (or x, if there is no y), to be kept if `sum` is not null; out = its norm if there is one, whose range may be
 // `found`. y may be sum, and x out.
 inline void add_and_norm(const float* x, const float* y, int rows, int columns, float* sum, const Norm* norm, int threads,
@@ -127,7 +138,7 @@ inline bool same(const Format& a, const Format& b) { return memcmp(&a, &b, sizeo
 // True if the input of queries, keys or values has a format that reads extremes.
 inline bool reads_extremes(const Block& b) { return (b.query.input.scheme | b.key.input.scheme | b.value.input.scheme) != 0; }
 
-// One block at work on x (batch, tokens, hidden), whose queries read `keys` keys. Call nothing else of it unless `memory`.
+// One block at work on x (batch, tokens, hidden), whose queries read `keys` keys.
 struct BlockRun {
   const Block& b;
   const int batch, tokens, threads, rows, hidden;
@@ -186,6 +197,7 @@ struct BlockRun {
 
   // Queries, keys and values of x, as floats or, where these are null, as codes.
   int project(const float* x, const Range* known, float* query, float* key, float* value) {
+    if (memory == nullptr) return kNoMemory;
     Found found(reads_extremes(b));
     if (b.pre_norm) {
       add_and_norm(x, nullptr, rows, hidden, nullptr, &b.norms[0], threads, normed, &found);
@@ -215,6 +227,7 @@ struct BlockRun {
   // found: to be told the range of the output.
   int finish(const float* x, const float* query, const float* key, const float* value, int keys, const int64_t* key_strides,
              const int64_t* value_strides, const float* mask, const int64_t* mask_strides, float* out, Found* found) const {
+    if (memory == nullptr) return kNoMemory;
     const int64_t wide = b.query.outputs;
     Attention a{query, key, value, mask, keeps_map ? inner : nullptr, context, {tokens * wide, b.dim, wide}, {}, {}, {},
                 batch, b.heads, b.key_heads, tokens, keys, b.dim, b.value_dim, b.scaling, query_format, key_format,
@@ -254,7 +267,6 @@ inline int run_block(const Block& b, const float* x, const Range* known, int bat
                      const int64_t* mask_strides, int threads, float* out, Found* found) {
   if (batch * tokens == 0) return kOk;
   BlockRun run(b, batch, tokens, tokens, threads);
-  if (run.memory == nullptr) return kNoMemory;
   if (const int failed = run.project(x, known, nullptr, nullptr, nullptr)) return failed;
   return run.finish(x, nullptr, nullptr, nullptr, tokens, nullptr, nullptr, mask, mask_strides, out, found);
 }

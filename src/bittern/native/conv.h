@@ -60,7 +60,7 @@ inline void gather(const Convolution& v, const int8_t* images, const int32_t* su
     size_t line = size_t(row / v.out_height) * size_t(v.high) + size_t(row % v.out_height) * size_t(v.stride_y);
     const int8_t* from = images + line * v.line() + size_t(x * v.stride_x) * size_t(v.channels);
     const int32_t* before = sums + line * size_t(v.wide + 1) + x * v.stride_x;
-    for (; r < end; ++r, to += width, from += v.stride_x * v.channels, before += v.stride_x) {
+    for (; r < end; ++r, to += width, from += v.stride_x * v.channels, before += v.stride_x, ++sum) {
       int8_t* next = to;
       *sum = 0;
       for (int i = 0; i < v.kernel_height; ++i)
@@ -71,7 +71,6 @@ inline void gather(const Convolution& v, const int8_t* images, const int32_t* su
           const int32_t* side = before + down * size_t(v.wide + 1) + j;
           *sum += side[run] - side[0];
         }
-      ++sum;
     }
   }
 }
@@ -87,7 +86,7 @@ inline int convolve(const float* x, const Convolution& v, const Layer& layer, in
   const float zero = nearbyintf(-c.offset / c.scale), off = fabsf(zero * c.scale + c.offset);
   const bool exact = off <= 1e-6f * fabsf(c.offset) && zero >= float(c.low) && zero <= float(c.high);
   if (!exact && (v.high > v.height || v.wide > v.width)) return kNotFinite;  // padding needs a code, see quantizers.py
-  threads = worth(double(rows) * layer.inputs * outputs / 64, threads);
+  threads = worth(steps(rows, layer), threads);
   const int fit = kPatches / width / 16 * 16, most = fit < kTile ? kTile : fit < kRows ? fit : kRows;
   const int pieces = up(up(rows, most) / most, threads), each = up(up(rows, pieces) / pieces, 16);
   // images and their sums, then of each thread: patches, sums, and what a product needs

@@ -64,26 +64,24 @@ int bittern_product(const Layer* layer, const float* x, int rows, int threads, f
   if (numbers == nullptr) return kNoMemory;
   auto* sums = reinterpret_cast<int32_t*>(numbers + 2 * padded);
   const Codes codes{reinterpret_cast<int8_t*>(sums + padded), numbers, numbers + padded, sums, rows};
-  int result = quantize_rows(x, layer->inputs, layer->input, threads, codes);
-  if (result == kOk) result = multiply(codes, *layer, kNone, kPastCaches, threads, out);
-  block_scratch.trim(64 << 20);
-  return result;
+  return in_team(steps(rows, *layer), threads, [&] {
+    const int failed = quantize_rows(x, layer->inputs, layer->input, threads, codes);
+    return failed ? failed : multiply(codes, *layer, kNone, kPastCaches, threads, out);
+  });
 }
 
 // out = (x - mean) / deviation of each row, times weight, plus bias.
 int bittern_norm(const float* x, int rows, int columns, const float* weight, const float* bias, float epsilon,
                  int threads, float* out) {
   const Norm norm{weight, bias, epsilon};
-  add_and_norm(x, nullptr, rows, columns, nullptr, &norm, threads, out);
-  return kOk;
+  return add_and_norm(x, nullptr, rows, columns, nullptr, &norm, threads, out), kOk;
 }
 
 int bittern_activate(const float* x, int64_t count, int activation, int threads, float* out) {
   const int piece = 8192, chunks = int((count + piece - 1) / piece);
   parallel(chunks, worth(double(count) * 4, threads), [&](int chunk, int) {
-    const int64_t first = int64_t(chunk) * piece;
-    const int n = int(count - first < piece ? count - first : piece);
-    activate(x + first, n, activation, out + first);
+    const int64_t first = int64_t(chunk) * piece, n = count - first < piece ? count - first : piece;
+    activate(x + first, int(n), activation, out + first);
   });
   return kOk;
 }
@@ -95,12 +93,8 @@ int bittern_attention(const Attention* attention, int threads) { return attend(*
 // in Attention. outs: where each block's output goes.
 int bittern_blocks(const Block* const* blocks, int count, const float* x, int batch, int tokens, const float* mask,
                    const int64_t* mask_strides, int threads, float* const* outs) {
-  const double work = double(batch) * tokens * count * blocks[0]->up.inputs * blocks[0]->up.outputs / 32;  // about
-  int result = kOk;
-  const auto all = [&] { result = run_blocks(blocks, count, x, batch, tokens, mask, mask_strides, threads, outs); };
-  with_team(worth(work, threads), all);
-  block_scratch.trim(64 << 20);
-  return result;
+  const double work = 2 * count * steps(batch * tokens, blocks[0]->up);
+  return in_team(work, threads, [&] { return run_blocks(blocks, count, x, batch, tokens, mask, mask_strides, threads, outs); });
 }
 
 // A block in two calls, between which the caller adds keys and values to those of earlier tokens. The first makes them and
@@ -108,7 +102,8 @@ int bittern_blocks(const Block* const* blocks, int count, const float* x, int ba
 int bittern_project(const Block* block, const float* x, int batch, int tokens, int threads, float* query, float* key,
                     float* value) {
   BlockRun run(*block, batch, tokens, 1, threads);
-  return run.memory == nullptr ? kNoMemory : run.project(x, nullptr, query, key, value);
+  const double work = 3 * steps(batch * tokens, block->query);
+  return in_team(work, threads, [&] { return run.project(x, nullptr, query, key, value); });
 }
 
 int bittern_finish(const Block* block, const float* x, int batch, int tokens, const float* query, const float* key,
@@ -117,11 +112,9 @@ int bittern_finish(const Block* block, const float* x, int batch, int tokens, co
   const int64_t dim = block->dim, value_dim = block->value_dim;
   const int64_t key_strides[3] = {block->key_heads * keys * dim, keys * dim, dim};
   const int64_t value_strides[3] = {block->key_heads * keys * value_dim, keys * value_dim, value_dim};
-  int result = kNoMemory;
-  if (run.memory != nullptr)
-    result = run.finish(x, query, key, value, keys, key_strides, value_strides, mask, mask_strides, out, nullptr);
-  block_scratch.trim(64 << 20);
-  return result;
+  return in_team(2 * steps(batch * tokens, block->up), threads, [&] {
+    return run.finish(x, query, key, value, keys, key_strides, value_strides, mask, mask_strides, out, nullptr);
+  });
 }
 
 // Rows of an embedding by their numbers; 1 if there is no such row.

@@ -151,6 +151,9 @@ void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* pan
   }
 }
 
+// What a product takes, as `worth` counts: to read its weights as long as to multiply 8 rows by them.
+inline double steps(int rows, int columns, int outputs) { return double(rows + 8) * columns * outputs / 64; }
+
 // All of the product; memory for the threads comes from `scratch`.
 inline int multiply_all(Linear l, int threads) {
   if (l.rows == 0 || l.outputs == 0) return kOk;
@@ -158,7 +161,7 @@ inline int multiply_all(Linear l, int threads) {
   l.zero -= flip(l.bits);
   l.stream = l.stream && lines && size_t(l.rows) * size_t(l.outputs) * sizeof(float) > kStream;
   const int pairs = up(up(l.outputs, kPanel) / kPanel, kPair) / kPair;
-  threads = worth(double(l.rows) * l.columns * l.outputs / 64, threads);
+  threads = worth(steps(l.rows, l.columns, l.outputs), threads);
   // enough rows for all threads: each has its own, from one product to the next
   const int least = up(l.rows, kRows) / kRows, pieces = l.rows < kShare * threads ? least : up(least, threads);
   const int each = up(up(l.rows, pieces) / pieces, 16);

@@ -53,10 +53,9 @@ inline void unpack_row(const Lookup& l, int64_t row, float* to) {
 
 // out (count, columns). False if an id is no row.
 inline bool look_up(const Lookup& l, const int64_t* ids, int count, float* out) {
-  for (int i = 0; i < count; ++i)
-    if (ids[i] < 0 || ids[i] >= l.rows) return false;
-  for (int i = 0; i < count; ++i) unpack_row(l, ids[i], out + size_t(i) * size_t(l.columns));
-  return true;
+  int i = 0;
+  for (; i < count && ids[i] >= 0 && ids[i] < l.rows; ++i) unpack_row(l, ids[i], out + size_t(i) * size_t(l.columns));
+  return i == count;
 }
 
 // Rows of weights that are unpacked at a time, and of weights and inputs that are multiplied in registers: 4 x 4 sums for
