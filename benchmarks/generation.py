@@ -6,7 +6,8 @@ A GPT-2 with random weights, on which times do not depend, goes on greedily from
 PyTorch's run by `model.generate`, with a cache that grows (dynamic) and with one of fixed size (static), and in a plain
 loop, as onnxruntime's graph of one step does, which takes and gives the cache: in float32, and quantized dynamically to
 int8 by its own tool. Its loop starts behind the prompt, which the others read first, in one pass; that speaks for
-it. Figures are medians over alternating rounds of one process.
+it. Figures are medians over alternating rounds of one process; with several threads each comes after a pause, in which
+onnxruntime's threads fall asleep.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from inference import in_turn
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from bittern import calibrate, native, pack, simulate
-from bittern.deploy.bench import alternate
 
 RECIPES = {"bittern ternary": "ternary", "bittern w4a8": "w4a8", "bittern w8a8": "w8a8"}
 
@@ -131,7 +132,7 @@ def main() -> None:
         )
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         calls |= onnxruntime_loops(model, prompt, options.new, Path(folder))
-        times = alternate(calls, options.rounds)
+        times = in_turn(calls, options.rounds)
     speeds = {name: round(options.new / statistics.median(seconds), 1) for name, seconds in times.items()}
     settings = {key: value for key, value in vars(options).items() if key != "json"}
     found = settings | {"kernels": native.engine()[0], "tokens_per_second": speeds}

@@ -125,9 +125,11 @@ class Guard:
         tables = [(m._modules, m._parameters, {} if vars(m).get("_panels") else m._buffers) for m in self.modules]
         hooks = [table for m in inner for table in (m._forward_hooks, m._forward_pre_hooks)]
         # of hooks their numbers, of which none comes twice
+        seen = {*map(id, own)}
         for table in own:  # which grow by the configurations and dictionaries that they hold
             found = [vars(value) if isinstance(value, PreTrainedConfig) else value for value in table.values()]
-            own += [value for value in found if type(value) is dict and not any(value is other for other in own)]
+            own += (new := {id(d): d for d in found if type(d) is dict and id(d) not in seen}).values()
+            seen |= new.keys()
         self.lists = [value for table in own for value in table.values() if type(value) is list]
         every: list[Any] = list({id(table): table for table in chain(*tables, hooks, own)}.values())
         filled, empty = [table for table in every if table], [table for table in every if not table]
