@@ -67,12 +67,18 @@ class PackedLayer(QuantizedLayer):
         out = self.float_product(input := self.quantized_input(input))
         return F.linear(input, self.unpacked(), self.bias) if out is None else out
 
+    def direct(self, x: Tensor) -> kernels.Call | None:
+        """The call that makes the output for x, once all is known of the layer; None if there is no such."""
+        plain = type(self).forward is PackedLayer.forward and x.dtype is torch.float32 and x.numel() < 2**16
+        layer = self.kernel_layer() if plain else None
+        return None if layer is None else (KernelLayer.product, (layer, x))
+
     def integer_product(self, x: Tensor) -> Tensor | None:
         """The product of x (…, inputs) and the weight by the integer kernels; None where they do not serve."""
         if (layer := self.layer_for(x)) is None or x.shape[-1:] != (layer.panels.inputs,):
             return None
         if x.numel() < 2**16:  # to remember their codes for another layer would take longer
-            out = layer.product(x.float().contiguous())
+            out = layer.product(x.float())
         else:
             rows, coding = x.float().reshape(-1, x.shape[-1]).contiguous(), layer.coding
             codes = quantize_once(x, coding, lambda _: native.quantize_rows(rows, coding))
@@ -276,6 +282,10 @@ class PackedEmbedding(PackedLayer, nn.Embedding):
     @outside_graphs
     def forward(self, input: Tensor) -> Tensor:
         return self.unpacked(input)
+
+    def direct(self, x: Tensor) -> kernels.Call | None:
+        table = self._table() if self.weight.dtype is torch.float32 else None
+        return None if table is None else (native.Table.rows, (table, x))
 
 
 class PackedScaledEmbedding(ScaledEmbedding, PackedEmbedding):

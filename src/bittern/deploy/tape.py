@@ -32,7 +32,7 @@ from bittern import kernels, native
 from bittern.deploy import blocks
 from bittern.deploy.packed import PackedLayer
 from bittern.derived import derive
-from bittern.native.block import KernelBlock
+from bittern.native.block import KernelBlock, KernelLayer
 
 MOST_WAYS, MOST_TAPES = 256, 3  # ways to call a model, and tapes of each; to forget the oldest would record for ever
 MOST_MISSED = 8  # times in a row that a tape is tried in vain
@@ -40,7 +40,7 @@ KNOWN = {"transformers", "torch", "bittern"}  # packages whose forwards are know
 MOST_KEPT = 2**14  # numbers of a result that is kept; a larger one is made again
 
 SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
-CONSTANT = (*SIMPLE, torch.Size, type(...), KernelBlock, native.Coding)
+CONSTANT = (*SIMPLE, torch.Size, type(...), KernelBlock, KernelLayer, native.Coding, native.Table)
 # What tells something of a tensor, but of its numbers nothing (`__get__`: an attribute), or may give the tensor itself.
 DESCRIBES = {"__get__", "__len__", "dim", "size", "stride", "numel", "is_contiguous", "is_floating_point", "is_complex"}
 GIVES_BACK = {"to", "type", "type_as", "float", "half", "long", "int", "bool", "contiguous", "flatten", "dropout"}
@@ -143,6 +143,8 @@ class Recorder(TorchFunctionMode):
         token, self.inside = kernels.watcher.set(lambda *given: told.append(given)), True
         try:
             made = function(*args, **kwargs)
+            known = isinstance(args[0], (PackedLayer, kernels.LayerNorm))
+            direct = args[0].direct(*args[1:], **kwargs) if known else None
         finally:
             kernels.watcher.reset(token)
             self.inside = False
@@ -150,13 +152,16 @@ class Recorder(TorchFunctionMode):
             plan, call, _ = told[0]
             self.failed |= id(args[0]) not in self.places
             function, args, kwargs = blocks.run_whole, ((plan.whole,), call[plan.x], call.get(plan.mask)), {}
+        elif direct is not None:
+            function, args, kwargs = *direct, {}
         return self._kept(function, args, kwargs, made)
 
     def _kept(self, function: Callable[..., Any], args: Any, kwargs: Any, made: Any) -> Any:
         if not (self.inside or self.failed):
             self.alive.append((args, kwargs, made))
             try:
-                self._add(function, args, kwargs, made)
+                with torch._C.DisableTorchFunction():
+                    self._add(function, args, kwargs, made)
             except (ValueError, NotImplementedError):  # of tensors that have no memory of their own
                 self.failed = True
         return made

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -29,14 +30,16 @@ class KernelLayer:
     bias: Tensor
     coding: Coding
 
+    @cached_property
     def structure(self) -> c.Layer:
         return self.panels.structure(self.bias, self.coding)
 
     def product(self, x: Tensor) -> Tensor | None:
         """The outputs (…, outputs) for floats x (…, inputs). None if a value is not finite."""
-        data, rows = address(x, "x", (*x.shape[:-1], self.panels.inputs)), x.numel() // self.panels.inputs
+        x, rows = x.contiguous(), x.numel() // self.panels.inputs
+        data = address(x, "x", (*x.shape[:-1], self.panels.inputs))
         out = buffer(*x.shape[:-1], self.panels.outputs)
-        return out if run("product", self.structure(), data, rows, torch.get_num_threads(), pointer(out)) else None
+        return out if run("product", self.structure, data, rows, torch.get_num_threads(), pointer(out)) else None
 
     def part(self, first: int, outputs: int) -> KernelLayer:
         """Some of the outputs, in the same memory. Raises ValueError if they are no whole panels of this layer."""
@@ -99,7 +102,7 @@ class KernelBlock:
         self.heads = (heads, dim), (key_heads, dim), (key_heads, value_dim)  # of queries, keys and values
         check_codings(codings)
         self._structure = c.Block(
-            *(layers[part].structure() for part in LAYER_NAMES),
+            *(layers[part].structure for part in LAYER_NAMES),
             (c.Norm * 2)(*(n.structure(hidden) for n in norms)),
             *(pre_norm, ACTIVATIONS.index(activation), heads, key_heads, dim, value_dim, scaling),
             *(codings[name].structure for name in OPERANDS),
