@@ -3,13 +3,17 @@
     python benchmarks/scaling.py --json benchmarks/results/scaling.json
 
 In turns of three calls with a pause before each turn: milliseconds of the first, second and third call, least tenth and
-median over the turns. Threads fall asleep in a pause, and what a call needs leaves the caches.
+median over the turns. Threads fall asleep in a pause, and what a call needs leaves the caches. `handover`: nanoseconds
+that a cache line takes from one core to another and back (handover.cpp), before and after: with 300 and more they share
+no cache, which on a virtual machine can change from one moment to the next.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -33,6 +37,17 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(__file__).with_name("handover.cpp"), f"{folder}/handover"
+        subprocess.run(["c++", "-O2", "-pthread", str(source), "-o", program], check=True)
+        rows = measure(options, lambda: int(subprocess.run([program], check=True, capture_output=True).stdout))
+    if options.json:
+        found = {"kernels": native.engine()[0], "recipe": options.recipe, "rows": rows}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measure(options: argparse.Namespace, handover: Callable[[], int]) -> list[dict[str, Any]]:
+    """A row for each shape, number of threads and pause."""
     rows = []
     for name, batch_size, tokens in SHAPES:
         torch.manual_seed(0)
@@ -43,6 +58,7 @@ def main() -> None:
         pack(model)
         for threads in options.threads:
             for pause in options.pauses:
+                before = handover()
                 with using_threads(threads), torch.no_grad():
                     turns = [turn(partial(model, **batch), pause) for _ in range(options.turns)]
                 row: dict[str, Any] = {
@@ -51,15 +67,14 @@ def main() -> None:
                     "tokens": tokens,
                     "threads": threads,
                     "pause": pause,
+                    "handover": [before, handover()],
                 }
                 for call, times in zip(("first", "second", "third"), zip(*turns, strict=True), strict=True):
                     ordered = sorted(times)
                     row[call] = [round(1e3 * ordered[len(ordered) * part // 10], 2) for part in (1, 5)]
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-    if options.json:
-        found = {"kernels": native.engine()[0], "recipe": options.recipe, "rows": rows}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    return rows
 
 
 def turn(call: Callable[[], object], pause: float) -> list[float]:
