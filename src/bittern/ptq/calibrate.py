@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bittern.anatomy import holding
 from bittern.dry_run import evaluating
 from bittern.errors import InputError, ModelError
 from bittern.layers import fake_quants
@@ -22,18 +23,17 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
     waiting = [q for _, q in fake_quants(model) if q.needs_scale]
     if not waiting:
         return
-    for quantizer in waiting:
-        quantizer.observed = []
-    try:
-        count = 0
-        with evaluating(model):
-            for batch in batches:
-                model(**batch)
-                count += 1
-                for quantizer in waiting:  # keep one pair: the extremes so far
-                    if seen := quantizer.observed:
-                        lows, highs = zip(*seen, strict=True)
-                        quantizer.observed = [(torch.stack(lows).amin(0), torch.stack(highs).amax(0))]
+    count = 0
+    with holding(waiting, "observed", None), evaluating(model):
+        for quantizer in waiting:
+            quantizer.observed = []
+        for batch in batches:
+            model(**batch)
+            count += 1
+            for quantizer in waiting:  # keep one pair: the extremes so far
+                if seen := quantizer.observed:
+                    lows, highs = zip(*seen, strict=True)
+                    quantizer.observed = [(torch.stack(lows).amin(0), torch.stack(highs).amax(0))]
         if not count:
             raise InputError("calibration got no batches; give at least one")
         scales = []
@@ -46,6 +46,3 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
             scales.append(find_scale(extremes, quantizer.format, quantizer.name))
         for quantizer, scale in zip(waiting, scales, strict=True):
             quantizer.set_scale(*scale)
-    finally:
-        for quantizer in waiting:
-            quantizer.observed = None

@@ -59,10 +59,9 @@ class Captured:
 
 def unit_layers(name: str, module: nn.Module) -> dict[str, QuantLayer]:
     """Simulated layers of a unit that read activations and whose product is a matrix product, by full name."""
-    found = {n: m for n, m in module.named_modules(prefix=name) if isinstance(m, QuantLayer)}
-    found = {n: m for n, m in found.items() if not isinstance(m, QuantConv2d) or m.groups == 1}
     others = QuantEmbedding | QuantExpertsLinear  # the rows of an expert are those that chose it
-    return {n: m for n, m in found.items() if not isinstance(m, others)}
+    found = {n: m for n, m in module.named_modules(prefix=name) if isinstance(m, QuantLayer)}
+    return {n: m for n, m in found.items() if not isinstance(m, others) and getattr(m, "groups", 1) == 1}
 
 
 def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: Sequence[int], seed: int) -> Captured:

@@ -68,15 +68,6 @@ def widen(module: nn.Module, unit: str, parts: PartOf, bits: int) -> None:
                 quantizer.set_scale(*find_scale(weight_matrix(owner), quantizer.format, quantizer.name))
 
 
-def weights_of(module: nn.Module, unit: str, parts: PartOf, part: Part) -> int:
-    """Count the weights of a part."""
-    return sum(
-        p.numel()
-        for name, p in module.named_parameters()
-        if name.endswith("weight") and p.dim() > 1 and part_of(f"{unit}.{name}", parts) == part
-    )
-
-
 # Sensitivity: how much a part suffers from its own quantization, the rest being float
 
 
@@ -200,6 +191,12 @@ class Solution:
                 layer._kept = None
         return [Solved(**solved) for solved in self.solved if is_own(solved["name"])]
 
+    def weights(self, model: nn.Module, part: Part) -> int:
+        """Count the weights of a part."""
+        parameters = model.get_submodule(self.unit).named_parameters()
+        matrices = ((name, p) for name, p in parameters if name.endswith("weight") and p.dim() > 1)
+        return sum(p.numel() for name, p in matrices if part_of(f"{self.unit}.{name}", self.parts) == part)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -256,16 +253,9 @@ def allocate(
     parts, the bits of each, all best choices, and the divergence of the outputs with mixed and with uniform widths.
     """
     width = max(bits for bits in mixed.bits if bits <= mixed.target)
-    sensitivity: dict[str, dict[int, float]] = {}
-    weights: dict[str, int] = {}
-    owners: dict[str, tuple[Part, dict[int, Solution]]] = {}
-    for widths in blocks:
-        found = widths[width]
-        for part in found.sensitivity:
-            name = f"{found.unit}.{part}"
-            owners[name] = part, widths
-            sensitivity[name] = {bits: other.sensitivity[part] for bits, other in widths.items()}
-            weights[name] = weights_of(model.get_submodule(found.unit), found.unit, found.parts, part)
+    owners = {f"{w[width].unit}.{part}": (part, w) for w in blocks for part in w[width].sensitivity}
+    sensitivity = {n: {bits: s.sensitivity[part] for bits, s in w.items()} for n, (part, w) in owners.items()}
+    weights = {name: w[width].weights(model, part) for name, (part, w) in owners.items()}
     points = frontier(sensitivity, weights)
     choices = {"mixed": choose_bits(points, weights, mixed.target).bits, f"{width} bits": dict.fromkeys(weights, width)}
 

@@ -56,11 +56,8 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         own = {name: value for name, value in vars(self).items() if name not in ("simulation", "method")}
-        own |= {
-            "solved": [asdict(s) for s in self.solved],
-            "frontier": [asdict(point) for point in self.frontier],
-            "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
-        }
+        own |= {name: [asdict(one) for one in own[name]] for name in ("solved", "frontier")}
+        own |= {"seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()}}
         return {"method": self.method.name, "inputs": self.method.inputs} | own
 
 
@@ -88,10 +85,8 @@ class _State:
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -262,13 +257,12 @@ def _units(model: nn.Module, anatomy: Anatomy) -> list[str]:
     blocks = [block.name for block in anatomy.blocks]
     inside = tuple(f"{block}." for block in blocks)
     outside = [n for n, m in model.named_modules() if isinstance(m, layers.QuantLayer) and not n.startswith(inside)]
-
-    def is_solved(name: str) -> bool:
+    units = []
+    for name in (*outside, *blocks):
         module = model.get_submodule(name)
         has_products = any(isinstance(m, Site) and m.formats for m in module.modules())
-        return name not in anatomy.idle and (has_products or bool(unit_layers(name, module)))
-
-    units = [name for name in (*outside, *blocks) if is_solved(name)]
+        if name not in anatomy.idle and (has_products or unit_layers(name, module)):
+            units.append(name)
     return [name for name in units if not name.startswith(tuple(f"{unit}." for unit in units))]
 
 

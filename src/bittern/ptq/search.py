@@ -114,11 +114,9 @@ def choose(
         tried[candidate] = exact(candidate)
         missed.append(abs(tried[candidate] - likely[candidate]))
     while True:  # what lies beside the best is nearly as good
-        best_one = min(tried, key=tried.__getitem__)
+        best_one, best = min(tried.items(), key=lambda pair: pair[1])
         beside = {best_one - 1, best_one + 1} & set(range(count)) - tried.keys()
-        found = {candidate: exact(candidate) for candidate in beside}
-        best = tried[best_one]
-        tried |= found
+        tried |= {candidate: exact(candidate) for candidate in beside}
         if best - min(tried.values()) <= max(TIE, slack * best):
             return min(tried, key=tried.__getitem__)
 

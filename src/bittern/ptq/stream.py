@@ -81,10 +81,6 @@ class _Worker:
             raise found
         return found
 
-    def stop(self) -> None:
-        self.going.put(False)
-        self.thread.join()
-
 
 def stream(model: PreTrainedModel, units: Sequence[str], batches: Sequence[Batch]) -> Generator[tuple[str, list[Call]]]:
     """Yield (unit, its call for every batch) in order of execution; set the `output` of each call before going on.
@@ -119,6 +115,7 @@ def stream(model: PreTrainedModel, units: Sequence[str], batches: Sequence[Batch
         finally:
             for worker in workers:
                 if worker.thread.is_alive():
-                    worker.stop()
+                    worker.going.put(False)
+                    worker.thread.join()
             for name in units:
                 model.get_submodule(name).__dict__.pop("forward", None)

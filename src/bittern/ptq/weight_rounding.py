@@ -204,7 +204,9 @@ def bit_split(
     fmt = _without_clip(fmt, granularity="row", group_size=None, scheme="symmetric")
     w = _checked(weight, gram, cross)
     scale = find_scale(weight, fmt)[0].double()
-    nearest = (_planes((w / scale).round_(), fmt.bits), scale)
+    codes = (w / scale).round_()
+    digits = torch.stack([(codes.abs() / 2**k).floor_().remainder_(2) for k in range(fmt.bits - 1)])
+    nearest = (digits * codes.sign(), scale)  # planes, lowest first (bits - 1, rows, columns), and scale
     planes, scale = _split_weights(w, *nearest, epochs)
     if gram is not None:
         gram = gram.double()
@@ -212,12 +214,6 @@ def bit_split(
         planes, scale = _split_outputs(target, gram, nearest, (planes, scale), epochs)
     scale = _nonzero(scale.float())
     return decode(_stitch(planes).float(), fmt, scale), fmt, (scale, None)
-
-
-def _planes(codes: Tensor, bits: int) -> Tensor:
-    """Digits of the codes with their sign, lowest first: (bits - 1, *codes.shape)."""
-    size = codes.abs()
-    return torch.stack([(size / 2**k).floor_().remainder_(2) for k in range(bits - 1)]) * codes.sign()
 
 
 def _stitch(planes: Tensor) -> Tensor:
