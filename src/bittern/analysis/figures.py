@@ -58,19 +58,16 @@ def by_name(result: Facts, get: Callable[[Facts], Any], teacher: Any = None) -> 
     return found if len(found) > 1 else {"": next(iter(found.values()))}
 
 
-def attentions_of(student: Facts) -> list[Any]:
-    return list(student["compare"]["attentions"])
-
-
 def labels_of(result: Facts) -> list[str]:
     """Labels of the attention modules, by block; those of all students agree."""
-    attentions = attentions_of(result["students"][0])
+    attentions = result["students"][0]["compare"]["attentions"]
     return [f"layer {a['block']}{' cross' if a['cross'] else ''}" for a in attentions]
 
 
 def of_heads(student: Facts, key: str, kind: str = "all") -> list[list[float]]:
     """A measure of attention, by module and head; of the keys of one kind, where it is told by kind."""
-    return [a[key] if isinstance(a[key], list) else a[key].get(kind, []) for a in attentions_of(student) if key in a]
+    measures = (a[key] for a in student["compare"]["attentions"] if key in a)
+    return [found if isinstance(found, list) else found.get(kind, []) for found in measures]
 
 
 def numbered(values: Mapping[str, Sequence[float]]) -> dict[str, list[XY]]:
@@ -92,8 +89,9 @@ def heads(result: Facts) -> Iterator[Figure]:
 
 
 def classes(result: Facts) -> Iterator[Figure]:
+    attentions = result["students"][0]["compare"]["attentions"]
     for key in ("gen", "prop"):
-        kinds = list(dict.fromkeys(k for a in attentions_of(result["students"][0]) for k in a.get(key, {})))
+        kinds = list(dict.fromkeys(k for a in attentions for k in a.get(key, {})))
 
         def means(student: Facts, key: str = key, kinds: Sequence[str] = kinds) -> list[float]:
             return [fmean(v for row in of_heads(student, key, kind) for v in row) for kind in kinds]
@@ -135,7 +133,7 @@ def extremes(result: Facts) -> Iterator[Figure]:
 
 def sensitivity(result: Facts) -> Iterator[Figure]:
     first = result["students"][0]
-    of_block = [a["block"] for a in attentions_of(first)]
+    of_block = [a["block"] for a in first["compare"]["attentions"]]
     count = len(first["blocks"]) - 2  # the last two are the rest and the whole
     blocks = by_name(result, lambda s: [entry["error"] for entry in s["blocks"]])
     labels, layers = [*(f"block {i}" for i in range(count)), "the rest", "all"], map(of_block.index, range(count))

@@ -141,13 +141,9 @@ def place_of_loss(student: Mapping[str, Any]) -> tuple[str, str]:
     """Return in words where most of the error of the output comes from, and the one of CLASSES that it comes from."""
     *blocks, _ = student["blocks"]
     total = sum(block["error"] for block in blocks) or 1.0
-    share, where = max((b["error"] / total, f"block {i}") for i, b in enumerate(blocks))
-    if share * len(blocks) < STANDS_OUT:
-        where = "all over the blocks"
-    elif where == f"block {len(blocks) - 1}":
-        where = f"most of it in the {blocks[-1]['name']}"
-    else:
-        where = f"most of it in {where}"
+    places = [*(f"block {i}" for i in range(len(blocks) - 1)), f"the {blocks[-1]['name']}"]
+    share, place = max((block["error"] / total, place) for block, place in zip(blocks, places, strict=True))
+    where = f"most of it in {place}" if share * len(blocks) >= STANDS_OUT else "all over the blocks"
     weights, *others, everything = student["classes"]
     blamed = max([weights, *others], key=lambda entry: entry["error"])["name"]
     if weights["error"] >= everything["error"] / 2:

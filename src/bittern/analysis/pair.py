@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bittern.anatomy import Anatomy, Batch
+from bittern.anatomy import Batch
 from bittern.attention import Point, Taps, attach, recording
 from bittern.deploy.packed import PackedLayer
 from bittern.errors import ModelError
@@ -33,18 +33,13 @@ class Pair:
     """
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel):
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher, self.anatomy = student, teacher, anatomy_of(student)  # the student's
         for model in (student, teacher):
             attach(model, anatomy_of(model))
             model.eval()
         depths = [len(anatomy_of(m).attentions) for m in (student, teacher)]
         if depths[0] != depths[1]:
             raise ModelError(f"the student has {depths[0]} attention modules, the teacher {depths[1]}; they must agree")
-
-    @property
-    def anatomy(self) -> Anatomy:
-        """The student's structure."""
-        return anatomy_of(self.student)
 
     def record(self, batch: Batch, *points: Point) -> tuple[Taps, Taps]:
         """Run both on a batch; return what the student and what the teacher has at the points."""
