@@ -270,17 +270,12 @@ class _Job:
             result["verdict"] = verdict(
                 result["float"], result["packed"], formats(self.model).values(), how, learned=learned.get("terms", ())
             )
-        calibration = self.calibration and {
-            "data": self.source_of_data,
-            "samples": len(self.calibration),
-            "sha256": self.calibration.fingerprint(),
-        }
+        used, packages = self.calibration, ("bittern", "torch", "transformers")
         provenance = {
             "recipe": self.recipe.model_dump(mode="json", exclude_defaults=True),
             "seed": self.seed,
-            "calibration": calibration,
-            "versions": {p: version(p) for p in ("bittern", "torch", "transformers")}
-            | {"python": platform.python_version()},
+            "calibration": used and {"data": self.source_of_data, "samples": len(used), "sha256": used.fingerprint()},
+            "versions": {p: version(p) for p in packages} | {"python": platform.python_version()},
             "layers": [asdict(layer) for layer in simulation.layers],
         }
         save(self.model, self.out, processors_from=self.source, report=result | provenance, force=self.force)

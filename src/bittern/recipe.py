@@ -191,8 +191,7 @@ class Recipe(_Strict):
             raise RecipeError(f"recipe {self.name}: rule modules={rule.modules!r} matches nothing; {hint}")
 
     def to_yaml(self) -> str:
-        data = self.model_dump(mode="json", exclude_defaults=True)
-        return yaml.safe_dump(data, sort_keys=False)
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "recipe") -> Recipe:

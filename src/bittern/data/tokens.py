@@ -66,12 +66,11 @@ def masked_rows(texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, sh
     special, generator = found.pop("special_tokens_mask"), torch.Generator().manual_seed(0)
     rows = _rows(found)
     for row, marks in zip(rows, special, strict=True):
-        places = [i for i, mark in enumerate(marks) if not mark]
-        order = torch.randperm(len(places), generator=generator)[: max(1, round(share * len(places)))].tolist()
-        ids, row["labels"] = row["input_ids"], [-100] * len(marks)
-        row["input_ids"] = list(ids)
-        for i in (places[n] for n in order):
-            row["labels"][i], row["input_ids"][i] = ids[i], tokenizer.mask_token_id
+        places = torch.tensor([i for i, mark in enumerate(marks) if not mark], dtype=torch.long)
+        order = torch.randperm(len(places), generator=generator)[: max(1, round(share * len(places)))]
+        row["labels"] = [-100] * len(marks)
+        for i in places[order].tolist():
+            row["labels"][i], row["input_ids"][i] = row["input_ids"][i], tokenizer.mask_token_id
     return [row for row in rows if set(row["labels"]) != {-100}]
 
 
