@@ -3,7 +3,7 @@
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PYTHON, CPP, FILE, SKIPS = 16_330, 2_900, 400, 10  # the most lines, and places that the formatter may not touch
+PYTHON, CPP, FILE, SKIPS = 16_310, 2_900, 400, 10  # the most lines, and places that the formatter may not touch
 
 
 def lines(*patterns: str) -> dict[str, list[str]]:

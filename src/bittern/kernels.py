@@ -27,7 +27,7 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)  # what is computed in them goes 
 # compute, what they are given. Hooks would be seen by other threads, and by those that copy the modules.
 watcher: ContextVar[Callable[..., None] | None] = ContextVar("watcher", default=None)
 
-Call = tuple[Callable[..., Tensor | None], tuple[Any, ...]]  # a function, and what it is to be given
+DirectCall = tuple[Callable[..., Tensor | None], tuple[Any, ...]]  # a function, and what it is to be given
 
 NO_GRAPH = "packed layers compute in calls that no graph of PyTorch can hold; export the model to ONNX by bittern"
 
@@ -131,7 +131,7 @@ class LayerNorm(nn.LayerNorm):
             return native.norm(input, weight, bias, self.eps)
         return super().forward(input)
 
-    def direct(self, x: Tensor) -> Call | None:
+    def direct(self, x: Tensor) -> DirectCall | None:
         weight, bias = self.weight, self.bias
         return (native.norm, (x, weight, bias, self.eps)) if native.serves(x, weight, bias) else None
 

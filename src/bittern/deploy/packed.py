@@ -67,7 +67,7 @@ class PackedLayer(QuantizedLayer):
         out = self.float_product(input := self.quantized_input(input))
         return F.linear(input, self.unpacked(), self.bias) if out is None else out
 
-    def direct(self, x: Tensor) -> kernels.Call | None:
+    def direct(self, x: Tensor) -> kernels.DirectCall | None:
         """The call that makes the output for x, once all is known of the layer; None if there is no such."""
         plain = type(self).forward is PackedLayer.forward and x.dtype is torch.float32 and x.numel() < 2**16
         layer = self.kernel_layer() if plain else None
@@ -283,7 +283,7 @@ class PackedEmbedding(PackedLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         return self.unpacked(input)
 
-    def direct(self, x: Tensor) -> kernels.Call | None:
+    def direct(self, x: Tensor) -> kernels.DirectCall | None:
         table = self._table() if self.weight.dtype is torch.float32 else None
         return None if table is None else (native.Table.rows, (table, x))
 

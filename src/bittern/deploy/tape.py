@@ -153,7 +153,7 @@ class Recorder(TorchFunctionMode):
             self.failed |= id(args[0]) not in self.places
             function, args, kwargs = blocks.run_whole, ((plan.whole,), call[plan.x], call.get(plan.mask)), {}
         elif direct is not None:
-            function, args, kwargs = *direct, {}
+            (function, args), kwargs = direct, {}
         return self._kept(function, args, kwargs, made)
 
     def _kept(self, function: Callable[..., Any], args: Any, kwargs: Any, made: Any) -> Any:
