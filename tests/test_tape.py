@@ -17,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 import bittern
 from bittern import attention, native
-from bittern.deploy import blocks, tape
+from bittern.deploy import blocks, packed, tape
 from families import SUPPORTED
 from helpers import outputs, quantized, same
+from test_experts import MIXTURES, mixture
 
 pytestmark = pytest.mark.kernels
 CACHED = ["gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma2", "opt", "gpt_neox", "gptj", "bloom"]
@@ -390,6 +391,65 @@ def test_a_tape_of_another_state_never_serves() -> None:
     plain, more = deepcopy(model), batch | {"x": batch["x"] + 10}
     for given in (batch, batch, batch, more, batch, batch, more, more, batch, batch, batch):
         assert same(outputs(model, given), as_written(plain, given))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_changes_of_an_owner_outside_are_seen(name: str, served: list[bool]) -> None:
+    """An encoder whose embedding shows what a module outside it holds gives what that holds now."""
+    model, batch = quantized(name, "w8a8")
+    encoder = model.get_encoder()
+    (own,) = encoder.embed_tokens.owner
+    given = {"input_ids": batch["input_ids"]}
+    for change in (
+        lambda: own.weight_scale.mul_(2),
+        lambda: setattr(own, "weight_scale", own.weight_scale * 2),
+        lambda: setattr(own, "weight_codes", own.weight_codes.flip(0)),
+        lambda: own.load_state_dict({k: v.flip(0) if v.dim() else v * 3 for k, v in own.state_dict().items()}),
+    ):
+        served.clear()
+        before = [outputs(encoder, given) for _ in range(3)][-1]
+        assert any(served)
+        change()
+        after = outputs(encoder, given)
+        assert not same(after, before)
+        assert same(after, as_written(encoder, given))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures(name: str) -> None:
+    """Experts, whose layers are told which of them is asked, give in each call what they give by their own code."""
+    model, batch = mixture(name)
+    given = batch | {"use_cache": False}
+    bittern.simulate(model, "w8a8", given)
+    bittern.calibrate(model, [given])
+    packed_model = bittern.pack(model)
+    expected = as_written(packed_model, given)
+    assert all(same(outputs(packed_model, given), expected) for _ in range(4))
+
+
+@torch.no_grad()
+def test_layers_called_in_other_ways(served: list[bool]) -> None:
+    """Layers and norms whose input has a name, and a layer that turns the kernels away, are steps as well."""
+
+    class Elsewhere(packed.PackedLinear):
+        def layer_for(self, x: Tensor) -> None:
+            return None
+
+    Elsewhere.__module__ = "bittern.tests"
+
+    def by_name(model: Any, out: Any, x: Tensor) -> Any:
+        words = model.embeddings.word_embeddings(input=x.abs().long())
+        return {**out, "more": model.embeddings.LayerNorm(input=model.pooler.dense(input=words))}
+
+    for kind in (packed.PackedLinear, Elsewhere):
+        model, batch = odd(by_name)
+        model.pooler.dense.__class__ = kind
+        expected = as_written(model, batch)
+        served.clear()
+        assert all(same(outputs(model, batch), expected) for _ in range(4))
+        assert served[-1]
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ class PackedLayer(QuantizedLayer):
     def direct(self, x: Tensor) -> kernels.DirectCall | None:
         """The call that makes the output for x, once all is known of the layer; None if there is no such."""
         plain = type(self).forward is PackedLayer.forward and x.dtype is torch.float32 and x.numel() < 2**16
-        layer = self.kernel_layer() if plain else None
+        layer = self.layer_for(x) if plain else None
         return None if layer is None else (KernelLayer.product, (layer, x))
 
     def integer_product(self, x: Tensor) -> Tensor | None:
@@ -284,7 +284,8 @@ class PackedEmbedding(PackedLayer, nn.Embedding):
         return self.unpacked(input)
 
     def direct(self, x: Tensor) -> kernels.DirectCall | None:
-        table = self._table() if self.weight.dtype is torch.float32 else None
+        own = not self.owner and self.weight.dtype is torch.float32  # what an owner holds may change unseen
+        table = self._table() if own else None
         return None if table is None else (native.Table.rows, (table, x))
 
 

@@ -143,8 +143,8 @@ class Recorder(TorchFunctionMode):
         token, self.inside = kernels.watcher.set(lambda *given: told.append(given)), True
         try:
             made = function(*args, **kwargs)
-            known = isinstance(args[0], (PackedLayer, kernels.LayerNorm))
-            direct = args[0].direct(*args[1:], **kwargs) if known else None
+            lone = len(args) == 2 and not kwargs and isinstance(args[0], (PackedLayer, kernels.LayerNorm))
+            direct = args[0].direct(args[1]) if lone else None
         finally:
             kernels.watcher.reset(token)
             self.inside = False
