@@ -204,7 +204,7 @@ def run(options: argparse.Namespace, method_of: Callable[[str, int], Method], **
         "data": Path(options.data).name,
         "samples": len(data),
         "test": len(test),
-        "recipe": options.recipe,
+        "recipe": Path(options.recipe).stem,
         "steps": options.steps,
         "batch_size": options.batch_size,
         "metric": options.metric,
