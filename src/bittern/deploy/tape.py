@@ -1,7 +1,7 @@
 """A packed model's forward without its own code: what it computes is recorded once, and run again from the record.
 
 Between the kernels a forward is mostly Python that finds the same for each batch of one shape: masks, positions, which
-module comes next. A tape has the calls alone: operations of PyTorch, modules that go to the kernels, whole blocks.
+module comes next. A tape has the calls alone: operations of PyTorch, calls of the kernels, whole blocks.
 Blocks that follow each other are one call, what the outputs do not need is left out, and of what depends on no
 argument the result is kept.
 
@@ -136,7 +136,7 @@ class Recorder(TorchFunctionMode):
         return self._kept(func, args, kwargs or {}, made)
 
     def whole(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call a function that is one step, whatever it does inside; of a whole block it is the plan's."""
+        """Call a function that is one step, whatever it does inside; that of a whole block or a lone layer is the kernels'."""
         if self.inside:
             return function(*args, **kwargs)
         told: list[Any] = []

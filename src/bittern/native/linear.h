@@ -151,7 +151,7 @@ void multiply_panels(const Linear& l, int pair, int row0, int rows, uint8_t* pan
   }
 }
 
-// What a product takes, as `worth` counts: to read its weights as long as to multiply 8 rows by them.
+// What a product takes, as `worth` counts it: reading the weights takes as long as multiplying 8 rows by them.
 inline double steps(int rows, int columns, int outputs) { return double(rows + 8) * columns * outputs / 64; }
 
 // All of the product; memory for the threads comes from `scratch`.
