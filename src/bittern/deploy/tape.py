@@ -136,7 +136,7 @@ class Recorder(TorchFunctionMode):
         return self._kept(func, args, kwargs or {}, made)
 
     def whole(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call a function that is one step, whatever it does inside; that of a whole block or a lone layer is the kernels'."""
+        """Call a function that is one step, whatever it does inside; of a block or a lone layer it is the kernels'."""
         if self.inside:
             return function(*args, **kwargs)
         told: list[Any] = []
