@@ -178,6 +178,7 @@ def parse(doc: str | None, variants: list[str], **more: dict[str, Any]) -> argpa
     parser.add_argument("--test-samples", type=int, default=100_000)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-length", type=int, default=64, help="tokens of a text, or of a pair of them")
     parser.add_argument("--evaluations", type=int, default=5)
     parser.add_argument("--optimizer", choices=get_args(Optimizer), default="adamw")
     parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast; measured in float32")
@@ -192,7 +193,7 @@ def run(options: argparse.Namespace, method_of: Callable[[str, int], Method], **
     """Run the cells of a grid that are missing. method_of: what a variant and seed stand for; more: names cells too."""
     torch.set_num_threads(options.threads)
     teacher = load(options.teacher)
-    data, test = load_splits(options.data, teacher, options.teacher, max_length=64)
+    data, test = load_splits(options.data, teacher, options.teacher, max_length=options.max_length)
     if data is None or test is None:
         sys.exit(f"{options.data} needs a train and a test split")
     data, test = data.subset(options.samples), test.subset(options.test_samples)
@@ -209,6 +210,7 @@ def run(options: argparse.Namespace, method_of: Callable[[str, int], Method], **
         "batch_size": options.batch_size,
         "metric": options.metric,
         "teacher": round(found[options.metric], 5),
+        **({"max_length": options.max_length} if options.max_length != 64 else {}),
         **({"bf16": True} if options.bf16 else {}),
         **({"optimizer": options.optimizer} if options.optimizer != "adamw" else {}),
     }

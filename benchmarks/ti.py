@@ -76,7 +76,7 @@ def errors(options: Any) -> dict[str, list[float]]:
     teacher = load(options.teacher)
     student = copy.deepcopy(teacher)
     simulate(student, options.recipe)
-    data = load_data(options.data, teacher, options.teacher, split="test", max_length=64)
+    data = load_data(options.data, teacher, options.teacher, split="test", max_length=options.max_length)
     assert data is not None
     batch = next(iter(data.subset(128)))
     batch.pop("labels", None)

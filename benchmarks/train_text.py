@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--max-length", type=int, default=64, help="tokens of a text, or of a pair of them")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -45,7 +46,7 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=1 + max(labels))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     publish(model, tokenizer, options.out)
-    train, test = load_splits(folder, model, options.out, max_length=64)
+    train, test = load_splits(folder, model, options.out, max_length=options.max_length)
     assert train is not None
     assert test is not None
     steps = int(options.epochs * len(train) / options.batch_size)
