@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from ptq_grid import add, read
+from ptq_grid import add, read, refuse_others
 
 from bittern import load, simulate
 from bittern.data import load_splits
@@ -173,7 +173,7 @@ def parse(doc: str | None, variants: list[str], **more: dict[str, Any]) -> argpa
     parser.add_argument("--variants", nargs="+", default=variants)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lr", nargs="+", type=float, default=[1e-4])
-    parser.add_argument("--recipe", default="ternary-2-2-8")
+    parser.add_argument("--recipe", default="ternary")
     parser.add_argument("--samples", type=int, default=16_000)
     parser.add_argument("--test-samples", type=int, default=100_000)
     parser.add_argument("--steps", type=int, default=500)
@@ -191,6 +191,8 @@ def parse(doc: str | None, variants: list[str], **more: dict[str, Any]) -> argpa
 
 def run(options: argparse.Namespace, method_of: Callable[[str, int], Method], **more: Any) -> None:
     """Run the cells of a grid that are missing. method_of: what a variant and seed stand for; more: names cells too."""
+    for variant in options.variants:
+        method_of(variant, 0)  # a wrong name fails here, before anything is loaded
     torch.set_num_threads(options.threads)
     teacher = load(options.teacher)
     data, test = load_splits(options.data, teacher, options.teacher, max_length=options.max_length)
@@ -215,6 +217,7 @@ def run(options: argparse.Namespace, method_of: Callable[[str, int], Method], **
         **({"optimizer": options.optimizer} if options.optimizer != "adamw" else {}),
     }
     head = {name: value for name, value in head.items() if name not in more}
+    refuse_others(options.out, head)
     for seed in options.seeds:
         for lr in options.lr:
             for variant in options.variants:

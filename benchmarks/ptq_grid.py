@@ -68,6 +68,15 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"rows": []}
 
 
+def refuse_others(path: Path, head: dict[str, Any]) -> None:
+    """End with a line if a file holds runs of another model, or by other settings: such are not to be mixed."""
+    known = read(path)
+    names = sorted((known.keys() | head.keys()) - {"rows", "float"})
+    others = [f"{name} {known.get(name)}, not {head.get(name)}" for name in names if known.get(name) != head.get(name)]
+    if known["rows"] and others:
+        sys.exit(f"{path} holds other runs: {'; '.join(others)}. Choose another --out")
+
+
 def add(path: Path, head: dict[str, Any], row: dict[str, Any]) -> None:
     """Append a row, whoever else writes to the same file."""
     with (Path(tempfile.gettempdir()) / f"{path.name}.lock").open("w") as lock:
@@ -126,8 +135,6 @@ def main() -> None:
         parser.error(f"{options.data} needs a train and a test split")
     if options.test:
         test = test.subset(options.test)
-    if (known := read(options.out))["rows"] and known.get("measured") != "packed":
-        parser.error(f"{options.out} holds figures of simulated models, which packed ones should not be mixed with")
     reference = predict(model, test)
     head = {
         "model": Path(options.model).name,
@@ -136,6 +143,7 @@ def main() -> None:
         "measured": "packed",
         "float": {k: round(v, 5) for k, v in metrics(model, test, reference, reference).items()},
     }
+    refuse_others(options.out, head)
     print(json.dumps(head["float"]), flush=True)
     for seed in options.seeds:
         for recipe in options.recipes:

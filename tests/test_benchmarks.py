@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,43 @@ def test_scripts_answer_help(script: str, monkeypatch: pytest.MonkeyPatch, capsy
         runpy.run_path(str(SCRIPTS / script), run_name="__main__")
     assert ended.value.code in (0, None)
     assert "usage" in capsys.readouterr().out
+
+
+class UnderstoodError(Exception):
+    """A script has understood its command, and would begin."""
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (SCRIPTS.parent / "docs").glob("*.md")))
+def test_commands_that_documents_name(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command that a document gives for a figure is one that its script takes, names of variants too."""
+    from kd import distill_of
+    from ti import intervention_of
+
+    read = argparse.ArgumentParser.parse_args
+
+    def parse(self: argparse.ArgumentParser) -> None:
+        options = read(self)
+        if script.endswith("/kd.py"):
+            assert all(distill_of(variant) for variant in options.variants)
+        elif script.endswith(("/ti.py", "/plateau.py")):
+            assert all(v == "plain" or intervention_of(v, 0) for v in options.variants)
+        raise UnderstoodError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    text = (SCRIPTS.parent / "docs" / page).read_text().replace("\\\n", " ")
+    for command in re.findall(r"\bpython\s+((?:benchmarks|scripts)/\w+\.py[^`\n]*)", text):
+        script, *words = shlex.split(command.replace("$n", "6"), comments=True)
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        with pytest.raises(UnderstoodError):
+            runpy.run_path(str(SCRIPTS.parent / script), run_name="__main__")
+
+
+def test_tables_have_their_commands() -> None:
+    """A command makes each file whose table is in docs/results.md."""
+    page = (SCRIPTS.parent / "docs" / "results.md").read_text()
+    names = {name for line in re.findall(r"<!-- table: \w+ (.+) -->", page) for name in line.split()}
+    made = "".join(page.replace("$n", layers) for layers in ("6", "12", "24"))
+    assert not [name for name in sorted(names) if f"/{name}.json" not in made]
 
 
 def test_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +162,9 @@ def test_stopped_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [row] = json.loads(out.read_text())["rows"]
     assert [step for step, _ in row["curve"]] == [0, 2, 4, 6]
     assert not list((tmp_path / "kd").iterdir())
+    monkeypatch.setattr(sys, "argv", [*argv, "--variants", "map", "--batch-size", "16"])
+    with pytest.raises(SystemExit, match=r"holds other runs: batch_size 32, not 16\. Choose another --out"):
+        kd.main()
     shown = kd.course(out).splitlines()
     assert shown[0] == "| variant | seed | steps | 0 | 2 | 4 | 6 |"
     assert [line.split(" | ")[2] for line in shown[2:]] == ["accuracy", "divergence"]

@@ -119,8 +119,8 @@ class Distiller:
     def floors(self, batch: Batch) -> dict[str, dict[str, float]]:
         """Return of each term its `floor`, and its value as the student is now, at the `start`.
 
-        The floor is what the teacher's own weights, in float, lose by quantized activations alone: what no training of
-        weights is likely to mend. Empty if those are not what the student starts from.
+        The floor is what the teacher's own weights, in float, lose by quantized activations alone. Weights that depart
+        from the teacher's can go below it. Empty if the student does not start from those.
         """
         mine, theirs = (dict(model.named_parameters()) if model else {} for model in (self.student, self.teacher))
         if mine.keys() != theirs.keys() or not all(torch.equal(p, theirs[name]) for name, p in mine.items()):

@@ -88,8 +88,8 @@ def train(
     if high and is_main_process():
         terms = ", ".join(f"{name} ({term['floor']:.3g} of {term['start']:.3g})" for name, term in high.items())
         warnings.warn(
-            f"quantized activations alone make most of the loss: {terms}; training weights cannot mend that. Take a "
-            "recipe without a clip on activations, or with more bits for them, or other terms",
+            f"quantized activations alone make most of the first loss: {terms}. The weights of the teacher do not mend "
+            "that: take a recipe without a clip on activations, or with more bits for them, or other terms",
             stacklevel=2,
         )
     start = time.perf_counter()
