@@ -215,6 +215,7 @@ def run(options: argparse.Namespace, method_of: Callable[[str, int], Method], **
         **({"max_length": options.max_length} if options.max_length != 64 else {}),
         **({"bf16": True} if options.bf16 else {}),
         **({"optimizer": options.optimizer} if options.optimizer != "adamw" else {}),
+        **({"distill": options.distill, "balance": options.balance} if "distill" in options else {}),
     }
     head = {name: value for name, value in head.items() if name not in more}
     refuse_others(options.out, head)

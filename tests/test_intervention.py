@@ -17,12 +17,12 @@ from bittern import simulate
 from bittern.anatomy import Anatomy
 from bittern.attention import Point, Taps, recording, sites
 from bittern.errors import InputError, ModelError
-from bittern.layers import QuantLayer, fake_quants
+from bittern.layers import QuantLayer, anatomy_of, fake_quants
 from bittern.options import SIGNALS, Act, Intervention, parse_distill
 from bittern.qat.distill import Distiller
 from bittern.qat.trainer import QATTrainer
 from bittern.recipe import Format, Recipe, Rule
-from families import SUPPORTED, TEXT, Batch
+from families import ENCODER_DECODER, SUPPORTED, TEXT, Batch
 from helpers import refused, small_trainer, student_and_teacher
 
 ALL = (
@@ -178,6 +178,8 @@ def test_value_columns(family: str) -> None:
     """A gate knows which of its layer's outputs become values: changing the others changes no value, and these do."""
     student, teacher, batch = pair(family)
     distiller = distiller_of(student, teacher, batch, "map")
+    distiller.forward(student, batch)
+    distiller.release()
     for attention in distiller.anatomy.attentions:
         for name in attention.inputs:
             columns = distiller.intervener.gates[name].columns
@@ -237,7 +239,7 @@ def begin(distiller: Distiller, batch: Batch, point: Point, scope: str = "all") 
     assert distiller.teacher is not None
     with torch.no_grad(), recording(distiller.teacher, point) as shown:
         distiller.teacher(**batch)
-    distiller.intervener.begin(Act(point), shown, scope)
+    distiller.intervener.begin(Act(point), shown, scope, batch)
     return shown
 
 
@@ -409,6 +411,31 @@ def test_two_steps(tmp_path: Path) -> None:
     assert not any(watch.replaced)
     rates = [entry["learning_rate"] / 1e-3 for entry in running.state.log_history if "learning_rate" in entry]
     assert rates == pytest.approx([0, 1 / 2, 1, 1 / 2, 0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3])
+
+
+def test_frozen_blocks() -> None:
+    """An intervention does not mind that the first blocks are frozen."""
+    student, teacher, batch = pair("bert")
+    for part in (student.bert.embeddings, student.bert.encoder.layer[0]):
+        part.requires_grad_(False)
+    distiller = distiller_of(student, teacher, batch, "map")
+    distiller.forward(student, batch)[1]["prediction"].backward()
+    gates = distiller.intervener.gates
+    assert all(bool(gate.columns.all()) == name.endswith("value") for name, gate in gates.items())
+
+
+def test_inputs_of_its_own() -> None:
+    """A classifier that made-up tokens do not fit, since all its texts must end alike, learns under an intervention."""
+    config = hf.BartConfig(vocab_size=99, max_position_embeddings=64, **ENCODER_DECODER, num_labels=3, eos_token_id=2)
+    teacher = hf.BartForSequenceClassification(config).eval()
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 2], [8, 9, 10, 2]]), "attention_mask": torch.ones(2, 4).long()}
+    student = copy.deepcopy(teacher)
+    simulate(student, "ternary", batch)
+    anatomy_of(teacher, batch)  # as `train` reads it
+    distiller = distiller_of(student, teacher, batch, "output")
+    distiller.forward(student, batch)[1]["prediction"].backward()
+    assert student.model.decoder.layers[0].self_attn.q_proj.weight.grad.count_nonzero() == 0
+    assert student.model.decoder.layers[0].fc1.weight.grad.count_nonzero() > 0
 
 
 def test_refused(tmp_path: Path) -> None:

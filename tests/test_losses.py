@@ -34,6 +34,26 @@ def test_golden_score() -> None:
     torch.testing.assert_close((torch.stack(alone) * seen).mean(), GOLDEN["score_loss.value"], rtol=1e-6, atol=0)
 
 
+def test_masked_by_addition() -> None:
+    """Where a mask adds -100, as Swin's does, a score that falls on the other side of -100 than its teacher's counts
+    for nothing, and no gradient comes from there."""
+    student = torch.tensor([[[[0.0, -99.5, -101.0]]]], requires_grad=True)
+    loss = losses.score_loss(student, torch.tensor([[[[1.0, -100.5, -99.0]]]]))
+    loss.backward()
+    assert loss.item() == 1
+    assert student.grad is not None
+    assert student.grad.flatten().tolist() == [-2, 0, 0]
+
+
+def test_sharp_temperature() -> None:
+    """Below a temperature of 1 masked keys, whose scores are the least numbers, still count for nothing."""
+    masked = torch.finfo(torch.float32).min
+    maps = [torch.tensor([[[[a, b, masked], [masked, masked, masked]]]]) for a, b in ((0.0, 1.0), (0.5, 0.0))]
+    rows = torch.tensor([[True, False]])
+    expected = 0.25 * losses.map_loss(*(torch.softmax(x[..., :1, :2] / 0.5, -1) for x in maps))
+    torch.testing.assert_close(losses.map_loss_of_scores(*maps, 0.5, rows), expected)
+
+
 def test_padded_score() -> None:
     """Over padding too it is the published code's at once: a sum by sample, of the keys that the mask leaves, over all
     heads · n · n entries, padded queries among them."""

@@ -24,7 +24,7 @@ from bittern.data import load_data
 from bittern.demo import DIGITS
 from bittern.deploy.journal import seal
 from bittern.errors import InputError, ModelError
-from bittern.options import Training, parse_distill
+from bittern.options import Intervention, Training, parse_distill
 from bittern.qat.optimizer import BertAdam
 from bittern.qat.training import ByLength, collator, first_step, last_checkpoint, train
 from families import SUPPORTED
@@ -149,6 +149,60 @@ def test_patience(tmp_path: Path, bert: Path, texts: Path) -> None:
     """A run that is no longer better stops early."""
     training = replace(QUICK, steps=40, learning_rate=1e-9, evaluations=20, patience=2)
     assert teach(bert, tmp_path / "out", texts, training=training)["qat"]["steps"] < 40
+    taught = teach(bert, tmp_path / "taught", texts, training=training, intervention=Intervention("gradual", steps=20))
+    assert 20 < taught["qat"]["steps"] < 40  # not while the teacher stands in
+
+
+def test_last_weights(tmp_path: Path, bert: Path, texts: Path) -> None:
+    """Where the last weights are kept and not the best ones, the report says so."""
+    training = replace(QUICK, learning_rate=0.3, evaluations=6, arguments={"load_best_model_at_end": False})
+    result = teach(bert, tmp_path / "out", texts, training=training)
+    assert result["qat"]["best_step"] == 0
+    assert result["packed"]["accuracy"] == pytest.approx(result["qat"]["history"][-2]["eval_accuracy"])
+
+
+def test_own_metric(tmp_path: Path, bert: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metric of one's own that a Training chooses by is one that is measured."""
+    (tmp_path / "sizes.py").write_text("def largest(output, data):\n    return float(output.abs().max())\n")
+    monkeypatch.chdir(tmp_path)
+    result = teach(bert, tmp_path / "out", texts, training=replace(QUICK, metric="sizes:largest"))
+    assert result["qat"]["metric"] == "sizes:largest"
+    assert result["qat"]["best"] == pytest.approx(result["packed"]["sizes:largest"])
+
+
+def test_order_of_epochs(tmp_path: Path, bert: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each epoch has an order of its own, also where accelerate tells the sampler none: of several processes."""
+    monkeypatch.setattr("accelerate.data_loader.DataLoaderShard.set_epoch", lambda *_: None)
+    student = bittern.load(bert)
+    bittern.simulate(student, "ternary")
+    data, seen = load_data(str(texts), student, bert, split="train"), []
+    assert data is not None
+    collate = data.collate
+    watched = replace(data, collate=lambda rows: seen.append(tuple(rows)) or collate(rows))
+    steps = 2 * (len(data) // 8)
+    training = replace(QUICK, steps=steps, evaluations=1, metric="x")
+    train(student, None, watched, lambda: {"x": 0.0}, parse_distill("truth"), training, tmp_path)
+    first, second = (seen[-steps:][k : k + steps // 2] for k in (0, steps // 2))
+    assert first != second
+
+
+def test_refused_first_batch(tmp_path: Path, bert: Path, texts: Path) -> None:
+    """A run that is refused on its first batch leaves nothing of the teacher in the student."""
+    teacher, student = bittern.load(bert), bittern.load(bert)
+    bittern.simulate(student, "ternary")
+    data = load_data(str(texts), student, bert, split="train")
+    assert data is not None
+    batch = data.collate(data.rows[:8])
+    with torch.no_grad():
+        before = student(**batch).logits
+    for distill, message in (
+        (parse_distill("map", layers=(9,)), "layers names block 9"),
+        (parse_distill("map", layers=(1,), mapping={0: 0}), "compares nothing"),
+    ):
+        with refused(InputError, message):
+            train(student, teacher, data, dict, distill, QUICK, tmp_path, intervention=Intervention("context", steps=2))
+        with torch.no_grad():
+            assert torch.equal(student(**batch).logits, before)
 
 
 KINDS: dict[str, tuple[dict[str, Any], str, str]] = {  # columns, terms, the metric that decides
@@ -404,13 +458,11 @@ def test_last_checkpoint(tmp_path: Path) -> None:
 
 
 def test_by_length() -> None:
-    """Each sample comes once an epoch, in an order that seed and epoch decide; batches are of like lengths."""
+    """Each sample comes once an epoch, in an order that its seed then decides; batches are of like lengths."""
     lengths = torch.randint(1, 100, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
-    orders = []
-    for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
-        sampler = ByLength(lengths, 10, seed)
-        sampler.set_epoch(epoch)
-        orders.append(list(sampler))
+    seeds = iter((0, 1, 2, 0))
+    sampler = ByLength(lengths, 10, lambda: next(seeds))
+    orders = [list(sampler) for _ in range(4)]
     assert all(sorted(order) == list(range(1000)) for order in orders)
     assert orders[0] == orders[3]
     assert len({tuple(order) for order in orders}) == 3
@@ -445,6 +497,8 @@ def test_refused(tmp_path: Path, bert: Path, texts: Path) -> None:
         teach(bert, out, texts, training=replace(QUICK, arguments={"fp17": True}))
     with refused(InputError, "save_steps cannot be set: the option evaluations decides it"):
         teach(bert, out, texts, training=replace(QUICK, arguments={"save_steps": 3}))
+    with refused(InputError, "max_steps cannot be set: the option steps decides it"):
+        teach(bert, out, texts, training=replace(QUICK, arguments={"max_steps": 3}))
     with refused(InputError, "warmup is 1", "below 1"):
         Training(warmup=1.0)
     with refused(InputError, "optimizer is 'lion'", "adamw or bertadam"):

@@ -19,7 +19,7 @@ from bittern.errors import InputError, ModelError
 from bittern.options import Distill, parse_distill
 from bittern.qat.distill import Distiller, balanced
 from bittern.qat.trainer import QATTrainer
-from bittern.recipe import Recipe, load_recipe
+from bittern.recipe import Format, Recipe, Rule, load_recipe
 from families import SUPPORTED, TEXT
 from helpers import outputs, refused, same, small_trainer, student_and_teacher
 
@@ -287,6 +287,43 @@ def test_compared() -> None:
     distiller = Distiller(parse_distill("map", layers=(-1,)), student, teacher)
     distiller.forward(student, batch)
     assert distiller.compared == {"hidden": 1 + student.config.num_hidden_layers, "map": 1}
+
+
+def test_tokens_with_a_label() -> None:
+    """Of a decoder those tokens are distilled that the next one's label counts of, as the task loss has it."""
+    student, teacher, batch = pair("gpt2")
+    batch = {"input_ids": batch["input_ids"]}
+    labels = batch["input_ids"].masked_fill(torch.arange(batch["input_ids"].shape[1]) != 5, -100)
+    out, terms = Distiller(parse_distill("prediction"), student, teacher).forward(student, batch | {"labels": labels})
+    (grad,) = torch.autograd.grad(terms["prediction"], out.logits)
+    assert grad.abs().sum((0, 2)).nonzero().flatten().tolist() == [4]
+
+
+@pytest.mark.parametrize("kind", [hf.T5ForConditionalGeneration, hf.T5ForQuestionAnswering])
+def test_padding_of_a_decoder(kind: Any) -> None:
+    """More padding of labels, or of texts that are the decoder's too, changes no term."""
+    config = hf.T5Config(
+        vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    teacher = kind(config).eval()
+    student = copy.deepcopy(teacher)
+    weights_only = Recipe(name="weights", rules=(Rule(roles=("qkv", "ffn"), weight=Format(kind="ternary")),))
+    ids = torch.randint(5, 99, (2, 8))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if kind is hf.T5ForConditionalGeneration:
+        batch["labels"] = ids[:, :6].contiguous()
+    simulate(student, weights_only, batch)
+    distiller = Distiller(parse_distill("prediction,hidden,score,map,output"), student, teacher)
+    grown = {
+        name: F.pad(x, (0, 5), value=-100 if name == "labels" else 0)
+        for name, x in batch.items()
+        if name == "labels" or "labels" not in batch
+    }
+    with torch.no_grad():
+        found = [distiller.forward(student, b)[1] for b in (batch, batch | grown)]
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 # Checkpoints, and what is refused

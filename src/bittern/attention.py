@@ -55,24 +55,10 @@ class Taps(dict[Point, list[Tensor]]):
         self.masks: list[tuple[str, Tensor | None]] = []
 
 
-class _StandIn(torch.autograd.Function):
-    """A share of the given value forward, and to what it replaces the rest of the gradient: zeros, if all is replaced,
-    so that bypassed weights stay in the graph (DDP waits for the gradients of every weight)."""
-
-    @staticmethod
-    def forward(ctx, own, given, share):  # type: ignore[no-untyped-def]
-        ctx.share = share
-        given = given.to(own.dtype).expand_as(own)  # (1 or batch, …) → (batch, …)
-        return given.clone() if share == 1 else torch.lerp(own, given, share)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return grad * (1 - ctx.share), None, None
-
-
 def stand_in(own: Tensor, given: Tensor, share: float) -> Tensor:
-    """Return `own` with a share of `given` in its place, whose share of the gradient is lost."""
-    return _StandIn.apply(own, given, share)  # type: ignore[no-untyped-call, no-any-return]
+    """Return `own` with a share of `given` in its place, whose share of the gradient is lost: bypassed weights get
+    zeros and stay in the graph, since DDP waits for the gradients of every weight."""
+    return own.lerp(given.to(own.dtype).expand_as(own), share)  # given: (1 or batch, …)
 
 
 class Site(nn.Module):

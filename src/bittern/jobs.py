@@ -126,7 +126,7 @@ def qat(
         raise InputError("steps are counted against a plain run where the teacher intervenes; give --intervene")
     baseline = read_baseline(baseline_run) if baseline_run else None
     check_arguments(training)
-    columns |= {"batch_size": training.batch_size}
+    columns = {"metric": training.metric} | columns | {"batch_size": training.batch_size}
     job = _Job(source, recipe, out, data, samples, training.seed, force, track, columns, simulated, student, True)
     folder, is_main = job.folder, is_main_process()
     if checkpoint := last_checkpoint(folder) if is_main else None:

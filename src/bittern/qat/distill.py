@@ -1,6 +1,7 @@
 """Distillation: what a student learns from its teacher, how much of each term, at which layers."""
 
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from itertools import groupby
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from bittern.anatomy import Anatomy, Batch
 from bittern.attention import Point, Taps, attach, recording
+from bittern.data import task_of
 from bittern.dry_run import evaluating
 from bittern.errors import InputError, ModelError
 from bittern.layers import QuantLayer, anatomy_of, as_float
@@ -78,6 +80,7 @@ class Distiller:
         evaluation, in which it does not.
         """
         points = tuple(dict.fromkeys(p for group in self.points.values() for p in group))
+        batch = _with_padding_told(self.student, batch)
         act = self.intervention.act(step) if self.intervention and step is not None else None
         if self.teacher is not None and (self.distill.needs_teacher or act):
             keep_labels = self.teacher.config.is_encoder_decoder  # which makes its decoder's inputs of them
@@ -86,7 +89,7 @@ class Distiller:
             with torch.no_grad(), recording(self.teacher, *asked) as shown:
                 expected = self.teacher(**given)
         if act and self.intervention:
-            self.intervener.begin(act, shown, self.intervention.scope)
+            self.intervener.begin(act, shown, self.intervention.scope, batch)
         with recording(self.student, *points) as taught:
             out = model(**batch)
         terms: dict[str, Tensor] = {}
@@ -102,10 +105,12 @@ class Distiller:
             found = [self._prediction(name, out[name], expected[name], batch) for name in heads]
             terms["prediction"] = torch.stack(found).mean()
         for name in (name for name in self.distill.terms if point_of(name) == "logits"):
-            terms[name] = find_own(name)(out["logits"], expected["logits"], None)
+            terms[name] = find_own(name)(out["logits"], expected["logits"], out_tokens(batch, out["logits"]))
         masks = token_masks(taught.masks, self.anatomy) if self.points else {}
         for term, group in self.points.items():
             found = [loss for point in group for loss in self._of_layers(term, point, taught, shown, masks)]
+            if not found:
+                raise InputError(f"the term {term} compares nothing: mapping and layers have no block in common")
             terms[term] = torch.stack(found).sum()  # sums over layers [KD]
             self.compared[term] = len(found)
         return out, terms
@@ -134,13 +139,15 @@ class Distiller:
 
     def _prediction(self, name: str, logits: Tensor, expected: Tensor, batch: Batch) -> Tensor:
         check_shapes("prediction", name, logits, expected)
+        if isinstance(labels := batch.get("labels"), Tensor) and task_of(self.student) == "next":
+            batch = {**batch, "labels": nn.functional.pad(labels[:, 1:], (0, 1), value=-100)}  # each of the token after
         kind, mask = self.student.config.problem_type, batch.get("attention_mask")
         if logits.shape[-1] == 1 or kind == "regression":
             return losses.squared_loss(logits, expected)
         if kind == "multi_label_classification":
             return losses.labels_loss(logits, expected, self.distill.temperature)
         if name != "logits" and mask is not None:  # (batch, tokens): where an answer starts or ends, not in padding
-            logits, expected = (x.masked_fill(mask == 0, torch.finfo(x.dtype).min) for x in (logits, expected))
+            logits, expected = (x.masked_fill(mask == 0, -1e4) for x in (logits, expected))
         return losses.prediction_loss(logits, expected, self.distill.temperature, out_tokens(batch, logits))
 
     def _of_layers(self, term: str, point: Point, taught: Taps, shown: Taps, masks: TokenMasks) -> Iterator[Tensor]:
@@ -167,15 +174,23 @@ class Distiller:
         rows = None if padded else rows
         if term == "score":
             return losses.score_loss(x, y, rows, padded)
-        if term == "map" and self.distill.map_temperature == 1:
-            return losses.map_loss(x, y, rows)
         if term == "map":
-            return losses.map_loss_of_scores(x, y, self.distill.map_temperature, rows)
+            tau = self.distill.map_temperature
+            return losses.map_loss(x, y, rows) if tau == 1 else losses.map_loss_of_scores(x, y, tau, rows)
         if term.endswith("_relation"):
             return losses.relation_loss(x, y, rows, self.distill.relations)
         if term == "context":
             x, y = x.transpose(1, 2), y.transpose(1, 2)  # (batch, tokens, heads, head dim)
         return losses.squared_loss(x, y, rows)
+
+
+def _with_padding_told(student: PreTrainedModel, batch: Batch) -> Batch:
+    """Return the batch with a mask of what its decoder reads: its labels, or its text, which some models shift."""
+    labels, own = batch.get("labels"), {"decoder_attention_mask", "decoder_input_ids"} & batch.keys()
+    if own or "input_ids" not in batch or "decoder_attention_mask" not in signature(student.forward).parameters:
+        return batch
+    mask = (labels != -100).long() if student.can_generate() and labels is not None else batch.get("attention_mask")
+    return {**batch, "decoder_attention_mask": mask}
 
 
 def weighted(terms: Mapping[str, Any], distill: Distill) -> Any:
@@ -204,19 +219,14 @@ def balanced(
 
 
 def _points(distill: Distill, student: Anatomy, teacher: Anatomy) -> Iterator[tuple[str, tuple[Point, ...]]]:
-    """Yield each layer-wise term with the points that it compares."""
+    """Yield each layer-wise term with the points that it compares: those that it is named by, but for a few."""
+    points: dict[str, Any] = {"hidden": ("embedding", "hidden"), "self_output": ("output",)}  # AO, without its residual
+    if distill.map_temperature != 1:
+        points["map"] = ("score",)
+    if "output" in distill.terms:
+        points["output"] = (attention_output(student),)
+        if attention_output(teacher) not in points["output"]:
+            raise ModelError("term output: one of student and teacher is post-norm, the other is not")
     for term in distill.layerwise:
-        point = point_of(term) or term.removesuffix("_relation")  # terms are named by what they compare
-        if point == "hidden":
-            yield term, ("embedding", "hidden")
-        elif term == "map" and distill.map_temperature != 1:
-            yield term, ("score",)
-        elif term == "output":
-            points = [attention_output(a) for a in (student, teacher)]
-            if points[0] != points[1]:
-                raise ModelError("term output: one of student and teacher is post-norm, the other is not")
-            yield term, (points[0],)
-        elif term == "self_output":
-            yield term, ("output",)  # AO, without its residual
-        else:
-            yield term, (point,)  # type: ignore[misc]
+        own = point_of(term)
+        yield term, points.get(own if own == "hidden" else term, (own or term.removesuffix("_relation"),))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bittern.anatomy import Anatomy
+from bittern.anatomy import Anatomy, Batch
 from bittern.attention import NAME, Point, Site, Taps, recording, replace, stand_in
-from bittern.dry_run import dummy_batch, evaluating
+from bittern.dry_run import evaluating
 from bittern.errors import ModelError
 from bittern.layers import QuantLayer
 from bittern.options import Act
@@ -54,7 +54,7 @@ class Intervener:
     """
 
     def __init__(self, student: PreTrainedModel, anatomy: Anatomy, teacher: Anatomy, mapping: Mapping[int, int] | None):
-        self.student = student
+        self.student, self.anatomy = student, anatomy
         self.source: dict[str, str] = {}  # attention of the student → of the teacher
         for i, block in enumerate(anatomy.blocks):
             other = i if mapping is None else mapping.get(i)
@@ -64,11 +64,12 @@ class Intervener:
             if len(theirs) != len(block.attentions):
                 raise ModelError(f"the teacher's block {other} has no attention to stand in for that of {block.name}")
             self.source |= {a.name: b.name for a, b in zip(block.attentions, theirs, strict=True)}
-        self.gates = dict(_gates(student, anatomy, self.source))
+        self.gates: dict[str, _Gate] = {}
         self.outputs = [a.output for a in anatomy.attentions if a.name in self.source and a.output]
 
-    def begin(self, act: Act, shown: Taps, scope: str) -> None:
-        """Until `end`, the student's forward has the teacher's signals. shown: what was recorded of the teacher."""
+    def begin(self, act: Act, shown: Taps, scope: str, batch: Batch) -> None:
+        """Until `end`, the student's forward of the batch has the teacher's signals. shown: what was recorded of it."""
+        self.gates = self.gates or dict(self._find_gates(batch))
         theirs = by_module(shown.names[act.point], shown[act.point])  # of ALBERT, which has no checkpointing, several
         replace(self.student, {(mine, act.point): theirs[name] for mine, name in self.source.items()}, act.share)
         for gate in self.gates.values():
@@ -85,6 +86,25 @@ class Intervener:
         for quantizer in self._untrained("output"):
             quantizer.bypass = False
 
+    def _find_gates(self, batch: Batch) -> Iterator[tuple[str, _Gate]]:
+        """Yield a gate for each layer of Q, K or V of a chosen attention; a gradient tells which outputs reach V."""
+        student, attentions = self.student, [a for a in self.anatomy.attentions if a.name in self.source]
+        outputs: dict[str, Tensor] = {}
+        # Of a layer that runs again (ALBERT) the first output stands for those after it: the last value depends on it.
+        with torch.enable_grad(), evaluating(student), recording(student, "value") as taps, ExitStack() as hooks:
+            for layer in (name for a in attentions for name in a.inputs):
+                keep = partial(lambda name, _, __, out: outputs.setdefault(name, out.requires_grad_()), layer)
+                hooks.enter_context(student.get_submodule(layer).register_forward_hook(keep))
+            student(**batch)
+        values = dict(zip(taps.names["value"], taps["value"], strict=True))
+        for a in attentions:
+            value = values[a.name]
+            draw = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+            given = [outputs[name] for name in a.inputs]
+            found = torch.autograd.grad(value, given, draw, retain_graph=True, materialize_grads=True)
+            for name, grad in zip(a.inputs, found, strict=True):
+                yield name, _Gate(student.get_submodule(name), (grad != 0).flatten(0, -2).any(0))
+
     def _untrained(self, point: Point) -> Iterator[FakeQuant]:
         """Yield quantizers of what the paper does not train under an intervention; `output` includes all others."""
         trains_value = point == "map"
@@ -97,23 +117,3 @@ class Intervener:
             for operand in ("query", "key") if trains_value else ("query", "key", "map", "value"):
                 if quantizer := site.quantizer(operand):
                     yield quantizer
-
-
-def _gates(student: PreTrainedModel, anatomy: Anatomy, chosen: Mapping[str, str]) -> Iterator[tuple[str, _Gate]]:
-    """Yield a gate for each layer of Q, K or V of a chosen attention; a gradient tells which outputs reach V."""
-    attentions = [a for a in anatomy.attentions if a.name in chosen]
-    outputs: dict[str, Tensor] = {}
-    # Of a layer that runs again (ALBERT) the first output stands for those after it: the last value depends on that.
-    with torch.enable_grad(), evaluating(student), recording(student, "value") as taps, ExitStack() as hooks:
-        for layer in (name for a in attentions for name in a.inputs):
-            keep = partial(lambda name, _, __, out: outputs.setdefault(name, out), layer)
-            hooks.enter_context(student.get_submodule(layer).register_forward_hook(keep))
-        student(**dummy_batch(student))
-    values = dict(zip(taps.names["value"], taps["value"], strict=True))
-    for a in attentions:
-        value = values[a.name]
-        draw = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
-        given = [outputs[name] for name in a.inputs]
-        found = torch.autograd.grad(value, given, draw, retain_graph=True, materialize_grads=True)
-        for name, grad in zip(a.inputs, found, strict=True):
-            yield name, _Gate(student.get_submodule(name), (grad != 0).flatten(0, -2).any(0))

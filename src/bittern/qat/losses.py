@@ -39,11 +39,12 @@ def squared_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -
 def score_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None, padded: bool = False) -> Tensor:
     """TernaryBERT's: squared error of attention scores (batch, heads, queries, keys), masked entries left out.
 
-    rows: real queries. Where a score is -100 or less, the mask has put it there. padded: the mean over all entries, as
-    in the published code: those of masked keys count as zeros, so that a sample weighs by its share of real keys.
+    rows: real queries. Where a score of either is -100 or less, the mask has put it there; Swin's adds -100 to them.
+    padded: the mean over all entries, as in the published code: those of masked keys count as zeros, so that a sample
+    weighs by its share of real keys.
     """
-    seen = (student > -1e2).float()
-    error = F.threshold(student.float(), -1e2, 0.0) - F.threshold(teacher.float(), -1e2, 0.0)
+    seen = ((student > -1e2) & (teacher > -1e2)).float()
+    error = (student.float() - teacher.float()) * seen
     if padded:
         return error.square().mean()
     if rows is not None:
@@ -84,7 +85,7 @@ def map_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -> Te
 
 def map_loss_of_scores(student: Tensor, teacher: Tensor, temperature: float, rows: Tensor | None = None) -> Tensor:
     """τ² · `map_loss` of softmax(AS/τ); for large τ half the variance over keys of what scores differ [KD, table 1]."""
-    student, teacher = (F.softmax(scores.float() / temperature, -1) for scores in (student, teacher))
+    student, teacher = (F.softmax(x.float().clamp(min=-1e4) / temperature, -1) for x in (student, teacher))
     return map_loss(student, teacher, rows) * temperature**2
 
 

@@ -20,6 +20,7 @@ from bittern.data.evaluate import LOWER_IS_BETTER
 from bittern.deploy.files import read_json, telling
 from bittern.deploy.journal import is_sealed
 from bittern.errors import CheckpointError, InputError, first_line, need
+from bittern.layers import anatomy_of
 from bittern.options import Distill, Intervention, Training
 from bittern.progress import OnStep, ignore, is_main_process
 from bittern.qat.optimizer import BertAdam
@@ -76,7 +77,7 @@ def train(
     arguments, checkpoint = _arguments(training, Path(folder)), last_checkpoint(folder) if resume else None
     arguments.eval_on_start = checkpoint is None  # it is told already
     own: dict[str, Any] = {"teacher": teacher, "distill": distill, "intervention": intervention}
-    own["callbacks"] = [_Schedule(training.evaluations, training.patience, on_step)]
+    own["callbacks"] = [_Schedule(training, intervention.steps if intervention else 0, on_step)]
     if training.optimizer == "bertadam":
         own["optimizer_cls_and_kwargs"] = BertAdam, {"lr": arguments.learning_rate}
     trainer = _MeasuredTrainer(student, arguments, data=data, test=test or data, measure=measure, **own)
@@ -106,7 +107,7 @@ def train(
     last = next((entry[key] for entry in reversed(state.log_history) if key in entry), math.nan)
     return Trained(
         steps=state.global_step,
-        best_step=state.best_global_step or 0,
+        best_step=(trainer.args.load_best_model_at_end and state.best_global_step) or 0,
         metric=key.removeprefix("eval_"),
         best=float(last if state.best_metric is None else state.best_metric),
         history=state.log_history,
@@ -158,18 +159,15 @@ def collator(data: Data, model: PreTrainedModel) -> Callable[[Sequence[int]], di
 
 
 class ByLength(LengthGroupedSampler):
-    """Puts texts of about the same length in the same batch, for less padding, in an order that only seed and epoch
-    decide: resuming needs no state."""
+    """Puts texts of about the same length in the same batch, for less padding, in an order that only `seed()` decides,
+    asked in each epoch: resuming needs no state. (Accelerate tells samplers of several processes no epoch.)"""
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+    def __init__(self, lengths: list[int], batch_size: int, seed: Callable[[], int]):
         super().__init__(batch_size, lengths=lengths)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.seed = seed
 
     def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        self.generator = torch.Generator().manual_seed(self.seed())
         return super().__iter__()  # type: ignore[no-any-return]
 
 
@@ -181,7 +179,9 @@ class _MeasuredTrainer(QATTrainer):
     def __init__(self, student: PreTrainedModel, *args: Any, data: Data, test: Data, measure: Measure, **options: Any):
         self.data, self.test, self.measure = data, test, measure
         rows = range(len(data))
-        options["data_collator"] = collator(data, student)
+        options["data_collator"] = collate = collator(data, student)
+        if teacher := options["teacher"]:  # its anatomy, by real inputs: made-up ones do not fit all models
+            anatomy_of(teacher, {k: v.to(teacher.device) for k, v in collate(rows[:2]).items() if k != "labels"})
         super().__init__(student, *args, train_dataset=rows, eval_dataset=[], **options)
         self.remove_callback(PrinterCallback)
 
@@ -189,13 +189,16 @@ class _MeasuredTrainer(QATTrainer):
         """A few forwards of both models on the first samples: what does not fit is told before long work. Returns the
         terms' floors."""
         batch = self._prepare_inputs(self.data_collator(range(self.args.train_batch_size)))
-        with torch.no_grad():
-            self.distiller.forward(self.model, batch)
-        self.distiller.release()
+        try:
+            with torch.no_grad():
+                self.distiller.forward(self.model, batch)
+        finally:
+            self.distiller.release()
         return self.distiller.floors(batch)
 
     def _run_epoch(self, **options: Any) -> None:  # which takes a step before it asks
         if not self.control.should_training_stop:
+            self.epoch = options["epoch"]
             super()._run_epoch(**options)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -223,26 +226,27 @@ class _MeasuredTrainer(QATTrainer):
         if len(set(lengths)) < 2 or self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return ByLength(lengths, size, self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ByLength(lengths, size, lambda: seed * 100_003 + self.epoch)
 
 
 class _Schedule(TrainerCallback):
     """Evaluates and saves so many times in a run, the last time at its end, logs five times as often, and tells
     `on_step` where the run is. Whatever it decides by is part of each checkpoint."""
 
-    def __init__(self, evaluations: int, patience: int | None, on_step: OnStep):
-        self.evaluations, self.patience, self.on_step = evaluations, patience, on_step
+    def __init__(self, training: Training, intervened: int, on_step: OnStep):
+        self.training, self.intervened, self.on_step = training, intervened, on_step
 
     def is_over(self, args: Any, state: Any) -> bool:
-        """True after the last step, or if patience is at its end."""
+        """True after the last step, or if patience with the student by itself is at its end."""
         best, in_vain, sign = -math.inf, 0, 1 if args.greater_is_better else -1
         key: str = args.metric_for_best_model
-        for value in (sign * e[key] for e in state.log_history if e["step"] and key in e):
+        for value in (sign * e[key] for e in state.log_history if e["step"] > self.intervened and key in e):
             best, in_vain = max(best, value), 0 if value > best else in_vain + 1
-        return bool(state.global_step >= state.max_steps) or in_vain >= (self.patience or math.inf)
+        return bool(state.global_step >= state.max_steps) or in_vain >= (self.training.patience or math.inf)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        state.eval_steps = state.save_steps = math.ceil(state.max_steps / self.evaluations)
+        state.eval_steps = state.save_steps = math.ceil(state.max_steps / self.training.evaluations)
         state.logging_steps = math.ceil(state.eval_steps / 5)
         if state.best_global_step:  # wherever this folder lay when it was written
             state.best_model_checkpoint = f"{args.output_dir}/checkpoint-{state.best_global_step}"
@@ -267,6 +271,7 @@ class _Schedule(TrainerCallback):
 
 DECIDED = dict.fromkeys(("eval_steps", "save_steps", "logging_steps"), "evaluations")
 DECIDED |= {"metric_for_best_model": "metric", "output_dir": "out"}
+DECIDED |= {"max_steps": "steps", "learning_rate": "learning_rate", "per_device_train_batch_size": "batch_size"}
 
 
 def check_arguments(training: Training) -> dict[str, Any]:
