@@ -186,11 +186,13 @@ class Distiller:
 
 def _with_padding_told(student: PreTrainedModel, batch: Batch) -> Batch:
     """Return the batch with a mask of what its decoder reads: its labels, or its text, which some models shift."""
-    labels, own = batch.get("labels"), {"decoder_attention_mask", "decoder_input_ids"} & batch.keys()
-    if own or "input_ids" not in batch or "decoder_attention_mask" not in signature(student.forward).parameters:
+    labels, name = batch.get("labels"), "decoder_attention_mask"
+    if name in batch or name not in signature(student.forward).parameters:
         return batch
-    mask = (labels != -100).long() if student.can_generate() and labels is not None else batch.get("attention_mask")
-    return {**batch, "decoder_attention_mask": mask}
+    if student.can_generate() and isinstance(labels, Tensor) and labels.dim() == 2:
+        return {**batch, name: (labels != -100).long()}
+    shifted = "input_ids" in batch and "decoder_input_ids" not in batch
+    return {**batch, name: batch.get("attention_mask") if shifted else None}
 
 
 def weighted(terms: Mapping[str, Any], distill: Distill) -> Any:

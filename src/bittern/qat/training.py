@@ -186,8 +186,7 @@ class _MeasuredTrainer(QATTrainer):
         self.remove_callback(PrinterCallback)
 
     def check_first_batch(self) -> dict[str, dict[str, float]]:
-        """A few forwards of both models on the first samples: what does not fit is told before long work. Returns the
-        terms' floors."""
+        """A few forwards on the first samples, which tell what does not fit before long work. Returns the floors."""
         batch = self._prepare_inputs(self.data_collator(range(self.args.train_batch_size)))
         try:
             with torch.no_grad():
@@ -239,8 +238,7 @@ class _Schedule(TrainerCallback):
 
     def is_over(self, args: Any, state: Any) -> bool:
         """True after the last step, or if patience with the student by itself is at its end."""
-        best, in_vain, sign = -math.inf, 0, 1 if args.greater_is_better else -1
-        key: str = args.metric_for_best_model
+        best, in_vain, sign, key = -math.inf, 0, 1 if args.greater_is_better else -1, args.metric_for_best_model
         for value in (sign * e[key] for e in state.log_history if e["step"] > self.intervened and key in e):
             best, in_vain = max(best, value), 0 if value > best else in_vain + 1
         return bool(state.global_step >= state.max_steps) or in_vain >= (self.training.patience or math.inf)
