@@ -86,7 +86,7 @@ def errors(options: Any) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for mode in (None, *SIGNALS):
         if mode:
-            distiller.intervener.begin(Act(mode), theirs, "all")
+            distiller.intervener.begin(Act(mode), theirs, "all", batch)
         with recording(student, "embedding", "hidden") as mine:
             student(**batch)
         distiller.release()

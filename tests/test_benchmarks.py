@@ -170,6 +170,17 @@ def test_stopped_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert [line.split(" | ")[2] for line in shown[2:]] == ["accuracy", "divergence"]
 
 
+def test_errors_by_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any training each signal of the teacher brings what the blocks give nearer to the teacher's."""
+    model = Path(bittern.__file__).parent / "assets" / "digits-vit"
+    out = tmp_path / "errors.json"
+    monkeypatch.setattr(sys, "argv", ["ti.py", str(model), "digits", "--errors", "--out", str(out)])
+    runpy.run_path(str(SCRIPTS / "ti.py"), run_name="__main__")
+    found = json.loads(out.read_text())
+    assert found.keys() == {"alone", "output", "context", "map"}
+    assert all(found[mode][-1] < found["alone"][-1] for mode in ("output", "context", "map"))
+
+
 def test_length_for() -> None:
     """The length that a curve needs lies between two lengths by their logarithms; none that it has not is invented."""
     from plateau import length_for

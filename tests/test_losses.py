@@ -37,12 +37,12 @@ def test_golden_score() -> None:
 def test_masked_by_addition() -> None:
     """Where a mask adds -100, as Swin's does, a score that falls on the other side of -100 than its teacher's counts
     for nothing, and no gradient comes from there."""
-    student = torch.tensor([[[[0.0, -99.5, -101.0]]]], requires_grad=True)
-    loss = losses.score_loss(student, torch.tensor([[[[1.0, -100.5, -99.0]]]]))
+    student = torch.tensor([[[[0.0, -99.5, -101.0, -torch.inf]]]], requires_grad=True)
+    loss = losses.score_loss(student, torch.tensor([[[[1.0, -100.5, -99.0, -torch.inf]]]]))
     loss.backward()
     assert loss.item() == 1
     assert student.grad is not None
-    assert student.grad.flatten().tolist() == [-2, 0, 0]
+    assert student.grad.flatten().tolist() == [-2, 0, 0, 0]
 
 
 def test_sharp_temperature() -> None:

@@ -26,7 +26,7 @@ from bittern.deploy.journal import seal
 from bittern.errors import InputError, ModelError
 from bittern.options import Intervention, Training, parse_distill
 from bittern.qat.optimizer import BertAdam
-from bittern.qat.training import ByLength, collator, first_step, last_checkpoint, train
+from bittern.qat.training import ByLength, collator, first_step, last_checkpoint, read_baseline, train
 from families import SUPPORTED
 from helpers import refused, same
 from material import LABELS, SENTENCE, TEXTS, command, save_text_model, write_tables
@@ -159,6 +159,9 @@ def test_last_weights(tmp_path: Path, bert: Path, texts: Path) -> None:
     result = teach(bert, tmp_path / "out", texts, training=training)
     assert result["qat"]["best_step"] == 0
     assert result["packed"]["accuracy"] == pytest.approx(result["qat"]["history"][-2]["eval_accuracy"])
+    known = {entry["step"]: entry["eval_accuracy"] for entry in result["qat"]["history"] if "eval_accuracy" in entry}
+    baseline = read_baseline(tmp_path / "out")
+    assert known[baseline["best_step"]] == baseline["best"]
 
 
 def test_own_metric(tmp_path: Path, bert: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

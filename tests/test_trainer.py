@@ -289,14 +289,34 @@ def test_compared() -> None:
     assert distiller.compared == {"hidden": 1 + student.config.num_hidden_layers, "map": 1}
 
 
-def test_tokens_with_a_label() -> None:
-    """Of a decoder those tokens are distilled that the next one's label counts of, as the task loss has it."""
-    student, teacher, batch = pair("gpt2")
-    batch = {"input_ids": batch["input_ids"]}
-    labels = batch["input_ids"].masked_fill(torch.arange(batch["input_ids"].shape[1]) != 5, -100)
-    out, terms = Distiller(parse_distill("prediction"), student, teacher).forward(student, batch | {"labels": labels})
-    (grad,) = torch.autograd.grad(terms["prediction"], out.logits)
-    assert grad.abs().sum((0, 2)).nonzero().flatten().tolist() == [4]
+def test_a_given_decoder_input() -> None:
+    """Tokens that a decoder is given to begin with have no label, and are no padding: the task loss is the model's."""
+    student, teacher, batch = pair("bart")
+    ids = batch["input_ids"]
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < 3, -100)
+    batch = {"input_ids": ids, "decoder_input_ids": ids, "labels": labels}
+    _, terms = Distiller(parse_distill("truth"), student, teacher).forward(student, batch)
+    torch.testing.assert_close(terms["truth"], student(**batch).loss)
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=4, n_positions=16)),
+        hf.XLNetLMHeadModel(hf.XLNetConfig(vocab_size=99, d_model=32, n_layer=1, n_head=4, d_inner=48)),
+    ],
+    ids=lambda model: model.config.model_type,
+)
+def test_tokens_with_a_label(teacher: hf.PreTrainedModel) -> None:
+    """Of a language model those outputs are distilled that its own loss compares with a label: of the token after, or
+    of the token itself."""
+    student = copy.deepcopy(teacher.eval())
+    simulate(student, "w8a8-token")
+    ids = torch.arange(5, 15).view(1, 10)
+    batch = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(10) != 5, -100)}
+    out, terms = Distiller(parse_distill("prediction,truth"), student, teacher).forward(student, batch)
+    taught = [torch.autograd.grad(terms[n], out.logits, retain_graph=True)[0] for n in ("prediction", "truth")]
+    assert torch.equal(*(grad.abs().sum((0, 2)).nonzero() for grad in taught))
 
 
 @pytest.mark.parametrize("kind", [hf.T5ForConditionalGeneration, hf.T5ForQuestionAnswering])

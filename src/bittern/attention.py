@@ -58,7 +58,7 @@ class Taps(dict[Point, list[Tensor]]):
 def stand_in(own: Tensor, given: Tensor, share: float) -> Tensor:
     """Return `own` with a share of `given` in its place, whose share of the gradient is lost: bypassed weights get
     zeros and stay in the graph, since DDP waits for the gradients of every weight."""
-    return own.lerp(given.to(own.dtype).expand_as(own), share)  # given: (1 or batch, …)
+    return own.clone().copy_(given) if share == 1 else own.lerp(given.to(own.dtype).expand_as(own), share)
 
 
 class Site(nn.Module):

@@ -36,7 +36,7 @@ def read_anatomy(model: PreTrainedModel, batch: Batch | None = None) -> Anatomy:
     Raises ModelError if the model computes no attention, or holds NaN weights.
     """
     check_model(model)
-    batch = dummy_batch(model) if batch is None else _two_samples(batch)
+    batch = dummy_batch(model) if batch is None else two_samples(batch)
     if not model.config.is_encoder_decoder:
         batch.pop("labels", None)
     inputs = frozenset(batch) - {"labels"}
@@ -127,7 +127,7 @@ def dummy_batch(model: PreTrainedModel, samples: int = 2, length: int = 9) -> di
     return batch
 
 
-def _two_samples(batch: Batch) -> dict[str, Any]:
+def two_samples(batch: Batch) -> dict[str, Any]:
     """The first two, since the dry run keeps what all modules read; the whole batch where it is not plain samples."""
     sizes = {len(v) if isinstance(v, Tensor) and v.dim() else -1 for v in batch.values()}
     return {k: v[:2] for k, v in batch.items()} if len(sizes) == 1 and -1 not in sizes else dict(batch)

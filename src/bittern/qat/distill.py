@@ -139,7 +139,9 @@ class Distiller:
 
     def _prediction(self, name: str, logits: Tensor, expected: Tensor, batch: Batch) -> Tensor:
         check_shapes("prediction", name, logits, expected)
-        if isinstance(labels := batch.get("labels"), Tensor) and task_of(self.student) == "next":
+        unshifted = "xlm", "flaubert", "xlnet", "cpmant"  # whose labels are of the tokens themselves
+        shifts = task_of(self.student) == "next" and self.student.config.model_type not in unshifted
+        if shifts and isinstance(labels := batch.get("labels"), Tensor):
             batch = {**batch, "labels": nn.functional.pad(labels[:, 1:], (0, 1), value=-100)}  # each of the token after
         kind, mask = self.student.config.problem_type, batch.get("attention_mask")
         if logits.shape[-1] == 1 or kind == "regression":
@@ -187,12 +189,11 @@ class Distiller:
 def _with_padding_told(student: PreTrainedModel, batch: Batch) -> Batch:
     """Return the batch with a mask of what its decoder reads: its labels, or its text, which some models shift."""
     labels, name = batch.get("labels"), "decoder_attention_mask"
-    if name in batch or name not in signature(student.forward).parameters:
+    if {name, "decoder_input_ids"} & batch.keys() or name not in signature(student.forward).parameters:
         return batch
     if student.can_generate() and isinstance(labels, Tensor) and labels.dim() == 2:
         return {**batch, name: (labels != -100).long()}
-    shifted = "input_ids" in batch and "decoder_input_ids" not in batch
-    return {**batch, name: batch.get("attention_mask") if shifted else None}
+    return {**batch, name: batch.get("attention_mask") if "input_ids" in batch else None}
 
 
 def weighted(terms: Mapping[str, Any], distill: Distill) -> Any:

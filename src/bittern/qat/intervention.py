@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from bittern.anatomy import Anatomy, Batch
 from bittern.attention import NAME, Point, Site, Taps, recording, replace, stand_in
-from bittern.dry_run import evaluating
+from bittern.dry_run import evaluating, two_samples
 from bittern.errors import ModelError
 from bittern.layers import QuantLayer
 from bittern.options import Act
@@ -95,7 +95,7 @@ class Intervener:
             for layer in (name for a in attentions for name in a.inputs):
                 keep = partial(lambda name, _, __, out: outputs.setdefault(name, out.requires_grad_()), layer)
                 hooks.enter_context(student.get_submodule(layer).register_forward_hook(keep))
-            student(**batch)
+            student(**two_samples(batch))
         values = dict(zip(taps.names["value"], taps["value"], strict=True))
         for a in attentions:
             value = values[a.name]

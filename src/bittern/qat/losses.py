@@ -43,8 +43,8 @@ def score_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None, pad
     padded: the mean over all entries, as in the published code: those of masked keys count as zeros, so that a sample
     weighs by its share of real keys.
     """
-    seen = ((student > -1e2) & (teacher > -1e2)).float()
-    error = (student.float() - teacher.float()) * seen
+    seen = (student > -1e2) & (teacher > -1e2)
+    error = torch.where(seen, student.float() - teacher.float(), 0.0)
     if padded:
         return error.square().mean()
     if rows is not None:

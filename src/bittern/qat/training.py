@@ -81,8 +81,7 @@ def train(
     if training.optimizer == "bertadam":
         own["optimizer_cls_and_kwargs"] = BertAdam, {"lr": arguments.learning_rate}
     trainer = _MeasuredTrainer(student, arguments, data=data, test=test or data, measure=measure, **own)
-    floors = trainer.check_first_batch()
-    if floors:
+    if floors := trainer.check_first_batch():
         told = {f"{kind}_{name}": value for name, term in floors.items() for kind, value in term.items()}
         on_step(0, training.steps or 0, told)
     high = {n: term for n, term in floors.items() if n in distill.layerwise and term["floor"] > term["start"] / 2}
@@ -121,17 +120,17 @@ def read_baseline(folder: str | Path) -> dict[str, Any]:
     """Return how a finished run of `bittern qat` went: its metric, the best value, at which of all steps it was."""
     try:
         run = read_json(Path(folder) / "bittern.json")["qat"]
-        found = {key: run[key] for key in ("metric", "best", "best_step", "steps")}
+        found = {key: run[key] for key in ("metric", "best", "steps")}
+        found["best_step"] = first_step(run["history"], found["metric"], found["best"]) or found["steps"]
     except (CheckpointError, KeyError, TypeError):
         raise InputError(f"{folder} holds no finished run of bittern qat; give the folder that one wrote") from None
-    return found | {"folder": str(folder), "best_step": found["best_step"] or found["steps"]}
+    return found | {"folder": str(folder)}
 
 
 def first_step(history: Sequence[Mapping[str, float]], metric: str, value: float) -> int | None:
     """Return the step of the first evaluation that was at least as good as `value`; None if none was."""
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    good = (e["step"] for e in history if sign * e.get(f"eval_{metric}", -sign * math.inf) >= sign * value)
-    return next((int(step) for step in good), None)
+    key, sign = f"eval_{metric}", -1 if metric in LOWER_IS_BETTER else 1
+    return next((int(e["step"]) for e in history if key in e and sign * e[key] >= sign * value), None)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
