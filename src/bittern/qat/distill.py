@@ -193,7 +193,7 @@ def _with_padding_told(student: PreTrainedModel, batch: Batch) -> Batch:
         return batch
     if student.can_generate() and isinstance(labels, Tensor) and labels.dim() == 2:
         return {**batch, name: (labels != -100).long()}
-    return {**batch, name: batch.get("attention_mask") if "input_ids" in batch else None}
+    return {**batch, name: batch["attention_mask"]} if {"input_ids", "attention_mask"} <= batch.keys() else batch
 
 
 def weighted(terms: Mapping[str, Any], distill: Distill) -> Any:
