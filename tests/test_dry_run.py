@@ -908,7 +908,7 @@ def test_damaged_weights() -> None:
         read_anatomy(model, batch)
 
 
-def testtwo_samples() -> None:
+def test_two_samples() -> None:
     """Of a large batch the dry run takes two samples, so that its memory does not grow with the batch; what is no plain
     batch of samples is run whole."""
     model, _ = SUPPORTED["vit"]()
