@@ -502,6 +502,8 @@ def test_refused(tmp_path: Path, bert: Path, texts: Path) -> None:
         teach(bert, out, texts, training=replace(QUICK, arguments={"save_steps": 3}))
     with refused(InputError, "max_steps cannot be set: the option steps decides it"):
         teach(bert, out, texts, training=replace(QUICK, arguments={"max_steps": 3}))
+    with refused(InputError, "label_smoothing_factor cannot be set: the option distill decides it"):
+        teach(bert, out, texts, training=replace(QUICK, arguments={"label_smoothing_factor": 0.1}))
     with refused(InputError, "warmup is 1", "below 1"):
         Training(warmup=1.0)
     with refused(InputError, "optimizer is 'lion'", "adamw or bertadam"):

@@ -267,7 +267,7 @@ class _Schedule(TrainerCallback):
 
 
 DECIDED = dict.fromkeys(("eval_steps", "save_steps", "logging_steps"), "evaluations")
-DECIDED |= {"metric_for_best_model": "metric", "output_dir": "out"}
+DECIDED |= {"metric_for_best_model": "metric", "output_dir": "out", "label_smoothing_factor": "distill"}
 DECIDED |= {"max_steps": "steps", "learning_rate": "learning_rate", "per_device_train_batch_size": "batch_size"}
 
 
