@@ -216,6 +216,7 @@ def run(options: argparse.Namespace, method_of: Callable[[str, int], Method], **
         **({"bf16": True} if options.bf16 else {}),
         **({"optimizer": options.optimizer} if options.optimizer != "adamw" else {}),
         **({"distill": options.distill, "balance": options.balance} if "distill" in options else {}),
+        **({"padded": options.padded} if getattr(options, "padded", 0) else {}),
     }
     head = {name: value for name, value in head.items() if name not in more}
     refuse_others(options.out, head)

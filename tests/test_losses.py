@@ -57,7 +57,8 @@ def test_sharp_temperature() -> None:
 def test_padded_score() -> None:
     """Over padding too it is the published code's at once: a sum by sample, of the keys that the mask leaves, over all
     heads · n · n entries, padded queries among them."""
-    found = losses.score_loss(*SCORES, ROWS, padded=True)
+    found = losses.score_loss(*SCORES, ROWS, padded=9)
+    torch.testing.assert_close(losses.score_loss(*SCORES, ROWS, padded=18), found / 2)
     torch.testing.assert_close(found, GOLDEN["score_loss.value"], rtol=1e-6, atol=0)
     sums = []
     for s, t, length in zip(*(x.double().numpy() for x in SCORES), GOLDEN["map_loss.lengths"].tolist(), strict=True):

@@ -92,12 +92,12 @@ def test_best_by_loss(tmp_path: Path, bert: Path, texts: Path) -> None:
 def test_as_published(tmp_path: Path, bert: Path, texts: Path) -> None:
     """The published optimizer trains with its own clipping only, from the command too; its losses are named by `ti`."""
     line = f"bittern qat {bert} --data {texts} -r ternary-2-2-8 -o {tmp_path / 'out'} --steps 6 --batch-size 8 --json"
-    published = "--optimizer bertadam --lr 1e-3 --distill ti --padded --balance fixed --intervene gradual"
+    published = "--optimizer bertadam --lr 1e-3 --distill ti --padded 16 --balance fixed --intervene gradual"
     done = command(f"{line} {published} --intervene-steps 3")
     assert done.code == 0, done.err
     result = json.loads(done.out)
     assert result["training"]["optimizer"] == "bertadam"
-    assert result["distill"]["padded"]
+    assert result["distill"]["padded"] == 16
     assert list(result["distill"]["terms"]) == ["prediction", "hidden", "score", "output"]
     student = bittern.load(bert)
     bittern.simulate(student, "ternary-2-2-8")

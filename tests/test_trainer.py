@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,11 +164,12 @@ def test_padding(family: str) -> None:
 def test_padded() -> None:
     """With padding counted, hidden states and scores are the plain means of the published code; maps are as ever."""
     student, teacher, batch = pair("bert")
-    found = {}
-    for padded in (False, True):
+    found, tokens = {}, batch["input_ids"].shape[1]
+    for padded in (0, tokens, 4 * tokens, tokens - 1):
         with torch.no_grad():
             distiller = Distiller(parse_distill("hidden,score,map", padded=padded), student, teacher)
-            _, found[padded] = distiller.forward(student, batch)
+            with refused(InputError, f"--padded {padded} is too few") if padded == tokens - 1 else nullcontext():
+                _, found[padded] = distiller.forward(student, batch)
     recorded = []
     for model in (student, teacher):
         with torch.no_grad(), recording(model, "score") as taps:
@@ -178,9 +180,11 @@ def test_padded() -> None:
         for name, pairs in zip(("hidden", "score"), zip(*recorded, strict=True), strict=True)
     }
     for name, value in expected.items():
-        torch.testing.assert_close(found[True][name], value, rtol=1e-5, atol=0)
-        assert found[True][name] != found[False][name]
-    assert found[True]["map"] == found[False]["map"]
+        torch.testing.assert_close(found[tokens][name], value, rtol=1e-5, atol=0)
+        assert found[tokens][name] != found[0][name]
+    torch.testing.assert_close(found[4 * tokens]["score"], found[tokens]["score"] / 4)
+    assert found[tokens]["hidden"] == found[4 * tokens]["hidden"]
+    assert found[tokens]["map"] == found[0]["map"]
 
 
 @pytest.mark.parametrize("family", ["bert", "vit", "gpt2"])

@@ -160,8 +160,8 @@ class Distill:
     term compares the same share of the loss, in whatever units it is, times the term's weight. layers: blocks whose
     attention is compared, from 0, negative from the end; None: all. mapping: block of the student → block of the
     teacher, where their depths differ. map_temperature: τ. relations: heads that relations are split into. padded:
-    means are over all positions of a batch, as in the published code, so that a short text among long ones weighs less
-    in `score`; `map` and relations are of real tokens always.
+    to how many tokens the published code pads each text; then means are over padding too, and a text weighs in `score`
+    by its share of so many tokens; `map` and relations are of real tokens always. 0: of real tokens all.
     """
 
     terms: Mapping[str, float] = option(
@@ -176,7 +176,7 @@ class Distill:
     temperature: float = option(1.0, "Of the prediction term.")
     map_temperature: float = option(1.0, "Of the map term.")
     relations: int | None = None
-    padded: bool = option(False, "Let padding count in the means of all terms but map, as the papers' code does.")
+    padded: int = option(0, "Weigh scores as the papers' code does, which pads texts to so many tokens.", least=0)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "terms", {name_own(term): weight for term, weight in self.terms.items()})

@@ -172,9 +172,10 @@ class Distiller:
     def _loss(self, term: str, x: Tensor, y: Tensor, rows: Tensor | None) -> Tensor:
         if ":" in term:
             return find_own(term)(x, y, rows)  # type: ignore[no-any-return]
-        padded = self.distill.padded and term != "map" and not term.endswith("_relation")
-        rows = None if padded else rows
+        padded = 0 if term == "map" or term.endswith("_relation") else self.distill.padded
         if term == "score":
+            if 0 < padded < x.shape[-1]:
+                raise InputError(f"--padded {padded} is too few for a batch of {x.shape[-1]} tokens; see --max-length")
             return losses.score_loss(x, y, rows, padded)
         if term == "map":
             tau = self.distill.map_temperature
@@ -183,7 +184,7 @@ class Distiller:
             return losses.relation_loss(x, y, rows, self.distill.relations)
         if term == "context":
             x, y = x.transpose(1, 2), y.transpose(1, 2)  # (batch, tokens, heads, head dim)
-        return losses.squared_loss(x, y, rows)
+        return losses.squared_loss(x, y, None if padded else rows)
 
 
 def _with_padding_told(student: PreTrainedModel, batch: Batch) -> Batch:

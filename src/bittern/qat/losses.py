@@ -36,23 +36,22 @@ def squared_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None) -
     return _mean_of_samples(error, rows)
 
 
-def score_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None, padded: bool = False) -> Tensor:
+def score_loss(student: Tensor, teacher: Tensor, rows: Tensor | None = None, padded: int = 0) -> Tensor:
     """TernaryBERT's: squared error of attention scores (batch, heads, queries, keys), masked entries left out.
 
     rows: real queries. Where a score of either is -100 or less, the mask has put it there; Swin's adds -100 to them.
-    padded: the mean over all entries, as in the published code: those of masked keys count as zeros, so that a sample
-    weighs by its share of real keys.
+    padded: if given, to how many tokens the published code pads: the mean over all queries and over so many keys, of
+    which masked ones count as zeros, so that a sample weighs by its share of real keys.
     """
     seen = (student > -1e2) & (teacher > -1e2)
     error = torch.where(seen, student.float() - teacher.float(), 0.0)
     if padded:
-        return error.square().mean()
+        return error.square().sum(-1).mean() / padded
     if rows is not None:
         real = rows[:, None, :, None].float()  # (batch, 1, queries, 1)
         seen, error = seen * real, error * real
     error, count = error.flatten(1), seen.flatten(1).sum(1)  # (batch, heads · queries · keys), (batch)
-    total: Tensor = torch.linalg.vecdot(error, error)  # (batch)
-    return (total / count.clamp(min=1)).mean()
+    return (torch.linalg.vecdot(error, error) / count.clamp(min=1)).mean()  # type: ignore[no-any-return]
 
 
 class _Divergence(torch.autograd.Function):
