@@ -160,8 +160,7 @@ class Distill:
     term compares the same share of the loss, in whatever units it is, times the term's weight. layers: blocks whose
     attention is compared, from 0, negative from the end; None: all. mapping: block of the student → block of the
     teacher, where their depths differ. map_temperature: τ. relations: heads that relations are split into. padded:
-    to how many tokens the published code pads each text; then means are over padding too, and a text weighs in `score`
-    by its share of so many tokens; `map` and relations are of real tokens always. 0: of real tokens all.
+    to how many tokens the papers' code pads texts; scores then weigh by a text's share of so many. 0: all texts alike.
     """
 
     terms: Mapping[str, float] = option(

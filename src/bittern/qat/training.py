@@ -99,8 +99,7 @@ def train(
     except RuntimeError as error:
         if not any(name in str(error) for name in ("inline_container", "iostream")):
             raise  # all but what torch.save says
-        why = "a file could not be written whole; the disk may be full"
-        raise InputError(f"cannot write to {folder}: {why}") from error
+        raise InputError(f"cannot write to {folder}: a file was not written whole; the disk may be full") from error
     student.eval()
     state, key = trainer.state, str(trainer.args.metric_for_best_model)
     last = next((entry[key] for entry in reversed(state.log_history) if key in entry), math.nan)
@@ -158,7 +157,7 @@ def collator(data: Data, model: PreTrainedModel) -> Callable[[Sequence[int]], di
 
 
 class ByLength(LengthGroupedSampler):
-    """Puts texts of about the same length in the same batch, for less padding, in an order that only `seed()` decides,
+    """Puts texts of like lengths in the same batch, for less padding; batches come in any order. Only `seed()` decides,
     asked in each epoch: resuming needs no state. (Accelerate tells samplers of several processes no epoch.)"""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: Callable[[], int]):
@@ -167,7 +166,9 @@ class ByLength(LengthGroupedSampler):
 
     def __iter__(self) -> Iterator[int]:
         self.generator = torch.Generator().manual_seed(self.seed())
-        return super().__iter__()  # type: ignore[no-any-return]
+        batches = torch.tensor([*super().__iter__()]).split(self.batch_size)  # by 50, from long to short
+        mixed = torch.randperm(len(batches[1:-1]), generator=self.generator).tolist()
+        return iter(torch.cat([batches[0], *(batches[1 + i] for i in mixed), *batches[1:][-1:]]).tolist())
 
 
 class _MeasuredTrainer(QATTrainer):
