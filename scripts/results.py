@@ -25,7 +25,7 @@ import ti  # noqa: E402
 
 PAGE = ROOT / "docs" / "results.md"
 RESULTS = ROOT / "benchmarks" / "results"
-MARKED = re.compile(r"(<!-- table: (.+) -->\n\n)(?:\|.*\n)*")
+MARKED = re.compile(r"(<!-- table: (.+) -->\n\n)(?:\|.*\n)*\n*")
 
 
 def load(name: str) -> Any:
@@ -173,7 +173,8 @@ def filled(page: str) -> str:
 
     def made(found: re.Match[str]) -> str:
         kind, *names = found[2].split()
-        return found[1] + "".join(f"{line}\n" for line in KINDS[kind](*names).splitlines() if line.startswith("|"))
+        lines = [line for line in KINDS[kind](*names).splitlines() if line.startswith("|")]
+        return found[1] + "\n".join(lines) + "\n\n"
 
     return MARKED.sub(made, page)
 
