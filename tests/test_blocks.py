@@ -21,7 +21,7 @@ from families import SUPPORTED
 from helpers import outputs, quantized, same
 
 pytestmark = pytest.mark.kernels
-WHOLE = ["bert", "roberta", "distilbert", "electra", "albert", "vit", "deit", "bart", "gpt2"]
+WHOLE = ["bert", "roberta", "distilbert", "electra", "albert", "vit", "deit", "bart", "gpt2", "mpnet"]
 
 
 @pytest.fixture

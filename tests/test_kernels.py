@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
 import bittern
 from bittern import attention, kernels, native
@@ -29,7 +32,7 @@ from test_packed import LAYERS
 pytestmark = pytest.mark.kernels
 WITHOUT_ATTENTION = (  # on the kernels: theirs has a cap, or is the family's own code
     *("swin", "beit", "gemma2"),
-    *("mpnet", "deberta_v2", "swinv2", "gptj", "bloom"),
+    *("deberta_v2", "swinv2", "bloom"),
 )
 RECIPES = ["ternary-2-2-8", "w8a8", "w4a8", "vt-w6a6"]
 
@@ -50,15 +53,15 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], Counter[s
             assert near(out, module.forward(*args, **kwargs)), type(module).__name__
         ran[type(module).__name__] += 1
 
-    def attend_and_compare(quantizers: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any) -> Any:
-        found = attend(quantizers, query, key, value, mask, scaling)
+    def attend_and_compare(quantizers: Any, query: Tensor, key: Tensor, value: Tensor, masks: Any, scaling: Any) -> Any:
+        found = attend(quantizers, query, key, value, masks, scaling)
         if found is not None:
             context, probabilities = found
             with native.disabled():
                 q, k, v = (quantizers[p](x) for p, x in (("query", query), ("key", key), ("value", value)))
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-                scores = q.double() @ k.double().mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-                expected = (scores if mask is None else scores + mask).softmax(-1)
+                scores = q.double() @ k.double().mT * scaling
+                expected = sum(masks, scores).softmax(-1)
                 assert near(probabilities, expected)
                 assert near(context.transpose(1, 2), quantizers["map"](probabilities).double() @ v.double())
             ran["attention"] += 1
@@ -106,6 +109,97 @@ def test_position_bias(masked: bool) -> None:
     assert near(found[1], expected[1])
     assert (found[0] - expected[0]).norm() < 1e-2 * expected[0].norm()  # codes of the map may tip over
     assert not near(unbiased[1], expected[1])
+
+
+Way = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Any]]  # from q, k, a bias and a mask to a map, and else
+
+
+def usual(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+    return F.dropout(((q @ k.mT) / 3 + bias + mask).softmax(-1), training=False), None
+
+
+def in_place(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+    scores = 0.25 * torch.matmul(q, k.transpose(2, 3))
+    scores += bias
+    scores.add_(mask)
+    return F.softmax(scores, -1).to(q.dtype), None
+
+
+def divided_after(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+    return ((q @ k.mT + bias) / 3 + mask).softmax(-1), None
+
+
+def changed_bias(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+    bias = bias.clone()
+    scores = q @ k.mT + bias
+    bias *= -1
+    return (scores + mask).softmax(-1), None
+
+
+def kept_before(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+    scores = q @ k.mT
+    less = scores / 3
+    scores += 5 * bias
+    return (less + mask).softmax(-1), [scores, less]
+
+
+def changed_before(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+    scores = q @ k.mT
+    less = scores / 3
+    scores.clamp_(-0.1, 0.1)
+    return (scores + less + mask).softmax(-1), None
+
+
+def filled(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+    scores = q @ k.mT + bias
+    scores[mask.expand_as(scores) < 0] = -1e9
+    return scores.softmax(-1), None
+
+
+def told(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+    scores = q @ k.mT + bias + mask
+    probabilities = scores.softmax(-1)
+    return probabilities, {"scores": scores, "maps": [probabilities]}
+
+
+def per_head(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+    return ((q @ k.mT) * torch.arange(1.0, q.shape[1] + 1)[:, None, None] + mask).softmax(-1), None
+
+
+def wider(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+    return (q @ k.mT + bias[..., :1] + mask).softmax(-1), None
+
+
+@pytest.mark.parametrize(
+    ("way", "served"),
+    [(usual, True), (in_place, True), (told, True), (kept_before, True)]
+    + [(way, False) for way in (divided_after, changed_bias, changed_before, filled, per_head, wider)],
+)
+@torch.no_grad()
+def test_attention_in_own_code(way: Way, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels compute attention that a model's own code writes, where scores become a map in steps that they know; else
+    it runs as it is written, and whatever else its code keeps of scores is what it would be."""
+    seen: list[Any] = []
+
+    def forward(self: Any, x: Tensor, attention_mask: Tensor, position_bias: Tensor, *_: Any, **__: Any) -> Any:
+        q, k, v = (layer(x).unflatten(2, (4, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        probabilities, rest = way(q, k, 40 * position_bias, attention_mask)
+        return self.o((probabilities @ v).transpose(1, 2).flatten(2)), rest
+
+    monkeypatch.setattr(MPNetSelfAttention, "forward", forward)
+    model, batch = quantized("mpnet", "w8a8")
+    for module in model.modules():
+        if isinstance(module, MPNetSelfAttention):
+            module.register_forward_hook(lambda *given: seen.extend(tree_leaves(given[2])))
+    attend, found = kernels.attend, list[bool]()
+    monkeypatch.setattr(kernels, "attend", lambda *given: (out := attend(*given), found.append(out is not None))[0])
+    model(**batch)
+    ran, seen[:] = [*seen], []
+    assert found == [True] * 2 if served else not any(found)
+    with native.disabled():
+        model(**batch)
+    for a, b in zip(ran, seen, strict=True):
+        assert (a is b is None) or (a - b).norm() < 1e-2 * b.norm()  # codes may tip over
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -440,8 +534,8 @@ def test_more_keys_than_the_kernels_take() -> None:
     """Attention to more keys than the kernels take is computed the slower way."""
     formats = {name: FakeQuant(Format(), name) for name in ("query", "key", "value", "map")}
     query, long = torch.randn(1, 1, 1, 4), torch.randn(1, 1, native.MOST_INPUTS + 1, 4)
-    assert kernels.attend(formats, query, long[:, :, :9], long[:, :, :9], None, None) is not None
-    assert kernels.attend(formats, query, long, long, None, None) is None
+    assert kernels.attend(formats, query, long[:, :, :9], long[:, :, :9], (), 0.5) is not None
+    assert kernels.attend(formats, query, long, long, (), 0.5) is None
 
 
 def test_inference_mode() -> None:

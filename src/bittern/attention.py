@@ -120,6 +120,12 @@ class Site(nn.Module):
         """True if kernels may compute this attention, of which nothing is recorded or replaced."""
         return self.on_kernels and not self.watched() and (mask is None or mask.dtype != torch.bool)
 
+    def on_integers(self, *given: Any) -> tuple[Tensor, Tensor] | None:
+        """What kernels give for query, key, value, masks and scaling: context (batch, queries, heads, dim) and map."""
+        forget_input()
+        quantizers: dict[str, FakeQuant | None] = {operand: self.quantizer(operand) for operand in OPERANDS}
+        return kernels.attend(quantizers, *given)
+
     def watched(self) -> bool:
         """True if something is recorded or replaced here."""
         return self.taps is not None or bool(self.replacements)
@@ -166,19 +172,16 @@ def attention_forward(
     """
     site: Site = module._modules.get(NAME, _NO_SITE)  # type: ignore[assignment]
     sinks = next((x for x in (s_aux, sinks) if x is not None), getattr(module, "sinks", None))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     site.begin(attention_mask)
     if softcap is None and sinks is None and site.integer(attention_mask) and not (dropout and module.training):
-        quantizers: dict[str, FakeQuant | None] = {operand: site.quantizer(operand) for operand in OPERANDS}
-        added = attention_mask
-        if position_bias is not None:
-            added = position_bias if added is None else position_bias + added  # (batch or 1, heads or 1, queries, keys)
-        if (found := kernels.attend(quantizers, query, key, value, added, scaling)) is not None:
+        masks = tuple(x for x in (position_bias, attention_mask) if x is not None)  # (batch or 1, heads or 1, …, keys)
+        if (found := site.on_integers(query, key, value, masks, scaling)) is not None:
             return found
     query, key, value = site.tap("query", query), site.tap("key", key), site.tap("value", value)
     query, key, value = site.quantize("query", query), site.quantize("key", key), site.quantize("value", value)
     if (groups := query.shape[1] // key.shape[1]) > 1:  # (batch, key heads, keys, dim) → (batch, heads, keys, dim)
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # (batch, heads, queries, keys)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -303,8 +306,7 @@ def detach(model: PreTrainedModel) -> None:
 
 def sites(model: nn.Module) -> list[Site]:
     """Return all sites of a model, in the order of its modules. Raises ModelError if it has none."""
-    found = [m for m in model.modules() if isinstance(m, Site)]
-    if not found:
+    if not (found := [m for m in model.modules() if isinstance(m, Site)]):
         raise ModelError(
             f"{type(model).__name__} has no attention sites: call attention.attach(model, anatomy) first; if the "
             "anatomy has no attention, since Bittern cannot reach into the model's own code, there is none to record"

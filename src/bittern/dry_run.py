@@ -21,8 +21,9 @@ from bittern.anatomy import Anatomy, Batch, holding
 from bittern.attention import Site, attach, attention_configs, attention_forward, detach
 from bittern.compat import eager_mask
 from bittern.errors import ModelError, one_line
-from bittern.products import Found, Frame, Trace, unwatch, watch
+from bittern.products import unwatch, watch
 from bittern.reader import LAYERS, Event, Reader, Run
+from bittern.trace import Found, Frame, Trace
 
 _DRY_RUN = "bittern_dry_run"
 
@@ -101,8 +102,7 @@ def dummy_batch(model: PreTrainedModel, samples: int = 2, length: int = 9) -> di
         return torch.arange(samples * length, device=device).view(samples, length) % limit
 
     def numbers(*shape: int) -> Tensor:
-        count = samples * math.prod(shape)
-        return torch.linspace(-1, 1, count, device=device, dtype=model.dtype).view(samples, *shape)
+        return torch.linspace(-1, 1, samples * math.prod(shape), device=device, dtype=model.dtype).view(samples, *shape)
 
     def images() -> Tensor:
         vision = getattr(config, "vision_config", config)
@@ -110,8 +110,7 @@ def dummy_batch(model: PreTrainedModel, samples: int = 2, length: int = 9) -> di
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return numbers(getattr(vision, "num_channels", 3), height, width)
 
-    batch: dict[str, Tensor] = {}
-    name = model.main_input_name
+    name, batch = model.main_input_name, dict[str, Tensor]()
     if name == "input_ids":
         batch[name] = tokens(length)
         if hasattr(config, "vision_config") and not any(key.startswith("image_token") for key in vars(config)):
@@ -143,8 +142,7 @@ def _dry_run(model: PreTrainedModel, batch: dict[str, Any], compare: bool = True
     compare: whether transformers' AttentionInterface shall call ours beside the family's own; if not, it runs as ever.
     """
     names = {module: name for name, module in model.named_modules()}
-    run = Run([], {}, {})
-    running: list[Frame] = []
+    run, running = Run([], {}, {}), list[Frame]()
 
     def spy(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         run.events.append(Event("attention", names[module], cross=query.shape[2] != key.shape[2]))

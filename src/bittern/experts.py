@@ -1,6 +1,6 @@
 """Weights of experts of a mixture, which transformers holds as parameters of three dimensions or stacked, as layers.
 
-A module's own code multiplies with the matrices of such a parameter, one by one or all at once; `products.Trace` sees
+A module's own code multiplies with the matrices of such a parameter, one by one or all at once; `trace.Trace` sees
 that in a dry run. `open_experts` puts a layer in the parameter's place, which stands for it in that code: what is
 multiplied by the layer, or by one expert of it, runs the layer. So all that serves layers serves it too.
 """

@@ -5,9 +5,9 @@ that are not finite. The caller then computes as the simulated model does.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from functools import cache, wraps
+from functools import cache, reduce, wraps
 from typing import Any
 
 import torch
@@ -86,20 +86,25 @@ def warn_if_slow(x: Tensor, *parameters: Tensor | None) -> None:
     warnings.warn(f"{text}: {why}", stacklevel=2)
 
 
+def added(masks: Sequence[Tensor]) -> Tensor | None:
+    """The sum of additive masks and biases of positions."""
+    return reduce(torch.add, masks) if masks else None
+
+
 @outside_graphs
 def attend(
     quantizers: Mapping[str, FakeQuant | None],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
+    masks: tuple[Tensor, ...],
+    scaling: float,
 ) -> tuple[Tensor, Tensor] | None:
     """Context (batch, queries, heads, dim) and map of attention whose operands are all quantized for each tensor."""
     dtype = query.dtype
     if dtype in SIXTEEN_BITS:
-        query, key, value, mask = (t if t is None else t.float() for t in (query, key, value, mask))  # type: ignore[assignment]
-    if not native.serves(query, key, value, mask) or not query.numel() or not key.numel():
+        query, key, value, *masks = (t.float() for t in (query, key, value, *masks))  # type: ignore[assignment]
+    if not native.serves(query, key, value, *masks) or not query.numel() or not key.numel():
         return None
     if max(key.shape[2:]) > native.MOST_INPUTS or query.numel() >= 2**31:  # the slower way has no such limits
         return None
@@ -107,10 +112,9 @@ def attend(
     known = {point: coding for point, coding in codings.items() if coding is not None and not coding.by_row}
     if known.keys() != set(OPERANDS) or any(coding.scheme not in native.SCHEMES[o] for o, coding in known.items()):
         return None
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if (watch := watcher.get()) is not None:
-        watch(query, key, value, mask, scaling)
-    found = native.attention(query, key, value, mask, scaling, known)
+        watch(query, key, value, masks, scaling)
+    found = native.attention(query, key, value, added(masks), scaling, known)
     return found and (found[0].to(dtype), found[1].to(dtype))
 
 

@@ -1,37 +1,34 @@
 """Attention that a model computes with its own code, seen from outside: a mode sees what its functions are given.
 
-The product whose result reaches a softmax is QKᵀ, the product that then reads the softmax is map · V. `Trace` finds
-them in a dry run by following results from call to call; a `Watch` serves them, by their numbers, in every run after.
+The product whose result reaches a softmax is QKᵀ, the product that then reads the softmax is map · V. `trace.Trace`
+finds them in a dry run; a `Watch` serves them, by their numbers, in every run after.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils._pytree import tree_map
 
 from bittern.derived import derive
 from bittern.errors import ModelError
-from bittern.experts import VIEWS, Layout, layout_of
 
 SITE = "bittern"  # the name of what serves an attention module, as its child
-_SDPA = F.scaled_dot_product_attention
+SDPA = F.scaled_dot_product_attention
 _SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
     torch.matmul: ("input", "other"),
     torch.bmm: ("input", "other"),
     torch.baddbmm: ("added", "input", "other"),
     torch.softmax: ("input", "dim", "dtype"),
     F.softmax: ("input", "dim", "_stacklevel", "dtype"),
-    _SDPA: ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
+    SDPA: ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
 }
 _METHODS: dict[Any, Callable[..., Any]] = {
     Tensor.matmul: torch.matmul,
@@ -41,7 +38,8 @@ _METHODS: dict[Any, Callable[..., Any]] = {
     Tensor.softmax: torch.softmax,
 }
 _ALSO_KNOWN = {"batch1": "input", "batch2": "other", "mat2": "other"}  # of baddbmm, whose own `input` is added; of bmm
-_SOFTMAX, _PRODUCTS = (torch.softmax, F.softmax), (torch.matmul, torch.bmm, torch.baddbmm)
+SOFTMAX, PRODUCTS = (torch.softmax, F.softmax), (torch.matmul, torch.bmm, torch.baddbmm)
+_NO_WRITES = ("__invert__", "__int__", "__index__")  # as `__iand__` is one
 
 
 class Plan(NamedTuple):
@@ -56,7 +54,7 @@ class Plan(NamedTuple):
     heads: int
 
 
-class _Call(NamedTuple):
+class CountedCall(NamedTuple):
     function: Callable[..., Any]
     given: dict[str, Any]
 
@@ -65,20 +63,26 @@ class _Call(NamedTuple):
         return [self.given[key] for key in ("input", "other", "query", "key") if key in self.given]
 
 
-def _counted(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | None:
+def counted(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CountedCall | None:
     """The call if it counts, with all that it was given by name."""
     function = _METHODS.get(func, func)
-    names = _SIGNATURES.get(function)
-    if names is None:
+    if (names := _SIGNATURES.get(function)) is None:
         return None
     if function is torch.baddbmm:
         args, kwargs = args or (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
     named = {_ALSO_KNOWN.get(k, k): v for k, v in kwargs.items()}
-    call = _Call(function, dict(zip(names, args, strict=False)) | named)
+    call = CountedCall(function, dict(zip(names, args, strict=False)) | named)
     return call if all(len(x.shape) >= 3 for x in call.operands) else None
 
 
-def _einsum(call: Callable[..., Any], equation: str, *operands: Any) -> Any:
+def writes(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    """True for what writes to a tensor that it is given."""
+    name = getattr(func, "__name__", "")
+    own = name in ("__setitem__", "__set__") or (name[:3] == "__i" and name not in _NO_WRITES)
+    return own or name[-1:] == "_" != name[-2:-1] or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
+
+
+def einsum(call: Callable[..., Any], equation: str, *operands: Any) -> Any:
     """What einsum gives, by calls of matmul and permute, if it sums one dimension and each operand has one of its own;
     None if it does otherwise."""
     if len(parts := re.split(",|->", equation.replace(" ", ""))) != 3 or "." in equation:
@@ -94,7 +98,18 @@ def _einsum(call: Callable[..., Any], equation: str, *operands: Any) -> Any:
     return call(Tensor.permute, (), (call(torch.matmul, (), given), [*map(sides[2].index, out)]))
 
 
-# Serving
+class _Later(NamedTuple):
+    """Scores or a map that wait until somebody reads them, as kernels may compute them together with map · V.
+
+    make: gives them as the model's own code has it. query, key: (batch, heads, ·, head dim).
+    """
+
+    make: Callable[[], Tensor]
+    query: Tensor
+    key: Tensor
+    scaling: float = 1.0
+    added: tuple[Tensor, ...] = ()
+    normed: bool = False
 
 
 class Watch(TorchFunctionMode):
@@ -102,27 +117,92 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self.module, self.at = module, 0
+        self.module, self.at, self.waits = module, 0, True
         self.site: Any = getattr(module, SITE)  # the `attention.Site`, which imports this
         self.plan: Plan = self.site.plan
+        self.later: dict[int, tuple[Tensor, _Later]] = {}  # by the id of what stands for it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.einsum and (out := _einsum(self.__torch_function__, *args)) is not None:
+        if func is torch.einsum and (out := einsum(self.__torch_function__, *args)) is not None:
             return out
         kwargs, at = kwargs or {}, self.at
-        call = _counted(func, args, kwargs)
+        call = counted(func, args, kwargs)
         self.at += call is not None
+        if self.later:
+            followed = self.waits and args and id(args[0]) in self.later
+            if followed and (out := self._follow(func, at, call, *args, **kwargs)) is not None:
+                return out
+            if writes(func, kwargs):  # what those that wait may need as it is
+                self.settled([x for x, _ in self.later.values()])
+                self.waits = False
+            args, kwargs = self.settled((args, kwargs))
+            call = counted(func, args, kwargs)
         if call is None or at not in self.plan[:3]:
             return func(*args, **kwargs)
         score, softmax, context = self.plan[:3]
-        wanted = (_SDPA,) if score == context else _SOFTMAX if at == softmax else _PRODUCTS
+        wanted = (SDPA,) if score == context else SOFTMAX if at == softmax else PRODUCTS
         if call.function not in wanted:
             raise self._other_way(f"call {at} is {call.function.__name__}")
-        if call.function is _SDPA:
+        if call.function is SDPA:
             return self._attend(**call.given)
         if at == softmax:
             return self._normalize(**call.given)
-        return self._multiply(call.function, at == score, **call.given)
+        written = partial(self._multiply, call.function, at == score, **call.given)
+        left, right = call.operands
+        if at == score and call.function is torch.matmul and _alike(left, right) and self.site.integer(None):
+            return self._wait(_Later(cache(written), left, right.mT))
+        return written()
+
+    def _wait(self, later: _Later, x: Tensor | None = None) -> Tensor:
+        """What stands for scores or a map that wait; x: what stood for them before they changed in place."""
+        if x is None:
+            with torch._C.DisableTorchFunction():  # no step of a tape
+                shape = *later.query.shape[:3], later.key.shape[2]
+                x = torch.empty(shape, dtype=later.query.dtype, device="meta")
+        self.later[id(x)] = x, later
+        return x
+
+    def _follow(
+        self, func: Any, at: int, call: CountedCall | None, x: Tensor, *rest: Any, **options: Any
+    ) -> Tensor | None:
+        """What a function makes of scores or a map that wait: they wait on, or kernels compute it; None if neither."""
+        later, name, other = (
+            self.later[id(x)][1],
+            getattr(func, "__name__", "").rstrip("_"),
+            rest[0] if len(rest) == 1 else None,
+        )
+        if (name == "dropout" and options.get("training") is False) or (
+            name == "to" and other is x.dtype and not options
+        ):
+            return x
+        if later.normed and at == self.plan.context and call and call.function is torch.matmul and _alike(x, other):
+            found = self.site.on_integers(later.query, later.key, other, later.added, later.scaling)
+            if found is None:
+                return None
+            context, probabilities = found
+            self.later[id(x)] = x, later._replace(make=lambda: probabilities)
+            return context.transpose(1, 2).contiguous()  # type: ignore[no-any-return]  # as products are
+        if at == self.plan.softmax and call and call.given.get("dtype") in (None, x.dtype):
+            changed: dict[str, Any] = {"normed": True}
+        elif later.normed or options:
+            return None
+        elif name in ("mul", "div") and isinstance(other, (int, float)) and not later.added:
+            changed = {"scaling": later.scaling * (other if name == "mul" else 1 / other)}
+        elif name == "add" and isinstance(other, Tensor) and other.dtype is x.dtype:
+            if other.shape[-1:] != x.shape[-1:] or torch.broadcast_shapes(other.shape, x.shape) != x.shape:
+                return None
+            changed = {"added": (*later.added, other)}
+        else:
+            return None
+        in_place = func.__name__ != name  # of which another may still need what was there before
+        function = getattr(Tensor, name) if in_place else func
+        changed["make"] = cache(lambda: function(later.make(), *rest, **options))
+        return self._wait(later._replace(**changed), x if in_place else None)
+
+    def settled(self, given: Any) -> Any:
+        """The same, with numbers for all that waits in it."""
+        known = self.later
+        return tree_map(lambda x: known[id(x)][1].make() if id(x) in known else x, given) if known else given
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         super().__exit__(kind, *rest)  # type: ignore[no-untyped-call]
@@ -157,7 +237,8 @@ class Watch(TorchFunctionMode):
 
     def _normalize(self, input: Tensor, dim: int, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         scores = self._shaped(input)  # (batch, heads, queries, keys)
-        self.site.begin((scores > -1e4).any(1, keepdim=True))  # (batch, 1, queries, keys): what may be attended
+        if self.site.taps is not None:
+            self.site.begin((scores > -1e4).any(1, keepdim=True))  # (batch, 1, queries, keys): what may be attended
         maps: Tensor = self.site.tap("map", self.site.tap("score", scores).softmax(-1, dtype))
         return maps.reshape(input.shape)  # as the model has it
 
@@ -172,14 +253,20 @@ class Watch(TorchFunctionMode):
         return self.site.attend(self.module, query, key, value, mask, *rest)  # type: ignore[no-any-return]
 
 
+def _alike(left: Tensor, right: Tensor | None) -> bool:
+    """True for operands (batch, heads, ·, ·) of as many heads."""
+    return right is not None and left.dim() == right.dim() == 4 and left.shape[:2] == right.shape[:2]
+
+
 @cache
 def _watched(kind: type[nn.Module]) -> type[nn.Module]:
     """A class of modules of this kind that run inside a Watch, of the same name."""
 
     @wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with Watch(self):
-            return kind.forward(self, *args, **kwargs)
+        with Watch(self) as watch:
+            out = kind.forward(self, *args, **kwargs)
+        return watch.settled(out)
 
     return derive(_watched, kind, forward=forward, unwatched=kind)
 
@@ -193,135 +280,3 @@ def watch(module: nn.Module) -> None:
 def unwatch(module: nn.Module) -> None:
     if hasattr(module, "unwatched"):
         module.__class__ = module.unwatched  # type: ignore[assignment]
-
-
-# Finding
-
-
-@dataclass(eq=False)
-class Frame:
-    """One run of a module, and how many calls in it count."""
-
-    name: str
-    is_layer: bool = False
-    calls: int = 0
-
-
-@dataclass(eq=False)
-class _Seen:
-    """A call that counts. at: its number in each module that runs, outermost first. shapes: of its operands. served:
-    whether a Watch can take its place. feeds: the products whose results reach a softmax; None for products."""
-
-    at: dict[Frame, int]
-    shapes: list[torch.Size]
-    served: bool
-    feeds: list[_Seen] | None = None
-
-    @property
-    def order(self) -> int:
-        return next(iter(self.at.values()))
-
-    @property
-    def size(self) -> int:
-        """Entries of a product's result."""
-        return self.shapes[0][:-1].numel() * self.shapes[1][-1]
-
-
-@dataclass(frozen=True)
-class Found:
-    """Attention in the own code of a module. context: its result, from which the number of heads is read."""
-
-    plan: Plan
-    frame: Frame
-    context: Tensor
-    cross: bool
-
-
-_ACTIVATION = object()  # the mark of what depends on a layer's output, unlike positions and their rotations
-_LAYERS = (F.linear, F.conv1d, F.conv2d, F.embedding)
-_OTHER_PRODUCTS = (torch.einsum, F.multi_head_attention_forward)
-
-
-class Trace(TorchFunctionMode):
-    """Follows results from call to call in a dry run. running: the modules that run, innermost last; on_product: told
-    when one of them multiplies activations, or weighs them by a softmax; on_attention: of attention that is complete.
-    read: parameters that code outside of layers read → the layouts that they were multiplied in, None for other uses.
-    """
-
-    def __init__(self, running: list[Frame], on_product: Callable[[], None], on_attention: Callable[[Found], None]):
-        super().__init__()
-        self.running, self.on_product, self.on_attention = running, on_product, on_attention
-        self.read: dict[nn.Parameter, set[Layout | None]] = {}
-        self.views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of parameters
-        self.marks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor → the calls that it came from
-
-    def _marks(self, x: Any) -> frozenset[Any]:
-        tensors = (leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
-        return frozenset().union(*(self.marks.get(tensor, frozenset()) for tensor in tensors))
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.einsum and (out := _einsum(self.__torch_function__, *args)) is not None:
-            return out
-        kwargs = kwargs or {}
-        marks = self._marks([*args, *kwargs.values()])
-        call = _counted(func, args, kwargs)
-        out = func(*args, **kwargs)
-        if self.running and not self.running[-1].is_layer and any(isinstance(x, Tensor) for x in tree_leaves(out)):
-            self._read(func, args, kwargs, out)
-        if func in _LAYERS:
-            marks = frozenset({_ACTIVATION})
-        elif call is not None:
-            marks = self._follow(call, out, marks)
-        elif func in _OTHER_PRODUCTS and sum(_ACTIVATION in self._marks(x) for x in tree_leaves(args)) > 1:
-            self.on_product()
-        if marks:
-            self.marks.update((leaf, marks) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
-        return out
-
-    def _read(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        """Keep which parameters a call reads, and in which layout."""
-        for x in tree_leaves([args, kwargs]):
-            weight = self.views.get(x, x) if isinstance(x, Tensor) else x
-            if isinstance(weight, nn.Parameter):
-                uses = self.read.setdefault(weight, set())
-                if func in VIEWS or (func is Tensor.__getitem__ and x.dim() == 3 and out.dim() == 2):
-                    self.views[out] = weight
-                else:
-                    uses.add(layout_of(weight, x, func, args))
-
-    def _follow(self, call: _Call, out: Tensor, marks: frozenset[Any]) -> frozenset[Any]:
-        """Return the marks of a counted call's result."""
-        shapes = [x.shape for x in call.operands]
-        known = {len(s) for s in shapes} <= ({4} if call.function is _SDPA else {3, 4, 5})
-        seen = _Seen({frame: frame.calls for frame in self.running}, shapes, known)
-        for frame in self.running:
-            frame.calls += 1
-        of_operands = [self._marks(x) for x in call.operands]
-        if all(_ACTIVATION in m for m in of_operands):
-            self.on_product()
-        if call.function is _SDPA:
-            self._report(seen, seen, seen, out)
-        elif call.function in _SOFTMAX:
-            seen.served &= call.given.get("dim", -1) in (-1, len(shapes[0]) - 1)
-            seen.feeds = [s for s in marks if isinstance(s, _Seen) and s.feeds is None]
-        elif reads := [s for s in of_operands[0] - of_operands[1] if isinstance(s, _Seen) and s.feeds]:
-            softmax = max(reads, key=lambda s: (len(_shared(s, seen)), s.order))
-            # Of several products in a sum, as of contents and of positions, the first is of contents.
-            feeds = [s for s in softmax.feeds or () if s.size == softmax.shapes[0].numel() == shapes[0].numel()]
-            if feeds:
-                score = min(feeds, key=lambda s: (-len(_shared(s, softmax, seen)), s.order))
-                self._report(score, softmax, seen, out)
-        return marks & {_ACTIVATION} | {seen}
-
-    def _report(self, score: _Seen, softmax: _Seen, context: _Seen, out: Tensor) -> None:
-        if not (score.served and softmax.served and context.served):
-            return
-        frame = _shared(score, softmax, context)[-1]
-        plan = Plan(score.at[frame], softmax.at[frame], context.at[frame], 0, 0)
-        queries, keys = (shape[-2] for shape in context.shapes)
-        self.on_attention(Found(plan, frame, out, cross=queries != keys))
-
-
-def _shared(*calls: _Seen) -> list[Frame]:
-    """The runs of modules that all of these calls are in, outermost first."""
-    return [frame for frame in calls[0].at if all(frame in call.at for call in calls)]

@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from bittern.anatomy import Anatomy, Attention, Block
 from bittern.errors import ModelError
 from bittern.experts import ExpertsLinear, Layout
-from bittern.products import Found, Plan
+from bittern.products import Plan
 from bittern.recipe import Role
+from bittern.trace import Found
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding, Conv1D)
 WEIGHTS = (*LAYERS, ExpertsLinear)  # all that hold a weight matrix, or one of each expert
@@ -34,7 +35,7 @@ class Event:
 @dataclass
 class Run:
     """A record of a dry run: events in order, the first input and output of each module, attention in own code, output,
-    and the parameters that code outside of layers reads, see `products.Trace`."""
+    and the parameters that code outside of layers reads, see `trace.Trace`."""
 
     events: list[Event]
     first_io: dict[str, tuple[Any, Any]]
@@ -88,8 +89,7 @@ class Reader:
 
     def _ends(self, reached: set[str], lone: list[str]) -> list[tuple[int, str]]:
         """Return where attention ends in the first run of each module; of lone products that is the last."""
-        ends: dict[str, int] = {}
-        runs = Counter[str]()
+        ends, runs = dict[str, int](), Counter[str]()
         for i, event in enumerate(self.events):
             runs[event.name] += event.kind == "enter"
             if event.name in reached and event.kind == "attention":
@@ -133,18 +133,15 @@ class Reader:
         entered = {e.name for e in self.events if e.kind == "enter"}  # SqueezeBERT calls `forward` of its blocks itself
         items = [name for name, listed in zip(names, lists, strict=True) if listed and name in entered]
         after_output = list(self._layers_after(i))[1:]
-        for item in items:
-            if any(_inside(n, item) and not _inside(n, attention) for n in after_output):
-                return item
-        return items[0] if items else None
+        whole = (item for item in items if any(_inside(n, item) and not _inside(n, attention) for n in after_output))
+        return next(whole, items[0] if items else None)
 
     def _block(self, name: str, calls: list[tuple[int, str]], plans: Mapping[str, Plan]) -> Block:
         first, last, enter = calls[0][0], calls[-1][0], Event("enter", name)
         start = next(i for i in range(first, -1, -1) if self.events[i] == enter)
         others = (i for i, e in enumerate(self.events) if i > start and (e == enter or not _inside(e.name, name)))
         events = self.events[: next(others, None)]  # up to the end of the block's first run
-        attentions: list[Attention] = []
-        previous = start
+        attentions, previous = list[Attention](), start
         for i, attention in calls:
             before = [e.name for e in events[previous:i] if e.kind == "layer"]
             output = next((n for n in self._layers_after(i) if _inside(n, name)), None)

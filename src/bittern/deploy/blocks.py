@@ -156,28 +156,35 @@ class Guard:
 
 @dataclass(frozen=True)
 class FusedCall:
-    """The plan of a block called in one way. `x`, `mask` and `cache` name arguments."""
+    """The plan of a block called in one way. `x`, `masks` and `cache` name arguments."""
 
     whole: KernelBlock
     x: Any
-    mask: Any
+    masks: tuple[Any, ...]
     cache: Any = None
     layer: int = 0  # of the cache
+    in_tuple: bool = False  # what the module returns
+
+    def given(self, call: Arguments) -> tuple[Tensor, ...]:
+        """The input, and what is added to scores."""
+        return call[self.x], *[call[name] for name in self.masks]
 
     def run(self, call: Arguments, written: Callable[[], Any]) -> Any:
         """What the module returns; None where the kernels do not serve."""
-        x, mask = call[self.x], call.get(self.mask)
+        x, *masks = self.given(call)
         if self.cache is None:
-            return run_whole((self.whole,), x, mask)
-        return self._run_with_cache(x, mask, call[self.cache], written) if native.serves(x, mask) else None
+            out = run_whole((self.whole,), x, *masks)
+        else:
+            out = self._run_with_cache(x, masks, call[self.cache], written) if native.serves(x, *masks) else None
+        return (out,) if self.in_tuple and isinstance(out, Tensor) else out
 
-    def _run_with_cache(self, x: Tensor, mask: Tensor | None, cache: Any, written: Callable[[], Any]) -> Any:
+    def _run_with_cache(self, x: Tensor, masks: list[Tensor], cache: Any, written: Callable[[], Any]) -> Any:
         made = self.whole.project(x := x.contiguous()) if x.dim() == 3 and x.numel() else None
         if made is None:
             return None
         query, key, value = made
         kept = key, value = cache.update(key, value, self.layer)
-        out = self.whole.finish(x, query, key, value, mask) if native.serves(key, value) else None
+        out = self.whole.finish(x, query, key, value, kernels.added(masks)) if native.serves(key, value) else None
         if out is None:  # as where earlier keys are infinite: by the parts, which must not change the cache again
             cache.update = lambda *_: kept
             try:
@@ -187,9 +194,10 @@ class FusedCall:
         return out
 
 
-def run_whole(whole: tuple[KernelBlock, ...], x: Tensor, mask: Tensor | None) -> Tensor | None:
+def run_whole(whole: tuple[KernelBlock, ...], x: Tensor, *masks: Tensor) -> Tensor | None:
     """The output of blocks that follow each other; None where the kernels do not serve."""
-    return run_blocks(whole, x.contiguous(), mask) if native.serves(x, mask) and x.dim() == 3 else None
+    served = native.serves(x, *masks) and x.dim() == 3
+    return run_blocks(whole, x.contiguous(), kernels.added(masks)) if served else None
 
 
 class _Reads(TorchFunctionMode):
@@ -247,7 +255,7 @@ def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
     else:
         kinds = [kind for _, kind in way]
         tensors = [value for value, kind in zip(call.values(), kinds, strict=True) if kind is Tensor]
-        usual = len(tensors) in (1, 2) and sum(map(kinds.count, CACHES)) < 2 and object not in kinds
+        usual = len(tensors) in (1, 2, 3) and sum(map(kinds.count, CACHES)) < 2 and object not in kinds
         if not usual or not native.serves(*tensors):
             return None
         parts = Parts.of(block)
@@ -301,14 +309,15 @@ def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], 
             out = written()
     finally:
         kernels.watcher.reset(token)
-    if not all(map(attention.only_watches, hooks)) or not isinstance(out, Tensor) or reads.found:
+    made = out[0] if (in_tuple := type(out) is tuple and len(out) == 1) else out
+    if not all(map(attention.only_watches, hooks)) or not isinstance(made, Tensor) or reads.found:
         return out, None
     try:
-        plan = _plan(parts, ran, call)
+        plan = _plan(parts, ran, call, in_tuple)
         found = plan.run(before, lambda: None)
     except (ValueError, LookupError):  # parts that do not fit together so, or a cache that is not used
         return out, None
-    pairs = [(found, out)]
+    pairs = [(found[0] if in_tuple and found else found, made)]
     if plan.cache is not None:  # what both keep
         own, other = (cache.layers[plan.layer] for cache in (before[plan.cache], call[plan.cache]))
         pairs += [(own.keys, other.keys), (own.values, other.values)]
@@ -317,25 +326,25 @@ def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], 
     return out, plan
 
 
-def _arguments(call: Arguments, mask: Tensor | None) -> tuple[Any, Any]:
-    """The names of input and mask. Raises ValueError if there are other tensors, or not these."""
+def _arguments(call: Arguments, masks: tuple[Tensor, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """The names of the input and of masks. Raises ValueError or KeyError if there are other tensors, or not these."""
     tensors = [name for name, value in call.items() if _way_of(value) is Tensor]
-    masks = [name for name in tensors if call[name] is mask]
-    inputs = [name for name in tensors if name not in masks[:1]]
-    if len(inputs) != 1 or (mask is not None and not masks):
-        raise ValueError("the mask is none of the arguments, or an argument is neither input nor mask")
-    return inputs[0], masks[0] if masks else None
+    names = {id(call[name]): name for name in tensors}
+    if len(names) != len(masks) + 1 or len(names) != len(tensors):
+        raise ValueError("an argument is neither input nor mask")
+    added = tuple(names.pop(id(mask)) for mask in masks)
+    return *names.values(), added
 
 
-def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> FusedCall:
+def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments, in_tuple: bool) -> FusedCall:
     """The block in one piece, by what ran in parts. Raises ValueError if the kernels have no such block."""
     order = "".join(kind for kind, _ in ran)
     if order not in ORDERS:
         raise ValueError(f"no block runs as {order}")
     norms, modules, activation, attended = ([what for kind, what in ran if kind == wanted] for wanted in "nlfa")
-    query, key, value, mask, scaling = attended[0]
+    query, key, value, masks, scaling = attended[0]
     cache, layer = next((name for name, value in call.items() if type(value) in CACHES), None), parts.layer
-    names = _arguments(call, mask)
+    names = _arguments(call, masks)
     layers = [module.kernel_layer() for module in modules]
     if None in layers:
         raise ValueError("the kernels do not serve the formats of a layer")
@@ -356,4 +365,4 @@ def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments) -> FusedCal
         kept = call[cache].layers[layer]
         if kept.keys is not key or kept.values is not value:
             raise ValueError("attention reads other keys and values than the cache keeps")
-    return FusedCall(block, *names, cache, layer)
+    return FusedCall(block, *names, cache, layer, in_tuple)

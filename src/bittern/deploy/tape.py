@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers import Cache, PreTrainedModel
 
-from bittern import kernels, native
+from bittern import kernels, native, products
 from bittern.deploy import blocks
 from bittern.deploy.packed import PackedLayer
 from bittern.derived import derive
@@ -44,7 +44,6 @@ CONSTANT = (*SIMPLE, torch.Size, type(...), KernelBlock, KernelLayer, native.Cod
 # What tells something of a tensor, but of its numbers nothing (`__get__`: an attribute), or may give the tensor itself.
 DESCRIBES = {"__get__", "__len__", "dim", "size", "stride", "numel", "is_contiguous", "is_floating_point", "is_complex"}
 GIVES_BACK = {"to", "type", "type_as", "float", "half", "long", "int", "bool", "contiguous", "flatten", "dropout"}
-NO_WRITES = {"__invert__", "__int__", "__index__"}  # as `__iand__` is one
 
 
 class Slot(int):
@@ -151,8 +150,9 @@ class Recorder(TorchFunctionMode):
         if len(told) == 1 and isinstance(told[0][0], blocks.FusedCall) and told[0][0].cache is None:
             plan, call, _ = told[0]
             self.failed |= id(args[0]) not in self.places
-            function, args, kwargs = blocks.run_whole, ((plan.whole,), call[plan.x], call.get(plan.mask)), {}
-        elif direct is not None:
+            self._kept(blocks.run_whole, ((plan.whole,), *plan.given(call)), {}, made[0] if plan.in_tuple else made)
+            return made
+        if direct is not None:
             (function, args), kwargs = direct, {}
         return self._kept(function, args, kwargs, made)
 
@@ -177,9 +177,7 @@ class Recorder(TorchFunctionMode):
         target = next(iter(_parts((args, kwargs), Tensor)), None)
         args, kwargs = _pattern(args, self.places), _pattern(kwargs, self.places)
         fixed = not _parts((args, kwargs), Slot)
-        writes = name in ("__setitem__", "__set__") or (name[:3] == "__i" and name not in NO_WRITES)
-        writes |= name[-1:] == "_" != name[-2:-1] or bool(kwargs.get("inplace"))
-        writes |= bool(tensors) and not new and name not in GIVES_BACK
+        writes = products.writes(function, kwargs) or (bool(tensors) and not new and name not in GIVES_BACK)
         if "empty" in name or "foreach" in name or kwargs.get("out") is not None:
             raise ValueError(f"{name} gives memory that is written later, or writes in several places")
         if writes and target is not None:
@@ -249,10 +247,10 @@ def _joined(steps: Sequence[Step], needed: set[Slot]) -> list[Step]:
     joined: list[Step] = []
     for step in steps:
         if joined and step.function is joined[-1].function is blocks.run_whole:
-            last, (before, x, mask), (after, between, other) = joined[-1], joined[-1].args, step.args
+            last, (before, x, *masks), (after, between, *others) = joined[-1], joined[-1].args, step.args
             alone = between not in needed and sum(between in user.takes() for user in steps) == 1
-            if alone and between is last.made and mask is other:
-                joined[-1] = Step(step.function, (before + after, x, mask), {}, step.made, step.shapes)
+            if alone and between is last.made and [*map(id, masks)] == [*map(id, others)]:
+                joined[-1] = Step(step.function, (before + after, x, *masks), {}, step.made, step.shapes)
                 continue
         joined.append(step)
     return joined
