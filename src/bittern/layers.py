@@ -57,8 +57,7 @@ class QuantLayer(QuantizedLayer):
         Changes of `weight.data`, such as PEFT's merging, are not counted by PyTorch; some values of the weight tell.
         """
         weight: Tensor = self.weight  # type: ignore[assignment]
-        quantizer = self.weight_quantizer
-        if quantizer is None or quantizer.bypass:
+        if (quantizer := self.weight_quantizer) is None or quantizer.bypass:
             return weight_matrix(self)
         if torch.is_grad_enabled() or weight.grad is not None:  # fused optimizers change weights uncounted
             self._kept = None
@@ -71,8 +70,7 @@ class QuantLayer(QuantizedLayer):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return x after quantization: in training done once for all of Q, K and V that read it."""
-        quantizer = self.input_quantizer
-        shares = self.shares_input and quantizer is not None and torch.is_grad_enabled()
+        quantizer, shares = self.input_quantizer, self.shares_input and torch.is_grad_enabled()
         if not shares or quantizer is None or quantizer.bypass or quantizer.format.range == "static":
             return super().quantized_input(x)
         return quantize_once(x, quantizer.format, quantizer)  # type: ignore[no-any-return]

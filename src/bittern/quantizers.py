@@ -47,8 +47,7 @@ def _units(x: Tensor, fmt: Format) -> Tensor:
     if x.shape[-1] % fmt.group_size:
         what = f"group_size {fmt.group_size} does not divide the {x.shape[-1]} inputs of a row"
         raise ModelError(f"{what}; use a divisor or granularity: row")
-    groups: Tensor = x.unflatten(-1, (-1, fmt.group_size))
-    return groups
+    return x.unflatten(-1, (-1, fmt.group_size))  # type: ignore[no-any-return]
 
 
 def _dims(x: Tensor, fmt: Format) -> tuple[int, ...]:
@@ -78,11 +77,10 @@ def _extremes(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
 
 def _scale(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
     """`find_scale` without its checks; x is viewed in units, and clipped if it is binary."""
-    dims = _dims(x, fmt)
     if fmt.kind == "ternary":
         return _ternary(x, fmt)[1], None
     if fmt.kind == "binary":
-        return _mean(x.abs(), dims), None
+        return _mean(x.abs(), _dims(x, fmt)), None
     low, high = _extremes(x, fmt)
     if fmt.scheme == "asymmetric":
         if fmt.range == "static":  # integer zero point, zero exactly representable: what integer runtimes need
@@ -94,10 +92,8 @@ def _scale(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
 
 
 def _ternary(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """Codes and scale [KD, TWN]: the sign of what is above the threshold, and the mean magnitude of that.
-
-    A mask of floats, since products with boolean ones are far slower.
-    """
+    """Codes and scale [KD, TWN]: the sign of what is above the threshold, and the mean magnitude of that. The mask is
+    of floats, since products with boolean ones are far slower."""
     dims, size = _dims(x, fmt), x.abs()
     if fmt.clip is not None:
         size.clamp_(max=fmt.clip)
@@ -107,10 +103,8 @@ def _ternary(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    """A tensor of one value has no range: any scale is right, 1 keeps its codes at zero. NaN stays NaN.
-
-    Subnormal scales count as none: they are too coarse for codes to stay in range.
-    """
+    """A tensor of one value has no range: any scale is right, 1 keeps its codes at zero. NaN stays NaN. Subnormal
+    scales count as none: they are too coarse for codes to stay in range."""
     return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
 
 
@@ -141,10 +135,8 @@ def find_scale(x: Tensor, fmt: Format, name: str = "tensor") -> tuple[Tensor, Te
 
 
 def _encode(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None, own: bool = False) -> Tensor:
-    """Codes of x as whole float32 numbers; x is clipped and viewed in units. Owns its result, reads x.
-
-    own: the scale was found from x itself, so that it is NaN where x is.
-    """
+    """Codes of x as whole float32 numbers; x is clipped and viewed in units. Owns its result, reads x. own:
+    the scale was found from x itself, so that it is NaN where x is."""
     low, high = code_range(fmt)
     if fmt.kind in ("ternary", "binary"):
         codes = _ternary(x, fmt)[0] if fmt.kind == "ternary" else torch.where(x < 0, -1.0, 1.0)
@@ -210,8 +202,7 @@ def _quantize(x: Tensor, fmt: Format, scale: Tensor | None, offset: Tensor | Non
         return fused.to(x.dtype)
     own = scale is None
     # Where extremes and codes, or magnitudes, are clipped in place, x needs no clipped copy.
-    copied = not own or fmt.kind not in ("uniform", "ternary")
-    units = _prepare(values, fmt) if copied else _units(values, fmt)
+    units = _units(values, fmt) if own and fmt.kind in ("uniform", "ternary") else _prepare(values, fmt)
     if own and fmt.kind == "ternary":
         codes, scale = _ternary(units, fmt)
         return codes.mul_(scale).view(x.shape).to(x.dtype)
@@ -224,8 +215,7 @@ def _in_range(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None) -> T
     """1 where x is inside the range of a static scale, else 0."""
     low, high = code_range(fmt)
     units, base = _units(x.float(), fmt), 0.0 if offset is None else offset
-    inside = (units >= base + low * scale) & (units <= base + high * scale)
-    return inside.view(x.shape).to(x.dtype)
+    return ((units >= base + low * scale) & (units <= base + high * scale)).view(x.shape).to(x.dtype)
 
 
 def _clips(x: Tensor, fmt: Format) -> bool:
@@ -237,10 +227,7 @@ def _clips(x: Tensor, fmt: Format) -> bool:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Quantized values forward; straight-through backward [KD].
-
-    The gradient passes inside the clip, and inside the range of a static scale.
-    """
+    """Quantized values forward; backward straight through [KD], inside the clip and the range of a static scale."""
 
     @staticmethod
     def forward(ctx, x, fmt, scale, offset):  # type: ignore[no-untyped-def]
@@ -270,8 +257,7 @@ def fake_quantize(x: Tensor, fmt: Format, scale: Tensor | None = None, offset: T
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return _quantize(x, fmt, scale, offset)
-    out: Tensor = _FakeQuantize.apply(x, fmt, scale, offset)  # type: ignore[no-untyped-call]
-    return out
+    return _FakeQuantize.apply(x, fmt, scale, offset)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class FakeQuant(nn.Module):

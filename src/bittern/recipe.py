@@ -63,14 +63,11 @@ class Format(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _fixed_bits(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "bits" not in data:
-            data = data | {"bits": FIXED_BITS.get(str(data.get("kind")), 8)}
-        return data
+        return {"bits": FIXED_BITS.get(str(data.get("kind")), 8)} | data if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        fixed = FIXED_BITS.get(self.kind)
-        if fixed is not None and self.bits != fixed:
+        if self.bits != (fixed := FIXED_BITS.get(self.kind, self.bits)):
             raise ValueError(f"{self.kind} always has {fixed} bits, not {self.bits}; leave `bits` out")
         if not 1 <= self.bits <= 12:
             raise ValueError(f"bits must be 1 to 12, got {self.bits}")
@@ -226,8 +223,7 @@ def load_recipe(name_or_path: str | Path | Recipe) -> Recipe:
     """
     if isinstance(name_or_path, Recipe):
         return name_or_path
-    name = str(name_or_path)
-    if name in recipe_names():
+    if (name := str(name_or_path)) in recipe_names():
         return Recipe.from_yaml((files("bittern") / "recipes" / f"{name}.yaml").read_text(), name)
     if os.path.isfile(name):  # False, and no error, for what cannot be a path
         try:

@@ -66,8 +66,7 @@ def real_tokens(masks: TokenMasks, name: str, samples: int, tokens: int, side: s
 
     None where no mask tells, or where they are laid out otherwise: nothing of the windows of Swin is padding.
     """
-    real = masks.get((name, side))
-    if real is None or real.shape[-1] != tokens or len(real) not in (1, samples):
+    if (real := masks.get((name, side))) is None or real.shape[-1] != tokens or len(real) not in (1, samples):
         return None
     return real.expand(samples, -1)
 

@@ -208,9 +208,8 @@ def legend(names: Iterable[str], y: float) -> tuple[str, float]:
         wide = 40 + LETTER * len(name)
         if x > 8 and x + wide > WIDTH:
             x, y = 8.0, y + 18
-        parts.append(curve([(x, y), (x + 22, y)], n))
-        parts.append(symbol(n, x + 11, y, fill=f"var(--s{n})"))
-        parts.append(text(x + 27, y + 4, name))
+        mark = symbol(n, x + 11, y, fill=f"var(--s{n})")
+        parts += [curve([(x, y), (x + 22, y)], n), mark, text(x + 27, y + 4, name)]
         x += wide
     return "".join(parts), y + 14
 

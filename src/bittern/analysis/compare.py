@@ -119,8 +119,7 @@ def _recovery(
     distance = partial(recovery.distance, classes=classes, kinds=kinds)
     yield "gen", distance(student, teacher, seen)
     both = [_propagated(m, taps, i) for m, taps in ((pair.student, own), (pair.teacher, shown))]
-    norms = [found for found in both if found is not None]
-    if len(norms) == 2:
+    if len(norms := [found for found in both if found is not None]) == 2:
         where = {"norm": seen.any(2, keepdim=True), "prop": seen, "summed": seen}
         for (name, seen_there), x, y in zip(where.items(), *norms, strict=True):
             yield name, distance(x, y, seen_there)
@@ -155,8 +154,7 @@ def _states(taps: Taps, anatomy: Anatomy) -> Iterator[tuple[str, str, Tensor]]:
 def _add_errors(found: Values, how: str, pair: Pair, own: Taps, shown: Taps, masks: TokenMasks) -> None:
     states = (_states(taps, anatomy_of(m)) for taps, m in ((own, pair.student), (shown, pair.teacher)))
     for (label, name, x), (_, _, y) in zip(*states, strict=True):
-        real = real_tokens(masks, name, *x.shape[:2])
-        found[f"depth/{how}/{label}"].append(recovery.relative_error(x, y, real))
+        found[f"depth/{how}/{label}"].append(recovery.relative_error(x, y, real_tokens(masks, name, *x.shape[:2])))
 
 
 def _intervened(pair: Pair, batch: Batch, point: Point, given: Mapping[str, Sequence[Tensor]]) -> Taps:

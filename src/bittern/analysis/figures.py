@@ -124,8 +124,7 @@ def extremes(result: Facts) -> Iterator[Figure]:
         for who, found in ranges.items()
     }
     yield figure("min-max", curves, labels=labels_of(result))
-    sample = next((s for s in result["shown"] if "extremes" in s), None)
-    if sample is not None:
+    if (sample := next((s for s in result["shown"] if "extremes" in s), None)) is not None:
         layer = first["worst"][0]["layer"] if first["worst"] else 0
         curves = {who: two_sided(*found[layer]) for who, found in zip(ranges, sample["extremes"], strict=True)}
         yield figure("min-max-tokens", curves, labels=sample["tokens"], values={"layer": labels_of(result)[layer]})

@@ -66,9 +66,7 @@ def _lost(metric: str, before: float, after: float) -> float:
     """Return the loss relative to the better value; one near 0 (of a correlation) counts as 0.1. NaN: all is lost."""
     if math.isnan(after):
         return 1.0
-    if metric in LOWER_IS_BETTER:
-        return 1 - before / max(after, 1e-12)
-    return (before - after) / max(before, 0.1)
+    return 1 - before / max(after, 1e-12) if metric in LOWER_IS_BETTER else (before - after) / max(before, 0.1)
 
 
 def advice(
@@ -145,9 +143,8 @@ def place_of_loss(student: Mapping[str, Any]) -> tuple[str, str]:
     share, place = max((block["error"] / total, place) for block, place in zip(blocks, places, strict=True))
     where = f"most of it in {place}" if share * len(blocks) >= STANDS_OUT else "all over the blocks"
     weights, *others, everything = student["classes"]
-    blamed = max([weights, *others], key=lambda entry: entry["error"])["name"]
-    if weights["error"] >= everything["error"] / 2:
-        blamed = weights["name"]
+    worst = max([weights, *others], key=lambda entry: entry["error"])
+    blamed = (weights if weights["error"] >= everything["error"] / 2 else worst)["name"]
     return f"{where}, mostly from {blamed}", blamed
 
 

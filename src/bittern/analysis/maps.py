@@ -70,12 +70,10 @@ def _text(taps: Sequence[Taps], maps: Sequence[Tensor], point: Point, batch: Bat
 
 
 def _image(maps: Sequence[Tensor], batch: Batch, model: PreTrainedModel) -> dict[str, Any] | None:
-    size = getattr(model.config, "patch_size", None)
-    if not isinstance(size, int):
+    if not isinstance(size := getattr(model.config, "patch_size", None), int):
         return None
     height, width = (side // size for side in batch["pixel_values"].shape[-2:])
-    extra = maps[0].shape[-1] - height * width
-    if not 0 <= extra < maps[0].shape[-1]:
+    if not 0 <= (extra := maps[0].shape[-1] - height * width) < maps[0].shape[-1]:
         return None
     queries = [torch.stack([m[:, :, 0], m.mean(2)] if extra else [m.mean(2)], 2)[..., extra:] for m in maps]
     return {
@@ -108,8 +106,7 @@ def _predictions(models: Sequence[PreTrainedModel], batch: Batch) -> list[str]:
     """Return what each model says of a sample, if it is a classifier: the class and its probability."""
     found = []
     for model in models:
-        logits = model(**batch).get("logits")
-        if logits is None or logits.dim() != 2 or logits.shape[1] < 2:
+        if (logits := model(**batch).get("logits")) is None or logits.dim() != 2 or logits.shape[1] < 2:
             return []
         probability, label = logits[0].softmax(-1).max(-1)
         name = (model.config.id2label or {}).get(int(label), int(label))

@@ -61,8 +61,7 @@ class Pair:
         for ((block, _), (name, maps)), (_, mask) in zip(places.items(), taps.masks, strict=True):
             samples, _, queries, _ = maps.shape
             seen = torch.ones_like(maps[:, :1], dtype=torch.bool)  # (samples, 1, queries, keys)
-            given = attended(mask)
-            if given is not None and given.dim() == 4 and len(given) in (1, samples):
+            if (given := attended(mask)) is not None and given.dim() == 4 and len(given) in (1, samples):
                 seen = seen & given.any(1, keepdim=True)  # BEiT and Swin give a bias by head instead of a mask
             real = real_tokens(masks, name, samples, queries)
             real = seen.new_ones(samples, queries) if real is None else real

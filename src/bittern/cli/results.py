@@ -82,8 +82,7 @@ def sizes_and_metrics(result: Facts, how: str = "") -> None:
         for name, value in result["packed"].items():
             rows.append((name.replace("_", " "), f"{result['float'][name]:.4f}", f"{value:.4f}"))
         rows.append(("kernels", "", result["kernels"]))
-        error = result["max_error_simulated_packed"]
-        rows.append(("max error simulated–packed, without kernels", "", f"{error:g}"))
+        rows.append(("max error simulated–packed, without kernels", "", f"{result['max_error_simulated_packed']:g}"))
     print_table(("", "float", "packed"), rows, f"{result['source']} by {result['recipe']}{how}")
     if "origin" in result:
         say(f"Measured on {result['samples']:,} samples of {result['data']}, {result['origin']}.")
@@ -246,8 +245,7 @@ def bench(result: Facts) -> None:
     inputs = ", ".join(f"{name} {' × '.join(map(str, shape))}" for name, shape in result["inputs"].items())
     title = f"{inputs}; {result['threads']} threads, kernels: {result['kernels'] or 'none'}"
     print_table(("engine", "ms", "samples/s", "time / ours", "weights in memory", "file"), rows, title)
-    error = result["difference_kernels_simulated"]
-    say(f"medians of runs in turn; kernels and simulated model differ by {error:.1e}")
+    say(f"medians of runs in turn; kernels and simulated model differ by {result['difference_kernels_simulated']:.1e}")
     if not result["kernels"]:
         warn(f"no kernels here: {result['why_none']}; packed layers unpack their weights, which is slow")
     for formats, count in Counter(result["without_kernel"].values()).items():

@@ -47,8 +47,7 @@ def read_scenes(source: str, split: Split, model: PreTrainedModel, labels: Label
     Categories are the model's classes by name, or by id if the model has no names (see `match_classes`). Raises
     InputError for a missing or unknown image, a box that is none, and a category that is no class of the model.
     """
-    found = split_files(Path(source), _annotation_files(Path(source)))
-    if not found:
+    if not (found := split_files(Path(source), _annotation_files(Path(source)))):
         raise InputError(f"{source} is no folder in COCO format; {type(model).__name__} needs {LAYOUT}")
     if split not in found:
         return None
@@ -70,8 +69,7 @@ def read_scenes(source: str, split: Split, model: PreTrainedModel, labels: Label
     if not raw or len(sizes) < len(images):
         what = "several images of the same id; expected one" if raw else "no annotations; expected boxes of objects"
         raise InputError(f"{file} has {what}")
-    unknown = next((category for _, category, _, _ in raw if category not in names), None)
-    if unknown is not None:
+    if (unknown := next((category for _, category, _, _ in raw if category not in names), None)) is not None:
         raise InputError(f"{file}: annotations are of category {unknown}, which is not among its categories")
     used = list(dict.fromkeys(names[category] for _, category, _, _ in raw))
     numbers = match_classes(str(file), names, used, model, labels)
@@ -88,8 +86,7 @@ def read_scenes(source: str, split: Split, model: PreTrainedModel, labels: Label
     folders = _image_folders(Path(source), file)
     folder = next((f for f in folders if (f / first).is_file()), folders[0])
     scenes = [Scene(folder / name, h, w, tuple(boxes[image])) for image, (name, h, w) in sizes.items()]
-    bad = next((s for s in scenes if min(s.height, s.width) < 1 or not s.path.is_file()), None)
-    if bad is not None:
+    if (bad := next((s for s in scenes if min(s.height, s.width) < 1 or not s.path.is_file()), None)) is not None:
         what = "is missing" if bad.height > 0 < bad.width else f"has the size {bad.width}×{bad.height}"
         raise InputError(f"{file}: image {bad.path} {what}")
     return scenes

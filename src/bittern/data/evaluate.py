@@ -200,8 +200,7 @@ def metrics(model: PreTrainedModel, data: Data, output: Tensor, reference: Tenso
         result[data.metric] = float(find_own(data.metric)(output, data))
     if reference is None:
         return result
-    task = task_of(model)
-    if task == "boxes":
+    if (task := task_of(model)) == "boxes":
         for name, part in (("logits_error", slice(None, -4)), ("boxes_error", slice(-4, None))):
             wrong, right = output[..., part] - reference[..., part], reference[..., part]
             result[name] = (wrong.norm() / right.norm()).item()
@@ -251,8 +250,7 @@ def _matches(data: Data, output: Tensor) -> list[Matches]:
 
 
 def _of_truth(model: PreTrainedModel, data: Data, output: Tensor) -> dict[str, float]:
-    task = task_of(model)
-    if task == "boxes":
+    if (task := task_of(model)) == "boxes":
         return mean_average_precision(_matches(data, output))
     if task in ("next", "masked"):
         perplexity = {"perplexity": math.exp(min(output[..., 0].double().mean().item(), 700.0))}

@@ -171,8 +171,7 @@ def _scenes(ask: _Request) -> Data | None:
         pycocotools()  # missing, it is told before the model runs
     if scenes is None:
         return None
-    processor = image_processor(ask.processor_path)
-    if not hasattr(processor, "post_process_object_detection"):
+    if not hasattr(processor := image_processor(ask.processor_path), "post_process_object_detection"):
         found, wanted = type(processor).__name__, type(ask.model).__name__
         raise InputError(f"{ask.processor_path}: its {found} makes no boxes; expected the one of {wanted}")
     scenes, _ = _good_images(ask, scenes)
@@ -195,8 +194,7 @@ def _digits(ask: _Request) -> Data:
 
 def _image_folder(ask: _Request) -> Data | None:
     path = Path(ask.source)
-    files = visible_files(path, IMAGE_TYPES)
-    if not files:
+    if not (files := visible_files(path, IMAGE_TYPES)):
         neither = f"no images ({', '.join(IMAGE_TYPES)}) and no table named train, validation or test"
         raise InputError(f"{path} holds {neither}; expected a folder per class")
     roots = {path / file: path / (split_folder(file) or "") for file in files}  # where the folders of classes are

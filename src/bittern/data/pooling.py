@@ -29,8 +29,7 @@ class Pooling(NamedTuple):
 
 def read_pooling(model: PreTrainedModel) -> Pooling:
     """Read how the folder of a model pools, by default the mean, normalised. Raises InputError for what is unknown."""
-    modules = _read(model, "modules.json")
-    if modules is None:
+    if (modules := _read(model, "modules.json")) is None:
         return Pooling()
     kinds = {module["path"]: module["type"].rpartition(".")[2] for module in modules}
     ways: set[str] = set()

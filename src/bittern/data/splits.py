@@ -3,7 +3,7 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -25,10 +25,9 @@ def extension(path: Path) -> str:
     return Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
 
 
-def pick_name(names: Iterable[str], split: Split) -> str | None:
+def pick_name(names: Container[str], split: Split) -> str | None:
     """Return the name of a split among those that a data set has; None if it has no such split."""
-    known = list(names)
-    return next((word for words in SPLITS[split] for word in words if word in known), None)
+    return next((word for words in SPLITS[split] for word in words if word in names), None)
 
 
 def visible_files(folder: Path, kinds: Iterable[str]) -> list[Path]:

@@ -79,8 +79,7 @@ def _read_local(path: Path, split: Split) -> tuple[str, Any] | None:
         parts = saved if isinstance(saved, dict) else {"train": saved}
         return None if (name := pick_name(parts, split)) is None else (name, parts[name])
     if path.is_file() and extension(path) not in READERS:
-        kind = path.suffix or "nameless"
-        raise InputError(f"{path} is a {kind} file; expected one of {', '.join(READERS)}")
+        raise InputError(f"{path} is a {path.suffix or 'nameless'} file; expected one of {', '.join(READERS)}")
     parts = {"train": [path]} if path.is_file() else split_files(path, visible_files(path, READERS))
     if split not in parts:
         return None
@@ -89,10 +88,9 @@ def _read_local(path: Path, split: Split) -> tuple[str, Any] | None:
     if reader == "csv":
         for file in parts[split]:
             _check_fields(file, options)
+    given = {"data_files": files, "split": "train", "cache_dir": _cache_folder(), **options}
     try:
-        return name, datasets.load_dataset(
-            reader, data_files=files, split="train", cache_dir=_cache_folder(), **options
-        )
+        return name, datasets.load_dataset(reader, **given)
     except (ValueError, StopIteration) as error:  # what `datasets` says of a table without rows
         if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
             return name, ()
@@ -116,8 +114,7 @@ def _check_fields(file: Path, options: Mapping[str, Any]) -> None:
 @cache
 def _cache_folder() -> str | None:
     """Return where `datasets` may keep what it reads: None for its own folder, a temporary one if that is read-only."""
-    datasets = need("datasets")
-    own = Path(datasets.config.HF_DATASETS_CACHE)
+    own = Path(need("datasets").config.HF_DATASETS_CACHE)
     try:
         own.mkdir(parents=True, exist_ok=True)
         if os.access(own, os.W_OK):

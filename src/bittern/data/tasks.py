@@ -36,8 +36,7 @@ def task_of(model: PreTrainedModel) -> Task | None:
     config = model.config
     if model.can_generate() and not config.is_encoder_decoder and model.main_input_name == "input_ids":
         return "next"
-    head = re.search(r"For([A-Z]\w*)$", type(model).__name__)
-    if head is None:
+    if (head := re.search(r"For([A-Z]\w*)$", type(model).__name__)) is None:
         towers = config.is_encoder_decoder or all(hasattr(config, f"{part}_config") for part in ("text", "vision"))
         return None if towers else "embedding"
     task = HEADS.get(head[1])

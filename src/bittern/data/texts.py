@@ -88,8 +88,7 @@ def warn_of_cuts(name: str, tokenizer: Any, limit: int, texts: Sequence[Any], **
     """Warn of texts longer than `limit` tokens: how many of all, or of some drawn at random."""
     drawn = random.Random(0).sample(range(len(texts)), min(len(texts), 2000))
     columns = [list(part) for part in zip(*(texts[i] for i in drawn), strict=True)]
-    cut = sum(len(ids) > limit for ids in tokenizer(*columns, verbose=False, **options)["input_ids"])
-    if cut:
+    if cut := sum(len(ids) > limit for ids in tokenizer(*columns, verbose=False, **options)["input_ids"]):
         how = "texts" if len(drawn) == len(texts) else "texts drawn at random"
         warnings.warn(f"{name}: {cut} of {len(drawn)} {how} were cut at {limit} tokens (--max-length)", stacklevel=2)
 

@@ -41,8 +41,7 @@ def _pack_bits(unsigned: Tensor, bits: int) -> Tensor:
     columns = unsigned.shape[1]
     unsigned = F.pad(unsigned, (0, -columns % 8)).unflatten(1, (-1, 8))
     words: Tensor = (unsigned << (bits * digit)).sum(-1, keepdim=True)  # 8 codes in `bits` bytes
-    packed = ((words >> (8 * byte)) & 255).to(torch.uint8).flatten(1)
-    return packed[:, : -(-columns * bits // 8)].contiguous()
+    return ((words >> (8 * byte)) & 255).to(torch.uint8).flatten(1)[:, : -(-columns * bits // 8)].contiguous()
 
 
 def unpack_codes(packed: Tensor, columns: int, fmt: Format) -> Tensor:
@@ -50,8 +49,7 @@ def unpack_codes(packed: Tensor, columns: int, fmt: Format) -> Tensor:
     low = code_range(fmt)[0]
     if fmt.storage == "base3":
         powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=packed.device)
-        digits = packed.unsqueeze(-1).div(powers, rounding_mode="floor").remainder_(3)
-        digits = digits.flatten(1)[:, :columns]
+        digits = packed.unsqueeze(-1).div(powers, rounding_mode="floor").remainder_(3).flatten(1)[:, :columns]
     else:
         digits = _unpack_bits(packed, columns, fmt.bits)
     codes = digits.to(torch.float32)
@@ -68,5 +66,4 @@ def _unpack_bits(packed: Tensor, columns: int, bits: int) -> Tensor:
         whole = F.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits)).to(torch.int64)
         words = (whole << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
         digits = (words >> (bits * torch.arange(8, device=packed.device))) & (2**bits - 1)
-    codes: Tensor = digits.flatten(1)[:, :columns]
-    return codes
+    return digits.flatten(1)[:, :columns]  # type: ignore[no-any-return]

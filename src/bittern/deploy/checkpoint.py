@@ -97,8 +97,7 @@ def open_checked(files: list[Path]) -> tuple[dict[str, Any], dict[str, Any]]:
     for file in files:
         handle, metadata = open_tensors(file)
         handles |= dict.fromkeys(handle.keys(), handle)
-        text = metadata.get(METHOD)
-        if text is None:
+        if (text := metadata.get(METHOD)) is None:
             raise CheckpointError(f"{file.name} has no Bittern checksums; it was not written by Bittern, or is damaged")
         try:
             checks = json.loads(text)
@@ -295,8 +294,7 @@ def _quantized_modules(model: PreTrainedModel, handles: Mapping[str, Any]) -> di
     stored: dict[str, dict[str, Tensor]] = {name: {} for name in names.values()}
     for key, handle in handles.items():
         for depth in (1, 2):  # a tensor of the module, or of a quantizer in it
-            owner = key.rsplit(".", depth)[0]
-            if owner in names:
+            if (owner := key.rsplit(".", depth)[0]) in names:
                 tensor, part = handle.get_tensor(key), key.removeprefix(f"{owner}.")
                 stored[names[owner]][part] = tensor if part == INDEX else tensor.to("meta")
     return stored

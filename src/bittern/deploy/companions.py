@@ -49,8 +49,7 @@ def copy_companions(source: str | Path, folder: Path) -> None:
     if (there := folder_of(source, [*COMPANIONS, CARD])) is None:
         return
     for file in {file for pattern in COMPANIONS for file in there.glob(pattern) if file.is_file()}:
-        copy = folder / file.relative_to(there)
-        if not copy.exists():
+        if not (copy := folder / file.relative_to(there)).exists():
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
 

@@ -216,8 +216,7 @@ _held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())  #
 def reserved(out: str | Path) -> Iterator[None]:
     """Hold an output for one run, by a locked file. Raises InputError that names the process, if another one writes to
     it."""
-    place = Path(out).resolve()
-    if place in _held.get():  # by whoever called
+    if (place := Path(out).resolve()) in _held.get():  # by whoever called
         yield
         return
     name = sha256(str(place).encode()).hexdigest()[:16]

@@ -92,8 +92,7 @@ class Journal:
 
     def load(self, part: str) -> tuple[dict[str, Tensor], Any] | None:
         """A part as it was saved; None if it is not finished. Raises CheckpointError if it is damaged."""
-        path = self.folder / f"{part}.safetensors"
-        if not path.exists():
+        if not (path := self.folder / f"{part}.safetensors").exists():
             return None
         try:
             handle, metadata = open_tensors(path)

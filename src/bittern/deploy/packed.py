@@ -95,8 +95,7 @@ class PackedLayer(QuantizedLayer):
 
     def kernel_layer(self) -> KernelLayer | None:
         """The layer as kernels read it, with the bias kept until that changes; None if they do not serve it."""
-        coding = input_coding(self.input_quantizer)
-        if coding is None or (panels := self.panels()) is None:
+        if (coding := input_coding(self.input_quantizer)) is None or (panels := self.panels()) is None:
             return None
         state = stamp(self._parameters.get("bias"))
         if self._bias is None or self._bias[0] != state:

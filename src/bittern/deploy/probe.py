@@ -57,8 +57,7 @@ def check(model: PreTrainedModel, probe: Mapping[str, Any]) -> float:
 def _from_json(value: Any, model: PreTrainedModel) -> Tensor:
     if not isinstance(value, dict):
         return torch.tensor(value, device=model.device)
-    count = torch.Size(value["shape"]).numel()
-    return torch.linspace(-1, 1, count).view(value["shape"]).to(model.device, model.dtype)
+    return torch.linspace(-1, 1, torch.Size(value["shape"]).numel()).view(value["shape"]).to(model.device, model.dtype)
 
 
 @torch.no_grad()

@@ -95,11 +95,9 @@ def _check_folder(folder: Path) -> AbstractContextManager[object]:
         raise InputError(f"{folder} is empty; expected a folder with config.json and model.safetensors")
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder} holds an adapter; merge it into its model (PEFT's merge_and_unload) and save that")
-    config = read_json(folder / "config.json")
-    if "model_type" not in config:
+    if "model_type" not in (config := read_json(folder / "config.json")):
         raise ModelError(f"{folder}/config.json names no model_type; expected a Transformer of transformers")
-    files = tensor_files(folder)
-    if not files:
+    if not (files := tensor_files(folder)):
         raise CheckpointError(f"{folder} holds no .safetensors file; Bittern loads nothing else")
     quantization = config.get("quantization_config")
     by_config = isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
@@ -212,14 +210,13 @@ def inspect(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
         if name not in quantized and not isinstance(m, FakeQuant) and any(True for _ in m.parameters(recurse=False))
     ]
     config: BitternConfig | None = getattr(model.config, "quantization_config", None)
-    size = measure(model, path)
     return {
         "model": str(path),
         "architecture": type(model).__name__,
         "state": config.state if config else "float",
         "recipe": config.recipe if config else "",
         "format_version": config.format_version if config else None,
-        **asdict(size),
+        **asdict(measure(model, path)),
         "tensors": sum(len(open_tensors(file)[0].keys()) for file in tensor_files(path)),
         "kernels": native.engine()[0],
         **({"verified": compare_outputs(model, path)} if verify else {}),

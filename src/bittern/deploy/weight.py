@@ -32,14 +32,12 @@ class PackedWeight(nn.Parameter):
 
     def values(self) -> Tensor:
         """The float weight in the shape that the layer's class has it."""
-        layer = self.layer()
-        if layer is None:
+        if (layer := self.layer()) is None:
             raise ModelError("the layer of this packed weight is gone; keep the model as long as its weights are read")
         matrix: Tensor = layer.unpacked()
         if not isinstance(layer, Conv1D) and not getattr(layer, "transposed", False):
             return matrix.view(self.shape)
-        turned: Tensor = matrix.unflatten(0, (*self.shape[:-2], -1)).mT
-        return turned.contiguous()
+        return matrix.unflatten(0, (*self.shape[:-2], -1)).mT.contiguous()  # type: ignore[no-any-return]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         return nn.Parameter(self.values(), False)  # alone; a layer makes its own, see `PackedLayer.__setstate__`

@@ -116,8 +116,7 @@ def use(kind: str | None = None) -> None:
         raise InputError(f"{SWITCH} is {asked!r}; {runs}")
     if kind is not None:
         raise ValueError(f"no library {kind!r} for this machine; {runs}")
-    built = [name for name in _KINDS if _file(name).exists()]
-    if not built:
+    if not (built := [name for name in _KINDS if _file(name).exists()]):
         why = "no kernels were compiled here: no C++ compiler, or neither Linux nor macOS on x86-64 or arm64"
     elif options:
         why = "the kernels were compiled from other sources than these; install Bittern again"

@@ -20,8 +20,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
     Memory: two numbers per scale. Raises InputError without batches, ModelError if a quantizer never ran or saw NaN,
     before it sets any scale.
     """
-    waiting = [q for _, q in fake_quants(model) if q.needs_scale]
-    if not waiting:
+    if not (waiting := [q for _, q in fake_quants(model) if q.needs_scale]):
         return
     count = 0
     with holding(waiting, "observed", None), evaluating(model):

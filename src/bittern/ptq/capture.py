@@ -88,8 +88,7 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
 
         def on_read(name: str, x: Tensor) -> None:
             keep.append(x)
-            layer = layers[name]
-            key = _address(x)
+            layer, key = layers[name], _address(x)
             if isinstance(layer, QuantConv2d):
                 key += layer.kernel_size, layer.stride, layer.padding, layer.dilation
             if key not in seen:
@@ -129,8 +128,7 @@ def capture(calls: Sequence[Call], batches: Sequence[Mapping[str, Any]], sizes: 
         if len(known) < len(parts) or not any(len(part.x) for part in known):
             unclear.append(name)
             continue
-        key = tuple(map(id, parts))
-        if key not in inputs:
+        if (key := tuple(map(id, parts))) not in inputs:
             # of all calls: (rows, in), (rows)
             x, sample = (torch.cat([getattr(part, kind) for part in known]) for kind in ("x", "sample"))
             norm = known[0].norm if len({part.norm for part in known}) == 1 else None
@@ -174,10 +172,8 @@ def _alone(module: nn.Module, group: Inputs, layers: Mapping[str, QuantLayer], c
 
 
 def _rows(layer: QuantLayer, x: Tensor, batch: Mapping[str, Any], size: int) -> tuple[Tensor, Tensor] | None:
-    """Return the rows (N, in) of a layer's matrix product that are not padding, and the sample in the batch of each.
-
-    None if the samples cannot be told apart.
-    """
+    """Return the rows (N, in) of a layer's matrix product that are not padding, and the sample in the batch of each;
+    None if the samples cannot be told apart."""
     if x.dim() < (4 if isinstance(layer, QuantConv2d) else 2) or x.shape[0] % size:
         return None
     if isinstance(layer, QuantConv2d):
@@ -198,8 +194,7 @@ def _samples(items: int, size: int, device: torch.device) -> Tensor:
 
 def size_of(batch: Mapping[str, Any]) -> int:
     """Return how many samples a batch has. Raises InputError for one without tensors."""
-    tensor = next((v for v in batch.values() if isinstance(v, Tensor) and v.dim()), None)
-    if tensor is None:
+    if (tensor := next((v for v in batch.values() if isinstance(v, Tensor) and v.dim()), None)) is None:
         raise InputError(f"a batch holds no tensors, only {', '.join(batch) or 'nothing'}")
     return len(tensor)
 

@@ -105,8 +105,7 @@ def nuclear_norm(matrices: Tensor) -> Tensor:
     """Sum the singular values of each matrix (…, rows, columns), through the smaller Gram matrix in float64."""
     x = matrices.double()
     gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
-    norms: Tensor = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum(-1)
-    return norms
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum(-1)  # type: ignore[no-any-return]
 
 
 def paper_sensitivity(out: Tensor, changed: Tensor) -> float:
@@ -236,8 +235,7 @@ def frontier(sensitivity: Mapping[str, Mapping[int, float]], weights: Mapping[st
 def choose_bits(points: Sequence[Choice], weights: Mapping[str, int], target: float) -> Choice:
     """Return the least sensitive point of at most `target` bits a weight on average; InputError if there is none."""
     total = sum(weights.values())
-    fitting = [point for point in points if point.size <= target * total]
-    if not fitting:
+    if not (fitting := [point for point in points if point.size <= target * total]):
         least = f"the smallest has {points[0].size / total:.2f}"
         raise InputError(f"no choice of bits has {target:g} bits a weight or fewer; {least}")
     return fitting[-1]

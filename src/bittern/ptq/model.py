@@ -108,8 +108,7 @@ def quantize(
     that are kept of very large inputs. Raises InputError, ModelError and RecipeError.
     """
     recipe, method = load_recipe(recipe), find_method(method)
-    device = model.device
-    given = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+    given = [{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
     if not given:
         raise InputError("calibration got no batches; give at least one")
     sizes = [size_of(batch) for batch in given]
@@ -244,9 +243,8 @@ def _solve(run: _State, unit: str, module: nn.Module, captured: Captured) -> lis
     inside, sites = unit_layers(unit, module), {m.name: m for m in module.modules() if isinstance(m, Site)}
     solved = []
     for group in captured.inputs:
-        chosen = {n: inside[n] for n in group.layers}
         norm = module.get_submodule(group.norm) if group.norm is not None and run.method.folds else None
-        solved += solve_layers(chosen, group.x, group.sample, run.method, run.tied, norm)
+        solved += solve_layers({n: inside[n] for n in group.layers}, group.x, group.sample, run.method, run.tied, norm)
     for name, heads in captured.heads.items():
         solved += solve_attention(sites[name], heads, run.method)
     return solved
@@ -276,7 +274,6 @@ def _solve_without_data(model: nn.Module, method: Method) -> None:
     for module in model.modules():
         quantizer = module.weight_quantizer if isinstance(module, kinds) else None
         if quantizer is not None and searchable(quantizer):
-            clip = method.weight_clip
-            if method.space is not None:
-                clip = omse_scale if quantizer.format.bits < 8 else find_scale
+            nearest = omse_scale if quantizer.format.bits < 8 else find_scale
+            clip = method.weight_clip if method.space is None else nearest
             quantizer.set_scale(*clip(layers.weight_matrix(module).detach().float(), quantizer.format))

@@ -201,9 +201,8 @@ def _part(x: Tensor, slack: float, rows: int = 0) -> tuple[Tensor | slice, float
 def _cross_terms(x: Tensor, fmt: Format, other: Tensor, weight: Tensor) -> list[CrossTerms]:
     """Return estimates of the weighted ‖e·otherᵀ‖² of x's rows less the part of its diagonal, from a few rows.
 
-    x (rows, inner) with other (·, inner) and weight (rows, 1); or groups of these.
-    Half the rows are those of the largest values: what a small scale clips sits in few rows, and there it is all that
-    counts.
+    x (rows, inner) with other (·, inner) and weight (rows, 1); or groups of these. Half the rows are those of the
+    largest values: what a small scale clips sits in few rows, and there it is all that counts.
     """
 
     def terms(rows: Tensor, leading: Tensor, weight: Tensor) -> CrossTerms:
@@ -292,8 +291,7 @@ def _leading(x: Tensor) -> Tensor:
     basis = torch.randn(x.shape[1], min(RANK, *x.shape), generator=torch.Generator().manual_seed(0)).to(x.device)
     for _ in range(2):
         basis = torch.linalg.qr(x.T @ (x @ basis))[0]
-    factor: Tensor = basis @ torch.linalg.qr(x @ basis)[1].T * size
-    return factor
+    return basis @ torch.linalg.qr(x @ basis)[1].T * size  # type: ignore[no-any-return]
 
 
 def _row_losses(

@@ -290,8 +290,7 @@ def solve_attention(site: Site, heads: Heads, method: Method) -> list[Solved]:
         chosen = {name: q for name in names if (q := site.quantizer(name)) is not None and searchable(q)}
         if not chosen:
             continue
-        units = {q.format.granularity for q in chosen.values()}
-        if len(units) > 1:
+        if len(units := {q.format.granularity for q in chosen.values()}) > 1:
             raise ModelError(f"{site.name}: {' and '.join(names)} must both have one scale per head, or neither")
         by_head = units == {"head"}
         parts = [slice(h, h + 1) for h in range(heads.key.shape[1])] if by_head else [slice(None)]
@@ -324,9 +323,8 @@ def _solve_product(
     sample = torch.unique(heads.sample, return_inverse=True)[1].repeat_interleave(count)
     sample = sample.unsqueeze(-1).expand_as(rows)  # (items · heads, rows)
     b.product = product = Product(a.x, b.x, sample, b.space.objective, columns * rows, slack=b.space.slack)
-    penalty = None
-    if scores and method.ranking:
-        penalty = ranking_penalty(product, rows, keys, method.ranking, method.margin)
+    ranked = scores and method.ranking
+    penalty = ranking_penalty(product, rows, keys, method.ranking, method.margin) if ranked else None
     before = product.loss(a.by_extremes.__getitem__, b.by_extremes)
     rounds = _alternate(a, [b], method, penalty)
     after = product.loss(a.values.__getitem__, b.values)

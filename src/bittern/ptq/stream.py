@@ -95,8 +95,7 @@ def stream(model: PreTrainedModel, units: Sequence[str], batches: Sequence[Batch
         return worker.exchange(Call(worker.index, name, module, args, kwargs))
 
     # A unit may run more than once on a call, and a cache of keys and values would grow each time.
-    caching = [c for c in attention_configs(model) if getattr(c, "use_cache", False)]
-    with holding(caching, "use_cache", False):
+    with holding([c for c in attention_configs(model) if getattr(c, "use_cache", False)], "use_cache", False):
         try:
             for name in units:
                 module = model.get_submodule(name)

@@ -56,8 +56,7 @@ def output_error(weight: Tensor, quantized: Tensor, gram: Tensor, cross: Tensor 
     """Return ‖Xw − X̂ŵ‖² of each row, less what it is for ŵ = w: (rows,) in float64. Without `cross`: ‖X(w − ŵ)‖²."""
     w, gram = weight.detach().double(), gram.double()
     change = quantized.double() - w
-    error: Tensor = ((change @ gram - 2 * _drift(w, gram, cross)) * change).sum(-1)
-    return error
+    return ((change @ gram - 2 * _drift(w, gram, cross)) * change).sum(-1)
 
 
 def ridge(weight: Tensor, gram: Tensor, cross: Tensor, damp: float) -> Tensor:
@@ -74,11 +73,10 @@ def _factor(gram: Tensor, damp: float) -> Tensor:
     diagonal = gram.diagonal()
     alive = diagonal[diagonal > 0]
     mean = alive.mean() if len(alive) else diagonal.new_ones(())
-    factor: Tensor
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(torch.where(diagonal > 0, damp * mean, mean)))
         if not failed:
-            return factor
+            return factor  # type: ignore[no-any-return]
         damp = max(10 * damp, 1e-8)
 
 
@@ -260,13 +258,11 @@ def _split_outputs(
                 block, plane = slice(i, i + BLOCK_COLUMNS), planes[k]
                 before, local, near = plane[block].clone(), slope[block].clone(), gram[block, block]
                 for n in range(len(local)):
-                    curve = step * diagonal[i + n]
                     if diagonal[i + n] > 0:
-                        new = (before[n] - local[n] / curve).round_().clamp_(-1, 1)
-                        plane[i + n] = new
+                        curve = step * diagonal[i + n]
+                        plane[i + n] = new = (before[n] - local[n] / curve).round_().clamp_(-1, 1)
                         local[n + 1 :].addr_(near[n, n + 1 :], (new - before[n]).mul_(step))
-                moved = (plane[block] - before) * step
-                if moved.any():
+                if (moved := (plane[block] - before) * step).any():
                     slope.addmm_(gram[:, block], moved)
                     changed = True
         if not changed:

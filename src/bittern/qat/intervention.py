@@ -57,8 +57,7 @@ class Intervener:
         self.student, self.anatomy = student, anatomy
         self.source: dict[str, str] = {}  # attention of the student → of the teacher
         for i, block in enumerate(anatomy.blocks):
-            other = i if mapping is None else mapping.get(i)
-            if other is None:
+            if (other := i if mapping is None else mapping.get(i)) is None:
                 continue
             theirs = teacher.blocks[other].attentions if other < len(teacher.blocks) else ()
             if len(theirs) != len(block.attentions):

@@ -28,8 +28,7 @@ class BertAdam(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 clip_grad_norm_(p, MAX_NORM)
-                state = self.state[p]
-                if not state:
+                if not (state := self.state[p]):
                     state |= {"mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
                 whole = [torch.atleast_1d(t) for t in (p, p.grad, state["mean"], state["square"])]
                 rows = 1 + AT_ONCE * len(whole[0]) // max(1, p.numel())

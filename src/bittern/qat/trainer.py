@@ -54,8 +54,7 @@ class QATTrainer(Trainer):
             raise InputError("DataParallel cannot record inside its replicas; start one process per GPU with torchrun")
         if teacher is not None:
             teacher.to(self.args.device)
-        self._sums: Counter[str] = Counter()
-        self._count = 0
+        self._sums, self._count = Counter[str](), 0
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """With an intervention, the learning rate rises and falls twice: in its steps, and in those after it [TI]."""
@@ -69,8 +68,7 @@ class QATTrainer(Trainer):
         factors = []
         for length in (steps, num_training_steps - steps):
             self.lr_scheduler = None
-            part = super().create_scheduler(length, optimizer)
-            if not isinstance(part, LambdaLR):
+            if not isinstance(part := super().create_scheduler(length, optimizer), LambdaLR):
                 kind = self.args.lr_scheduler_type.value
                 raise InputError(f"no intervention with the learning rate's schedule {kind}; use linear or cosine")
             factors.append(part.lr_lambdas[0])
@@ -150,6 +148,4 @@ def _check_processes(arguments: Any) -> None:
 
 def _load_state(model: PreTrainedModel, folder: str) -> None:
     """Weights and scales of a checkpoint, read as `from_pretrained` reads them."""
-    saved = type(model).from_pretrained(folder, dtype=torch.float32)
-    state: dict[str, Tensor] = saved.state_dict()
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())

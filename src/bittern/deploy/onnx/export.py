@@ -146,8 +146,7 @@ def _batches(
         longest, size = getattr(model.config, "max_position_embeddings", 64), min(8, samples)
         lengths = [max(4, min(32, longest // 2) - 3 * i) for i in range(samples // size)]
         return [made_up(model, size, length, seed + i) for i, length in enumerate(lengths)]
-    loaded = load_any_split(data, model, source, **columns)
-    return [complete(model, batch) for batch in loaded.subset(samples, seed)]
+    return [complete(model, batch) for batch in load_any_split(data, model, source, **columns).subset(samples, seed)]
 
 
 def _check_output(out: Path, force: bool, source: str | Path) -> None:

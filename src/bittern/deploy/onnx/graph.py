@@ -133,8 +133,7 @@ def _rows(layer: Any, known: LayerForm, ids: Tensor) -> Tensor:
         codes = _op("BitShift", (codes, shifts), parts, torch.uint8, direction="RIGHT")
         codes = _op("BitwiseAnd", (codes, byte(2**known.bits - 1)), parts, torch.uint8)
     codes = _op("Reshape", (codes, torch.tensor([*same, columns])), whole, torch.uint8)
-    centred: Tensor = codes.float() - 2 ** (known.bits - 1)
-    return centred * F.embedding(ids, layer.scale)
+    return (codes.float() - 2 ** (known.bits - 1)) * F.embedding(ids, layer.scale)  # type: ignore[no-any-return]
 
 
 # ---- the trace
@@ -223,8 +222,7 @@ def finish(model: ir.Model, forms: Mapping[str, LayerForm]) -> None:
 
 def float_nodes(model: ir.Model) -> dict[str, int]:
     """Count the operators that still compute in float, of those that take time."""
-    counts = Counter(node.op_type for node in model.graph.all_nodes() if node.op_type in COMPUTES)
-    return dict(counts.most_common())
+    return dict(Counter(node.op_type for node in model.graph.all_nodes() if node.op_type in COMPUTES).most_common())
 
 
 def save_graph(model: ir.Model, file: Path) -> None:

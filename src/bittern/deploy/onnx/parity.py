@@ -37,9 +37,7 @@ Outputs = dict[str, list[Tensor]]  # by name, batch by batch
 
 def made_up(model: PreTrainedModel, samples: int, length: int = 9, seed: int = 0) -> dict[str, Tensor]:
     """Make random inputs of every kind that the model takes; the second half of two or more texts is padded.
-
-    Raises ModelError if the inputs are unusual.
-    """
+    Raises ModelError if the inputs are unusual."""
     random, batch = torch.Generator().manual_seed(seed), {}
     for name, values in dummy_batch(model, samples, length).items():
         if values.is_floating_point():
@@ -47,8 +45,7 @@ def made_up(model: PreTrainedModel, samples: int, length: int = 9, seed: int = 0
         else:
             vocabulary = model.config.get_text_config().vocab_size
             batch[name] = torch.randint(min(5, vocabulary - 1), vocabulary, values.shape, generator=random)
-    batch = complete(model, batch)
-    if "attention_mask" in batch:
+    if "attention_mask" in (batch := complete(model, batch)):
         batch["attention_mask"][(samples + 1) // 2 :, length - length // 4 :] = 0
     return batch
 
@@ -83,10 +80,8 @@ def run_model(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -
 
 
 def session(file: str | Path, threads: int = 0, optimized: str | Path | None = None) -> Any:
-    """Open a file in onnxruntime on the CPU.
-
-    threads: 0 for all; optimized: where to write the graph that onnxruntime makes of the file.
-    """
+    """Open a file in onnxruntime on the CPU. threads: 0 for all; optimized: where to write the graph that it makes of
+    the file."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
