@@ -150,13 +150,14 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def course(path: Path) -> str:
-    """Metric and divergence as they were measured during each training of a file."""
+def course(path: Path, *lengths: int) -> str:
+    """Metric and divergence as they were measured during each training of a file, or those of so many steps."""
     known = read(path)
     unit = 1 if known["metric"] in LOWER_IS_BETTER else 100
-    steps = sorted({step for row in known["rows"] for step, _ in row["curve"]})
+    trainings = [row for row in known["rows"] if not lengths or row["curve"][-1][0] in lengths]
+    steps = sorted({step for row in trainings for step, _ in row["curve"]})
     lines = [f"| variant | seed | steps | {' | '.join(map(str, steps))} |", "|---|---|---|" + "---|" * len(steps)]
-    for row in known["rows"]:
+    for row in trainings:
         values = {step: f"{unit * value:.2f}" for step, value in row["curve"]}
         errors = {step: f"{value:.3f}" for step, value in row["divergence_curve"]}
         for name, cells in ((known["metric"], values), ("divergence", errors)):

@@ -155,7 +155,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "compress": lambda name: compress.table(RESULTS / f"{name}.json"),
     "ptq": lambda name: ptq_grid.table(RESULTS / f"{name}.json"),
     "kd": lambda name: kd.table(RESULTS / f"{name}.json"),
-    "course": lambda name: kd.course(RESULTS / f"{name}.json"),
+    "course": lambda name, *steps: kd.course(RESULTS / f"{name}.json", *map(int, steps)),
     "ti": lambda name: ti.table(RESULTS / f"{name}.json"),
     "plateau": lambda name: plateau.table(RESULTS / f"{name}.json"),
     "fidelity": fidelity,

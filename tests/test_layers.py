@@ -39,7 +39,7 @@ from bittern.layers import (
 from bittern.qat.trainer import QATTrainer
 from bittern.quantizers import FakeQuant
 from bittern.recipe import Format, Recipe, Role, Rule, recipe_names
-from families import FLOAT_ATTENTION, SUPPORTED, Batch
+from families import CLASSES, FLOAT_ATTENTION, SUPPORTED, TEXT, Batch, text
 
 ROW = Format(bits=8, granularity="row")
 INPUT = Format(bits=8, scheme="asymmetric")
@@ -391,6 +391,24 @@ def test_shared_input(monkeypatch: pytest.MonkeyPatch) -> None:
     assert alive() is None
     ffn = model.bert.encoder.layer[0].intermediate.dense  # feeds no attention, so that each call has its own graph
     assert ffn.quantized_input(x) is not ffn.quantized_input(x)
+
+
+def test_shared_input_of_attention_in_own_code() -> None:
+    """Where blocks are computed again for their gradients, these are the same: attention in a model's own code, too,
+    lets go of what Q, K and V share."""
+    config = hf.RoFormerConfig(**TEXT, **CLASSES, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    torch.manual_seed(0)
+    model, batch = hf.RoFormerForSequenceClassification(config), text()
+    simulate(model, "ternary-2-2-8", batch)
+    gradients = []
+    for again in (False, True):
+        model.train()
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(**batch).logits.square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients)
 
 
 def test_restore_keeps_training() -> None:

@@ -10,13 +10,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial, wraps
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils import swap_tensors
+from torch.utils._pytree import tree_leaves, tree_map
 
+from bittern import native
 from bittern.derived import derive
 from bittern.errors import ModelError
 
@@ -76,7 +79,7 @@ def counted(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Counte
 
 
 def writes(func: Any, kwargs: Mapping[str, Any]) -> bool:
-    """True for what writes to a tensor that it is given."""
+    """True for what writes to a tensor that it is given, such as `add_`, `__iadd__` and `__setitem__`."""
     name = getattr(func, "__name__", "")
     own = name in ("__setitem__", "__set__") or (name[:3] == "__i" and name not in _NO_WRITES)
     return own or name[-1:] == "_" != name[-2:-1] or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
@@ -99,10 +102,8 @@ def einsum(call: Callable[..., Any], equation: str, *operands: Any) -> Any:
 
 
 class _Later(NamedTuple):
-    """Scores or a map that wait until somebody reads them, as kernels may compute them together with map · V.
-
-    make: gives them as the model's own code has it. query, key: (batch, heads, ·, head dim).
-    """
+    """Scores or a map that wait. make: gives them as the model's own code has it; query (batch, heads, queries, head
+    dim), key (batch, heads, head dim, keys)."""
 
     make: Callable[[], Tensor]
     query: Tensor
@@ -112,15 +113,96 @@ class _Later(NamedTuple):
     normed: bool = False
 
 
+class _Waiting:
+    """Scores and maps that wait for map · V, since kernels compute all of this at once.
+
+    A tensor without numbers stands for each. Once anything else reads one of them, or writes to any tensor, all are
+    made as the model's own code has it, and nothing waits any more. What is still held when the attention ends gets its
+    numbers then. Unseen is what writes to memory past PyTorch, as through `numpy()`.
+    """
+
+    def __init__(self, site: Any):
+        self.site, self.autocast = site, torch.is_autocast_enabled("cpu")
+        self.later: dict[int, tuple[Tensor, _Later]] = {}  # by the id of what stands for it
+        self.made: dict[int, Tensor] = {}  # all of these, if they wait no more
+
+    def may_wait(self, call: CountedCall) -> bool:
+        """True for scores that kernels may compute together with what comes after."""
+        left, right = call.operands
+        plain = call.function is torch.matmul and "out" not in call.given and _alike(left, right)
+        changes = self.autocast or torch.is_autocast_enabled("cpu") or left.requires_grad or right.requires_grad
+        return plain and not changes and native.serves(left, right) and self.site.integer(None)
+
+    def add(self, later: _Later, x: Tensor | None = None) -> Tensor:
+        """What stands for it; x: what stood for it before it was changed in place."""
+        if x is None:
+            with torch._C.DisableTorchFunction():  # no step of a tape
+                x = torch.empty(*later.query.shape[:3], later.key.shape[3], dtype=later.query.dtype, device="meta")
+        self.later[id(x)] = x, later
+        return x
+
+    def follow(self, func: Any, place: str, call: CountedCall | None, x: Any, *rest: Any, **options: Any) -> Any:
+        """What a function makes of scores or a map that wait: they wait on, or kernels compute it; None if neither."""
+        if self.made or id(x) not in self.later:
+            return None
+        later, name = self.later[id(x)][1], getattr(func, "__name__", "")
+        step, other = name.rstrip("_"), rest[0] if len(rest) == 1 and not options else None  # `add` for `add_`
+        if (step == "dropout" and options.get("training") is False) or (step == "to" and other is x.dtype):
+            return x
+        if later.normed:
+            ends = place == "context" and call and call.function is torch.matmul and _alike(x, other)
+            return self._finish(x, later, other) if ends else None  # type: ignore[arg-type]
+        changed: dict[str, Any] = {}
+        if place == "softmax" and call and call.function in SOFTMAX and "out" not in options:
+            if call.given.get("dim") in (-1, 3) and call.given.get("dtype") in (None, x.dtype):
+                changed["normed"] = True
+        elif step in ("mul", "div") and isinstance(other, (int, float)) and other and not later.added:
+            changed["scaling"] = later.scaling * (other if step == "mul" else 1 / other)
+        elif step == "add" and isinstance(other, Tensor) and _adds_to(x, other):
+            changed["added"] = (*later.added, other)
+        if not changed:
+            return None
+        function = func if step == name else getattr(Tensor, step)  # what was there before may still be read
+        changed["make"] = cache(lambda: function(later.make(), *rest, **options))
+        return self.add(later._replace(**changed), None if step == name else x)
+
+    def _finish(self, x: Tensor, later: _Later, value: Tensor) -> Tensor | None:
+        """Map · V by the kernels; who reads the map itself then gets theirs."""
+        found = self.site.on_integers(later.query, later.key.mT, value, later.added, later.scaling)
+        if found is None:
+            return None
+        context, probabilities = found
+        self.add(later._replace(make=lambda: probabilities), x)
+        return context.transpose(1, 2).contiguous()  # type: ignore[no-any-return]  # as products are
+
+    def settle(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What a function is given, with numbers."""
+        parts = (*args, *kwargs.values())
+        if any(isinstance(part, (list, tuple, dict)) for part in parts):  # else that would take longer than all else
+            parts = tuple(tree_leaves(parts))
+        if writes(func, kwargs) or any(id(part) in self.later for part in parts):
+            self.made = {key: later.make() for key, (_, later) in self.later.items()}
+        return tree_map(lambda part: self.made.get(id(part), part), (args, kwargs)) if self.made else (args, kwargs)
+
+    def end(self) -> None:
+        """Give numbers to what is still held: by whoever called, or elsewhere."""
+        waiting = [(ref(x), later) for x, later in self.later.values()]
+        self.later.clear()
+        held = [(x, later) for find, later in waiting if (x := find()) is not None]
+        del waiting  # no tensor is swapped while something refers to it weakly
+        for x, later in held:
+            swap_tensors(x, later.make().detach())
+
+
 class Watch(TorchFunctionMode):
     """Lets the site of an attention module record, replace and quantize inside one forward of it."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self.module, self.at, self.waits = module, 0, True
+        self.module, self.at = module, 0
         self.site: Any = getattr(module, SITE)  # the `attention.Site`, which imports this
         self.plan: Plan = self.site.plan
-        self.later: dict[int, tuple[Tensor, _Later]] = {}  # by the id of what stands for it
+        self.waiting = _Waiting(self.site)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.einsum and (out := einsum(self.__torch_function__, *args)) is not None:
@@ -128,18 +210,15 @@ class Watch(TorchFunctionMode):
         kwargs, at = kwargs or {}, self.at
         call = counted(func, args, kwargs)
         self.at += call is not None
-        if self.later:
-            followed = self.waits and args and id(args[0]) in self.later
-            if followed and (out := self._follow(func, at, call, *args, **kwargs)) is not None:
+        score, softmax, context = self.plan[:3]
+        if self.waiting.later:
+            place = {softmax: "softmax", context: "context"}.get(at, "") if call else ""
+            if args and (out := self.waiting.follow(func, place, call, *args, **kwargs)) is not None:
                 return out
-            if writes(func, kwargs):  # what those that wait may need as it is
-                self.settled([x for x, _ in self.later.values()])
-                self.waits = False
-            args, kwargs = self.settled((args, kwargs))
-            call = counted(func, args, kwargs)
+            args, kwargs = self.waiting.settle(func, args, kwargs)
+            call = call and counted(func, args, kwargs)
         if call is None or at not in self.plan[:3]:
             return func(*args, **kwargs)
-        score, softmax, context = self.plan[:3]
         wanted = (SDPA,) if score == context else SOFTMAX if at == softmax else PRODUCTS
         if call.function not in wanted:
             raise self._other_way(f"call {at} is {call.function.__name__}")
@@ -148,66 +227,16 @@ class Watch(TorchFunctionMode):
         if at == softmax:
             return self._normalize(**call.given)
         written = partial(self._multiply, call.function, at == score, **call.given)
-        left, right = call.operands
-        if at == score and call.function is torch.matmul and _alike(left, right) and self.site.integer(None):
-            return self._wait(_Later(cache(written), left, right.mT))
+        if at == score and self.waiting.may_wait(call):
+            return self.waiting.add(_Later(cache(written), *call.operands))
         return written()
-
-    def _wait(self, later: _Later, x: Tensor | None = None) -> Tensor:
-        """What stands for scores or a map that wait; x: what stood for them before they changed in place."""
-        if x is None:
-            with torch._C.DisableTorchFunction():  # no step of a tape
-                shape = *later.query.shape[:3], later.key.shape[2]
-                x = torch.empty(shape, dtype=later.query.dtype, device="meta")
-        self.later[id(x)] = x, later
-        return x
-
-    def _follow(
-        self, func: Any, at: int, call: CountedCall | None, x: Tensor, *rest: Any, **options: Any
-    ) -> Tensor | None:
-        """What a function makes of scores or a map that wait: they wait on, or kernels compute it; None if neither."""
-        later, name, other = (
-            self.later[id(x)][1],
-            getattr(func, "__name__", "").rstrip("_"),
-            rest[0] if len(rest) == 1 else None,
-        )
-        if (name == "dropout" and options.get("training") is False) or (
-            name == "to" and other is x.dtype and not options
-        ):
-            return x
-        if later.normed and at == self.plan.context and call and call.function is torch.matmul and _alike(x, other):
-            found = self.site.on_integers(later.query, later.key, other, later.added, later.scaling)
-            if found is None:
-                return None
-            context, probabilities = found
-            self.later[id(x)] = x, later._replace(make=lambda: probabilities)
-            return context.transpose(1, 2).contiguous()  # type: ignore[no-any-return]  # as products are
-        if at == self.plan.softmax and call and call.given.get("dtype") in (None, x.dtype):
-            changed: dict[str, Any] = {"normed": True}
-        elif later.normed or options:
-            return None
-        elif name in ("mul", "div") and isinstance(other, (int, float)) and not later.added:
-            changed = {"scaling": later.scaling * (other if name == "mul" else 1 / other)}
-        elif name == "add" and isinstance(other, Tensor) and other.dtype is x.dtype:
-            if other.shape[-1:] != x.shape[-1:] or torch.broadcast_shapes(other.shape, x.shape) != x.shape:
-                return None
-            changed = {"added": (*later.added, other)}
-        else:
-            return None
-        in_place = func.__name__ != name  # of which another may still need what was there before
-        function = getattr(Tensor, name) if in_place else func
-        changed["make"] = cache(lambda: function(later.make(), *rest, **options))
-        return self._wait(later._replace(**changed), x if in_place else None)
-
-    def settled(self, given: Any) -> Any:
-        """The same, with numbers for all that waits in it."""
-        known = self.later
-        return tree_map(lambda x: known[id(x)][1].make() if id(x) in known else x, given) if known else given
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         super().__exit__(kind, *rest)  # type: ignore[no-untyped-call]
-        if kind is None and self.at != self.plan.calls:
-            raise self._other_way(f"it made {self.at} calls")
+        if kind is None:
+            if self.at != self.plan.calls:
+                raise self._other_way(f"it made {self.at} calls")
+            self.waiting.end()
 
     def _other_way(self, what: str) -> ModelError:
         return ModelError(
@@ -237,8 +266,8 @@ class Watch(TorchFunctionMode):
 
     def _normalize(self, input: Tensor, dim: int, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         scores = self._shaped(input)  # (batch, heads, queries, keys)
-        if self.site.taps is not None:
-            self.site.begin((scores > -1e4).any(1, keepdim=True))  # (batch, 1, queries, keys): what may be attended
+        may = None if self.site.taps is None else (scores > -1e4).any(1, keepdim=True)  # (batch, 1, queries, keys)
+        self.site.begin(may)
         maps: Tensor = self.site.tap("map", self.site.tap("score", scores).softmax(-1, dtype))
         return maps.reshape(input.shape)  # as the model has it
 
@@ -253,6 +282,13 @@ class Watch(TorchFunctionMode):
         return self.site.attend(self.module, query, key, value, mask, *rest)  # type: ignore[no-any-return]
 
 
+def _adds_to(scores: Tensor, other: Tensor) -> bool:
+    """True for a mask or bias that changes neither shape nor type of scores."""
+    alike = other.dtype is scores.dtype and other.shape[-1:] == scores.shape[-1:]
+    numbers = not (other.is_meta or other.requires_grad)
+    return alike and numbers and torch.broadcast_shapes(other.shape, scores.shape) == scores.shape
+
+
 def _alike(left: Tensor, right: Tensor | None) -> bool:
     """True for operands (batch, heads, ·, ·) of as many heads."""
     return right is not None and left.dim() == right.dim() == 4 and left.shape[:2] == right.shape[:2]
@@ -264,9 +300,8 @@ def _watched(kind: type[nn.Module]) -> type[nn.Module]:
 
     @wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with Watch(self) as watch:
-            out = kind.forward(self, *args, **kwargs)
-        return watch.settled(out)
+        with Watch(self):
+            return kind.forward(self, *args, **kwargs)
 
     return derive(_watched, kind, forward=forward, unwatched=kind)
 

@@ -44,10 +44,8 @@ def attended(mask: Tensor | None) -> Tensor | None:
 
 
 def token_masks(masks: Sequence[tuple[str, Tensor | None]], anatomy: Anatomy) -> dict[tuple[str, str], Tensor]:
-    """Return which tokens are real (batch, tokens) of the queries and the keys of each attention module with a mask.
-
-    A token that no query may attend to is padding. Cross-attention has the queries of the self-attention before it.
-    """
+    """Return which tokens are real (batch, tokens) of the queries and the keys of each attention module with a mask. A
+    token that no query may attend to is padding. Cross-attention has the queries of the self-attention before it."""
     cross = {a.name for a in anatomy.attentions if a.cross}
     found: dict[tuple[str, str], Tensor] = {}
     queries: Tensor | None = None
@@ -62,10 +60,8 @@ def token_masks(masks: Sequence[tuple[str, Tensor | None]], anatomy: Anatomy) ->
 
 
 def real_tokens(masks: TokenMasks, name: str, samples: int, tokens: int, side: str = "queries") -> Tensor | None:
-    """Return which tokens of a tensor recorded at an attention module are real (samples, tokens).
-
-    None where no mask tells, or where they are laid out otherwise: nothing of the windows of Swin is padding.
-    """
+    """Return which tokens of a tensor recorded at an attention module are real (samples, tokens). None where no mask
+    tells, or where they are laid out otherwise: nothing of the windows of Swin is padding."""
     if (real := masks.get((name, side))) is None or real.shape[-1] != tokens or len(real) not in (1, samples):
         return None
     return real.expand(samples, -1)

@@ -124,10 +124,8 @@ def track(items: Iterable[Any], description: str) -> Iterable[Any]:
 
 
 class TrainingBar:
-    """Shows a training run on stderr: a bar where there is a terminal, and a line for each evaluation.
-
-    phase: a name for what happens in a step.
-    """
+    """Shows a training run on stderr: a bar where there is a terminal, and a line for each evaluation. phase: a name
+    for what happens in a step."""
 
     def __init__(self, phase: Callable[[int], str] | None = None) -> None:
         self.phase = phase

@@ -110,20 +110,16 @@ class KernelBlock:
         self.address = ctypes.addressof(self._structure)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...] | None:
-        """Queries, keys and values (batch, heads, tokens, dim) of x (batch, tokens, hidden).
-
-        None if a value is not finite.
-        """
+        """Queries, keys and values (batch, heads, tokens, dim) of x (batch, tokens, hidden). None if a value is not
+        finite."""
         made = [buffer(*x.shape[:2], *heads) for heads in self.heads]
         data = address(x, "x", (*x.shape[:2], self.shape[0])), *x.shape[:2], torch.get_num_threads()
         done = run("project", self.address, *data, *map(pointer, made))
         return tuple(t.transpose(1, 2) for t in made) if done else None  # (batch, heads, tokens, dim)
 
     def finish(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The output for x, whose queries, of `project`, read keys and values (batch, key heads, keys, dim).
-
-        None as in `run_blocks`.
-        """
+        """The output for x, whose queries, of `project`, read keys and values (batch, key heads, keys, dim). None as in
+        `run_blocks`."""
         (batch, tokens, hidden), keys, heads = x.shape, key.shape[2], self.shape[1]
         if keys > MOST_INPUTS or batch * tokens * max(heads * keys, self.widest) >= 2**31:
             return None
@@ -139,10 +135,8 @@ class KernelBlock:
 
 
 def run_blocks(blocks: Sequence[KernelBlock], x: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Run blocks one after the other on x (batch, tokens, hidden), with an additive mask: the output of the last.
-
-    None if a value is not finite, or x so large that the parts of a block should run one by one.
-    """
+    """Run blocks one after the other on x (batch, tokens, hidden), with an additive mask: the output of the last. None
+    if a value is not finite, or x so large that the parts of a block should run one by one."""
     hidden, heads = blocks[0].shape
     if x.dim() != 3 or x.shape[2] != hidden or any(block.shape != (hidden, heads) for block in blocks):
         shapes = [block.shape for block in blocks]

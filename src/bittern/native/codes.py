@@ -16,10 +16,8 @@ MOST_INPUTS = 32768  # of one output, so that sums of products of bytes stay in 
 
 @dataclass(frozen=True)
 class Coding:
-    """A rule that makes codes of values: what `quantizers.encode` does for a uniform format.
-
-    scale: None for a dynamic one, found for the tensor or, if `by_row`, for each row.
-    """
+    """A rule that makes codes of values: what `quantizers.encode` does for a uniform format. scale: None for a dynamic
+    one, found for the tensor or, if `by_row`, for each row."""
 
     low: int
     high: int

@@ -19,9 +19,7 @@ ACTIVATIONS: tuple[Activation, ...] = Activation.__args__  # type: ignore[attr-d
 
 class Panels:
     """Weights as the kernels read them: codes of 2, 4 or 8 bits in panels of 16 outputs, and scales of each output.
-
-    codes: (outputs, inputs) whole numbers; scale: one, or one for each output.
-    """
+    codes: (outputs, inputs) whole numbers; scale: one, or one for each output."""
 
     def __init__(self, codes: Tensor, scale: Tensor, bits: int, zero: int):
         library = required()

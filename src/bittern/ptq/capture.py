@@ -33,10 +33,8 @@ class Inputs:
 
 @dataclass
 class Heads:
-    """Q, K, V (items, heads, tokens, head dim) and maps (items, heads, queries, keys) of one attention module.
-
-    Grouped queries are rows of their key's head. Padded rows are zero: those that `valid_rows`, `valid_keys` leave out.
-    """
+    """Q, K, V (items, heads, tokens, head dim) and maps (items, heads, queries, keys) of one attention module. Grouped
+    queries are rows of their key's head. Padded rows are zero: those that `valid_rows`, `valid_keys` leave out."""
 
     query: Tensor
     key: Tensor
@@ -200,10 +198,8 @@ def size_of(batch: Mapping[str, Any]) -> int:
 
 
 def padding_mask(batch: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
-    """Return the padding mask of these tokens (samples, tokens), if the batch has one.
-
-    Where a source and a target are equally long, and it may be either, the tokens that are real in both.
-    """
+    """Return the padding mask of these tokens (samples, tokens), if the batch has one. Where a source and a target are
+    equally long, and it may be either, the tokens that are real in both."""
     masks = (batch.get(name) for name in ("attention_mask", "decoder_attention_mask"))
     fitting = [mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.shape == torch.Size(shape)]
     return torch.stack(fitting).all(0) if fitting else None

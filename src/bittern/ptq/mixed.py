@@ -125,9 +125,7 @@ def relative_sensitivity(out: Tensor, changed: Tensor) -> float:
 
 def model_outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
     """Return each float output of a model on each batch as (rows, columns), without padding; of very many rows a part.
-
-    Raises ModelError if there is none.
-    """
+    Raises ModelError if there is none."""
     found = []
     for batch in batches:
         out = model(**batch)
@@ -155,10 +153,8 @@ def output_divergence(outputs: Sequence[Tensor], changed: Sequence[Tensor]) -> f
 
 @dataclass
 class Solution:
-    """A unit solved at one width: what changed of its tensors, the formats of its quantizers, and what to report.
-
-    With mixed precision, parts: of a block, by module; sensitivity: of each part.
-    """
+    """A unit solved at one width: what changed of its tensors, the formats of its quantizers, and what to report. With
+    mixed precision, parts: of a block, by module; sensitivity: of each part."""
 
     unit: str
     tensors: dict[str, Tensor]

@@ -138,10 +138,8 @@ def ranking_loss(scores: Tensor, changed: Tensor, margin: float, valid: Tensor |
 
 
 def ranking_penalty(product: Product, rows: Tensor, keys: Tensor, weight: float, margin: float) -> Penalty:
-    """γ·L_rank of an error of the scores, on at most `RANKED_ROWS` of their rows.
-
-    rows, keys: (groups, rows) and (groups, columns), False where there is padding.
-    """
+    """γ·L_rank of an error of the scores, on at most `RANKED_ROWS` of their rows. rows, keys: (groups, rows) and
+    (groups, columns), False where there is padding."""
     group, row = rows.nonzero(as_tuple=True)
     subset = random_rows(len(group), RANKED_ROWS).to(group.device)
     group, row = group[subset], row[subset]

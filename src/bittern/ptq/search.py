@@ -166,10 +166,8 @@ def search_left(
 
 
 def search_right(x: Tensor, fmt: Format, product: Product, left: Tensor, penalty: Penalty | None = None) -> Search:
-    """Return a search for the scale of x, the right side of a product, whose left side Â is given.
-
-    x: (inner, columns) with left (rows, inner), or (groups, inner, columns) with left (groups, rows, inner).
-    """
+    """Return a search for the scale of x, the right side of a product, whose left side Â is given. x: (inner, columns)
+    with left (rows, inner), or (groups, inner, columns) with left (groups, rows, inner)."""
     subset, scale_up = _part(left, product.slack)
     weighted, centred, p, q = product.first_order(left[subset], x, subset)  # (…, rows, columns) twice, and sums
     near = left[subset].mT
@@ -226,9 +224,7 @@ def _sums(
     x: Tensor, fmt: Format, square: Tensor, part: Tensor, linear: Tensor, gain: Tensor, crosses: Sequence[CrossTerms]
 ) -> Callable[[Sequence[Scale]], tuple[Tensor, Tensor]]:
     """Return Σ gain·e and Σ square·e² + 2·linear·e + cross terms for the errors e of candidates, by histograms of x.
-
-    square broadcasts against x; linear and gain belong to a part of it.
-    """
+    square broadcasts against x; linear and gain belong to a part of it."""
     low, high = x.aminmax()
     width = (high - low).clamp(min=1e-30) / BINS
 

@@ -207,9 +207,7 @@ def solve_layers(
 
 def _folds(x: Tensor, norm: nn.Module, layers: Layers, exponents: Sequence[float]) -> list[Fold]:
     """Channels of the same range (at exponent 1), and of the same centre where norm and layers have biases (RepQ-ViT).
-
-    Only for static inputs of one scale; channels that are constant stay as they are.
-    """
+    Only for static inputs of one scale; channels that are constant stay as they are."""
     quantizers = [layer.input_quantizer for layer in layers.values()]
     if not all(map(searchable, quantizers)):
         return []
@@ -226,10 +224,8 @@ def _folds(x: Tensor, norm: nn.Module, layers: Layers, exponents: Sequence[float
 def _solve_group(
     layers: Layers, x: Tensor, sample: Tensor, method: Method, tied: Collection[str], fold: Fold
 ) -> tuple[list[Solved], list[Side], Side]:
-    """Solve layers that read x, or (x + t)/r; return what to report, their weights, and their input.
-
-    With a fold a layer's weight is W·r and its bias b - W·t.
-    """
+    """Solve layers that read x, or (x + t)/r; return what to report, their weights, and their input. With a fold a
+    layer's weight is W·r and its bias b - W·t."""
     weights, x = [], x if fold is None else (x + fold[1]) / fold[0]
     for name, layer in layers.items():
         weight = weight_matrix(layer).detach().float()
@@ -282,9 +278,7 @@ def _set(weight: Side, inputs: Side, rounded: bool, folded: bool) -> None:
 
 def solve_attention(site: Site, heads: Heads, method: Method) -> list[Solved]:
     """Solve the two products of one attention module, Q·Kᵀ (with the ranking loss) and map·V; set what was found.
-
-    Raises ModelError if one side of a product has scales per head and the other has not.
-    """
+    Raises ModelError if one side of a product has scales per head and the other has not."""
     solved = []
     for names in (("query", "key"), ("map", "value")):
         chosen = {name: q for name in names if (q := site.quantizer(name)) is not None and searchable(q)}

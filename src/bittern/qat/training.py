@@ -140,10 +140,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 
 def collator(data: Data, model: PreTrainedModel) -> Callable[[Sequence[int]], dict[str, Tensor]]:
-    """Return a function that makes a batch of the rows with the given numbers, with labels if there are any.
-
-    Labels of a language model are the tokens themselves, -100 where there is padding.
-    """
+    """Return a function that makes a batch of the rows with the given numbers, with labels if there are any. Labels of
+    a language model are the tokens themselves, -100 where there is padding."""
 
     def collate(numbers: Sequence[int]) -> dict[str, Tensor]:
         batch = data.collate([data.rows[i] for i in numbers])
