@@ -73,7 +73,8 @@ def _image(maps: Sequence[Tensor], batch: Batch, model: PreTrainedModel) -> dict
     if not isinstance(size := getattr(model.config, "patch_size", None), int):
         return None
     height, width = (side // size for side in batch["pixel_values"].shape[-2:])
-    if not 0 <= (extra := maps[0].shape[-1] - height * width) < maps[0].shape[-1]:
+    extra = maps[0].shape[-1] - height * width
+    if not 0 <= extra < maps[0].shape[-1]:
         return None
     queries = [torch.stack([m[:, :, 0], m.mean(2)] if extra else [m.mean(2)], 2)[..., extra:] for m in maps]
     return {

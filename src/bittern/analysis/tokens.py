@@ -62,7 +62,8 @@ def image_kinds(patch_size: int) -> Kinds:
 
     def of(batch: Mapping[str, Any], keys: int) -> Tensor | None:
         height, width = batch["pixel_values"].shape[-2:]
-        if not 0 <= (extra := keys - (height // patch_size) * (width // patch_size)) <= MOST_EXTRA:
+        extra = keys - (height // patch_size) * (width // patch_size)
+        if not 0 <= extra <= MOST_EXTRA:
             return None
         kinds = torch.ones(len(batch["pixel_values"]), keys, dtype=torch.long, device=batch["pixel_values"].device)
         kinds[:, :extra] = 2

@@ -171,7 +171,8 @@ def _scenes(ask: _Request) -> Data | None:
         pycocotools()  # missing, it is told before the model runs
     if scenes is None:
         return None
-    if not hasattr(processor := image_processor(ask.processor_path), "post_process_object_detection"):
+    processor = image_processor(ask.processor_path)
+    if not hasattr(processor, "post_process_object_detection"):
         found, wanted = type(processor).__name__, type(ask.model).__name__
         raise InputError(f"{ask.processor_path}: its {found} makes no boxes; expected the one of {wanted}")
     scenes, _ = _good_images(ask, scenes)
