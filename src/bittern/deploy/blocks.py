@@ -333,7 +333,7 @@ def _arguments(call: Arguments, masks: tuple[Tensor, ...]) -> tuple[Any, tuple[A
     if len(names) != len(masks) + 1 or len(names) != len(tensors):
         raise ValueError("an argument is neither input nor mask")
     added = tuple(names.pop(id(mask)) for mask in masks)
-    return *names.values(), added
+    return *names.values(), added  # one name is left
 
 
 def _plan(parts: Parts, ran: list[tuple[str, Any]], call: Arguments, in_tuple: bool) -> FusedCall:
