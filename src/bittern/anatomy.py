@@ -89,7 +89,8 @@ class Record:
 
 def record_of(model: nn.Module) -> Record:
     """Return the record of a model, which is empty at first."""
-    return model.__dict__.setdefault("_bittern", Record())  # type: ignore[no-any-return]
+    record: Record = model.__dict__.setdefault("_bittern", Record())
+    return record
 
 
 @contextmanager

@@ -28,10 +28,8 @@ class CheckpointError(BitternError):
 
 
 def need(module: str, extra: str = "tools") -> Any:
-    """Import a module of a library that loading and running a packed model does without.
-
-    Raises InputError, with the extra that brings it, if it is not installed.
-    """
+    """Import a module of a library that loading and running a packed model does without. Raises InputError, with the
+    extra that brings it, if it is not installed."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
@@ -64,9 +62,7 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def one_line(kind: type[BitternError], what: str, advice: str = "") -> Iterator[None]:
     """Make one error of ours of whatever the code of others raises inside the block: what failed, why, what to do.
-
-    Their errors have no common base; ours pass as they are, and so does a lack of memory.
-    """
+    Their errors have no common base; ours pass as they are, and so does a lack of memory."""
     try:
         yield
     except (BitternError, KeyboardInterrupt, SystemExit, GeneratorExit):

@@ -146,12 +146,13 @@ class _Waiting:
         if self.made or id(x) not in self.later:
             return None
         later, name = self.later[id(x)][1], getattr(func, "__name__", "")
-        step, other = name.rstrip("_"), rest[0] if len(rest) == 1 and not options else None  # `add` for `add_`
+        step = name.rstrip("_")  # `add` for `add_`
+        other: Any = rest[0] if len(rest) == 1 and not options else None
         if (step == "dropout" and options.get("training") is False) or (step == "to" and other is x.dtype):
             return x
         if later.normed:
             ends = place == "context" and call and call.function is torch.matmul and _alike(x, other)
-            return self._finish(x, later, other) if ends else None  # type: ignore[arg-type]
+            return self._finish(x, later, other) if ends else None
         changed: dict[str, Any] = {}
         if place == "softmax" and call and call.function in SOFTMAX and "out" not in options:
             if call.given.get("dim") in (-1, 3) and call.given.get("dtype") in (None, x.dtype):
@@ -171,9 +172,9 @@ class _Waiting:
         found = self.site.on_integers(later.query, later.key.mT, value, later.added, later.scaling)
         if found is None:
             return None
-        context, probabilities = found
-        self.add(later._replace(make=lambda: probabilities), x)
-        return context.transpose(1, 2).contiguous()  # type: ignore[no-any-return]  # as products are
+        self.add(later._replace(make=lambda: found[1]), x)
+        context: Tensor = found[0].transpose(1, 2)
+        return context.contiguous()  # as products are
 
     def settle(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What a function is given, with numbers."""

@@ -47,7 +47,8 @@ def _units(x: Tensor, fmt: Format) -> Tensor:
     if x.shape[-1] % fmt.group_size:
         what = f"group_size {fmt.group_size} does not divide the {x.shape[-1]} inputs of a row"
         raise ModelError(f"{what}; use a divisor or granularity: row")
-    return x.unflatten(-1, (-1, fmt.group_size))  # type: ignore[no-any-return]
+    groups: Tensor = x.unflatten(-1, (-1, fmt.group_size))
+    return groups
 
 
 def _dims(x: Tensor, fmt: Format) -> tuple[int, ...]:
@@ -257,7 +258,8 @@ def fake_quantize(x: Tensor, fmt: Format, scale: Tensor | None = None, offset: T
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return _quantize(x, fmt, scale, offset)
-    return _FakeQuantize.apply(x, fmt, scale, offset)  # type: ignore[no-any-return, no-untyped-call]
+    out: Tensor = _FakeQuantize.apply(x, fmt, scale, offset)  # type: ignore[no-untyped-call]
+    return out
 
 
 class FakeQuant(nn.Module):

@@ -66,4 +66,5 @@ def _unpack_bits(packed: Tensor, columns: int, bits: int) -> Tensor:
         whole = F.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits)).to(torch.int64)
         words = (whole << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
         digits = (words >> (bits * torch.arange(8, device=packed.device))) & (2**bits - 1)
-    return digits.flatten(1)[:, :columns]  # type: ignore[no-any-return]
+    codes: Tensor = digits.flatten(1)[:, :columns]
+    return codes

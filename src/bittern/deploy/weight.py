@@ -37,7 +37,8 @@ class PackedWeight(nn.Parameter):
         matrix: Tensor = layer.unpacked()
         if not isinstance(layer, Conv1D) and not getattr(layer, "transposed", False):
             return matrix.view(self.shape)
-        return matrix.unflatten(0, (*self.shape[:-2], -1)).mT.contiguous()  # type: ignore[no-any-return]
+        turned: Tensor = matrix.unflatten(0, (*self.shape[:-2], -1)).mT
+        return turned.contiguous()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         return nn.Parameter(self.values(), False)  # alone; a layer makes its own, see `PackedLayer.__setstate__`

@@ -95,10 +95,8 @@ def _file(kind: str) -> Path:
 
 
 def use(kind: str | None = None) -> None:
-    """Load the kernels of this kind: by default what BITTERN_KERNELS says, else the best.
-
-    Raises ValueError if this machine cannot run them, InputError if BITTERN_KERNELS asks for what cannot be.
-    """
+    """Load the kernels of this kind: by default what BITTERN_KERNELS says, else the best. Raises ValueError if this
+    machine cannot run them, InputError if BITTERN_KERNELS asks for what cannot be."""
     global _engine  # noqa: PLW0603
     asked = os.environ.get(SWITCH) if kind is None else None
     if asked == "none":

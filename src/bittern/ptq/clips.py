@@ -53,10 +53,8 @@ def _shaped(found: Scale, shape: tuple[int, ...]) -> Scale:
 
 
 def percentile_scale(x: Tensor, fmt: Format, p: float = 0.99999) -> Scale:
-    """Return the scale of the range between the quantiles 1-p and p of each unit (FQN, Li et al. 2019).
-
-    Quantiles between two values are interpolated, as numpy's are. A symmetric format takes the larger magnitude.
-    """
+    """Return the scale of the range between the quantiles 1-p and p of each unit (FQN, Li et al. 2019). Quantiles
+    between two values are interpolated, as numpy's are. A symmetric format takes the larger magnitude."""
     if not 0.5 < p <= 1:
         raise RecipeError(f"p must be above 0.5 and at most 1, got {p:g}; 0.99999 is usual")
     rows, row, shape = _as_rows(x, fmt)

@@ -105,14 +105,13 @@ def nuclear_norm(matrices: Tensor) -> Tensor:
     """Sum the singular values of each matrix (…, rows, columns), through the smaller Gram matrix in float64."""
     x = matrices.double()
     gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
-    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum(-1)  # type: ignore[no-any-return]
+    norms: Tensor = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum(-1)
+    return norms
 
 
 def paper_sensitivity(out: Tensor, changed: Tensor) -> float:
-    """Return ‖Y‖_* · ‖Ŷ - Y‖², each summed over the heads of a sample, mean over samples [VT eq. 18].
-
-    out, changed: (samples, …, rows, columns): attention maps, or outputs of the FFN.
-    """
+    """Return ‖Y‖_* · ‖Ŷ - Y‖², each summed over the heads of a sample, mean over samples [VT eq. 18]. out, changed:
+    (samples, …, rows, columns): attention maps, or outputs of the FFN."""
     norms = nuclear_norm(out).flatten(1).sum(1) if out.dim() > 3 else nuclear_norm(out)
     return float((norms * (changed - out).double().square().flatten(1).sum(1)).mean())
 

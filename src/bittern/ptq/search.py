@@ -287,7 +287,8 @@ def _leading(x: Tensor) -> Tensor:
     basis = torch.randn(x.shape[1], min(RANK, *x.shape), generator=torch.Generator().manual_seed(0)).to(x.device)
     for _ in range(2):
         basis = torch.linalg.qr(x.T @ (x @ basis))[0]
-    return basis @ torch.linalg.qr(x @ basis)[1].T * size  # type: ignore[no-any-return]
+    factor: Tensor = basis @ torch.linalg.qr(x @ basis)[1].T * size
+    return factor
 
 
 def _row_losses(

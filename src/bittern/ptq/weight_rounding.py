@@ -73,10 +73,11 @@ def _factor(gram: Tensor, damp: float) -> Tensor:
     diagonal = gram.diagonal()
     alive = diagonal[diagonal > 0]
     mean = alive.mean() if len(alive) else diagonal.new_ones(())
+    factor: Tensor
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(torch.where(diagonal > 0, damp * mean, mean)))
         if not failed:
-            return factor  # type: ignore[no-any-return]
+            return factor
         damp = max(10 * damp, 1e-8)
 
 

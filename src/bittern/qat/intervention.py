@@ -47,11 +47,8 @@ class _Gate:
 
 
 class Intervener:
-    """Puts the teacher's signals into a student that has attention sites.
-
-    mapping: block of the student → block of the teacher; blocks that are not in it are left alone.
-    Raises ModelError if the two do not fit.
-    """
+    """Puts the teacher's signals into a student that has attention sites. mapping: block of the student → block of the
+    teacher; blocks that are not in it are left alone. Raises ModelError if the two do not fit."""
 
     def __init__(self, student: PreTrainedModel, anatomy: Anatomy, teacher: Anatomy, mapping: Mapping[int, int] | None):
         self.student, self.anatomy = student, anatomy

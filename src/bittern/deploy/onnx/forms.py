@@ -143,4 +143,5 @@ def pack_blocks(codes: Tensor, bits: int, block: int) -> Tensor:
     Zero is the middle of the range; it also fills the last block.
     """
     whole = F.pad(codes, (0, -codes.shape[1] % block))
-    return pack_codes(whole, Format(bits=bits)).unflatten(1, (-1, block * bits // 8))  # type: ignore[no-any-return]
+    packed: Tensor = pack_codes(whole, Format(bits=bits)).unflatten(1, (-1, block * bits // 8))
+    return packed

@@ -133,7 +133,8 @@ def _rows(layer: Any, known: LayerForm, ids: Tensor) -> Tensor:
         codes = _op("BitShift", (codes, shifts), parts, torch.uint8, direction="RIGHT")
         codes = _op("BitwiseAnd", (codes, byte(2**known.bits - 1)), parts, torch.uint8)
     codes = _op("Reshape", (codes, torch.tensor([*same, columns])), whole, torch.uint8)
-    return (codes.float() - 2 ** (known.bits - 1)) * F.embedding(ids, layer.scale)  # type: ignore[no-any-return]
+    centred: Tensor = codes.float() - 2 ** (known.bits - 1)
+    return centred * F.embedding(ids, layer.scale)
 
 
 # ---- the trace
