@@ -282,6 +282,11 @@ def test_logged_loss(tmp_path: Path) -> None:
         for entry in logs:
             assert entry["loss"] == pytest.approx(sum(w * entry[f"loss_{n}"] for n, w in distill.terms.items()))
         assert running.evaluate()["eval_loss"] < before
+        rows = [{k: v for k, v in row.items() if k != "labels"} for row in running.eval_dataset]
+        assert len(rows) > 0
+        found = running.predict(rows)
+        assert found.metrics["test_loss"] == pytest.approx(running.evaluate()["eval_loss"])  # labels or not
+        assert found.label_ids is None
 
 
 def test_compared() -> None:

@@ -137,9 +137,8 @@ class _OtherAttentionError(ModelError):
 
 
 def _dry_run(model: PreTrainedModel, batch: dict[str, Any], compare: bool = True) -> Run:
-    """Run the model once, in float and with its own attention code, and see what runs in which order.
-
-    compare: whether transformers' AttentionInterface shall call ours beside the family's own; if not, it runs as ever.
+    """Run the model once, in float and with its own attention code, and see what runs in which order. compare: whether
+    transformers' AttentionInterface shall call ours beside the family's own; if not, it runs as ever.
     """
     names = {module: name for name, module in model.named_modules()}
     run, running = Run([], {}, {}), list[Frame]()

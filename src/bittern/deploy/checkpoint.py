@@ -267,10 +267,8 @@ def _matches(conversion: WeightTransform, key: str) -> bool:
 
 
 def _quantized_modules(model: PreTrainedModel, handles: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """Quantized modules of this model that the checkpoint holds → their tensors by short name, as empty copies,
-    with `format_index` read. Keys are mapped to module names by transformers' own renaming.
-
-    handles: the open file of each tensor.
+    """Quantized modules of this model that the checkpoint holds → their tensors by short name, as empty copies, with
+    `format_index` read. Keys become module names by transformers' renaming. handles: the open file of each tensor.
     """
     conversions = compat.get_model_conversion_mapping(model, None, None)
     renamings = [c for c in conversions if isinstance(c, compat.WeightRenaming)]

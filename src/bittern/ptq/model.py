@@ -167,10 +167,8 @@ def _job(
 
 
 def _stream(run: _State, track: Track) -> Iterator[dict[int, Solution]]:
-    """Solve unit by unit, in the order in which the model runs them; yield what was found by width (0: the recipe's).
-
-    A unit that runs several times is solved once, on the inputs of all its runs, when the last of them comes; in those
-    before it, it computes in float.
+    """Solve unit by unit, as the model runs them; yield what was found by width (0: the recipe's). One that runs more
+    than once is solved once, on the inputs of all its runs, when the last one comes; till then it computes in float.
     """
     units = _units(run.model, run.anatomy)
     parallel, number = run.method.inputs == "parallel", 0
@@ -266,9 +264,7 @@ def _units(model: nn.Module, anatomy: Anatomy) -> list[str]:
 
 def _solve_without_data(model: nn.Module, method: Method) -> None:
     """Weights of embeddings and of experts: the scale that is nearest to the weight itself, for want of a product, or
-    of enough rows that choose the same expert.
-
-    At 8 bits and more that is the scale of the extremes, nearly, which they have.
+    of enough rows that choose the same expert. At 8 bits and more it is nearly that of the extremes, which they have.
     """
     kinds = layers.QuantEmbedding | layers.QuantExpertsLinear
     for module in model.modules():

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from bittern.anatomy import holding
 from bittern.deploy.checkpoint import mark
 from bittern.deploy.journal import seal
 from bittern.errors import InputError, ModelError
@@ -54,6 +55,7 @@ class QATTrainer(Trainer):
             raise InputError("DataParallel cannot record inside its replicas; start one process per GPU with torchrun")
         if teacher is not None:
             teacher.to(self.args.device)
+        self.can_return_loss = True  # where no labels are named
         self._sums, self._count = Counter[str](), 0
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -101,6 +103,13 @@ class QATTrainer(Trainer):
         self._count += 1
         loss = balanced(terms, self.distiller.distill, self.distiller.compared, means)
         return (loss, out) if return_outputs else loss
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> tuple[Any, Any, Any]:
+        """Without labels too an evaluation has a loss, but where one is that of the labels."""
+        given = "truth" in self.distiller.distill.terms or all(inputs.get(n) is not None for n in self.label_names)
+        with holding([self], "label_names", self.label_names if given else []):
+            loss, logits, labels = super().prediction_step(model, inputs, *args, **options)
+        return loss, logits, labels if given else None
 
     def _diverged(self, term: str) -> str:
         damaged = next((n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()), None)
