@@ -169,13 +169,17 @@ def test_changes_are_seen(calls: list[Any]) -> None:
     for change in (
         lambda: layer.bias.add_(torch.randn(len(layer.bias))),  # type: ignore[union-attr, arg-type, operator]
         lambda: [q.set_scale(q.scale * 2, q.offset) for _, q in fake_quants(model) if q.scale is not None],
+        lambda: layer.weight_scale.mul_(2),  # type: ignore[operator, union-attr]
+        lambda: setattr(layer, "weight_scale", layer.weight_scale * 2),  # type: ignore[operator]
         lambda: norm.weight.mul_(2),
         lambda: setattr(norm, "bias", nn.Parameter(torch.ones_like(norm.bias))),
         lambda: model.load_state_dict({k: v * 0 if "codes" in k else v for k, v in state.items()}),
     ):
         before = outputs(model, batch)
         change()
-        expected = in_parts(model, batch)
+        found = outputs(model, batch)
+        expected = in_parts(deepcopy(model), batch)  # to copy a model makes it forget what it kept
+        assert same(found, expected)
         assert not same(before, expected)
         assert same(outputs(model, batch), expected)
         calls.clear()
@@ -183,6 +187,34 @@ def test_changes_are_seen(calls: list[Any]) -> None:
         for either in (model, copied, copied):
             assert same(outputs(either, batch), expected)
         assert calls
+
+
+def test_what_depends_on_the_length(calls: list[Any]) -> None:
+    """A block whose own code depends on the length, as where its FFN takes a text in chunks, runs as it is written for
+    other lengths too, errors and all, though kernels could run the first one whole."""
+    model, _ = quantized("bert", "ternary")  # each tensor has its own range
+    for layer in model.bert.encoder.layer:
+        layer.chunk_size_feed_forward = 6
+    short, long, odd = ({"input_ids": torch.arange(2, 2 * n + 2).view(2, n)} for n in (6, 12, 9))
+    found = [outputs(model, batch) for batch in (short, short, long, short, long)]
+    with pytest.raises(ValueError, match="multiple of the chunk size"):
+        outputs(model, odd)
+    expected = [in_parts(deepcopy(model), batch) for batch in (short, short, long, short, long)]
+    assert all(map(same, found, expected))
+
+
+def test_masks_of_other_shapes(calls: list[Any]) -> None:
+    """Masks that broadcast do so on the kernels too, and those of other lengths are refused."""
+    model, batch = quantized("bert", "w8a8")
+    samples, tokens = batch["input_ids"].shape
+    hidden = torch.finfo(torch.float32).min * (torch.rand(samples, 1, tokens, tokens) < 0.3)
+    for mask in (hidden, hidden[..., :1] / 2, hidden[:1, :, :1]):
+        given = batch | {"attention_mask": mask}
+        found = [outputs(model, given) for _ in range(3)]
+        assert all(same(out, in_parts(deepcopy(model), given)) for out in found)
+    assert calls
+    with pytest.raises(RuntimeError, match="size"):
+        outputs(model, batch | {"attention_mask": torch.zeros(samples, 1, tokens, tokens + 3)})
 
 
 def test_other_modules_are_seen(calls: list[Any]) -> None:

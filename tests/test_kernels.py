@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
 import bittern
@@ -226,6 +227,37 @@ def test_attention_in_own_code(way: Way, served: bool, monkeypatch: pytest.Monke
     assert found == ([True] * 2 if served else [])
     for a, b in zip(*runs, strict=True):
         assert (a is b is None) or (a - b).norm() < 1e-2 * b.norm()  # codes may tip over
+
+
+@pytest.mark.parametrize("name", ["bert", "mpnet"])
+def test_maps_that_are_returned(name: str) -> None:
+    """They lie in memory as others do, of whatever length the texts are."""
+    model, batch = quantized(name, "w8a8")
+    assert batch["input_ids"].shape[1] % 16
+    assert all(maps.is_contiguous() for maps in model(**batch, output_attentions=True).attentions)
+
+
+@torch.no_grad()
+def test_maps_that_are_kept() -> None:
+    """Maps that a hook keeps have their numbers, also if it refers to them weakly besides, and if the forward ends by
+    an exception."""
+    model, batch = quantized("mpnet", "w8a8")
+    expected = model(**batch, output_attentions=True).attentions[0]
+    kept, known = list[Tensor](), WeakTensorKeyDictionary()
+
+    def keep(module: nn.Module, given: Any, out: Tensor) -> None:
+        kept.append(out)
+        known[out] = True
+        if len(kept) > 1:
+            raise KeyError("enough is seen")
+
+    model.get_submodule("mpnet.encoder.layer.0.attention.attn.dropout").register_forward_hook(keep)
+    model(**batch)
+    with pytest.raises(KeyError, match="enough"):
+        model(**batch)
+    assert len(kept) == len(known) == 2
+    for found in kept:
+        assert (found - expected).norm() < 1e-2 * expected.norm()  # codes may tip over
 
 
 @torch.no_grad()

@@ -177,7 +177,7 @@ def attention_forward(
     if softcap is None and sinks is None and site.integer(attention_mask) and not (dropout and module.training):
         masks = tuple(x for x in (position_bias, attention_mask) if x is not None)  # (batch or 1, heads or 1, …, keys)
         if (found := site.on_integers(query, key, value, masks, scaling)) is not None:
-            return found
+            return found[0], found[1].contiguous()  # rows of the kernels' maps are whole panels
     query, key, value = site.tap("query", query), site.tap("key", key), site.tap("value", value)
     query, key, value = site.quantize("query", query), site.quantize("key", key), site.quantize("value", value)
     if (groups := query.shape[1] // key.shape[1]) > 1:  # (batch, key heads, keys, dim) → (batch, heads, keys, dim)

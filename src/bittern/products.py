@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import swap_tensors
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bittern import native
@@ -97,6 +96,9 @@ def einsum(call: Callable[..., Any], equation: str, *operands: Any) -> Any:
     if (len(row), len(inner), len(column)) != (1, 1, 1) or [*map(sorted, sides)] != [*map(sorted, parts)]:
         return None
     given = operands[0] if len(operands) == 1 else operands
+    sizes = [dict(zip(p, x.shape, strict=False)) for x, p in zip(given, parts, strict=False)]
+    if any(sizes[0][dim] != sizes[1][dim] for dim in sizes[0].keys() & sizes[1]):  # one of them is 1
+        return None
     given = [call(Tensor.permute, (), (x, [*map(p.index, s)])) for x, p, s in zip(given, parts, sides, strict=False)]
     return call(Tensor.permute, (), (call(torch.matmul, (), given), [*map(sides[2].index, out)]))
 
@@ -172,7 +174,7 @@ class _Waiting:
         found = self.site.on_integers(later.query, later.key.mT, value, later.added, later.scaling)
         if found is None:
             return None
-        self.add(later._replace(make=lambda: found[1]), x)
+        self.add(later._replace(make=cache(found[1].contiguous)), x)
         context: Tensor = found[0].transpose(1, 2)
         return context.contiguous()  # as products are
 
@@ -189,10 +191,9 @@ class _Waiting:
         """Give numbers to what is still held: by whoever called, or elsewhere."""
         waiting = [(ref(x), later) for x, later in self.later.values()]
         self.later.clear()
-        held = [(x, later) for find, later in waiting if (x := find()) is not None]
-        del waiting  # no tensor is swapped while something refers to it weakly
-        for x, later in held:
-            swap_tensors(x, later.make().detach())
+        for find, later in waiting:
+            if (x := find()) is not None:
+                torch._C._swap_tensor_impl(x, later.make().detach())  # also if something else refers to it weakly
 
 
 class Watch(TorchFunctionMode):
@@ -234,10 +235,9 @@ class Watch(TorchFunctionMode):
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         super().__exit__(kind, *rest)  # type: ignore[no-untyped-call]
-        if kind is None:
-            if self.at != self.plan.calls:
-                raise self._other_way(f"it made {self.at} calls")
-            self.waiting.end()
+        self.waiting.end()
+        if kind is None and self.at != self.plan.calls:
+            raise self._other_way(f"it made {self.at} calls")
 
     def _other_way(self, what: str) -> ModelError:
         return ModelError(

@@ -76,10 +76,8 @@ def distance(student: Tensor, teacher: Tensor, seen: Tensor, classes: Tensor | N
 
 
 def transformed_norms(value: Tensor, w_o: Tensor) -> Tensor:
-    """‖f(x)‖ = ‖V_h W_O,h‖ of each head and key token (Kobayashi et al. 2020): (samples, heads, keys).
-
-    value: (samples, heads, keys, head dim); w_o: (out, heads · head dim). Through the Gram matrix of each head's W_O.
-    """
+    """‖f(x)‖ = ‖V_h W_O,h‖ of each head and key token (Kobayashi et al. 2020): (samples, heads, keys). value: (samples,
+    heads, keys, head dim); w_o: (out, heads · head dim). Through the Gram matrix of each head's W_O."""
     blocks = w_o.double().unflatten(1, (value.shape[1], -1)).transpose(0, 1)  # (heads, out, head dim)
     gram = blocks.mT @ blocks  # (heads, head dim, head dim)
     v = value.double()

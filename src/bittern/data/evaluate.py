@@ -116,10 +116,8 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def similarity_agreement(embeddings: Tensor, reference: Tensor) -> float:
-    """Return Spearman's correlation of the cosine similarities of all pairs of samples, of two encoders.
-
-    Where all pairs are alike to one of them it is 0, to both 1.
-    """
+    """Return Spearman's correlation of the cosine similarities of all pairs of samples, of two encoders. Where all
+    pairs are alike to one of them it is 0, to both 1."""
     return resampled_agreement(embeddings, reference)(range(len(embeddings)))
 
 
@@ -150,10 +148,8 @@ def resampled_agreement(embeddings: Tensor, reference: Tensor) -> Callable[[Sequ
 
 
 def of_labels(output: Tensor, labels: Tensor, regression: bool = False) -> dict[str, float]:
-    """Return accuracy, top-5 of more than five classes, F1 of class 1 and Matthews correlation of two.
-
-    Of a regression Pearson's and Spearman's correlation; a constant prediction correlates with nothing: 0.
-    """
+    """Return accuracy, top-5 of more than five classes, F1 of class 1 and Matthews correlation of two. Of a regression
+    Pearson's and Spearman's correlation; a constant prediction correlates with nothing: 0."""
     if regression:
         predicted, right = output.flatten().double().numpy(), labels.flatten().double().numpy()
         if len(right) < 2 or predicted.std() == 0 or right.std() == 0:
@@ -224,10 +220,8 @@ def metrics(model: PreTrainedModel, data: Data, output: Tensor, reference: Tenso
 def resampled(
     metric: str, model: PreTrainedModel, data: Data, output: Tensor, reference: Tensor | None = None
 ) -> Callable[[Sequence[int]], float]:
-    """Return a function that measures one metric of `metrics` on rows of `data`, some of them several times.
-
-    Boxes are matched and similarities sorted once, however often it is asked for.
-    """
+    """Return a function that measures one metric of `metrics` on rows of `data`, some of them several times. Boxes are
+    matched and similarities sorted once, however often it is asked for."""
     if task_of(model) == "boxes" and metric in MAP:
         matches = _matches(data, output)
         return lambda rows: mean_average_precision(matches, np.bincount(rows, minlength=len(data)))[metric]

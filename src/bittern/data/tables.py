@@ -140,9 +140,7 @@ def pick_columns(source: str, table: Any, asked: Columns, known: Sequence[Column
 
 def usable(source: str, bad: Mapping[int, str], count: int, skip_bad: bool) -> list[int]:
     """Return which of `count` rows can be used, all but the bad ones, and warn of these. bad: row → what is wrong.
-
-    Raises InputError for the first bad one unless they may be skipped, or if none is left.
-    """
+    Raises InputError for the first bad one unless they may be skipped, or if none is left."""
     if bad and (not skip_bad or len(bad) == count):
         raise InputError(f"{source}: {next(iter(bad.values()))}")
     if bad:
@@ -161,10 +159,8 @@ def bad_texts(table: Any, columns: Columns, words: bool) -> dict[int, str]:
 
 
 def read_images(source: str, table: Any, column: str) -> list[dict[str, Any]]:
-    """Read a column of images as they are stored, so that each is decoded where an error can be told.
-
-    A path is one in the folder of the table, or else in the present one.
-    """
+    """Read a column of images as they are stored, so that each is decoded where an error can be told. A path is one in
+    the folder of the table, or else in the present one."""
     datasets = need("datasets")
     try:
         cells = list(table.cast_column(column, datasets.Image(decode=False))[column])

@@ -43,9 +43,7 @@ def load_tokenizer(path: str | Path, **options: Any) -> Any:
 
 def padding_tokenizer(path: str | Path, model: PreTrainedModel, words: bool = False) -> Any:
     """Load a tokenizer that can pad, with the end token if it has no other, and tell the model what it pads with.
-
-    words: of texts that are split into words.
-    """
+    words: of texts that are split into words."""
     tokenizer = load_tokenizer(path, **{"add_prefix_space": True} if words else {})
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -67,10 +65,8 @@ def text_limit(model: PreTrainedModel, tokenizer: Any, asked: int | None) -> int
 
 
 def text_collate(tokenizer: Any, limit: int, both: bool = False) -> Collate:
-    """Return a function that makes padded batches of texts or pairs of texts, cut to `limit` tokens.
-
-    A text without any token becomes one token of padding that the model sees. both: the decoder reads the text too.
-    """
+    """Return a function that makes padded batches of texts or pairs of texts, cut to `limit` tokens. A text without any
+    token becomes one token of padding that the model sees. both: the decoder reads the text too."""
 
     def collate(rows: Sequence[tuple[str, ...]]) -> dict[str, Tensor]:
         texts = [list(part) for part in zip(*rows, strict=True)]

@@ -121,8 +121,7 @@ class Guard:
                 own.append(vars(module))
             else:
                 attributes += [(vars(module), name) for name in ("forward", *names)]
-        # A module that holds nothing of some sort has no use for it; a packed layer's own buffers became its panels.
-        tables = [(m._modules, m._parameters, {} if vars(m).get("_panels") else m._buffers) for m in self.modules]
+        tables = [(m._modules, m._parameters, m._buffers) for m in self.modules]
         hooks = [table for m in inner for table in (m._forward_hooks, m._forward_pre_hooks)]
         # of hooks their numbers, of which none comes twice
         seen = {*map(id, own)}
@@ -245,8 +244,10 @@ def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
     """The block's output by its plan, or as it is written if that is still to be made; None if there is none."""
     plans: Plans = vars(block).setdefault("_plans", Plans())
     way = tuple([(key, _way_of(value)) for key, value in call.items()])
-    guard, plan = plans.get(way, (None, None))
+    guard, plan, first = plans.get(way, (None, None, None))
     if guard is not None and not guard.holds():
+        guard = first = None
+    if first and first != _lengths(call):  # how it runs may depend on them: a plan must serve two kinds
         guard = None
     if torch.is_grad_enabled() and any(p.requires_grad for p in (guard.parameters if guard else block.parameters())):
         return None
@@ -264,11 +265,17 @@ def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
         if parts is None:
             return None
         with _making:
-            out, plan = _try(block, parts, call, written)
-            plans[way] = Guard(block), plan
+            out, made = _try(block, parts, call, written, plan if first else None)
+            once = None if made is None or (first and made is not plan) else first or _lengths(call)
+            plans[way], plan = (Guard(block), made, once), made
     if plan and (watch := kernels.watcher.get()) is not None:
         watch(plan, call, out)
     return out
+
+
+def _lengths(call: Arguments) -> list[torch.Size]:
+    """Shapes of what a block is given, but for how many samples there are."""
+    return [value.shape[1:] for value in call.values() if isinstance(value, Tensor)]
 
 
 def _way_of(value: Any) -> Any:
@@ -289,8 +296,11 @@ def _twin(cache: Any) -> Any:
     return twin
 
 
-def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], Any]) -> tuple[Any, FusedCall | None]:
-    """Run the block as it is written; return its output, and how the kernels may run it instead, to the same bits."""
+def _try(
+    block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], Any], known: FusedCall | None
+) -> tuple[Any, FusedCall | None]:
+    """Run the block as it is written; return its output, and how the kernels may run it instead, to the same bits: as
+    `known` if they do not serve this call."""
     hooked = [table for m in list(block.modules())[1:] for table in (m._forward_hooks, m._forward_pre_hooks)]
     hooks = list(chain.from_iterable(table.values() for table in hooked))
     ran: list[tuple[str, Any]] = []  # kind and module, or what attention was given
@@ -317,11 +327,13 @@ def _try(block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], 
         found = plan.run(before, lambda: None)
     except (ValueError, LookupError):  # parts that do not fit together so, or a cache that is not used
         return out, None
-    pairs = [(found[0] if in_tuple and found else found, made)]
+    if found is None:
+        return out, known
+    pairs = [(found[0] if in_tuple else found, made)]
     if plan.cache is not None:  # what both keep
         own, other = (cache.layers[plan.layer] for cache in (before[plan.cache], call[plan.cache]))
         pairs += [(own.keys, other.keys), (own.values, other.values)]
-    if found is None or not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+    if not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
         return out, None
     return out, plan
 

@@ -50,6 +50,7 @@ class PackedLayer(QuantizedLayer):
     weight_offset: Tensor | None
     owner: list[PackedLayer]  # a list, so that it is no submodule
     _panels: native.Panels | None = None
+    _made_of: tuple[Any, ...] = ()  # the scale of the panels
     _bias: tuple[tuple[Any, ...], Tensor] | None = None
     _rows: tuple[tuple[Any, ...], native.Table] | None = None
 
@@ -117,7 +118,10 @@ class PackedLayer(QuantizedLayer):
 
     def panels(self) -> native.Panels | None:
         """The weight as kernels read it, in place of the codes; None if they have no such format or size."""
-        panels, columns = self._panels, self.weight_shape[1]
+        state, columns = stamp(self.source.weight_scale), self.weight_shape[1]
+        if self._panels is not None and self._made_of != state:
+            self.drop_panels()
+        panels = self._panels
         if panels is not None or not has_kernel(weight=self.weight_format) or not 0 < columns <= native.MOST_INPUTS:
             return panels
         with _exchange:
@@ -127,6 +131,7 @@ class PackedLayer(QuantizedLayer):
                 bits = next(width for width in (2, 4, 8) if width >= fmt.bits)
                 scale, zero = self.source.weight_scale, -code_range(fmt)[0]
                 self._panels, self._rows = native.Panels(codes.to(torch.int16), scale, bits, zero), None
+                self._made_of = state
                 if not self.owner:
                     del self._buffers["weight_codes"]
             return self._panels

@@ -178,9 +178,7 @@ def strided_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> Tenso
     if mask is None:
         return None
     _check_type(mask, "mask")
-    mask = mask.expand(*shape[:3], mask.shape[-1])[..., : shape[3]]
-    if mask.shape[-1] != shape[3]:
-        raise ValueError(f"the mask has {mask.shape[-1]} keys; expected {shape[3]}")
+    mask = mask.expand(shape)
     return mask if mask.stride(-1) == 1 else mask.contiguous()
 
 
