@@ -1,8 +1,8 @@
 """Whole Transformer blocks of a packed model in one call of the kernels.
 
 A block is found by what it holds and how it runs, never by its name: one attention, six packed linear layers, two norms
-and an activation. The first time that it is called in some way it runs as it is written, and its parts say in which
-order. What the kernels then give for the same input must be the same, bit for bit, or the block stays as it is. It also
+and an activation. The first two times that it is called in some way, with other lengths, it runs as it is written, and
+its parts say in which order. What kernels then give must be the same, bit for bit, or the block stays as it is. It also
 runs as it is written whenever something watches or changes its inside: hooks, recorded or replaced signals, attention
 maps that are asked for, gradients. A decoder's block takes two calls: in between its cache, of any kind, is given the
 new keys and values. Blocks that follow each other become one call where a whole model runs from a tape.
