@@ -26,17 +26,17 @@ def shifted(images: torch.Tensor) -> torch.Tensor:
     return windows[torch.arange(len(images)), :, y, x]
 
 
-def main(epochs: int, layers: int, seed: int, out: Path) -> None:
-    torch.set_num_threads(1)  # a model this small only loses by more, and one thread gives the same bits everywhere
+def main(epochs: int, layers: int, width: int, rate: float, seed: int, out: Path) -> None:
+    torch.set_num_threads(1)  # a model this small only loses by more, and one gives the same bits on a CPU
     torch.manual_seed(seed)
     config = ViTConfig(
         image_size=8,
         patch_size=2,
         num_channels=1,
-        hidden_size=48,
+        hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        intermediate_size=96,
+        intermediate_size=2 * width,
         num_labels=10,
         hidden_dropout_prob=0.1,
         id2label={i: str(i) for i in range(10)},
@@ -44,9 +44,9 @@ def main(epochs: int, layers: int, seed: int, out: Path) -> None:
     )
     model = ViTForImageClassification(config)
     (images, labels), (test_images, test_labels) = digits("train"), digits("test")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
     batches = -(-len(images) // 64)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * batches)
     for _ in track(range(epochs), "training"):
         for index in torch.randperm(len(images)).split(64):
             loss = F.cross_entropy(model(shifted(images[index])).logits, labels[index], label_smoothing=0.05)
@@ -65,6 +65,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=48)
+    parser.add_argument("--rate", type=float, default=2e-3, help="of learning; deep ones may need less")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
     main(**vars(parser.parse_args()))
