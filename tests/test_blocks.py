@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertLayer
 
 import bittern
 from bittern import attention, native
@@ -215,6 +216,24 @@ def test_masks_of_other_shapes(calls: list[Any]) -> None:
     assert calls
     with pytest.raises(RuntimeError, match="size"):
         outputs(model, batch | {"attention_mask": torch.zeros(samples, 1, tokens, tokens + 3)})
+
+
+def test_masks_with_another_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block whose own code also reads its mask runs as it is written, though the first mask hid nothing."""
+    plain = BertLayer.forward
+
+    def forward(self: Any, x: Tensor, attention_mask: Tensor, *rest: Any, **options: Any) -> Tensor:
+        out = plain(self, x, attention_mask, *rest, **options)
+        return out.masked_fill((attention_mask[:, 0, 0] < -1)[..., None], 0)
+
+    monkeypatch.setattr(BertLayer, "forward", forward)
+    model, batch = quantized("bert", "w8a8")
+    samples, tokens = batch["input_ids"].shape
+    seeing = torch.zeros(samples, 1, tokens, tokens)
+    given = [batch | {"attention_mask": mask} for mask in (seeing, seeing - 1e9 * torch.eye(tokens)[0], seeing)]
+    found = [outputs(model, each) for each in given]
+    assert all(map(same, found, [in_parts(deepcopy(model), each) for each in given]))
+    assert not same(*found[:2])
 
 
 def test_other_modules_are_seen(calls: list[Any]) -> None:

@@ -123,10 +123,8 @@ def add_findings(result: dict[str, Any], formats: Iterable[Mapping[str, Rule]]) 
 
 
 def measured(result: Mapping[str, Any]) -> tuple[int, dict[str, float], list[dict[str, float]]]:
-    """Return the number of samples, and metrics of the teacher and of each student on them.
-
-    They are those of all of the test data, where the runs that made the students measured them.
-    """
+    """Return the number of samples, and metrics of the teacher and of each student on them. They are those of all of
+    the test data, where the runs that made the students measured them."""
     students = result["students"]
     runs = [student["run"] for student in students]
     counts = {run.get("samples", 0) for run in runs}

@@ -261,10 +261,8 @@ def _of_truth(model: PreTrainedModel, data: Data, output: Tensor) -> dict[str, f
 
 
 def check_metric(model: PreTrainedModel, data: Data, more: Iterable[str] = (), *, compared: bool = True) -> None:
-    """Raise InputError for a metric of `data` that it does not give, by a few samples, before long work.
-
-    more: other names that may be asked for. compared: metrics against another model may be.
-    """
+    """Raise InputError for a metric of `data` that it does not give, by a few samples, before long work. more: other
+    names that may be asked for. compared: metrics against another model may be."""
     if data.metric and ":" in data.metric:
         find_own(data.metric)
     elif data.metric not in (None, *more):

@@ -56,10 +56,8 @@ def bad_images(rows: Iterable[Any], mode: str) -> dict[int, str]:
 
 
 def read_image(row: Path | Scene | dict[str, Any] | None, mode: str) -> Any:
-    """Read an image from its file, or from a cell of a table that holds its bytes or path.
-
-    It is turned as its EXIF tag says, as by transformers and `datasets`; 16 bits of grey are scaled to 8.
-    """
+    """Read an image from its file, or from a cell of a table that holds its bytes or path. It is turned as its EXIF tag
+    says, as by transformers and `datasets`; 16 bits of grey are scaled to 8."""
     Image, ImageOps = need("PIL.Image"), need("PIL.ImageOps")  # noqa: N806
     content = row["bytes"] if isinstance(row, dict) else None
     path: Any = row["path"] if isinstance(row, dict) else row.path if isinstance(row, Scene) else row

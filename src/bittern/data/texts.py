@@ -91,9 +91,7 @@ def warn_of_cuts(name: str, tokenizer: Any, limit: int, texts: Sequence[Any], **
 
 def blocks(texts: Sequence[str], tokenizer: Any, length: int) -> list[Tensor]:
     """Join the texts to one stream of tokens, an end token after each if there is one, in blocks of `length` tokens.
-
-    What is left at the end is dropped, unless it is all there is.
-    """
+    What is left at the end is dropped, unless it is all there is."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream = torch.tensor([i for ids in tokenizer(list(texts))["input_ids"] for i in [*ids, *end]])
     if len(stream) < 2:

@@ -240,7 +240,7 @@ def watched(module: nn.Module, part: str) -> bool:
     return module.training or _has_any_global_hook() or attention.collects(part)
 
 
-def _run(block: nn.Module, call: Arguments, written: Callable[[], Any]) -> Any:
+def _run(block: nn.Module, call: Arguments, written: partial[Any]) -> Any:
     """The block's output by its plan, or as it is written if that is still to be made; None if there is none."""
     plans: Plans = vars(block).setdefault("_plans", Plans())
     way = tuple([(key, _way_of(value)) for key, value in call.items()])
@@ -297,7 +297,7 @@ def _twin(cache: Any) -> Any:
 
 
 def _try(
-    block: nn.Module, parts: Parts, call: Arguments, written: Callable[[], Any], known: FusedCall | None
+    block: nn.Module, parts: Parts, call: Arguments, written: partial[Any], known: FusedCall | None
 ) -> tuple[Any, FusedCall | None]:
     """Run the block as it is written; return its output, and how the kernels may run it instead, to the same bits: as
     `known` if they do not serve this call."""
@@ -330,12 +330,21 @@ def _try(
     if found is None:
         return out, known
     pairs = [(found[0] if in_tuple else found, made)]
+    if plan.masks and plan.cache is None:  # where masks hide nothing, another use of them may do nothing
+        other = before | {name: _hiding(before[name]) for name in plan.masks}
+        others = [other.pop(place) for place in range(len(written.args) - 1)]
+        again = plan.run(other | dict(enumerate(others)), lambda: None), written.func(block, *others, **other)
+        pairs.append(tuple(out[0] if isinstance(out, tuple) else out for out in again))
     if plan.cache is not None:  # what both keep
         own, other = (cache.layers[plan.layer] for cache in (before[plan.cache], call[plan.cache]))
         pairs += [(own.keys, other.keys), (own.values, other.values)]
-    if not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
-        return out, None
-    return out, plan
+    same = all(isinstance(a, Tensor) and a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+    return out, plan if same else None
+
+
+def _hiding(mask: Tensor) -> Tensor:
+    """The mask, or bias, that hides every other key besides."""
+    return mask.masked_fill(torch.arange(mask.shape[-1]) % 2 > 0, torch.finfo(mask.dtype).min)
 
 
 def _arguments(call: Arguments, masks: tuple[Tensor, ...]) -> tuple[Any, tuple[Any, ...]]:
