@@ -260,6 +260,18 @@ def test_maps_that_are_kept() -> None:
         assert (found - expected).norm() < 1e-2 * expected.norm()  # codes may tip over
 
 
+def test_einsum_by_products() -> None:
+    """One that sums a dimension of the same size on both sides is a product; one that broadcasts it is left alone."""
+
+    def called(function: Any, types: Any, given: Any) -> Any:
+        return function(*given)
+
+    left, right = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    made = products.einsum(called, "bqd, bkd -> bkq", left, right)
+    assert torch.allclose(made, torch.einsum("bqd,bkd->bkq", left, right), atol=1e-6)
+    assert products.einsum(called, "bqd,bkd->bkq", left[..., :1], right) is None
+
+
 @torch.no_grad()
 def test_nothing_waits_for_ever() -> None:
     """What stands for scores and maps is gone with the forward, without the help of a collector."""
