@@ -96,8 +96,8 @@ def einsum(call: Callable[..., Any], equation: str, *operands: Any) -> Any:
     if (len(row), len(inner), len(column)) != (1, 1, 1) or [*map(sorted, sides)] != [*map(sorted, parts)]:
         return None
     given = operands[0] if len(operands) == 1 else operands
-    sizes = [dict(zip(p, x.shape, strict=False)) for x, p in zip(given, parts, strict=False)]
-    if any(sizes[0][dim] != sizes[1][dim] for dim in sizes[0].keys() & sizes[1]):  # one of them is 1
+    names, sizes = left + right, [size for x in given for size in x.shape]
+    if len(names) != len(sizes) or len({*zip(names, sizes, strict=True)}) > len({*names}):  # one is 1, or it is wrong
         return None
     given = [call(Tensor.permute, (), (x, [*map(p.index, s)])) for x, p, s in zip(given, parts, sides, strict=False)]
     return call(Tensor.permute, (), (call(torch.matmul, (), given), [*map(sides[2].index, out)]))

@@ -70,10 +70,8 @@ def write_plot(figure: Figure, folder: Path) -> None:
 
 
 def place_rungs(result: Mapping[str, Any], values: Sequence[float], name: str) -> dict[str, Any]:
-    """Return where a plot of points lost against a value of each row, called `name`, has what the page draws.
-
-    A loss far beyond the limit lies at the upper end, so that it does not press all others together.
-    """
+    """Return where a plot of points lost against a value of each row, called `name`, has what the page draws. A loss
+    far beyond the limit lies at the upper end, so that it does not press all others together."""
     rows, limit = result["rows"], result["max_loss"]
     top = max([limit, *(min(3 * limit, row["points"] + row["error"]) for row in rows)]) or 1.0
     at_y = Axis(min([0.0, *(row["points"] - row["error"] for row in rows if row["within"])]), 1.05 * top, BOTTOM, TOP)

@@ -216,7 +216,8 @@ Arguments = Mapping[Any, Any]  # of a call of a block, by place or name
 
 
 class Plans(dict[Any, Any]):
-    """The plans of a module by the way it is called, and when each holds. Copies are empty: plans hold addresses."""
+    """The plans of a module by the way it is called, each with when it holds, and the lengths at which alone it was
+    tried till now, if so. Copies are empty: plans hold addresses."""
 
     def __reduce__(self) -> tuple[type[Plans], tuple[()]]:
         return type(self), ()
@@ -266,8 +267,8 @@ def _run(block: nn.Module, call: Arguments, written: partial[Any]) -> Any:
             return None
         with _making:
             out, made = _try(block, parts, call, written, plan if first else None)
-            once = None if made is None or (first and made is not plan) else first or _lengths(call)
-            plans[way], plan = (Guard(block), made, once), made
+            done = made is None or (first and made is not plan)
+            plans[way], plan = (Guard(block), made, None if done else first or _lengths(call)), made
     if plan and (watch := kernels.watcher.get()) is not None:
         watch(plan, call, out)
     return out
